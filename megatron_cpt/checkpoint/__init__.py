@@ -1,0 +1,5 @@
+"""Save, load and convert checkpoints."""
+
+from megatron_cpt.platforms import prepare_platform
+
+prepare_platform()  # before any module of this room imports megatron

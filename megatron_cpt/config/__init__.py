@@ -1,0 +1,1 @@
+"""Run configuration: frozen dataclasses <-> YAML <-> command line."""

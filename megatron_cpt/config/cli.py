@@ -1,0 +1,120 @@
+"""The command-line contract every tool keeps, in one place.
+
+A tool's arguments are the fields of one frozen dataclass. jsonargparse gives `--help`, `--config FILE.yaml`, dotted
+overrides (`--optimizer.lr 1e-5`) and `--print_config` from it. Exit status: 0 done, 2 wrong usage or wrong input.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from megatron_cpt.errors import InputError
+
+Config = TypeVar("Config")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the text under a field is its --help
+
+
+# Options that take no value.
+SWITCHES = ("--help", "--print_config", "--print_config=comments")
+
+
+def normalise(argv: Sequence[str]) -> list[str]:
+    """Accept what Megatron users type: `--output-prefix P` (for `--output_prefix`), `--input a b`, a bare `--overwrite`.
+
+    Several values after an option become a list, none becomes true.
+    """
+    normalised: list[str] = []
+    i = 0
+    while i < len(argv):
+        name, equals, value = argv[i].partition("=")
+        i += 1
+        if not name.startswith("--"):
+            normalised.append(name + equals + value)
+            continue
+        name = "--" + name[2:].replace("-", "_")
+        if equals or name + value in SWITCHES:
+            normalised.append(name + equals + value)
+            continue
+        values = list(itertools.takewhile(lambda word: not word.startswith("-") or is_number(word), argv[i:]))
+        i += len(values)
+        if len(values) > 1:
+            normalised.append(f"{name}={json.dumps(values)}")
+        else:
+            normalised.append(f"{name}={values[0] if values else 'true'}")
+    return normalised
+
+
+def is_number(word: str) -> bool:
+    """Whether a word that starts with a dash is a value."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def make_parser(config_class: type, description: str) -> ArgumentParser:
+    """A parser whose arguments are the fields of `config_class`."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_class_arguments(config_class, as_group=False)
+    return parser
+
+
+def build(parser: ArgumentParser, config_class: type[Config], namespace: Namespace) -> Config:
+    """Parsed arguments -> an instance of `config_class`."""
+    values = parser.instantiate_classes(namespace).as_dict()
+    return config_class(**{name: value for name, value in values.items() if name != "config"})
+
+
+def exit_on_input_error(call: Callable[[], Any]) -> None:
+    """Call, print what comes back (the result's path); an input error becomes one line on stderr and exit status 2.
+
+    Under torchrun every rank finds the same mistake at the same time, so only the first rank of a node reports it.
+    """
+    try:
+        result = call()
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if result is not None:
+        print(result)
+
+
+def run_tool(main: Callable[[Any], Any], config_class: type, description: str, argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, call `main(config)` and keep the contract of exit statuses."""
+
+    def call() -> Any:
+        parser = make_parser(config_class, description)
+        namespace = parser.parse_args(normalise(sys.argv[1:] if argv is None else argv))
+        return main(build(parser, config_class, namespace))
+
+    exit_on_input_error(call)
+
+
+def run_subcommands(commands: dict[str, tuple[Callable[[Any], Any], type]], description: str) -> None:
+    """`run_tool` for a tool with several commands: {name: (function, class of its configuration)}."""
+
+    def call() -> Any:
+        parser = ArgumentParser(description=description)
+        subcommands = parser.add_subcommands(dest="command")
+        parsers = {
+            name: make_parser(config_class, str(config_class.__doc__).split("\n", 1)[0])
+            for name, (_, config_class) in commands.items()
+        }
+        for name, subparser in parsers.items():
+            subcommands.add_subcommand(name, subparser, help=subparser.description)
+        namespace = parser.parse_args(normalise(sys.argv[1:]))
+        main, config_class = commands[namespace.command]
+        return main(build(parsers[namespace.command], config_class, namespace[namespace.command]))
+
+    exit_on_input_error(call)

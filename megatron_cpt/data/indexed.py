@@ -1,0 +1,208 @@
+"""Megatron's indexed corpus: `PREFIX.bin` holds token ids back to back, `PREFIX.idx` says where each document begins.
+
+Layout of .idx (little-endian): 9 bytes magic, uint64 version 1, uint8 dtype code, uint64 sequences, uint64 entries of
+the document array (documents + 1), then int32 sequence lengths (tokens), int64 sequence pointers (bytes into .bin),
+int64 document indices (sequence numbers, from 0 to the number of sequences). Multimodal corpora append int8 modes,
+which are not read here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from array import array
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cpt.errors import InputError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # "<" also means no padding: 34 bytes
+DTYPE_CODES: dict[int, np.dtype[Any]] = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int8),
+    3: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    6: np.dtype(np.float64),
+    7: np.dtype(np.float32),
+    8: np.dtype(np.uint16),
+}
+
+Tokens = npt.NDArray[Any]
+
+
+def best_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 for vocabularies below 65,500, else int32: Megatron's own choice."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A stream under a temporary name in the same folder; renamed to `path` on a clean exit, removed on an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class IndexedWriter:
+    """Context manager that writes `PREFIX.bin` and `PREFIX.idx`, one sequence per document.
+
+    Both appear (the .bin first) when the block ends cleanly; after an exception neither does.
+    """
+
+    def __init__(self, prefix: str, dtype: npt.DTypeLike) -> None:
+        self.dtype = np.dtype(dtype)
+        if self.dtype not in DTYPE_CODES.values():
+            raise InputError(f"{prefix}: dtype is {self.dtype}; wanted one of {[str(d) for d in DTYPE_CODES.values()]}")
+        self._prefix = prefix
+        self._lengths = array("i")  # 4 bytes a document: corpora have hundreds of millions
+        self._digest = hashlib.sha256()
+        self._files = ExitStack()
+
+    def __enter__(self) -> IndexedWriter:
+        # Leaving in reverse order renames .bin before .idx: an .idx is never without its .bin.
+        self._idx = self._files.enter_context(atomic_file(Path(self._prefix + ".idx")))
+        self._bin = self._files.enter_context(atomic_file(Path(self._prefix + ".bin")))
+        return self
+
+    def add_document(self, tokens: npt.ArrayLike) -> None:
+        """Append one document of token ids (1-D)."""
+        document = np.asarray(tokens)
+        self.add_documents(document, np.array([document.size]))
+
+    def add_documents(self, tokens: Tokens, lengths: npt.NDArray[np.integer[Any]]) -> None:
+        """Append several documents: their ids back to back, (sum(lengths),), and the tokens of each, (documents,).
+
+        InputError when an id does not fit the dtype or a document is longer than the 2^31 - 1 tokens the format allows.
+        """
+        if tokens.ndim != 1 or tokens.size != int(lengths.sum(dtype=np.int64)):
+            raise ValueError(f"tokens of shape {tokens.shape} do not make documents of {lengths.sum()} tokens in all")
+        if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
+            raise InputError(f"{self._prefix}: a document has {lengths.max()} tokens; wanted fewer than 2^31")
+        data = np.ascontiguousarray(self._cast(tokens)).view(np.uint8).data
+        self._bin.write(data)
+        self._digest.update(data)
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+
+    def _cast(self, tokens: Tokens) -> Tokens:
+        """`tokens` in this file's dtype, refusing ids that would wrap around."""
+        if tokens.dtype == self.dtype or not tokens.size or self.dtype.kind == "f":
+            return tokens.astype(self.dtype, copy=False)
+        limits = np.iinfo(self.dtype)
+        if tokens.min() < limits.min or tokens.max() > limits.max:
+            found = f"token ids from {tokens.min()} to {tokens.max()}"
+            raise InputError(f"{self._prefix}: {found}; wanted ids that fit {self.dtype}")
+        return tokens.astype(self.dtype)
+
+    @property
+    def bin_sha256(self) -> str:
+        """sha256 (hex) of all that was written to .bin so far, computed on the way."""
+        return self._digest.hexdigest()
+
+    def _write_index(self) -> None:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
+        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+        pointers = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+        code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
+        self._idx.write(HEADER.pack(MAGIC, VERSION, code, lengths.size, lengths.size + 1))
+        for values in (lengths, pointers, np.arange(lengths.size + 1, dtype=np.int64)):
+            self._idx.write(values.tobytes())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._files as files:
+            if error is None:
+                self._write_index()
+            else:
+                files.__exit__(kind, error, trace)
+
+
+class IndexedCorpus:
+    """Read-only, memory-mapped view of a corpus; `prefix` is the path without `.bin`/`.idx`. Cheap to pickle.
+
+    Attributes: `dtype`; `num_tokens`; `num_documents`; `tokens` (num_tokens,), all ids in file order;
+    `sequence_lengths` (sequences,) int32 tokens; `sequence_pointers` (sequences,) int64 bytes; `document_indices`
+    (num_documents + 1,) int64. A document may hold several sequences; what this program writes holds one.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        """InputError: a file missing, not an index, of unknown dtype, cut short, or .bin and .idx that disagree."""
+        self.prefix = prefix
+        idx, bin_ = Path(prefix + ".idx"), Path(prefix + ".bin")
+        for path in (idx, bin_):
+            if not path.is_file():
+                raise InputError(f"{path}: no such file; wanted both files of the corpus {prefix}")
+        self.dtype, sequences, entries = _read_header(idx)
+        self.num_documents = entries - 1
+        self.sequence_lengths = _map(idx, np.int32, HEADER.size, sequences)
+        self.sequence_pointers = _map(idx, np.int64, HEADER.size + 4 * sequences, sequences)
+        self.document_indices = _map(idx, np.int64, HEADER.size + 12 * sequences, entries)
+        first, last = int(self.document_indices[0]), int(self.document_indices[-1])
+        if (first, last) != (0, sequences):
+            raise InputError(f"{idx}: document indices go from {first} to {last}; wanted 0 to {sequences}")
+        self.num_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
+        wanted, found = self.num_tokens * self.dtype.itemsize, bin_.stat().st_size
+        if found != wanted:
+            raise InputError(
+                f"{bin_}: found {found} bytes; wanted {wanted} ({self.num_tokens} tokens of {self.dtype}, says {idx})"
+            )
+        self.tokens = _map(bin_, self.dtype, 0, self.num_tokens)
+
+    def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
+        return IndexedCorpus, (self.prefix,)  # a memory map pickles as a copy of the file: map it again instead
+
+    def __len__(self) -> int:
+        """Sequences, not documents."""
+        return self.sequence_lengths.size
+
+    def __getitem__(self, index: int) -> Tokens:
+        """Tokens of sequence `index`, in the file's dtype, without a copy."""
+        start = int(self.sequence_pointers[index]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.sequence_lengths[index])]
+
+    def sample(self, start: int, length: int) -> npt.NDArray[np.int64]:
+        """(length,) int64 tokens from position `start` of the token stream, across document borders."""
+        if not 0 <= start <= start + length <= self.num_tokens:
+            raise IndexError(f"{self.prefix}: tokens {start} to {start + length} of {self.num_tokens}")
+        return self.tokens[start : start + length].astype(np.int64)
+
+
+def _read_header(idx: Path) -> tuple[np.dtype[Any], int, int]:
+    """(dtype, sequences, entries of the document array) of an .idx file, checked against its size."""
+    with idx.open("rb") as stream:
+        header = stream.read(HEADER.size)
+    if not header.startswith(MAGIC):
+        raise InputError(f"{idx}: begins with {header[:9]!r}; wanted {MAGIC!r}, the mark of a Megatron index")
+    if len(header) < HEADER.size:
+        raise InputError(f"{idx}: truncated: found {len(header)} bytes; wanted a header of {HEADER.size}")
+    _, version, code, sequences, entries = HEADER.unpack(header)
+    if version != VERSION:
+        raise InputError(f"{idx}: version is {version}; wanted {VERSION}")
+    if code not in DTYPE_CODES:
+        raise InputError(f"{idx}: dtype code is {code}; wanted one of {sorted(DTYPE_CODES)}")
+    found, wanted = idx.stat().st_size, HEADER.size + 12 * sequences + 8 * entries
+    if entries < 1 or found < wanted:
+        content = f"{sequences} sequences, {entries} document indices"
+        raise InputError(f"{idx}: truncated: found {found} bytes; wanted {wanted} ({content})")
+    return DTYPE_CODES[code], sequences, entries
+
+
+def _map(path: Path, dtype: npt.DTypeLike, offset: int, count: int) -> Tokens:
+    """(count,) read-only map of part of a file, as a plain array: slicing one is much cheaper than slicing a memmap."""
+    if count == 0:  # an empty range cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,)).view(np.ndarray)

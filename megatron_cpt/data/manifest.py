@@ -1,0 +1,135 @@
+"""`PREFIX.json`, the manifest beside a corpus: what went in and came out, the tokenizer, counts and checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+
+from megatron_cpt.data.indexed import atomic_file
+from megatron_cpt.errors import InputError
+
+FORMAT_VERSION = 1
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer that made the corpus; corpora go together in one run when their `fingerprint`s are equal."""
+
+    path: str
+    name: str
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One input file: its size in bytes and how many documents of it are in the corpus."""
+
+    path: str
+    bytes: int
+    documents: int
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One output file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CorpusManifest:
+    """Everything `PREFIX.json` says. `text_bytes` is UTF-8 text, eos and bos tokens are in `tokens` but not in it."""
+
+    language: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    empty_documents: int
+    """Documents without text, which are not in the corpus and not in `documents`."""
+    dtype: str
+    eos: str
+    """"document" when every document ends with eos, "none" when none does."""
+    bos: str
+    tokenizer: TokenizerInfo
+    sources: list[SourceInfo]
+    files: dict[str, FileInfo]
+    """Keys "bin" and "idx"."""
+    versions: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+
+def manifest_path(prefix: str) -> Path:
+    """Where the manifest of the corpus `prefix` lies."""
+    return Path(prefix + ".json")
+
+
+def write_manifest(prefix: str, manifest: CorpusManifest) -> str:
+    """Write `PREFIX.json` atomically; returns its path."""
+    path = manifest_path(prefix)
+    ordered = {"format_version": manifest.format_version, **asdict(manifest)}
+    with atomic_file(path) as stream:
+        stream.write(orjson.dumps(ordered, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    return str(path)
+
+
+def read_manifest(prefix: str) -> CorpusManifest:
+    """The manifest of the corpus `prefix`. InputError: missing, not JSON, another version, a field missing or wrong."""
+    path = manifest_path(prefix)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; wanted the manifest that preprocessing writes beside {prefix}.bin")
+    try:
+        content = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); wanted a corpus manifest") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: format_version is {version!r}; wanted {FORMAT_VERSION}")
+    manifest = _build(CorpusManifest, content, f"{path}: ")
+    for name in ("bin", "idx"):
+        if name not in manifest.files:
+            raise InputError(f"{path}: files.{name} is missing")
+    return manifest
+
+
+def sha256_file(path: str | Path) -> str:
+    """sha256 (hex) of a file's content, read in parts."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _build(record: type[Record], values: Any, where: str) -> Record:
+    """A dataclass from JSON values; `where` is "FILE: field." for messages. Fields we do not know are ignored."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where.rstrip('. ')} is {type(values).__name__}; wanted an object")
+    hints = typing.get_type_hints(record)
+    found = {}
+    for field in fields(record):  # type: ignore[arg-type]
+        if field.name not in values:
+            raise InputError(f"{where}{field.name} is missing")
+        found[field.name] = _value(hints[field.name], values[field.name], where + field.name)
+    return record(**found)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value` checked against a field's type: a dataclass, list[...], dict[str, ...] or plain types."""
+    if is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where + ".")
+    wanted = typing.get_origin(hint) if typing.get_origin(hint) in (list, dict) else hint
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise InputError(f"{where} is {value!r}; wanted {getattr(wanted, '__name__', wanted)}")
+    if wanted is list:
+        return [_value(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if wanted is dict:
+        return {key: _value(typing.get_args(hint)[1], item, f"{where}.{key}") for key, item in value.items()}
+    return value

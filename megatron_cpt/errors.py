@@ -1,0 +1,9 @@
+"""The one error a user is meant to see without a traceback."""
+
+
+class InputError(ValueError):
+    """Something the user gave (a file, a field, a layout) is wrong.
+
+    The message names the file or field, the value found and the value wanted. Tools print it as one line on stderr and
+    exit with status 2; it is raised before any process group starts.
+    """

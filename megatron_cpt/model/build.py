@@ -1,0 +1,73 @@
+"""LlamaConfig -> megatron-core's TransformerConfig -> the GPTModel of this rank."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_cpt.config.run import ParallelConfig
+from megatron_cpt.model.llama import LlamaConfig
+from megatron_cpt.platforms import Platform
+from megatron_cpt.platforms.process_groups import Ranks
+
+
+def transformer_config(llama: LlamaConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> TransformerConfig:
+    """What megatron-core needs to know to build and train this architecture; no dropout anywhere, as in Llama."""
+    return TransformerConfig(
+        num_layers=llama.num_hidden_layers,
+        hidden_size=llama.hidden_size,
+        ffn_hidden_size=llama.intermediate_size,
+        num_attention_heads=llama.num_attention_heads,
+        num_query_groups=llama.num_key_value_heads,
+        kv_channels=llama.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=llama.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # the weights always come from a checkpoint
+        # Fused kernels come with Apex and Transformer Engine; without them these are the exact equivalents.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def build_model(
+    llama: LlamaConfig, config: TransformerConfig, seq_length: int, platform: Platform, ranks: Ranks
+) -> GPTModel:
+    """The part of the model that this rank owns, with uninitialised weights. Needs megatron's process groups."""
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=platform.block_spec(config),
+        vocab_size=llama.vocab_size,
+        max_sequence_length=seq_length,
+        pre_process=ranks.is_first_stage,
+        post_process=ranks.is_last_stage,
+        share_embeddings_and_output_weights=llama.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=llama.rope_theta,
+    )
+    if llama.rope_scaling is not None:
+        # GPTModel's own rope_scaling argument knows Llama-3.1's factor only; the checkpoint says all four numbers.
+        rope, scaling = model.rotary_pos_emb, llama.rope_scaling
+        rope.inv_freq = rope._apply_scaling(
+            rope.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position_embeddings,
+        )
+    return model.to(ranks.device)

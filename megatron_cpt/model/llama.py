@@ -1,0 +1,147 @@
+"""The Llama architecture, read from the config.json of a Hugging Face folder, and the layouts it can be split into."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_cpt.config.run import ParallelConfig
+from megatron_cpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1's frequency scaling (rope_type "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """What of a HF LlamaConfig decides the computation, with HF's names."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    tie_word_embeddings: bool
+    dtype: str  # of the saved weights: float32, bfloat16 or float16
+
+
+# Fields with one value that we compute; anything else would silently be another model.
+ONLY = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+}
+
+
+def read_llama_config(folder: str) -> LlamaConfig:
+    """Read FOLDER/config.json.
+
+    Raises:
+        InputError: no such file, not a Llama model, or a setting that changes the computation in a way we do not know
+    """
+    path = os.path.join(folder, "config.json")
+    fields = _read_json(path)
+    for name, value in ONLY.items():
+        if fields.get(name, value) != value:
+            raise InputError(f"{path}: {name} is {fields[name]!r}; supported is {value!r}")
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+        if not isinstance(fields.get(name), int) or fields[name] < 1:
+            raise InputError(f"{path}: {name} is {fields.get(name)!r}; use a whole number above 0")
+    heads = fields["num_attention_heads"]
+    rope_theta, rope_scaling = _rope(path, fields)
+    return LlamaConfig(
+        num_hidden_layers=fields["num_hidden_layers"],
+        hidden_size=fields["hidden_size"],
+        intermediate_size=fields["intermediate_size"],
+        num_attention_heads=heads,
+        num_key_value_heads=fields.get("num_key_value_heads") or heads,
+        head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
+        vocab_size=fields["vocab_size"],
+        max_position_embeddings=fields.get("max_position_embeddings", 2048),
+        rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        tie_word_embeddings=fields.get("tie_word_embeddings", False),
+        dtype=fields.get("dtype") or fields.get("torch_dtype") or "float32",
+    )
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            fields = json.load(file)
+    except OSError as error:
+        raise InputError(f"model configuration {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"model configuration {path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"model configuration {path} must be a JSON object, found {type(fields).__name__}")
+    return fields
+
+
+def _rope(path: str, fields: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Rotary base and scaling; transformers 5 keeps both in rope_parameters, earlier ones in two fields."""
+    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise InputError(f"{path}: rope_type is {kind!r}; supported are 'default' and 'llama3'")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [name for name in names if name not in scaling]
+    if missing:
+        raise InputError(f"{path}: rope scaling 'llama3' has no {missing[0]}")
+    return theta, RopeScaling(**{name: scaling[name] for name in names})
+
+
+def check_layout(llama: LlamaConfig, parallel: ParallelConfig, seq_length: int) -> None:
+    """Whether the model can be split this way; the error says which sizes would do."""
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
+        if getattr(llama, name) % tensor:
+            raise InputError(
+                f"{getattr(llama, name)} {name} are not divisible by tensor_model_parallel_size {tensor}; "
+                f"use {_or(_tensor_sizes(llama))}"
+            )
+    if llama.num_hidden_layers % pipeline:
+        sizes = [size for size in range(1, llama.num_hidden_layers + 1) if llama.num_hidden_layers % size == 0]
+        raise InputError(
+            f"{llama.num_hidden_layers} num_hidden_layers are not divisible by pipeline_model_parallel_size {pipeline}; "
+            f"use {_or(sizes)}"
+        )
+    if parallel.sequence_parallel and seq_length % tensor:
+        raise InputError(
+            f"seq_length {seq_length} is not divisible by tensor_model_parallel_size {tensor}, which sequence_parallel needs"
+        )
+    if seq_length > llama.max_position_embeddings:
+        raise InputError(
+            f"seq_length {seq_length} is above the model's max_position_embeddings {llama.max_position_embeddings}"
+        )
+
+
+def _tensor_sizes(llama: LlamaConfig) -> list[int]:
+    sizes = (llama.num_attention_heads, llama.num_key_value_heads, llama.vocab_size, llama.intermediate_size)
+    return [n for n in range(1, llama.num_key_value_heads + 1) if all(size % n == 0 for size in sizes)]
+
+
+def _or(values: list[int]) -> str:
+    *most, last = (str(value) for value in values)
+    return f"{', '.join(most)} or {last}" if most else last

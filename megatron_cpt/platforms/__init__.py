@@ -1,0 +1,47 @@
+"""Where code meets hardware: the one place that says "cuda".
+
+`current_platform()` is CUDA when torch sees a device and CPU otherwise; `MEGATRON_CPT_PLATFORM=cpu|cuda` overrides.
+`prepare_platform()` must run before megatron is imported. The rooms that import megatron (model, checkpoint, training)
+call it at the top of their `__init__`, so nobody has to remember.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+
+import torch
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.platforms.base import Platform
+
+
+@functools.cache
+def current_platform() -> Platform:
+    """The platform of this process."""
+    name = os.environ.get("MEGATRON_CPT_PLATFORM") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        from megatron_cpt.platforms.cpu import CpuPlatform
+
+        return CpuPlatform()
+    if name == "cuda":
+        from megatron_cpt.platforms.cuda import CudaPlatform
+
+        return CudaPlatform()
+    raise InputError(f"MEGATRON_CPT_PLATFORM is {name!r}; use 'cpu' or 'cuda'")
+
+
+@functools.cache
+def prepare_platform() -> Platform:
+    """Make megatron-core run on this machine (once per process; does nothing on CUDA); returns the platform."""
+    # megatron-core warns at import about each optional package (we say once in the docs what is used without them), and
+    # uses torch interfaces that warn of their future; a user can act on neither.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    platform = current_platform()
+    platform.prepare()
+    return platform
+
+
+__all__ = ["Platform", "current_platform", "prepare_platform"]

@@ -1,0 +1,112 @@
+"""CPU: the same megatron-core code paths under gloo, so that a laptop and CI run real TP x PP x DP.
+
+megatron-core 0.16 assumes CUDA in a handful of places. Each function below mends one of them, says why, and has a test
+that fails when megatron-core changes there. All are applied once, by `prepare()`, and only on CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+import resource
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+# Every torch factory that megatron-core calls with a literal device="cuda".
+FACTORIES = ("tensor", "empty", "empty_like", "zeros", "ones")
+
+
+class CpuPlatform:
+    """Any machine without a GPU."""
+
+    name = "cpu"
+    backend = "gloo"
+
+    def prepare(self) -> None:
+        redirect_factories()
+        answer_for_cuda_runtime()
+        name_tensor_types_as_on_cuda()
+        use_cpu_rng_state()
+        save_without_queue_server()
+        from megatron_cpt.platforms.fused_adam import install_fused_adam
+
+        install_fused_adam()  # torch's AdamW cannot be saved and resharded by the distributed optimizer
+
+    def device(self, local_rank: int) -> torch.device:
+        return torch.device("cpu")
+
+    def block_spec(self, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+        from megatron_cpt.platforms.torch_layers import torch_block_spec
+
+        return torch_block_spec(config, vp_stage)
+
+    def peak_memory_bytes(self) -> int:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def redirect_factories() -> None:
+    """Allocation with a literal device="cuda" (schedules, optimizers, clipping) goes to the CPU."""
+
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            return factory(*args, **kwargs)
+
+        return allocate
+
+    for name in FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+def answer_for_cuda_runtime() -> None:
+    """The few CUDA runtime calls on the training path: the current device, waiting for it, moving there, its generator."""
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def name_tensor_types_as_on_cuda() -> None:
+    """The optimizers sort parameters by `param.type() == "torch.cuda.FloatTensor"`."""
+    cpu_type = torch.Tensor.type
+
+    def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return cpu_type(self, *args, **kwargs)
+        return "torch.cuda." + cpu_type(self).removeprefix("torch.")
+
+    torch.Tensor.type = type_as_on_cuda  # type: ignore[assignment,method-assign]
+
+
+def use_cpu_rng_state() -> None:
+    """The RNG tracker (weight initialisation, dropout, recomputation) forks the CUDA generator: fork torch's instead."""
+    import megatron.core.tensor_parallel.random as random
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
+
+
+def save_without_queue_server() -> None:
+    """The checkpoint writer starts a manager process per rank, which imports torch, only to hand back its results.
+
+    A synchronous save hands them back within the process, so a plain queue does (measured in docs/platforms.md).
+    """
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()

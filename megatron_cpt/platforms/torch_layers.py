@@ -1,0 +1,67 @@
+"""Transformer layers from plain torch operations: on CPU, and on a GPU without Transformer Engine.
+
+Only the core attention and the norm differ from megatron-core's local spec; the parameter names in a checkpoint are the
+same as with Transformer Engine's layers, so one checkpoint serves both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class TorchRMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, told about sequence parallelism (megatron-core's own wrapper refuses it).
+
+    Under sequence parallelism each tensor-parallel rank norms its part of the sequence, so the weight's gradient has to
+    be summed over them; megatron-core does that for parameters that carry the mark `sequence_parallel`.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class SdpaCoreAttention(torch.nn.Module):
+    """Causal core attention on torch's scaled_dot_product_attention (grouped queries, no dropout).
+
+    megatron-core's unfused DotProductAttention builds the whole score matrix and wants an explicit mask.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        if config.attention_dropout:
+            raise ValueError(f"attention_dropout is {config.attention_dropout}; this attention supports 0.0 only")
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """query [s, b, heads, dim], key and value [s, b, groups, dim] -> [s, b, heads * dim]; the mask is causal."""
+        if attention_mask is not None:
+            raise ValueError("attention_mask must be None: causal attention over the whole sample is implied")
+        seq_length, batch, heads, head_dim = query.shape
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # -> [b, heads, s, dim]
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[1] != heads
+        )
+        return output.permute(2, 0, 1, 3).reshape(seq_length, batch, heads * head_dim)
+
+
+def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage: megatron-core's parallel linears with torch's attention and norm."""
+    layer = get_gpt_layer_local_spec(normalization=config.normalization)
+    layer.submodules.input_layernorm = TorchRMSNorm
+    layer.submodules.pre_mlp_layernorm = TorchRMSNorm
+    layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TorchRMSNorm)

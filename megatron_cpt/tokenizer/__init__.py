@@ -1,0 +1,41 @@
+"""One small Tokenizer interface over Hugging Face, tiktoken (Llama-3) and SentencePiece files. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.tokenizer.base import Tokenizer
+
+__all__ = ["Tokenizer", "load_tokenizer"]
+
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+
+
+def load_tokenizer(path: str, eos_token: str | None = None) -> Tokenizer:
+    """The tokenizer at `path`: a folder with tokenizer.json (or tokenizer.model), or one such file of any name.
+
+    Whether a file is a tokenizer.json, tiktoken ranks or a SentencePiece model is told from its content. `eos_token`
+    overrides the token that ends a document. InputError: nothing there, unknown format, no or unknown eos token.
+    """
+    from megatron_cpt.tokenizer.hf import HuggingFaceTokenizer
+    from megatron_cpt.tokenizer.sentencepiece_model import SentencePieceTokenizer
+    from megatron_cpt.tokenizer.tiktoken_llama3 import Llama3Tokenizer
+
+    source = Path(path).expanduser()
+    if source.is_dir() and (source / "tokenizer.json").is_file():
+        return HuggingFaceTokenizer(source, eos_token)
+    file = source / "tokenizer.model" if source.is_dir() else source
+    if not file.is_file():
+        found = "a folder without either" if source.is_dir() else "nothing there"
+        raise InputError(
+            f"tokenizer {path}: found {found}; wanted a tokenizer.json or tokenizer.model, or a folder with one"
+        )
+    with file.open("rb") as stream:
+        head = stream.read(4096)
+    if head.lstrip().startswith(b"{"):
+        return HuggingFaceTokenizer(file, eos_token)
+    if _TIKTOKEN_LINE.match(head):
+        return Llama3Tokenizer(file, eos_token)
+    return SentencePieceTokenizer(file, eos_token)

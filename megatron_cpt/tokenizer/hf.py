@@ -1,0 +1,108 @@
+"""Hugging Face `tokenizer.json`, read by the `tokenizers` library alone (transformers takes seconds to import)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.tokenizer.base import display_name, fingerprint, no_eos, piece_bytes, unknown_token
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, with eos and bos from the `tokenizer_config.json` (or `special_tokens_map.json`) beside it.
+
+    Added tokens that are not special are matched inside documents, as they are in transformers.
+    """
+
+    def __init__(self, path: Path, eos_token: str | None = None) -> None:
+        """`path`: a folder or the `tokenizer.json` in it. InputError when unreadable or no eos token is known."""
+        from tokenizers import Tokenizer
+
+        self._file = path / "tokenizer.json" if path.is_dir() else path
+        content = self._file.read_bytes()
+        try:
+            self._backend = Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{self._file}: not a tokenizer.json ({error}); wanted a tokenizers file") from None
+        # A saved file may carry the truncation and padding of its last use.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True  # i.e. encode their text as text
+
+        eos = eos_token or _configured(self._file.parent, "eos_token")
+        if eos is None:
+            raise no_eos(self._file)
+        bos = _configured(self._file.parent, "bos_token")
+        self.eos_id = self._id_of("eos_token", eos)
+        self.bos_id = None if bos is None else self._id_of("bos_token", bos)
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.name = display_name("hf", path)
+        self.fingerprint = fingerprint(content, self.eos_id)
+
+    def _id_of(self, field: str, token: str) -> int:
+        found: int | None = self._backend.token_to_id(token)
+        if found is None:
+            raise unknown_token(self._file, field, token)
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, no special tokens added."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts; uses all cores unless TOKENIZERS_PARALLELISM=false."""
+        # `fast` leaves out the character offsets, which nobody here reads.
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens spelled out."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    @cached_property
+    def _token_bytes(self) -> npt.NDArray[np.int32]:
+        vocabulary = self._backend.get_vocab(with_added_tokens=False)
+        byte_level = _mentions_byte_level(orjson.loads(self._backend.to_str()))
+        # Byte-level BPE spells each byte as one character of its own alphabet.
+        lengths = [len(token) for token in vocabulary] if byte_level else piece_bytes(vocabulary)
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        sizes[list(vocabulary.values())] = lengths
+        for token_id, token in self._backend.get_added_tokens_decoder().items():
+            sizes[token_id] = 0 if token.special else len(token.content.encode())
+        return sizes
+
+    def token_bytes(self) -> npt.NDArray[np.int32]:
+        """(vocab_size,) UTF-8 bytes per id; see `Tokenizer.token_bytes`."""
+        return self._token_bytes
+
+
+def _configured(folder: Path, field: str) -> str | None:
+    """`eos_token` or `bos_token` as the files beside tokenizer.json name it, or None."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            value = orjson.loads(file.read_bytes()).get(field)
+        except (orjson.JSONDecodeError, AttributeError):
+            raise InputError(f"{file}: not a JSON object; wanted a Hugging Face tokenizer configuration") from None
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def _mentions_byte_level(description: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json's decoder or pre-tokenizer (alone or in a sequence) is byte-level."""
+    steps = [description.get("decoder") or {}, description.get("pre_tokenizer") or {}]
+    nested = [inner for step in steps for inner in step.get("decoders", []) + step.get("pretokenizers", [])]
+    return any(step.get("type") == "ByteLevel" for step in steps + nested)

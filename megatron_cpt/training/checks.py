@@ -1,0 +1,91 @@
+"""Everything that can be known to be wrong before a process group starts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_cpt.checkpoint.layout import find_checkpoint, latest_checkpoint
+from megatron_cpt.config.run import RunConfig
+from megatron_cpt.data.mixture import Mixture, load_mixture
+from megatron_cpt.errors import InputError
+from megatron_cpt.model.llama import LlamaConfig, check_layout, read_llama_config
+from megatron_cpt.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A configuration whose files exist and fit each other.
+
+    Attributes:
+        token_bytes: int64 [vocab_size of the model], UTF-8 bytes of text each id stands for (for bits per byte)
+        start_from: checkpoint folder to load
+        resumes: whether that is a checkpoint of this very run (weights, optimizer and position) or only weights
+    """
+
+    config: RunConfig
+    llama: LlamaConfig
+    mixture: Mixture
+    data_parallel_size: int
+    token_bytes: np.ndarray
+    start_from: str
+    resumes: bool
+
+    @property
+    def hf_folder(self) -> str:
+        """HF configuration and tokenizer that travel with the weights."""
+        return os.path.join(self.start_from, "hf")
+
+
+def check_run(config: RunConfig, world_size: int) -> CheckedRun:
+    """Open everything the run names and compare it with the layout.
+
+    Raises:
+        InputError: naming the value found and the values that would do
+    """
+    resume_from = latest_checkpoint(config.checkpoint.save)
+    start_from = resume_from or find_checkpoint(config.checkpoint.load)
+    llama = read_llama_config(os.path.join(start_from, "hf"))
+    mixture = load_mixture(config.mixture)
+    check_layout(llama, config.parallel, mixture.seq_length)
+    vocab_size = mixture.manifest.tokenizer.vocab_size
+    if vocab_size > llama.vocab_size:
+        raise InputError(
+            f"{mixture.path}: the corpora have token ids below {vocab_size} "
+            f"(tokenizer {mixture.manifest.tokenizer.path}) but the model in {start_from} has {llama.vocab_size} embeddings"
+        )
+    return CheckedRun(
+        config=config,
+        llama=llama,
+        mixture=mixture,
+        data_parallel_size=check_batch(config, world_size),
+        token_bytes=read_token_bytes(os.path.join(start_from, "hf"), llama.vocab_size),
+        start_from=start_from,
+        resumes=resume_from is not None,
+    )
+
+
+def read_token_bytes(hf_folder: str, vocab_size: int) -> np.ndarray:
+    """int64 [vocab_size]: the tokenizer's table, with 0 for embeddings that no token uses."""
+    known = load_tokenizer(hf_folder).token_bytes()[:vocab_size]
+    return np.pad(known.astype(np.int64), (0, vocab_size - len(known)))
+
+
+def check_batch(config: RunConfig, world_size: int) -> int:
+    """Whether processes and batch come out even; returns the data-parallel size."""
+    parallel, training = config.parallel, config.training
+    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    if world_size % model_parallel:
+        raise InputError(
+            f"{world_size} processes cannot hold tensor_model_parallel_size {parallel.tensor_model_parallel_size} x "
+            f"pipeline_model_parallel_size {parallel.pipeline_model_parallel_size}; start a multiple of {model_parallel}"
+        )
+    data_parallel = world_size // model_parallel
+    if training.global_batch_size % (training.micro_batch_size * data_parallel):
+        raise InputError(
+            f"global_batch_size {training.global_batch_size} is not divisible by micro_batch_size "
+            f"{training.micro_batch_size} x data-parallel size {data_parallel}"
+        )
+    return data_parallel

@@ -1,0 +1,88 @@
+"""The JSON beside a corpus: round trip and every way it can be wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_cpt.data.manifest import (
+    CorpusManifest,
+    FileInfo,
+    SourceInfo,
+    TokenizerInfo,
+    read_manifest,
+    sha256_file,
+    write_manifest,
+)
+from megatron_cpt.errors import InputError
+
+MANIFEST = CorpusManifest(
+    language="zh",
+    documents=2,
+    tokens=10,
+    text_bytes=24,
+    empty_documents=1,
+    dtype="uint16",
+    eos="document",
+    bos="none",
+    tokenizer=TokenizerInfo("/t", "hf:t", 400, 0, None, "ab" * 32),
+    sources=[SourceInfo("/a.jsonl", 30, 2)],
+    files={"bin": FileInfo(20, "00" * 32), "idx": FileInfo(82, "11" * 32)},
+    versions={"megatron_cpt": "0", "python": "3"},
+)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = write_manifest(str(tmp_path / "c"), MANIFEST)
+    assert [str(file) for file in tmp_path.iterdir()] == [path]
+    assert read_manifest(str(tmp_path / "c")) == MANIFEST
+    assert next(iter(json.loads(Path(path).read_text()))) == "format_version"
+
+
+def test_sha256_file(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc" * 100_000)
+    assert sha256_file(tmp_path / "f") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_missing_and_not_json(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "c")
+    with pytest.raises(InputError, match="no such file"):
+        read_manifest(prefix)
+    for content, message in (("{", "not valid JSON"), ("[]", "format_version is None")):
+        Path(prefix + ".json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            read_manifest(prefix)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["format_version"], 2, "format_version is 2; wanted 1"),
+        (["tokens"], None, "tokens is missing"),
+        (["tokens"], "10", "tokens is '10'; wanted int"),
+        (["documents"], True, "documents is True; wanted int"),
+        (["tokenizer"], [], "tokenizer is list; wanted an object"),
+        (["tokenizer", "eos_id"], None, "tokenizer.eos_id is missing"),
+        (["sources", 0, "bytes"], 1.5, r"sources\[0\].bytes is 1.5"),
+        (["files", "idx"], None, "files.idx is missing"),
+        (["files", "bin", "sha256"], 3, "files.bin.sha256 is 3; wanted str"),
+    ],
+)
+def test_wrong_fields_are_named(tmp_path: Path, path: list[Any], value: Any, message: str) -> None:
+    file = Path(write_manifest(str(tmp_path / "c"), MANIFEST))
+    content = json.loads(file.read_text())
+    *parents, last = path
+    holder = content
+    for key in parents:
+        holder = holder[key]
+    if value is None:
+        del holder[last]
+    else:
+        holder[last] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        read_manifest(str(tmp_path / "c"))
