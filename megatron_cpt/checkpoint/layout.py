@@ -71,6 +71,24 @@ def check_complete(folder: str) -> None:
             raise InputError(f"checkpoint {folder} is not complete: {name} is missing")
 
 
+def read_checkpoint_manifest(folder: str) -> dict[str, Any]:
+    """The manifest.json of a checkpoint of this project.
+
+    Raises:
+        InputError: it is missing or lacks what a resume has to know
+    """
+    path = os.path.join(folder, "manifest.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            manifest = json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"checkpoint manifest {path} cannot be read: {error}") from error
+    for name in ("iteration", "optimizer"):
+        if name not in manifest:
+            raise InputError(f"checkpoint manifest {path} has no field {name!r}")
+    return manifest
+
+
 def write_tracker(root: str, iteration: int | None) -> None:
     """Publish a checkpoint as the newest one."""
     write_text(os.path.join(root, TRACKER), RELEASE if iteration is None else str(iteration))

@@ -78,7 +78,8 @@ def save_checkpoint(
         )
         if first:
             copy_hf_files(hf_folder, os.path.join(path, "hf"))
-            write_json(os.path.join(path, "manifest.json"), manifest | {"versions": versions()})
+            position = {"iteration": iteration or 0, "optimizer": optimizer is not None}
+            write_json(os.path.join(path, "manifest.json"), manifest | position | {"versions": versions()})
     if first:
         write_tracker(root, iteration)
     dist.barrier()

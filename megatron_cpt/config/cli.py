@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from megatron_cpt.errors import InputError
 
@@ -63,7 +63,7 @@ def is_number(word: str) -> bool:
 
 def make_parser(config_class: type, description: str) -> ArgumentParser:
     """A parser whose arguments are the fields of `config_class`."""
-    parser = ArgumentParser(description=description)
+    parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(config_class, as_group=False)
     return parser
@@ -76,15 +76,15 @@ def build(parser: ArgumentParser, config_class: type[Config], namespace: Namespa
 
 
 def exit_on_input_error(call: Callable[[], Any]) -> None:
-    """Call, print what comes back (the result's path); an input error becomes one line on stderr and exit status 2.
+    """Call, print what comes back (the result's path); a usage or input error becomes one line on stderr and exit status 2.
 
     Under torchrun every rank finds the same mistake at the same time, so only the first rank of a node reports it.
     """
     try:
         result = call()
-    except InputError as error:
+    except (InputError, ArgumentError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     if result is not None:
         print(result)
@@ -105,7 +105,7 @@ def run_subcommands(commands: dict[str, tuple[Callable[[Any], Any], type]], desc
     """`run_tool` for a tool with several commands: {name: (function, class of its configuration)}."""
 
     def call() -> Any:
-        parser = ArgumentParser(description=description)
+        parser = ArgumentParser(description=description, exit_on_error=False)
         subcommands = parser.add_subcommands(dest="command")
         parsers = {
             name: make_parser(config_class, str(config_class.__doc__).split("\n", 1)[0])

@@ -65,7 +65,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, min_lr=0, lr_warmup_iters=0, weight_decay=0, clip_grad=0)
-        require(self.lr > 0, "optimizer.lr", self.lr, "a number above 0")
+        require(0 < self.lr < float("inf"), "optimizer.lr", self.lr, "a number above 0")
+        require(0 <= self.adam_beta1 < 1, "optimizer.adam_beta1", self.adam_beta1, "a number from 0 to below 1")
+        require(0 <= self.adam_beta2 < 1, "optimizer.adam_beta2", self.adam_beta2, "a number from 0 to below 1")
+        require(self.adam_eps > 0, "optimizer.adam_eps", self.adam_eps, "a number above 0")
         if self.min_lr > self.lr:
             raise InputError(f"optimizer.min_lr {self.min_lr} is above optimizer.lr {self.lr}")
 
@@ -115,6 +118,8 @@ class CheckpointConfig:
     """Folder of this run; if it holds a complete checkpoint the run resumes from it."""
     save_interval: int = 0
     """Optimizer steps between checkpoints; 0 saves only the last."""
+    save_optim: bool = True
+    """Save the optimizer's state too; without it a checkpoint can start another run but not resume this one."""
 
     def __post_init__(self) -> None:
         require_at_least(self, save_interval=0)
@@ -148,6 +153,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, log_interval=1)
+        require(self.world_size is None or self.world_size > 0, "world_size", self.world_size, "1 or more")
         if self.optimizer.lr_warmup_iters >= self.training.train_iters:
             raise InputError(
                 f"optimizer.lr_warmup_iters {self.optimizer.lr_warmup_iters} leaves no step to decay in: "

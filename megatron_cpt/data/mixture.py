@@ -90,7 +90,7 @@ def load_mixture(path: str) -> Mixture:
     fields = _read_yaml(path)
     unknown = set(fields) - {"seq_length", "seed", "almr", "validation", *GROUPS}
     if unknown:
-        raise InputError(f"{path}: unknown field {sorted(unknown)[0]!r}")
+        raise InputError(f"{path}: unknown field {min(map(str, unknown))!r}")
     groups = {group: _corpora(path, fields, group) for group in (*GROUPS, "validation")}
     mixture = Mixture(
         path=path,
@@ -138,10 +138,6 @@ def _corpora(path: str, fields: dict[str, Any], group: str) -> tuple[Corpus, ...
     given = ["weight" in entry for entry in entries]
     if any(given) and not all(given):
         raise InputError(f"{path}: {group}[{given.index(False)}] has no weight but others in the group do; give all or none")
-    names = [corpus.name for corpus in corpora]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{path}: {group} has two corpora named {name!r}; set different names")
     return corpora
 
 
@@ -150,7 +146,7 @@ def _corpus(path: str, where: str, entry: Any) -> Corpus:
         raise InputError(f"{path}: {where} is {entry!r}; use an entry with a prefix")
     unknown = set(entry) - {"prefix", "name", "weight"}
     if unknown:
-        raise InputError(f"{path}: {where} has unknown field {sorted(unknown)[0]!r}; it may have prefix, name and weight")
+        raise InputError(f"{path}: {where} has unknown field {min(map(str, unknown))!r}; it may have prefix, name and weight")
     prefix = os.path.join(os.path.dirname(os.path.abspath(path)), entry["prefix"])
     manifest = read_manifest(prefix)
     data = IndexedCorpus(prefix)
@@ -183,6 +179,11 @@ def _check(mixture: Mixture) -> None:
                 f"{corpus.prefix}.json was made with tokenizer {other.name} ({other.path}, {other.vocab_size} tokens) but "
                 f"{mixture.corpora[0].prefix}.json with {first.name} ({first.path}, {first.vocab_size} tokens)"
             )
+    for corpora, what in ((mixture.corpora, "training corpora"), (mixture.validation, "validation sets")):
+        names = [corpus.name for corpus in corpora]  # what the ledger and the metrics know them by
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"{mixture.path}: two {what} are named {name!r}; set different names")
     training = {os.path.realpath(corpus.prefix) for corpus in mixture.corpora}
     for corpus in mixture.validation:
         if os.path.realpath(corpus.prefix) in training:

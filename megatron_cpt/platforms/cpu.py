@@ -7,9 +7,11 @@ that fails when megatron-core changes there. All are applied once, by `prepare()
 from __future__ import annotations
 
 import functools
+import importlib
 import queue
 import resource
 import sys
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,16 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-# Every torch factory that megatron-core calls with a literal device="cuda".
+# Where megatron-core allocates with a literal device="cuda", and through which factories.
+MODULES_WITH_LITERAL_CUDA = (
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "distributed.param_and_grad_buffer",
+    "optimizer.clip_grads",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "pipeline_parallel.schedules",
+)
 FACTORIES = ("tensor", "empty", "empty_like", "zeros", "ones")
 
 
@@ -53,19 +64,37 @@ class CpuPlatform:
 
 
 def redirect_factories() -> None:
-    """Allocation with a literal device="cuda" (schedules, optimizers, clipping) goes to the CPU."""
+    """Allocation with a literal device="cuda" (schedules, optimizers, clipping) goes to the CPU.
 
-    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        @functools.wraps(factory)
-        def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
-            if str(kwargs.get("device", "")).startswith("cuda"):
-                kwargs["device"] = "cpu"
-            return factory(*args, **kwargs)
+    Only the modules that do so see other factories: torch itself keeps its own, because device contexts
+    (`with torch.device("meta")`, as transformers uses) recognise them by identity.
+    """
+    for name in MODULES_WITH_LITERAL_CUDA:
+        module = importlib.import_module(f"megatron.core.{name}")
+        module.torch = TorchOnCpu("torch")  # type: ignore[attr-defined]
 
-        return allocate
 
-    for name in FACTORIES:
-        setattr(torch, name, on_cpu(getattr(torch, name)))
+class TorchOnCpu(types.ModuleType):
+    """torch, but its factories read device="cuda" as "cpu"."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        if name in FACTORIES:
+            value = on_cpu(value)
+        setattr(self, name, value)  # found directly next time
+        return value
+
+
+def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A tensor factory that reads device="cuda" as "cpu"."""
+
+    @functools.wraps(factory)
+    def allocate(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return allocate
 
 
 def answer_for_cuda_runtime() -> None:

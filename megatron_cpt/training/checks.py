@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_cpt.checkpoint.layout import find_checkpoint, latest_checkpoint
+from megatron_cpt.checkpoint.layout import find_checkpoint, latest_checkpoint, read_checkpoint_manifest
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.mixture import Mixture, load_mixture
 from megatron_cpt.errors import InputError
@@ -23,6 +23,7 @@ class CheckedRun:
         token_bytes: int64 [vocab_size of the model], UTF-8 bytes of text each id stands for (for bits per byte)
         start_from: checkpoint folder to load
         resumes: whether that is a checkpoint of this very run (weights, optimizer and position) or only weights
+        complete: there is nothing left to do
     """
 
     config: RunConfig
@@ -32,6 +33,7 @@ class CheckedRun:
     token_bytes: np.ndarray
     start_from: str
     resumes: bool
+    complete: bool
 
     @property
     def hf_folder(self) -> str:
@@ -64,7 +66,26 @@ def check_run(config: RunConfig, world_size: int) -> CheckedRun:
         token_bytes=read_token_bytes(os.path.join(start_from, "hf"), llama.vocab_size),
         start_from=start_from,
         resumes=resume_from is not None,
+        complete=resume_from is not None and is_complete(resume_from, config),
     )
+
+
+def is_complete(checkpoint: str, config: RunConfig) -> bool:
+    """Whether a run's newest checkpoint is its last one.
+
+    Raises:
+        InputError: there are steps left to do but the checkpoint cannot be resumed from
+    """
+    manifest = read_checkpoint_manifest(checkpoint)
+    if manifest["iteration"] >= config.training.train_iters:
+        return True
+    if not manifest["optimizer"]:
+        raise InputError(
+            f"{checkpoint} holds no optimizer state (checkpoint.save_optim was false), so the run in "
+            f"{config.checkpoint.save} cannot resume; start another one from it: checkpoint.load {checkpoint}, and another "
+            f"folder as checkpoint.save"
+        )
+    return False
 
 
 def read_token_bytes(hf_folder: str, vocab_size: int) -> np.ndarray:

@@ -54,14 +54,18 @@ def setup(config: RunConfig) -> str | None:
         log.say(ledger_table(make_ledger(run.mixture, samples)))
         return None
     run = check_run(config, launched_world_size())
+    first = os.environ.get("RANK", "0") == "0"
+    if run.complete:
+        RunLog(config.checkpoint.save, active=first).say(f"{run.start_from} is the last checkpoint of this run: nothing to do")
+        return config.checkpoint.save if first else None
     torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
     torch.manual_seed(config.training.seed)
     with (
         process_groups(config.parallel, config.training.seed) as ranks,
-        RunLog(config.checkpoint.save, active=ranks.rank == 0) as log,
+        RunLog(config.checkpoint.save, active=first) as log,
     ):
         main(RunContext(run, ranks, log))
-    return config.checkpoint.save if ranks.rank == 0 else None
+    return config.checkpoint.save if first else None
 
 
 def main(context: RunContext) -> None:
@@ -170,7 +174,12 @@ def finish_step(
     if last or due(iteration, config.checkpoint.save_interval):
         start = time.perf_counter()
         folder = save_checkpoint(
-            config.checkpoint.save, unwrap(model), context.run.hf_folder, describe(context), optimizer, progress
+            config.checkpoint.save,
+            unwrap(model),
+            context.run.hf_folder,
+            describe(context),
+            optimizer if config.checkpoint.save_optim else None,
+            progress,
         )
         context.log.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
 
