@@ -146,7 +146,9 @@ def _corpus(path: str, where: str, entry: Any) -> Corpus:
         raise InputError(f"{path}: {where} is {entry!r}; use an entry with a prefix")
     unknown = set(entry) - {"prefix", "name", "weight"}
     if unknown:
-        raise InputError(f"{path}: {where} has unknown field {min(map(str, unknown))!r}; it may have prefix, name and weight")
+        raise InputError(
+            f"{path}: {where} has unknown field {min(map(str, unknown))!r}; it may have prefix, name and weight"
+        )
     prefix = os.path.join(os.path.dirname(os.path.abspath(path)), entry["prefix"])
     manifest = read_manifest(prefix)
     data = IndexedCorpus(prefix)

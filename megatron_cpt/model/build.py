@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.config.run import ParallelConfig
@@ -70,4 +76,18 @@ def build_model(
             high_freq_factor=scaling.high_freq_factor,
             original_max_position_embeddings=scaling.original_max_position_embeddings,
         )
+    mark_tensor_parallel(model)
     return model.to(ranks.device)
+
+
+def mark_tensor_parallel(model: GPTModel) -> None:
+    """Mark the weights that tensor parallelism splits.
+
+    megatron-core marks them while it initialises them, which we skip; without the marks every rank but the first would
+    take them for copies and leave them out of the gradient norm.
+    """
+    split_dim = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in split_dim and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=split_dim[type(module)], stride=1)

@@ -30,6 +30,7 @@ MODULES_WITH_LITERAL_CUDA = (
     "optimizer.grad_scaler",
     "optimizer.optimizer",
     "pipeline_parallel.schedules",
+    "utils",
 )
 FACTORIES = ("tensor", "empty", "empty_like", "zeros", "ones")
 

@@ -56,7 +56,9 @@ def setup(config: RunConfig) -> str | None:
     run = check_run(config, launched_world_size())
     first = os.environ.get("RANK", "0") == "0"
     if run.complete:
-        RunLog(config.checkpoint.save, active=first).say(f"{run.start_from} is the last checkpoint of this run: nothing to do")
+        RunLog(config.checkpoint.save, active=first).say(
+            f"{run.start_from} is the last checkpoint of this run: nothing to do"
+        )
         return config.checkpoint.save if first else None
     torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
     torch.manual_seed(config.training.seed)

@@ -46,8 +46,13 @@ def tally(places: list[tuple[int, int]], corpora: int) -> list[int]:
     return [counts[corpus] for corpus in range(corpora)]
 
 
-def test_mix64_has_known_values_and_is_injective() -> None:
-    """Pinned: another order would silently be another run."""
+# As first released; computed by this code, not by another.
+PINNED_SMALL = [2, 3, 0, 5, 7, 1, 6, 8, 9, 4]
+PINNED_LARGE = [9500, 6731, 4197, 6954, 6328, 5507]
+PINNED_ORDER = [(1, 0, 6), (0, 0, 3408), (0, 0, 3278), (0, 0, 173), (1, 0, 4), (1, 0, 3), (0, 0, 1605), (0, 0, 1955)]
+
+
+def test_mix64_is_injective() -> None:
     assert mix64(0) == 0
     assert len({mix64(x) for x in range(10_000)}) == 10_000
     assert all(0 <= mix64(x) < 1 << 64 for x in ((1 << 64) - 1, 1 << 63, 12345))
@@ -61,11 +66,6 @@ def test_order_is_pinned() -> None:
     assert [KeyedPermutation(10_000, 1)(i) for i in range(6)] == PINNED_LARGE
     order = SampleOrder(make_tree(Fraction(1, 3), 1, [Fraction(1), Fraction(1)]), [5000, 7], seed=1234, block_size=4)
     assert [order.locate(n) for n in range(8)] == PINNED_ORDER
-
-
-PINNED_SMALL: list[int] = []
-PINNED_LARGE: list[int] = []
-PINNED_ORDER: list[tuple[int, int, int]] = []
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,8 +93,8 @@ def test_permutation_of_a_huge_range(key: int, start: int) -> None:
 
 @pytest.mark.parametrize("n", [50, 4096, 4097, 20_000])
 def test_other_keys_are_other_orders(n: int) -> None:
-    orders = {tuple(KeyedPermutation(n, key)(i) for i in range(50)) for key in range(200)}
-    assert len(orders) == 200
+    permutations = [KeyedPermutation(n, key) for key in range(100)]
+    assert len({tuple(map(permutation, range(50))) for permutation in permutations}) == 100
 
 
 @pytest.mark.parametrize("n", [2000, 5000])
@@ -128,13 +128,13 @@ def test_counts_are_the_tally_of_locate(mixture: tuple[Fraction, int, list[Fract
 @given(mixture=mixtures(), n=st.one_of(st.integers(0, 5000), st.integers(0, 10**15)))
 def test_every_prefix_has_the_asked_shares(mixture: tuple[Fraction, int, list[Fraction]], n: int) -> None:
     almr, general, _ = mixture
-    tree = make_tree(*mixture)
+    tree, wanted = make_tree(*mixture), shares(*mixture)
     for prefix in {*range(min(n, 100)), n // 7, n // 2, n}:
         counts = tree.counts(prefix)
         assert sum(counts) == prefix
         rounding = prefix * Fraction(len(counts), 1 << 64)  # shares are rounded to 64 bits, at every node
         assert abs(sum(counts[general:]) - prefix * almr) <= Fraction(1, 2) + rounding
-        for count, share in zip(counts, shares(*mixture), strict=True):
+        for count, share in zip(counts, wanted, strict=True):
             # In a Huffman tree two steps down at least halve the weight, so errors of 1/2 at each node add up to 2.
             assert abs(count - prefix * share) <= 2 + rounding
 
@@ -144,9 +144,9 @@ def test_hundreds_of_skewed_corpora() -> None:
     weights = [Fraction(1, rank) for rank in range(1, 301)]
     mixture = (Fraction(27, 100), 100, weights)
     tree = make_tree(*mixture)
-    for n in range(0, 200_000, 977):
-        for count, share in zip(tree.counts(n), shares(*mixture), strict=True):
-            assert abs(count - n * share) <= Fraction(5, 2)
+    wanted = shares(*mixture)
+    for n in (*range(0, 2000, 37), *range(10**6, 10**6 + 2000, 97)):
+        assert all(abs(count - n * share) <= 2.001 for count, share in zip(tree.counts(n), wanted, strict=True))
 
 
 @pytest.mark.parametrize(("almr", "silent"), [(Fraction(0), [2, 3]), (Fraction(1), [0, 1])])

@@ -1,0 +1,294 @@
+"""The command-line contract: what may be typed, what comes back, and how mistakes are reported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_cpt.config.cli import normalise, run_subcommands, run_tool
+from megatron_cpt.config.run import RunConfig
+from megatron_cpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Part of a configuration."""
+
+    lr: float = 1e-5
+    """Learning rate."""
+    steps: int | None = None
+    """Steps."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise InputError(f"inner.lr is {self.lr}; use a number above 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tool's configuration."""
+
+    output_prefix: str
+    """Where to write."""
+    input: list[str] | str = "default"
+    """What to read."""
+    overwrite: bool = False
+    """Replace what is there."""
+    inner: Inner = field(default_factory=Inner)
+
+
+def run(argv: Sequence[str]) -> Config:
+    """The configuration that a tool's main function gets."""
+    received: list[Config] = []
+    run_tool(received.append, Config, "A tool.", argv)
+    (config,) = received
+    return config
+
+
+def fail(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr of a tool that must refuse its command line."""
+    with pytest.raises(SystemExit) as stopped:
+        run(argv)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ([], []),
+        (["--output-prefix", "p"], ["--output_prefix=p"]),
+        (["--output_prefix", "p"], ["--output_prefix=p"]),
+        (["--output-prefix=a-b"], ["--output_prefix=a-b"]),
+        (["--a-b.c-d", "x-y"], ["--a_b.c_d=x-y"]),
+        (["--input", "a", "b"], ['--input=["a", "b"]']),
+        (["--input", "a b", 'c"d'], ['--input=["a b", "c\\"d"]']),
+        (["--overwrite"], ["--overwrite=true"]),
+        (["--overwrite", "--x", "1"], ["--overwrite=true", "--x=1"]),
+        (["--overwrite", "false"], ["--overwrite=false"]),
+        (["--lr", "-1e-5"], ["--lr=-1e-5"]),
+        (["--lr", "-inf", "--x", "-3"], ["--lr=-inf", "--x=-3"]),
+        (["--range", "-1", "-.5"], ['--range=["-1", "-.5"]']),
+        (["--x=1=2"], ["--x=1=2"]),
+        (["--x", "a=b"], ["--x=a=b"]),
+        (["--x="], ["--x="]),
+        (["--x", ""], ["--x="]),
+        (["--input=a", "--y", "b"], ["--input=a", "--y=b"]),
+        (["--help"], ["--help"]),
+        (["-h"], ["-h"]),
+        (["--x", "-h"], ["--x=true", "-h"]),
+        (["--print-config"], ["--print_config"]),
+        (["--print_config", "--x", "1"], ["--print_config", "--x=1"]),
+        (["--print_config=skip_default"], ["--print_config=skip_default"]),
+        (["hf-to-megatron", "--hf", "a-b"], ["hf-to-megatron", "--hf=a-b"]),
+    ],
+)
+def test_normalise(typed: list[str], wanted: list[str]) -> None:
+    assert normalise(typed) == wanted
+
+
+WORDS = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda word: not word.startswith("-"))
+
+
+@given(values=st.lists(st.lists(st.one_of(WORDS, st.floats(allow_nan=False).map(str)), max_size=4), max_size=4))
+def test_values_survive(values: list[list[str]]) -> None:
+    argv = [word for i, words in enumerate(values) for word in (f"--option-{i}", *words)]
+    parsed = dict(word.split("=", 1) for word in normalise(argv))
+    assert list(parsed) == [f"--option_{i}" for i in range(len(values))]
+    for words, found in zip(values, parsed.values(), strict=True):
+        if len(words) > 1:
+            assert yaml.safe_load(found) == words or found.startswith('["')
+        else:
+            assert found == (words[0] if words else "true")
+
+
+def test_defaults() -> None:
+    assert run(["--output_prefix", "p"]) == Config("p")
+
+
+def test_types_of_values() -> None:
+    argv = ["--output-prefix", "5", "--input", "a", "b", "--overwrite", "--inner.lr", "1e-3", "--inner.steps", "7"]
+    assert run(argv) == Config("5", ["a", "b"], True, Inner(1e-3, 7))
+    assert run(["--output-prefix", "p", "--input", "one", "--inner.steps", "null"]) == Config("p", "one")
+
+
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("output_prefix: from_file\ninput: [x, y]\ninner:\n  lr: 1e-4\n  steps: 3\n")
+    assert run(["--config", str(file)]) == Config("from_file", ["x", "y"], False, Inner(1e-4, 3))
+    changed = run(["--config", str(file), "--inner.lr", "2e-4", "--overwrite"])
+    assert changed == Config("from_file", ["x", "y"], True, Inner(2e-4, 3))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--output_prefix", "p", "--nonsense", "3"], ["--nonsense=3"]),
+        (["--output_prefix", "p", "--inner.learning-rate", "3"], ["learning_rate"]),
+        ([], ["required", "output_prefix"]),
+        (["--output_prefix", "p", "--inner.lr", "fast"], ["inner.lr", "fast"]),
+        (["--output_prefix", "p", "--inner.steps", "1.5"], ["inner.steps", "1.5"]),
+        (["--output_prefix", "p", "--overwrite", "maybe"], ["overwrite", "maybe"]),
+        (["--config", "/not/there.yaml"], ["config", "/not/there.yaml"]),
+        (["stray", "--output_prefix", "p"], ["stray"]),
+        (["--output_prefix", "p", "--inner.lr", "-1"], ["inner.lr is -1.0; use a number above 0"]),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_status_2(
+    argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fail(argv, capsys)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [("output_prefix: p\nnonsense: 3\n", "nonsense"), ("a: b: c\n", "config"), ("output_prefix: p\ninner: {lr: x}\n", "lr")],
+)
+def test_mistakes_in_the_file(tmp_path: Path, content: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(content)
+    assert word in fail(["--config", str(file)], capsys)
+
+
+def refuse(config: Config) -> None:
+    raise InputError(f"{config.output_prefix} is\nnot good")
+
+
+def test_an_input_error_of_the_tool(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_tool(refuse, Config, "A tool.", ["--output_prefix", "p"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", "error: p is not good\n")
+
+
+@pytest.mark.parametrize("argv", [["--output_prefix", "p"], ["--nonsense"]])
+def test_only_the_first_rank_of_a_node_speaks(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            run_tool(refuse, Config, "A tool.", argv)
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("\n") == lines
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    """A ValueError that is not an InputError is our mistake, not the user's."""
+    with pytest.raises(ValueError, match="bug"):
+        run_tool(lambda config: (_ for _ in ()).throw(ValueError("bug")), Config, "A tool.", ["--output_prefix", "p"])
+
+
+def test_the_result_is_printed_last(capsys: pytest.CaptureFixture[str]) -> None:
+    run_tool(lambda config: config.output_prefix + ".json", Config, "A tool.", ["--output_prefix", "p"])
+    assert capsys.readouterr().out == "p.json\n"
+    run_tool(lambda config: None, Config, "A tool.", ["--output_prefix", "p"])
+    assert capsys.readouterr().out == ""
+
+
+def printed_config(config_class: type, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        run_tool(lambda config: pytest.fail("ran"), config_class, "A tool.", [*argv, "--print_config"])
+    assert stopped.value.code in (0, None)
+    return capsys.readouterr().out
+
+
+def test_print_config_feeds_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--output-prefix", "p", "--input", "a", "b", "--inner.lr", "3e-7", "--overwrite"]
+    file = tmp_path / "printed.yaml"
+    file.write_text(printed_config(Config, argv, capsys))
+    assert run(["--config", str(file)]) == run(argv) == Config("p", ["a", "b"], True, Inner(3e-7))
+
+
+def test_print_config_of_a_training_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--mixture", "m.yaml", "--checkpoint.load", "a", "--checkpoint.save", "b", "--training.train_iters", "9"]
+    argv += ["--parallel.tensor-model-parallel-size", "2", "--parallel.sequence_parallel", "--optimizer.lr", "1e-5"]
+    file = tmp_path / "printed.yaml"
+    file.write_text(printed_config(RunConfig, argv, capsys))
+    received: list[RunConfig] = []
+    for arguments in (argv, ["--config", str(file)]):
+        run_tool(received.append, RunConfig, "A tool.", arguments)
+    assert received[0] == received[1]
+    assert received[0].parallel.sequence_parallel
+    assert received[0].to_dict() == {"config": None} | yaml.safe_load(file.read_text()) or (
+        received[0].to_dict() == yaml.safe_load(file.read_text())
+    )
+
+
+def test_help_has_the_texts_under_the_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    for text in ("A tool.", "--output_prefix", "Where to write.", "--inner.lr", "Learning rate."):
+        assert text in out
+
+
+@dataclass(frozen=True)
+class Add:
+    """Add something.
+
+    More about it.
+    """
+
+    amount: int
+    """How much."""
+
+    def __post_init__(self) -> None:
+        if self.amount < 0:
+            raise InputError(f"amount is {self.amount}; use 0 or more")
+
+
+def subcommand(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool.py", *argv])
+    run_subcommands({"add-up": (lambda config: config.amount * 2, Add), "other": (lambda config: None, Config)}, "A tool.")
+
+
+def test_subcommands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    subcommand(["add-up", "--amount", "21"], monkeypatch)
+    assert capsys.readouterr().out == "42\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], ["add-up", "other"]),
+        (["add"], ["add", "add-up", "other"]),
+        (["add-up"], ["required", "amount"]),
+        (["add-up", "--amount", "much"], ["amount", "much"]),
+        (["add-up", "--amount", "-1"], ["amount is -1; use 0 or more"]),
+        (["add-up", "--amount", "1", "--nonsense", "2"], ["--nonsense=2"]),
+    ],
+)
+def test_mistakes_with_subcommands(
+    argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        subcommand(argv, monkeypatch)
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert all(word in captured.err for word in words), captured.err
+
+
+def test_a_tool_in_its_own_process() -> None:
+    """`argv` is sys.argv by default, and the shell sees the exit status."""
+    tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+    result = subprocess.run([sys.executable, str(tool), "--nonsense", "1"], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1

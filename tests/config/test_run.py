@@ -1,0 +1,105 @@
+"""What a run configuration refuses on its own, before any file is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from megatron_cpt.config.run import (
+    CheckpointConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from megatron_cpt.errors import InputError
+
+REQUIRED: dict[type, dict[str, Any]] = {
+    TrainingConfig: {"train_iters": 10},
+    CheckpointConfig: {"load": "a", "save": "b"},
+    RunConfig: {"mixture": "m.yaml", "checkpoint": CheckpointConfig("a", "b"), "training": TrainingConfig(10)},
+}
+NAN, INF = float("nan"), float("inf")
+
+
+def make(config_class: type, **settings: Any) -> Any:
+    return config_class(**REQUIRED.get(config_class, {}) | settings)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "field", "bad", "good"),
+    [
+        (ParallelConfig, "tensor_model_parallel_size", [0, -2], [1, 8]),
+        (ParallelConfig, "pipeline_model_parallel_size", [0, -1], [1, 4]),
+        (OptimizerConfig, "lr", [0.0, -1e-5, NAN, INF], [1e-12, 1.0]),
+        (OptimizerConfig, "min_lr", [-1e-9, NAN], [0.0, 1e-5]),
+        (OptimizerConfig, "lr_warmup_iters", [-1], [0, 1000]),
+        (OptimizerConfig, "weight_decay", [-0.1, NAN], [0.0, 0.1]),
+        (OptimizerConfig, "adam_beta1", [-0.1, 1.0, 1.5, NAN], [0.0, 0.9]),
+        (OptimizerConfig, "adam_beta2", [-0.1, 1.0, 1.5, NAN], [0.0, 0.999]),
+        (OptimizerConfig, "adam_eps", [0.0, -1e-8, NAN], [1e-8]),
+        (OptimizerConfig, "clip_grad", [-1.0, NAN], [0.0, 1.0]),
+        (TrainingConfig, "train_iters", [0, -5], [1, 10**6]),
+        (TrainingConfig, "micro_batch_size", [0, -1], [1, 16]),
+        (TrainingConfig, "global_batch_size", [0, -1], [1, 1024]),
+        (ValidationConfig, "eval_interval", [-1], [0, 100]),
+        (ValidationConfig, "eval_samples", [0, -1], [None, 1]),
+        (CheckpointConfig, "save_interval", [-1], [0, 100]),
+        (RunConfig, "log_interval", [0, -1], [1, 10]),
+        (RunConfig, "world_size", [0, -8], [None, 1, 64]),
+    ],
+)
+def test_bounds_of_single_fields(config_class: type, field: str, bad: list[Any], good: list[Any]) -> None:
+    for value in bad:
+        with pytest.raises(InputError) as caught:
+            make(config_class, **{field: value})
+        message = str(caught.value)
+        assert f"{field} is {value}; use " in message
+        assert "\n" not in message
+    for value in good:
+        assert getattr(make(config_class, **{field: value}), field) == value
+
+
+def test_min_lr_above_lr() -> None:
+    with pytest.raises(InputError, match=r"optimizer\.min_lr 0\.002 is above optimizer\.lr 0\.001"):
+        OptimizerConfig(lr=1e-3, min_lr=2e-3)
+    assert OptimizerConfig(lr=1e-3, min_lr=1e-3).min_lr == 1e-3
+
+
+def test_sequence_parallel_needs_tensor_parallel() -> None:
+    with pytest.raises(InputError, match="sequence_parallel is true with tensor_model_parallel_size 1; it needs 2 or more"):
+        ParallelConfig(sequence_parallel=True)
+    assert ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True).sequence_parallel
+
+
+@pytest.mark.parametrize("warmup", [10, 11])
+def test_warm_up_leaves_a_step_to_decay_in(warmup: int) -> None:
+    wanted = rf"optimizer\.lr_warmup_iters {warmup} leaves no step to decay in: training\.train_iters is 10"
+    with pytest.raises(InputError, match=wanted):
+        make(RunConfig, optimizer=OptimizerConfig(lr_warmup_iters=warmup))
+    assert make(RunConfig, optimizer=OptimizerConfig(lr_warmup_iters=9)).optimizer.lr_warmup_iters == 9
+
+
+def test_configurations_are_frozen() -> None:
+    for config_class in (ParallelConfig, OptimizerConfig, TrainingConfig, ValidationConfig, CheckpointConfig, RunConfig):
+        config = make(config_class)
+        name = dataclasses.fields(config)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, name, None)
+
+
+def test_to_dict_is_plain_and_complete() -> None:
+    config = make(RunConfig, parallel=ParallelConfig(2, 3, True))
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert plain == config.to_dict()
+    assert plain["parallel"] == {
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 3,
+        "sequence_parallel": True,
+    }
+    assert set(plain) == {field.name for field in dataclasses.fields(RunConfig)}
+    assert set(plain["optimizer"]) == {field.name for field in dataclasses.fields(OptimizerConfig)}

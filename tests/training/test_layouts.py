@@ -1,0 +1,210 @@
+"""The same run under every parallel layout, and resumed in the same and in another one. Real tools, gloo, torchrun."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import VARIANTS, make_tiny_llama, read_rows, run_tool, write_yaml
+
+from megatron_cpt.checkpoint.convert import HfToMegatron, Verify, hf_to_megatron, verify
+from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
+
+STEPS = 5
+SAVE_INTERVAL = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """tensor x pipeline x data parallel sizes."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sp: bool = False
+
+    @property
+    def processes(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        return f"TP{self.tp}{'+SP' if self.sp else ''}xPP{self.pp}xDP{self.dp}"
+
+
+class Runs:
+    """Starts training runs of one tiny model in a folder; each layout trains once."""
+
+    def __init__(self, folder: Path, tokenizer_dir: str, **model: Any) -> None:
+        self.folder = folder
+        hf = make_tiny_llama(folder / "hf", tokenizer_dir, **model)
+        hf_to_megatron(HfToMegatron(hf, str(folder / "megatron")))
+        for language, text in (
+            ("en", "The quick brown fox jumps over the lazy dog. "),
+            ("zh", "今天天气很好，我们去公园散步。"),
+        ):
+            for part, documents in (("train", 40), ("valid", 7)):
+                source = folder / f"{language}_{part}.jsonl"
+                source.write_text(
+                    "".join(
+                        json.dumps({"text": f"{part} {i}: " + text * (i % 5 + 3)}, ensure_ascii=False) + "\n"
+                        for i in range(documents)
+                    ),
+                    encoding="utf-8",
+                )
+                preprocess(
+                    PreprocessConfig(
+                        input=[str(source)],
+                        tokenizer=tokenizer_dir,
+                        output_prefix=str(folder / f"{language}_{part}"),
+                        language=language,
+                        workers=1,
+                    )
+                )
+        mixture = {
+            "seq_length": 64,
+            "seed": 7,
+            "almr": 0.33,
+            "general": [{"prefix": "en_train"}],
+            "additional": [{"prefix": "zh_train"}],
+            "validation": [{"prefix": "en_valid", "name": "en"}, {"prefix": "zh_valid", "name": "zh"}],
+        }
+        self.mixture = write_yaml(folder / "mixture.yaml", mixture)
+
+    def train(self, name: str, layout: Layout, *extra: str) -> Path:
+        """Run (or resume) the training named `name` to its end; returns its folder."""
+        save = self.folder / name
+        config = {
+            "mixture": self.mixture,
+            "checkpoint": {"load": str(self.folder / "megatron"), "save": str(save), "save_interval": SAVE_INTERVAL},
+            "training": {"train_iters": STEPS, "micro_batch_size": 2, "global_batch_size": 8},
+            "parallel": {
+                "tensor_model_parallel_size": layout.tp,
+                "pipeline_model_parallel_size": layout.pp,
+                "sequence_parallel": layout.sp,
+            },
+            "optimizer": {"lr": 3e-3, "min_lr": 1e-4, "lr_warmup_iters": 2},
+        }
+        path = write_yaml(self.folder / f"{name}.yaml", config)
+        run_tool("pretrain_cpt.py", "--config", path, *extra, processes=layout.processes)
+        return save
+
+    def interrupted(self, finished: Path, name: str) -> Path:
+        """A run folder as it was when `finished` had saved its first checkpoint and one step more was lost."""
+        save = self.folder / name
+        save.mkdir()
+        shutil.copytree(finished / f"iter_{SAVE_INTERVAL:07d}", save / f"iter_{SAVE_INTERVAL:07d}")
+        (save / "latest_checkpointed_iteration.txt").write_text(str(SAVE_INTERVAL))
+        rows = [row for row in read_rows(finished) if row["iteration"] <= SAVE_INTERVAL + 1]
+        (save / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return save
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str) -> Runs:
+    return Runs(tmp_path_factory.mktemp("layouts"), tiny_tokenizer_dir, **VARIANTS["tied"])
+
+
+@pytest.fixture(scope="module")
+def single(runs: Runs) -> Path:
+    return runs.train("single", Layout())
+
+
+@pytest.fixture(scope="module")
+def tp2dp2(runs: Runs) -> Path:
+    return runs.train("tp2dp2", Layout(tp=2, dp=2, sp=True))
+
+
+def steps(folder: Path) -> dict[int, tuple[float, float]]:
+    """iteration -> (loss, gradient norm)."""
+    return {row["iteration"]: (row["loss"], row["grad_norm"]) for row in read_rows(folder) if "loss" in row}
+
+
+def validations(folder: Path) -> dict[int, dict[str, dict[str, float]]]:
+    return {row["iteration"]: row["validation"] for row in read_rows(folder) if "validation" in row}
+
+
+def assert_equal_within(found: Path, expected: Path, relative: float, first: int = 1) -> None:
+    a, b = steps(found), steps(expected)
+    assert sorted(a) == sorted(b) == list(range(1, STEPS + 1))
+    for iteration in range(first, STEPS + 1):
+        assert a[iteration] == pytest.approx(b[iteration], rel=relative, abs=0), iteration
+
+
+def test_the_single_run_learns(single: Path) -> None:
+    losses = [loss for loss, _ in steps(single).values()]
+    assert losses[-1] < losses[0] - 0.1  # otherwise equal losses would show little
+    before, after = validations(single)[0], validations(single)[STEPS]
+    for language in ("en", "zh"):
+        assert after[language]["bits_per_byte"] < before[language]["bits_per_byte"]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(dp=2), Layout(tp=2, pp=2, dp=2)],
+    ids=str,
+)
+def test_every_layout_trains_alike(runs: Runs, single: Path, layout: Layout) -> None:
+    folder = runs.train(f"layout-{layout}", layout)
+    assert_equal_within(folder, single, relative=1e-5)
+    for iteration, expected in validations(single).items():
+        for name, result in validations(folder)[iteration].items():
+            assert result["loss"] == pytest.approx(expected[name]["loss"], rel=1e-5)
+            assert result["text_bytes"] == expected[name]["text_bytes"]
+            assert result["tokens"] == expected[name]["tokens"]
+
+
+def test_tp2_dp2_trains_alike(single: Path, tp2dp2: Path) -> None:
+    assert_equal_within(tp2dp2, single, relative=1e-5)
+
+
+def test_resume_in_the_same_layout_is_bit_equal(runs: Runs, tp2dp2: Path) -> None:
+    save = runs.interrupted(tp2dp2, "resume-same")
+    runs.train("resume-same", Layout(tp=2, dp=2, sp=True))
+    assert steps(save) == steps(tp2dp2)
+    assert "tensors equal" in verify(Verify(str(save), str(tp2dp2)))
+
+
+@pytest.mark.parametrize("layout", [Layout(pp=2, dp=2), Layout()], ids=str)
+def test_resume_in_another_layout(runs: Runs, tp2dp2: Path, layout: Layout) -> None:
+    save = runs.interrupted(tp2dp2, f"resume-{layout}")
+    runs.train(f"resume-{layout}", layout)
+    assert_equal_within(save, tp2dp2, relative=1e-5, first=SAVE_INTERVAL + 1)
+
+
+def test_untied_model_under_tp2_pp2(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    runs = Runs(tmp_path, tiny_tokenizer_dir, **VARIANTS["llama3_rope"])
+    single = runs.train("single", Layout())
+    assert_equal_within(runs.train("parallel", Layout(tp=2, pp=2)), single, relative=1e-5)
+
+
+def test_bf16_trains_close_to_fp32(runs: Runs, single: Path) -> None:
+    folder = runs.train("bf16", Layout(tp=2), "--training.params_dtype", "bf16")
+    for iteration, (loss, _) in steps(folder).items():
+        assert loss == pytest.approx(steps(single)[iteration][0], rel=1e-2)
+    final = json.loads((folder / f"iter_{STEPS:07d}" / "manifest.json").read_text())
+    assert final["config"]["training"]["params_dtype"] == "bf16"
+
+
+def test_a_finished_run_says_so_and_one_without_optimizer_cannot_resume(runs: Runs) -> None:
+    folder = runs.train("no-optim", Layout(), "--checkpoint.save_optim", "false")
+    config = str(runs.folder / "no-optim.yaml")
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert "nothing to do" in run_tool("pretrain_cpt.py", "--config", config).stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    result = run_tool("pretrain_cpt.py", "--config", config, "--training.train_iters", "9", check=False)
+    assert result.returncode == 2
+    assert "holds no optimizer state (checkpoint.save_optim was false)" in result.stderr
+
+
+def test_ledger_and_realised_almr_are_recorded(single: Path) -> None:
+    ledger = json.loads((single / "ledger.json").read_text())
+    assert ledger["samples"] == STEPS * 8
+    assert {row["corpus"]: row["samples"] for row in ledger["rows"]} == {"en_train": 27, "zh_train": 13}
+    assert ledger["almr_realised"] == pytest.approx(13 / 40)
+    for row in read_rows(single):
+        if "loss" in row:
+            assert abs(row["almr_realised"] * row["consumed_samples"] - 0.33 * row["consumed_samples"]) <= 0.5
