@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the text unde
 
 # Options that take no value.
 SWITCHES = ("--help", "--print_config", "--print_config=comments")
+SECONDS_FOR_FIRST_RANK = 20.0  # processes of one node may differ by some seconds in their imports
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
@@ -78,13 +80,15 @@ def build(parser: ArgumentParser, config_class: type[Config], namespace: Namespa
 def exit_on_input_error(call: Callable[[], Any]) -> None:
     """Call, print what comes back (the result's path); a usage or input error becomes one line on stderr and exit status 2.
 
-    Under torchrun every rank finds the same mistake at the same time, so only the first rank of a node reports it.
+    Under torchrun every rank finds the same mistake at about the same time, and all are ended as soon as one exits. So the
+    first rank of a node reports it, and the others wait to be ended; one that is not has found something of its own.
     """
     try:
         result = call()
     except (InputError, ArgumentError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_FIRST_RANK)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     if result is not None:
         print(result)

@@ -33,11 +33,21 @@ class ParallelConfig:
     """Processes that share each layer."""
     pipeline_model_parallel_size: int = 1
     """Processes that share the stack of layers."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers of the first stage, when not an equal share: the last stage also has the output layer, which costs as much as
+    several layers when the vocabulary is large."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel processes."""
 
     def __post_init__(self) -> None:
         require_at_least(self, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+        first = self.num_layers_in_first_pipeline_stage
+        require(first is None or first > 0, "parallel.num_layers_in_first_pipeline_stage", first, "1 or more")
+        if first is not None and self.pipeline_model_parallel_size == 1:
+            raise InputError(
+                f"parallel.num_layers_in_first_pipeline_stage is {first} with pipeline_model_parallel_size 1; "
+                f"it needs 2 or more"
+            )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise InputError("sequence_parallel is true with tensor_model_parallel_size 1; it needs 2 or more")
 

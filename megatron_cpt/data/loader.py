@@ -55,12 +55,16 @@ class TrainingData:
     def sample(self, n: int) -> np.ndarray:
         """Tokens of the n-th sample of the run, int64 [seq_length + 1]."""
         corpus, _, i = self.order.locate(n)
+        return self._read(corpus, i)
+
+    def _read(self, corpus: int, i: int) -> np.ndarray:
         return self.corpora[corpus].data.sample(i * self.seq_length, self.seq_length + 1)
 
     def microbatches(self, consumed_samples: int, shape: BatchShape) -> Iterator[Batch]:
         """This rank's micro-batches of the global batch that starts at `consumed_samples`."""
+        corpora, _, samples = self.order.locate_many(consumed_samples, shape.global_batch_size)
         for offsets in shape.offsets():
-            tokens = np.stack([self.sample(consumed_samples + offset) for offset in offsets])
+            tokens = np.stack([self._read(int(corpora[place]), int(samples[place])) for place in offsets])
             yield Batch(tokens, np.ones(len(tokens), np.float32))
 
 

@@ -123,11 +123,24 @@ def _integer(path: str, fields: dict[str, Any], name: str, minimum: int) -> int:
     return value
 
 
+def _fraction(value: Any) -> Fraction | None:
+    """An exact number (0.1 is one tenth, not the nearest binary number), or None if it is none.
+
+    YAML reads 1e-5 as text (it wants 1.0e-5); so do we take it, as a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
 def _almr(path: str, fields: dict[str, Any]) -> Fraction:
-    value = fields.get("almr")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InputError(f"{path}: almr is {value!r}; use a number from 0 to 1 (share of the additional group)")
-    return Fraction(str(value))  # 0.1 means one tenth, not the nearest binary number
+    almr = _fraction(fields.get("almr"))
+    if almr is None or not 0 <= almr <= 1:
+        raise InputError(f"{path}: almr is {fields.get('almr')!r}; use a number from 0 to 1 (share of the additional group)")
+    return almr
 
 
 def _corpora(path: str, fields: dict[str, Any], group: str) -> tuple[Corpus, ...]:
@@ -154,11 +167,11 @@ def _corpus(path: str, where: str, entry: Any) -> Corpus:
     data = IndexedCorpus(prefix)
     if data.num_tokens != manifest.tokens:
         raise InputError(f"{prefix}.bin has {data.num_tokens} tokens but {prefix}.json says {manifest.tokens}")
-    weight = entry.get("weight", data.num_tokens)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise InputError(f"{path}: {where}.weight is {weight!r}; use a number above 0, or leave the corpus out")
+    weight = _fraction(entry.get("weight", data.num_tokens))
+    if weight is None or weight <= 0:
+        raise InputError(f"{path}: {where}.weight is {entry['weight']!r}; use a number above 0, or leave the corpus out")
     name = str(entry.get("name", os.path.basename(prefix)))
-    return Corpus(name, prefix, Fraction(str(weight)), manifest, data)
+    return Corpus(name, prefix, weight, manifest, data)
 
 
 def _check(mixture: Mixture) -> None:

@@ -90,7 +90,8 @@ def progress_bar(total_bytes: int) -> Iterator[Callable[[int], None]]:
     try:
         yield advance
     finally:
-        bar.stop()
+        if bar.live.is_started:  # stopping one that never started would print an empty line
+            bar.stop()
 
 
 @dataclass

@@ -8,6 +8,8 @@ Two parts answer for the n-th sample:
 * `SplitterTree`: which corpus. Each node splits the samples that reach it by a Bresenham rule: of the first k, the left
   child gets round(k * p / 2**64). Any prefix of the run therefore has the asked shares almost exactly.
 * `KeyedPermutation`: which sample of the corpus, another shuffle for each epoch.
+
+`SampleOrder.locate_many` answers from the compiled twin of these definitions (csrc/) where it could be built.
 """
 
 from __future__ import annotations
@@ -17,6 +19,13 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+
+import numpy as np
+
+try:
+    from megatron_cpt.data import _sampling
+except ImportError:  # installed without a C++ compiler
+    _sampling = None  # type: ignore[assignment]
 
 MASK64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the step of splitmix64's counter
@@ -163,6 +172,25 @@ class SplitterTree:
                 stack += [(node.left, left), (node.right, k - left)]
         return counts
 
+    def node_table(self) -> tuple[list[tuple[int, int, int]], int]:
+        """The tree as a flat table for the compiled twin.
+
+        Returns:
+            nodes (left_share, left, right), children before parents, and the root; a child is an index or ~corpus
+        """
+        nodes: list[tuple[int, int, int]] = []
+
+        def add(node: Leaf | Split) -> int:
+            if isinstance(node, Leaf):
+                return ~node.corpus
+            if node.left_share == 1 << 64:  # a right branch too light for 64 bits never gets a sample
+                return add(node.left)
+            nodes.append((node.left_share, add(node.left), add(node.right)))
+            return len(nodes) - 1
+
+        root = add(self.root)
+        return nodes, root
+
 
 class SampleOrder:
     """The n-th sample of a run -> (corpus, epoch, sample of the corpus).
@@ -181,6 +209,9 @@ class SampleOrder:
         self.seed = seed
         self.block_size = block_size
         self._permutation = functools.lru_cache(maxsize=4 * len(samples_per_epoch) + 4)(self._build_permutation)
+        self._native: _sampling.SampleOrder | None = None
+        if _sampling:
+            self._native = _sampling.SampleOrder(*tree.node_table(), list(samples_per_epoch), seed & MASK64, block_size)
 
     def _build_permutation(self, n: int, *key: int) -> KeyedPermutation:
         return KeyedPermutation(n, combine(self.seed, *key))
@@ -192,3 +223,13 @@ class SampleOrder:
         corpus, used = self.tree.locate(n)
         epoch, i = divmod(used, self.samples_per_epoch[corpus])
         return corpus, epoch, self._permutation(self.samples_per_epoch[corpus], 1, corpus, epoch)(i)
+
+    def locate_many(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Samples first to first + count - 1 of the run -> (int32 corpus, int64 epoch, int64 sample of the corpus)."""
+        if first < 0 or count < 0:
+            raise ValueError(f"{count} samples from {first} were asked for; use numbers from 0 on")
+        if self._native:
+            return self._native.locate(first, count)
+        places = np.array([self.locate(n) for n in range(first, first + count)], np.int64).reshape(count, 3)
+        corpus, epoch, sample = places.T.copy()
+        return corpus.astype(np.int32), epoch, sample

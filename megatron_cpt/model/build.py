@@ -39,6 +39,7 @@ def transformer_config(llama: LlamaConfig, parallel: ParallelConfig, params_dtyp
         bf16=params_dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         sequence_parallel=parallel.sequence_parallel,
         use_cpu_initialization=True,
         perform_initialization=False,  # the weights always come from a checkpoint

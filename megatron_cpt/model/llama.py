@@ -65,13 +65,16 @@ def read_llama_config(folder: str) -> LlamaConfig:
         if not isinstance(fields.get(name), int) or fields[name] < 1:
             raise InputError(f"{path}: {name} is {fields.get(name)!r}; use a whole number above 0")
     heads = fields["num_attention_heads"]
+    groups = fields.get("num_key_value_heads") or heads
+    if heads % groups:
+        raise InputError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     rope_theta, rope_scaling = _rope(path, fields)
     return LlamaConfig(
         num_hidden_layers=fields["num_hidden_layers"],
         hidden_size=fields["hidden_size"],
         intermediate_size=fields["intermediate_size"],
         num_attention_heads=heads,
-        num_key_value_heads=fields.get("num_key_value_heads") or heads,
+        num_key_value_heads=groups,
         head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
         vocab_size=fields["vocab_size"],
         max_position_embeddings=fields.get("max_position_embeddings", 2048),
@@ -121,12 +124,7 @@ def check_layout(llama: LlamaConfig, parallel: ParallelConfig, seq_length: int) 
                 f"{getattr(llama, name)} {name} are not divisible by tensor_model_parallel_size {tensor}; "
                 f"use {_or(_tensor_sizes(llama))}"
             )
-    if llama.num_hidden_layers % pipeline:
-        sizes = [size for size in range(1, llama.num_hidden_layers + 1) if llama.num_hidden_layers % size == 0]
-        raise InputError(
-            f"{llama.num_hidden_layers} num_hidden_layers are not divisible by pipeline_model_parallel_size {pipeline}; "
-            f"use {_or(sizes)}"
-        )
+    check_stages(llama.num_hidden_layers, pipeline, parallel.num_layers_in_first_pipeline_stage)
     if parallel.sequence_parallel and seq_length % tensor:
         raise InputError(
             f"seq_length {seq_length} is not divisible by tensor_model_parallel_size {tensor}, which sequence_parallel needs"
@@ -134,6 +132,24 @@ def check_layout(llama: LlamaConfig, parallel: ParallelConfig, seq_length: int) 
     if seq_length > llama.max_position_embeddings:
         raise InputError(
             f"seq_length {seq_length} is above the model's max_position_embeddings {llama.max_position_embeddings}"
+        )
+
+
+def check_stages(num_layers: int, pipeline: int, in_first_stage: int | None) -> None:
+    """Whether the layers can be dealt to the pipeline stages."""
+    if in_first_stage is None:
+        if num_layers % pipeline:
+            sizes = [size for size in range(1, num_layers + 1) if num_layers % size == 0]
+            raise InputError(
+                f"{num_layers} num_hidden_layers are not divisible by pipeline_model_parallel_size {pipeline}; "
+                f"use {_or(sizes)}"
+            )
+        return
+    rest, stages = num_layers - in_first_stage, pipeline - 1
+    if rest < stages or rest % stages:
+        raise InputError(
+            f"num_layers_in_first_pipeline_stage {in_first_stage} leaves {rest} of {num_layers} layers for {stages} more "
+            f"stages; leave a multiple of {stages}"
         )
 
 

@@ -42,6 +42,7 @@ class CpuPlatform:
     backend = "gloo"
 
     def prepare(self) -> None:
+        import_without_compiler()
         redirect_factories()
         answer_for_cuda_runtime()
         name_tensor_types_as_on_cuda()
@@ -62,6 +63,20 @@ class CpuPlatform:
     def peak_memory_bytes(self) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def import_without_compiler() -> None:
+    """megatron-core wraps its small fusions in torch.compile as it is imported, which imports the whole compiler.
+
+    None of them is used on CPU, and the compiler takes longer to import than everything else (docs/platforms.md).
+    """
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **_: function  # type: ignore[assignment]
+    try:
+        import megatron.core.transformer.transformer_config
+    finally:
+        torch.compile = compile_
+    megatron.core.jit.disable_jit_fuser()  # modules imported later
 
 
 def redirect_factories() -> None:

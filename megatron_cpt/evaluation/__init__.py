@@ -1,0 +1,1 @@
+"""What a model can do: generation, and later benchmark suites and reports."""

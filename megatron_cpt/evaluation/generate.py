@@ -1,0 +1,61 @@
+"""Text from a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_cpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Complete text with an HF checkpoint, greedily."""
+
+    model: str
+    """Hugging Face folder, as convert_checkpoint.py megatron-to-hf writes it."""
+    prompt: list[str] | str
+    """Text to complete; several are completed one after the other."""
+    max_new_tokens: int = 40
+    """Length of the completion, in tokens."""
+
+
+def load_model(folder: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a HF folder, on CPU, in the dtype it was saved in."""
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        raise InputError(f"model {folder}: no config.json there; use a Hugging Face folder")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def complete(folder: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """Greedy completions (the new text only), with a mild penalty on repetition; stops at the end-of-text token."""
+    import torch
+
+    model, tokenizer = load_model(folder)
+    completions = []
+    for prompt in prompts:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                repetition_penalty=1.2,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        completions.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return completions
+
+
+def generate(config: GenerateConfig) -> str:
+    """Completions of the prompts, one per paragraph, each after its prompt."""
+    prompts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
+    texts = complete(config.model, prompts, config.max_new_tokens)
+    return "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))

@@ -1,0 +1,130 @@
+"""One test for each adaptation of megatron-core to CPU: it fails when megatron-core no longer needs it, or needs more."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import megatron_cpt.training  # noqa: F401  (prepares the platform)
+from megatron_cpt.config.run import ParallelConfig
+from megatron_cpt.platforms import cpu, current_platform
+from megatron_cpt.platforms.fused_adam import FusedAdam
+from megatron_cpt.platforms.process_groups import process_groups
+
+pytestmark = pytest.mark.skipif(current_platform().name != "cpu", reason="adaptations are applied on CPU only")
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize("name", cpu.MODULES_WITH_LITERAL_CUDA)
+def test_each_redirected_module_allocates_with_a_literal_cuda(name: str) -> None:
+    module = import_module(f"megatron.core.{name}")
+    source = Path(str(module.__file__)).read_text()
+    assert re.search(r"""device=["']cuda["']""", source), f"{name} needs no redirection any more"
+    assert module.torch.zeros(2, device="cuda").device.type == "cpu"
+    assert module.torch.nn is torch.nn
+
+
+def test_torch_itself_keeps_its_factories() -> None:
+    assert not hasattr(torch.zeros, "__wrapped__")
+    with torch.device("meta"):  # recognises factories by identity
+        assert torch.zeros(2).device.type == "meta"
+
+
+def test_cuda_runtime_answers_for_the_cpu() -> None:
+    assert torch.cuda.current_device() == torch.device("cpu")
+    torch.cuda.synchronize()
+    tensor = torch.ones(2)
+    assert tensor.cuda() is tensor
+    torch.cuda.manual_seed(3)
+    first = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(2), first)
+
+
+def test_optimizers_sort_parameters_by_cuda_type_names() -> None:
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+
+    source = Path(str(distrib_optimizer.__file__)).read_text()
+    assert "param.type() == 'torch.cuda.FloatTensor'" in source, "no type names any more: drop the adaptation"
+    assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+    assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+    assert torch.zeros(1).type(torch.float64).dtype == torch.float64
+
+
+def test_rng_tracker_forks_torchs_generator() -> None:
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    with process_groups(ParallelConfig()):
+        torch.manual_seed(1)
+        expected = torch.rand(2)
+        torch.manual_seed(1)
+        with get_cuda_rng_tracker().fork():
+            inside = torch.rand(2)
+        assert torch.equal(torch.rand(2), expected)  # the fork left the outer generator alone
+        assert not torch.equal(inside, expected)
+
+
+def test_saving_starts_no_queue_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
+
+    assert filesystem_async._get_write_results_queue() is filesystem_async._results_queue
+    started: list[str] = []
+    monkeypatch.setattr(filesystem_async, "_results_queue", None)
+    monkeypatch.setattr(filesystem_async.mp, "get_context", lambda method: started.append(method) or _NoManager())
+    filesystem_async._get_write_results_queue()
+    assert started == ["spawn"], "megatron-core starts no manager process any more: drop the adaptation"
+
+
+class _NoManager:
+    def Manager(self) -> _NoManager:
+        return self
+
+    def Queue(self) -> object:
+        return object()
+
+
+def test_the_compiler_is_not_imported() -> None:
+    code = "import sys, megatron_cpt.training.pretrain; print('torch._inductor' in sys.modules)"
+    assert python(code) == "False"
+    assert python("import sys, megatron.core; print('torch._inductor' in sys.modules)") == "True", "no longer needed"
+
+
+def test_megatron_takes_our_adam_for_apexs() -> None:
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
+
+    assert optimizer.Adam is distrib_optimizer.Adam is FusedAdam
+    assert distrib_optimizer.USING_APEX_OPTIMIZER
+    assert not optimizer.USING_PYTORCH_OPTIMIZER
+
+
+def test_nothing_is_patched_before_the_platform_is_prepared() -> None:
+    code = "import torch, megatron_cpt.platforms, megatron_cpt.config.run; print(torch.zeros(1).type())"
+    assert python(code) == "torch.FloatTensor"
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "base", "torch_layers", "fused_adam", "process_groups"])
+def test_every_module_imports_without_cuda(name: str) -> None:
+    code = f"import megatron_cpt.platforms.{name} as module; print(module.__name__)"
+    assert python(code) == f"megatron_cpt.platforms.{name}"
+
+
+def test_an_unknown_platform_is_refused() -> None:
+    code = (
+        "import os; os.environ['MEGATRON_CPT_PLATFORM'] = 'tpu'\n"
+        "from megatron_cpt.platforms import current_platform\n"
+        "try:\n    current_platform()\nexcept ValueError as error:\n    print(error)"
+    )
+    assert python(code) == "MEGATRON_CPT_PLATFORM is 'tpu'; use 'cpu' or 'cuda'"
