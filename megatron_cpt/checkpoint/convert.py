@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from rich.console import Console
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -34,6 +36,8 @@ from megatron_cpt.model.build import build_model, transformer_config
 from megatron_cpt.model.llama import LlamaConfig, read_llama_config
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import process_groups
+
+Item = TypeVar("Item")
 
 
 class HfTensors(Mapping[str, torch.Tensor]):
@@ -114,11 +118,12 @@ def hf_to_megatron(config: HfToMegatron) -> str:
         dtype = one_dtype(tensors, config.hf)
         with single_process_model(llama, dtype) as model:
             parameters = dict(model.named_parameters())
-            for name, tensor in megatron_from_hf(tensors, llama):
+            for name, tensor in showing(megatron_from_hf(tensors, llama), "reading", len(parameters)):
                 parameters.pop(name).data.copy_(tensor)
             assert not parameters, f"left uninitialised: {sorted(parameters)}"
             manifest = {"kind": "hf-to-megatron", "source": os.path.abspath(config.hf), "dtype": dtype}
-            return save_checkpoint(config.megatron, model, config.hf, manifest)
+            with working(f"writing {config.megatron}"):
+                return save_checkpoint(config.megatron, model, config.hf, manifest)
 
 
 def megatron_to_hf(config: MegatronToHf) -> str:
@@ -133,7 +138,8 @@ def megatron_to_hf(config: MegatronToHf) -> str:
     with appearing_folder(config.hf) as path:
         copy_hf_files(os.path.join(folder, "hf"), path)
         set_dtype(os.path.join(path, "config.json"), dtype)
-        save_torch_state_dict(tensors, path)
+        with working(f"writing {config.hf}"):
+            save_torch_state_dict(tensors, path)
         source = {"kind": "megatron-to-hf", "source": os.path.abspath(folder), "dtype": dtype, "versions": versions()}
         write_json(os.path.join(path, "manifest.json"), source)
     return config.hf
@@ -150,7 +156,7 @@ def verify(config: Verify) -> str:
         if set(a) != set(b):
             name = sorted(set(a) ^ set(b))[0]
             raise InputError(f"tensor {name} is only in {config.a if name in a else config.b}")
-        for name in a:
+        for name in showing(a, "comparing", len(a)):
             x, y = a[name], b[name]
             if (x.dtype, x.shape) != (y.dtype, y.shape):
                 raise InputError(f"tensor {name}: {x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}")
@@ -158,6 +164,18 @@ def verify(config: Verify) -> str:
                 difference = (x.double() - y.double()).abs().max().item()
                 raise InputError(f"tensor {name} differs by up to {difference:.3g}")
         return f"{len(a)} tensors equal, bit by bit"
+
+
+def showing(items: Iterable[Item], description: str, total: int) -> Iterable[Item]:
+    """The items, with a progress bar when stderr is a terminal."""
+    console = Console(stderr=True)
+    return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
+
+
+def working(description: str) -> contextlib.AbstractContextManager[Any]:
+    """A spinner, when stderr is a terminal, around work whose end is not known."""
+    console = Console(stderr=True)
+    return console.status(description) if console.is_terminal else contextlib.nullcontext()
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -177,7 +195,8 @@ def megatron_tensors(folder: str) -> tuple[dict[str, torch.Tensor], str]:
     llama = read_llama_config(os.path.join(folder, "hf"))
     dtype = saved_dtype(folder)
     with single_process_model(llama, dtype) as model:
-        load_checkpoint(folder, model)
+        with working(f"reading {folder}"):
+            load_checkpoint(folder, model)
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         return {name: tensor.clone() for name, tensor in hf_from_megatron(parameters, llama)}, dtype
 

@@ -72,7 +72,7 @@ def check_complete(folder: str) -> None:
 
 
 def read_checkpoint_manifest(folder: str) -> dict[str, Any]:
-    """The manifest.json of a checkpoint of this project.
+    """The manifest.json of a checkpoint that a run of this project saved.
 
     Raises:
         InputError: it is missing or lacks what a resume has to know
@@ -83,7 +83,7 @@ def read_checkpoint_manifest(folder: str) -> dict[str, Any]:
             manifest = json.load(file)
     except (OSError, ValueError) as error:
         raise InputError(f"checkpoint manifest {path} cannot be read: {error}") from error
-    for name in ("iteration", "optimizer"):
+    for name in ("iteration", "consumed_samples", "optimizer", "data"):
         if name not in manifest:
             raise InputError(f"checkpoint manifest {path} has no field {name!r}")
     return manifest

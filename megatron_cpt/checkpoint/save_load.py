@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -78,8 +79,10 @@ def save_checkpoint(
         )
         if first:
             copy_hf_files(hf_folder, os.path.join(path, "hf"))
-            position = {"iteration": iteration or 0, "optimizer": optimizer is not None}
-            write_json(os.path.join(path, "manifest.json"), manifest | position | {"versions": versions()})
+            state = {"optimizer": optimizer is not None, "versions": versions()}
+            if progress is not None:
+                state |= dataclasses.asdict(progress)
+            write_json(os.path.join(path, "manifest.json"), manifest | state)
     if first:
         write_tracker(root, iteration)
     dist.barrier()

@@ -46,11 +46,16 @@ def make_ledger(mixture: Mixture, samples: int) -> Ledger:
         )
         for place, (corpus, count) in enumerate(zip(mixture.corpora, counts, strict=True))
     )
-    additional = sum(row.samples for row in rows if row.group == "additional")
     return Ledger(
         samples=samples,
         seq_length=mixture.seq_length,
         almr_asked=float(mixture.almr),
-        almr_realised=additional / samples if samples else 0.0,
+        almr_realised=realised_almr(mixture, samples),
         rows=rows,
     )
+
+
+def realised_almr(mixture: Mixture, samples: int) -> float:
+    """Share of the additional group in the first `samples` samples of the run."""
+    counts = mixture.splitter_tree().counts(samples)
+    return sum(counts[len(mixture.general) :]) / samples if samples else 0.0

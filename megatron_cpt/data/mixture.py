@@ -71,6 +71,15 @@ class Mixture:
         """The manifest of the first corpus; all of them share one tokenizer."""
         return (self.corpora + self.validation)[0].manifest
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which text sample n is; two runs with equal fingerprints read the same data."""
+        corpora: dict[str, Any] = {}
+        for group in GROUPS:
+            for corpus in getattr(self, group):
+                content = corpus.manifest.files["bin"].sha256
+                corpora[corpus.name] = {"group": group, "weight": str(corpus.weight), "bin_sha256": content}
+        return {"seq_length": self.seq_length, "seed": self.seed, "almr": str(self.almr), "corpora": corpora}
+
     def splitter_tree(self) -> SplitterTree:
         places = range(len(self.corpora))
         general, additional = places[: len(self.general)], places[len(self.general) :]

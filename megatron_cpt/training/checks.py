@@ -66,24 +66,36 @@ def check_run(config: RunConfig, world_size: int) -> CheckedRun:
         token_bytes=read_token_bytes(os.path.join(start_from, "hf"), llama.vocab_size),
         start_from=start_from,
         resumes=resume_from is not None,
-        complete=resume_from is not None and is_complete(resume_from, config),
+        complete=resume_from is not None and is_complete(resume_from, config, mixture),
     )
 
 
-def is_complete(checkpoint: str, config: RunConfig) -> bool:
+def is_complete(checkpoint: str, config: RunConfig, mixture: Mixture) -> bool:
     """Whether a run's newest checkpoint is its last one.
 
     Raises:
-        InputError: there are steps left to do but the checkpoint cannot be resumed from
+        InputError: there are steps left to do but the checkpoint cannot be resumed from, or not with this data
     """
     manifest = read_checkpoint_manifest(checkpoint)
     if manifest["iteration"] >= config.training.train_iters:
         return True
+    another = f"start another one from it: checkpoint.load {checkpoint}, and another folder as checkpoint.save"
     if not manifest["optimizer"]:
         raise InputError(
             f"{checkpoint} holds no optimizer state (checkpoint.save_optim was false), so the run in "
-            f"{config.checkpoint.save} cannot resume; start another one from it: checkpoint.load {checkpoint}, and another "
-            f"folder as checkpoint.save"
+            f"{config.checkpoint.save} cannot resume; {another}"
+        )
+    for name, value in mixture.fingerprint().items():
+        if manifest["data"][name] != value:
+            raise InputError(
+                f"{mixture.path}: {name} is {value} but the run in {config.checkpoint.save} has consumed samples with "
+                f"{manifest['data'][name]}, so its place in the data is lost; {another}"
+            )
+    batch, consumed = config.training.global_batch_size, manifest["consumed_samples"]
+    if consumed % batch:
+        raise InputError(
+            f"training.global_batch_size {batch} does not divide the {consumed} samples that the run in "
+            f"{config.checkpoint.save} has consumed; samples are shuffled within global batches, so some would come twice"
         )
     return False
 

@@ -20,7 +20,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron_cpt.checkpoint.layout import versions
 from megatron_cpt.checkpoint.save_load import Progress, dtype_of, load_checkpoint, save_checkpoint, unwrap
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.ledger import make_ledger
+from megatron_cpt.data.ledger import make_ledger, realised_almr
 from megatron_cpt.data.loader import BatchShape, TrainingData, validation_samples
 from megatron_cpt.model.build import build_model, transformer_config
 from megatron_cpt.platforms import current_platform
@@ -73,6 +73,7 @@ def setup(config: RunConfig) -> str | None:
 def main(context: RunContext) -> None:
     """Build, load, and run to the last iteration."""
     run, config, ranks = context.run, context.config, context.ranks
+    context.log.say(f"{'resuming' if run.resumes else 'starting'} from {run.start_from}; {layout(ranks)}")
     model, optimizer = build(context)
     progress = Progress()
     if run.resumes:
@@ -82,7 +83,6 @@ def main(context: RunContext) -> None:
         optimizer.reload_model_params()
     samples = config.training.train_iters * config.training.global_batch_size
     context.log.start(describe(context), make_ledger(run.mixture, samples), progress.iteration)
-    context.log.say(f"{'resuming' if run.resumes else 'starting'} from {run.start_from}; {layout(ranks)}")
     fit(context, model, optimizer, progress)
 
 
@@ -122,8 +122,6 @@ def fit(context: RunContext, model: DistributedDataParallel, optimizer: Megatron
     config, log = context.config, context.log
     training, mixture = config.training, context.run.mixture
     data = TrainingData(mixture, training.global_batch_size)
-    tree = mixture.splitter_tree()
-    general = len(mixture.general)
     shape = BatchShape(
         training.micro_batch_size, training.global_batch_size, context.ranks.data_rank, context.ranks.data_size
     )
@@ -145,17 +143,14 @@ def fit(context: RunContext, model: DistributedDataParallel, optimizer: Megatron
         )
         progress = Progress(progress.iteration + 1, progress.consumed_samples + training.global_batch_size)
         seconds = time.perf_counter() - start
-        counts = tree.counts(progress.consumed_samples)
         row = {
-            "iteration": progress.iteration,
-            "consumed_samples": progress.consumed_samples,
+            **dataclasses.asdict(progress),
             "consumed_tokens": progress.consumed_samples * mixture.seq_length,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            **dataclasses.asdict(result),
             "lr": lr,
             "seconds": seconds,
             "tokens_per_second": training.global_batch_size * mixture.seq_length / seconds,
-            "almr_realised": sum(counts[general:]) / progress.consumed_samples,
+            "almr_realised": realised_almr(mixture, progress.consumed_samples),
         }
         log.metrics(row)
         log.progress.update(task, completed=progress.iteration, note=step_note(row))
@@ -229,7 +224,7 @@ def describe(context: RunContext) -> dict[str, Any]:
             "world_size": ranks.world_size,
             "device": ranks.device.type,
         },
-        "corpora": {corpus.name: dataclasses.asdict(corpus.manifest)["files"] for corpus in run.mixture.corpora},
+        "data": run.mixture.fingerprint(),
         "tokenizer": dataclasses.asdict(run.mixture.manifest.tokenizer),
         "versions": versions(),
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny_models import VARIANTS, make_tiny_llama, read_rows, run_tool, write_yaml
 
 from megatron_cpt.checkpoint.convert import HfToMegatron, Verify, hf_to_megatron, verify
@@ -198,6 +199,21 @@ def test_a_finished_run_says_so_and_one_without_optimizer_cannot_resume(runs: Ru
     result = run_tool("pretrain_cpt.py", "--config", config, "--training.train_iters", "9", check=False)
     assert result.returncode == 2
     assert "holds no optimizer state (checkpoint.save_optim was false)" in result.stderr
+
+
+def test_changed_data_is_refused_on_resume(runs: Runs, tp2dp2: Path) -> None:
+    save = runs.interrupted(tp2dp2, "resume-changed")
+    config = str(runs.folder / "tp2dp2.yaml")
+
+    def refusal(*changes: str) -> str:
+        result = run_tool("pretrain_cpt.py", "--config", config, "--checkpoint.save", str(save), *changes, check=False)
+        assert result.returncode == 2
+        return result.stderr
+
+    mixture = write_yaml(runs.folder / "other.yaml", yaml.safe_load(Path(runs.mixture).read_text()) | {"almr": 0.5})
+    single = ("--parallel.tensor_model_parallel_size", "1", "--parallel.sequence_parallel", "false")
+    assert "almr is 1/2 but the run" in refusal(*single, "--mixture", mixture)
+    assert "global_batch_size 6 does not divide the 16 samples" in refusal(*single, "--training.global_batch_size", "6")
 
 
 def test_ledger_and_realised_almr_are_recorded(single: Path) -> None:
