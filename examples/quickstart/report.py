@@ -62,7 +62,7 @@ def generations(run: Path) -> dict[str, dict[str, str]]:
 
 
 def one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(text.split()).rstrip("\ufffd")  # half a character at the cut
 
 
 def change(values: dict[str, float]) -> str:
