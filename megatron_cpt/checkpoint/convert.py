@@ -212,7 +212,7 @@ def saved_dtype(folder: str) -> str:
 def single_process_model(llama: LlamaConfig, dtype: str) -> Iterator[Any]:
     """The whole model on CPU, uninitialised, within a process group of one."""
     parallel = ParallelConfig()
-    with process_groups(parallel) as ranks:
+    with process_groups(parallel, alone=True) as ranks:
         config = transformer_config(llama, parallel, dtype_of(dtype))
         yield build_model(llama, config, llama.max_position_embeddings, current_platform(), ranks)
 

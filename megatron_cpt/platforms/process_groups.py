@@ -55,16 +55,19 @@ def launched_world_size() -> int:
 
 
 @contextlib.contextmanager
-def process_groups(parallel: ParallelConfig, seed: int = 1234) -> Iterator[Ranks]:
-    """Join the groups that torchrun's environment describes, or a group of one, for the length of the block."""
+def process_groups(parallel: ParallelConfig, seed: int = 1234, alone: bool = False) -> Iterator[Ranks]:
+    """Join the groups that torchrun's environment describes, for the length of the block.
+
+    A group of one if there is no such environment, or if `alone` says to ignore it (a conversion inside a job).
+    """
     platform = prepare_platform()
     from megatron.core import parallel_state, tensor_parallel
 
     device = platform.device(int(os.environ.get("LOCAL_RANK", "0")))
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(platform.backend)
-    else:
+    if alone or "WORLD_SIZE" not in os.environ:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(platform.backend)
     try:
         parallel_state.initialize_model_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)

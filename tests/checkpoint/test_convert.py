@@ -54,6 +54,12 @@ def test_verify_finds_one_changed_number(hf: Path, tmp_path: Path) -> None:
         verify(Verify(str(hf), str(tmp_path / "megatron")))
 
 
+def test_a_conversion_inside_a_job_stays_alone(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MASTER_ADDR": "nowhere", "MASTER_PORT": "1", "WORLD_SIZE": "8", "RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert Path(hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))).is_dir()
+
+
 def test_dtype_is_converted_and_recorded(hf: Path, tmp_path: Path) -> None:
     hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
     back = Path(megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back"), dtype="bfloat16")))
