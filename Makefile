@@ -43,4 +43,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf build *.egg-info megatron_cpt/data/*.so runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build *.egg-info megatron_cpt/data/*.so runs/quickstart .pytest_cache .mypy_cache .ruff_cache

@@ -129,8 +129,7 @@ def hf_to_megatron(config: HfToMegatron) -> str:
 def megatron_to_hf(config: MegatronToHf) -> str:
     """Run the conversion; returns the HF folder."""
     folder = find_checkpoint(config.megatron)
-    if os.path.exists(config.hf) and os.listdir(config.hf) and not config.overwrite:
-        raise InputError(f"{config.hf} is not empty; use --overwrite true to replace it")
+    check_replaceable(config.hf, config.overwrite)
     tensors, dtype = megatron_tensors(folder)
     if config.dtype != "keep":
         dtype = config.dtype
@@ -143,6 +142,28 @@ def megatron_to_hf(config: MegatronToHf) -> str:
         source = {"kind": "megatron-to-hf", "source": os.path.abspath(folder), "dtype": dtype, "versions": versions()}
         write_json(os.path.join(path, "manifest.json"), source)
     return config.hf
+
+
+def check_replaceable(folder: str, overwrite: bool) -> None:
+    """Whether a HF folder may be written here: nothing is there, or an earlier conversion's result and `overwrite` is set.
+
+    Anything else is not ours to delete, the checkpoint to convert least of all.
+    """
+    if not folder:
+        raise InputError("hf is empty; use the name of the folder to write")
+    if os.path.islink(folder) or (os.path.exists(folder) and not os.path.isdir(folder)):
+        raise InputError(f"{folder} is not a folder; use another name")
+    if not os.path.isdir(folder) or not os.listdir(folder):
+        return
+    try:
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
+            ours = json.load(file).get("kind") == "megatron-to-hf"
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise InputError(f"{folder} is not empty and was not written by this tool; use another folder, or empty it")
+    if not overwrite:
+        raise InputError(f"{folder} is not empty: it holds an earlier conversion; use --overwrite true to replace it")
 
 
 def verify(config: Verify) -> str:

@@ -83,7 +83,7 @@ def read_checkpoint_manifest(folder: str) -> dict[str, Any]:
             manifest = json.load(file)
     except (OSError, ValueError) as error:
         raise InputError(f"checkpoint manifest {path} cannot be read: {error}") from error
-    for name in ("iteration", "consumed_samples", "optimizer", "data"):
+    for name in ("iteration", "consumed_samples", "optimizer", "data", "config"):
         if name not in manifest:
             raise InputError(f"checkpoint manifest {path} has no field {name!r}")
     return manifest
@@ -122,6 +122,13 @@ def copy_hf_files(source: str, target: str) -> None:
             shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
 
 
+def remove_unfinished(root: str) -> None:
+    """Remove what saves that were killed have left below `root`."""
+    for name in os.listdir(root) if os.path.isdir(root) else []:
+        if name.startswith((".iter_", f".{RELEASE}")) and ".tmp" in name:
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+
+
 def temporary_name(path: str) -> str:
     """Where a folder is written before it appears under its own name."""
     parent, name = os.path.split(os.path.abspath(path))
@@ -136,8 +143,12 @@ def appearing_folder(path: str) -> Iterator[str]:
     os.makedirs(temporary)
     try:
         yield temporary
-        shutil.rmtree(path, ignore_errors=True)
+        replaced = temporary + ".replaced"
+        shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.exists(path):
+            os.rename(path, replaced)  # kept until the new one has its name
         os.rename(temporary, path)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -19,6 +19,7 @@ from megatron_cpt.checkpoint.layout import (
     appearing_folder,
     checkpoint_name,
     copy_hf_files,
+    remove_unfinished,
     temporary_name,
     versions,
     write_json,
@@ -70,6 +71,8 @@ def save_checkpoint(
     iteration = progress.iteration if progress is not None else None
     folder = os.path.join(root, checkpoint_name(iteration))
     first = dist.get_rank() == 0
+    if first:
+        remove_unfinished(root)
     with appearing_folder(folder) if first else nullcontext(temporary_name(folder)) as path:
         dist.barrier()  # the first rank has made the folder
         dist_checkpointing.save(

@@ -1,18 +1,20 @@
 """The command-line contract every tool keeps, in one place.
 
 A tool's arguments are the fields of one frozen dataclass. jsonargparse gives `--help`, `--config FILE.yaml`, dotted
-overrides (`--optimizer.lr 1e-5`) and `--print_config` from it. Exit status: 0 done, 2 wrong usage or wrong input.
+overrides (`--optimizer.lr 1e-5`) and `--print_config` from it. Exit status:
+0 done, 1 training went wrong, 2 wrong usage or wrong input.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
@@ -28,10 +30,11 @@ SWITCHES = ("--help", "--print_config", "--print_config=comments")
 SECONDS_FOR_FIRST_RANK = 20.0  # processes of one node may differ by some seconds in their imports
 
 
-def normalise(argv: Sequence[str]) -> list[str]:
+def normalise(argv: Sequence[str], switches: Collection[str] = ()) -> list[str]:
     """Accept what Megatron users type: `--output-prefix P` (for `--output_prefix`), `--input a b`, a bare `--overwrite`.
 
-    Several values after an option become a list, none becomes true.
+    Several values after an option become a list. One of `switches` (options that are true or false) without a value
+    becomes true; any other option without a value is left for the parser to refuse.
     """
     normalised: list[str] = []
     i = 0
@@ -49,9 +52,22 @@ def normalise(argv: Sequence[str]) -> list[str]:
         i += len(values)
         if len(values) > 1:
             normalised.append(f"{name}={json.dumps(values)}")
+        elif values:
+            normalised.append(f"{name}={values[0]}")
         else:
-            normalised.append(f"{name}={values[0] if values else 'true'}")
+            normalised.append(f"{name}=true" if name in switches else name)
     return normalised
+
+
+def switches_of(config_class: type, prefix: str = "--") -> set[str]:
+    """The options of a configuration that are true or false, such as `--parallel.sequence_parallel`."""
+    switches: set[str] = set()
+    for name, kind in get_type_hints(config_class).items():
+        if kind is bool:
+            switches.add(prefix + name)
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            switches |= switches_of(kind, f"{prefix}{name}.")
+    return switches
 
 
 def is_number(word: str) -> bool:
@@ -78,18 +94,19 @@ def build(parser: ArgumentParser, config_class: type[Config], namespace: Namespa
 
 
 def exit_on_input_error(call: Callable[[], Any]) -> None:
-    """Call, print what comes back (the result's path); a usage or input error becomes one line on stderr and exit status 2.
+    """Call, print what comes back (the result's path); a usage or input error becomes one line on stderr and exit status 2
+    (1 for training that went wrong by itself: a loss or gradient that is not finite).
 
     Under torchrun every rank finds the same mistake at about the same time, and all are ended as soon as one exits. So the
     first rank of a node reports it, and the others wait to be ended; one that is not has found something of its own.
     """
     try:
         result = call()
-    except (InputError, ArgumentError) as error:
+    except (InputError, ArgumentError, OSError, FloatingPointError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_FOR_FIRST_RANK)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     if result is not None:
         print(result)
 
@@ -99,7 +116,7 @@ def run_tool(main: Callable[[Any], Any], config_class: type, description: str, a
 
     def call() -> Any:
         parser = make_parser(config_class, description)
-        namespace = parser.parse_args(normalise(sys.argv[1:] if argv is None else argv))
+        namespace = parser.parse_args(normalise(sys.argv[1:] if argv is None else argv, switches_of(config_class)))
         return main(build(parser, config_class, namespace))
 
     exit_on_input_error(call)
@@ -117,7 +134,8 @@ def run_subcommands(commands: dict[str, tuple[Callable[[Any], Any], type]], desc
         }
         for name, subparser in parsers.items():
             subcommands.add_subcommand(name, subparser, help=subparser.description)
-        namespace = parser.parse_args(normalise(sys.argv[1:]))
+        switches = set().union(*(switches_of(config_class) for _, config_class in commands.values()))
+        namespace = parser.parse_args(normalise(sys.argv[1:], switches))
         main, config_class = commands[namespace.command]
         return main(build(parsers[namespace.command], config_class, namespace[namespace.command]))
 

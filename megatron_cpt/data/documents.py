@@ -13,7 +13,7 @@ import orjson
 from megatron_cpt.errors import InputError
 
 BATCH_BYTES = 1 << 20
-JSON_LINES = (".jsonl", ".json")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
 class Chunk(NamedTuple):
@@ -60,7 +60,7 @@ def read_chunks(files: list[Path]) -> Iterator[Chunk]:
     """The files' content in order, in chunks of about BATCH_BYTES (one line or text file is never cut)."""
     for source, file in enumerate(files):
         with _open(file) as stream:
-            if file.suffix not in JSON_LINES:
+            if file.suffix.lower() not in JSON_LINES:
                 yield Chunk(source, str(file), 0, [stream.read()])
                 continue
             line = 1
@@ -105,7 +105,9 @@ def _decode(content: bytes, path: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start} is not UTF-8; wanted plain text or {JSON_LINES}") from None
+        raise InputError(
+            f"{path}: byte {error.start} is not UTF-8; wanted plain text, or JSON lines in {', '.join(JSON_LINES)}"
+        ) from None
 
 
 def _text_field(line: bytes, text_key: str, where: str) -> str:

@@ -28,6 +28,8 @@ class TokenizerInfo:
     eos_id: int
     bos_id: int | None
     fingerprint: str
+    token_bytes_sha256: str
+    """Tells vocabularies apart whatever the file format (`tokenizer.base.token_bytes_sha256`)."""
 
 
 @dataclass(frozen=True)

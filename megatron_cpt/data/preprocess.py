@@ -36,6 +36,7 @@ from megatron_cpt.data.manifest import (
 )
 from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
+from megatron_cpt.tokenizer.base import token_bytes_sha256
 from megatron_cpt.version import __version__
 
 
@@ -71,6 +72,12 @@ class PreprocessConfig:
     """Replace an existing corpus of this name."""
 
     def __post_init__(self) -> None:
+        if not os.path.basename(self.output_prefix):
+            raise InputError(f"output_prefix is {self.output_prefix!r}; wanted a name, as in data/zh")
+        if not self.language:
+            raise InputError("language is empty; wanted a name such as zh")
+        if not self.input:
+            raise InputError("input is empty; wanted files, folders or globs")
         if self.workers < 1:
             raise InputError(f"workers is {self.workers}; wanted at least 1")
 
@@ -197,6 +204,7 @@ def _manifest(
             eos_id=tokenizer.eos_id,
             bos_id=tokenizer.bos_id,
             fingerprint=tokenizer.fingerprint,
+            token_bytes_sha256=token_bytes_sha256(tokenizer),
         ),
         sources=sources,
         files={

@@ -34,7 +34,7 @@ def current_platform() -> Platform:
 
 @functools.cache
 def prepare_platform() -> Platform:
-    """Make megatron-core run on this machine (once per process; does nothing on CUDA); returns the platform."""
+    """Make megatron-core run on this machine (once per process; hardly anything on CUDA); returns the platform."""
     # megatron-core warns at import about each optional package (we say once in the docs what is used without them), and
     # uses torch interfaces that warn of their future; a user can act on neither.
     warnings.filterwarnings("ignore", module=r"megatron\.")

@@ -150,7 +150,7 @@ def use_cpu_rng_state() -> None:
 def save_without_queue_server() -> None:
     """The checkpoint writer starts a manager process per rank, which imports torch, only to hand back its results.
 
-    A synchronous save hands them back within the process, so a plain queue does (measured in docs/platforms.md).
+    A synchronous save hands them back within the process, so a plain queue does.
     """
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 

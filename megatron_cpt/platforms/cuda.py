@@ -1,6 +1,6 @@
 """CUDA: NCCL, Transformer Engine's layers when it is installed, torch's own attention and norm when it is not.
 
-Nothing is patched here. megatron-core takes FusedAdam from Transformer Engine or Apex by itself when one is installed.
+megatron-core takes FusedAdam from Transformer Engine or Apex by itself; only where neither is installed is it given ours.
 """
 
 from __future__ import annotations

@@ -71,3 +71,8 @@ def no_eos(path: Path) -> InputError:
 def unknown_token(path: Path, field: str, token: str) -> InputError:
     """The error for an eos/bos token that is not in the vocabulary."""
     return InputError(f"{path}: {field} is {token!r}, which is not in the vocabulary; wanted one of its tokens")
+
+
+def token_bytes_sha256(tokenizer: Tokenizer) -> str:
+    """Digest of `token_bytes`: equal for one vocabulary in different file formats, different for different vocabularies."""
+    return hashlib.sha256(np.ascontiguousarray(tokenizer.token_bytes(), dtype="<i4").tobytes()).hexdigest()

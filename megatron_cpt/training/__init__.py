@@ -1,4 +1,4 @@
-"""The training run: setup -> main -> fit -> validate -> save."""
+"""The training run: setup -> main -> fit -> evaluate -> save."""
 
 from megatron_cpt.platforms import prepare_platform
 

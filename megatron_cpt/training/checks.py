@@ -13,6 +13,7 @@ from megatron_cpt.data.mixture import Mixture, load_mixture
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import LlamaConfig, check_layout, read_llama_config
 from megatron_cpt.tokenizer import load_tokenizer
+from megatron_cpt.tokenizer.base import token_bytes_sha256
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def check_run(config: RunConfig, world_size: int) -> CheckedRun:
         llama=llama,
         mixture=mixture,
         data_parallel_size=check_batch(config, world_size),
-        token_bytes=read_token_bytes(os.path.join(start_from, "hf"), llama.vocab_size),
+        token_bytes=read_token_bytes(os.path.join(start_from, "hf"), mixture, llama.vocab_size),
         start_from=start_from,
         resumes=resume_from is not None,
         complete=resume_from is not None and is_complete(resume_from, config, mixture),
@@ -77,20 +78,27 @@ def is_complete(checkpoint: str, config: RunConfig, mixture: Mixture) -> bool:
         InputError: there are steps left to do but the checkpoint cannot be resumed from, or not with this data
     """
     manifest = read_checkpoint_manifest(checkpoint)
+    another = f"start another one from it: checkpoint.load {checkpoint}, and another folder as checkpoint.save"
+    for name, value in mixture.fingerprint().items():
+        if manifest["data"][name] != value:
+            now, then = (f" is {value}", f" with {manifest['data'][name]}") if name != "corpora" else (" differ", "")
+            raise InputError(
+                f"{mixture.path}: {name}{now} but the run in {config.checkpoint.save} has consumed samples{then}, "
+                f"so its place in the data is lost; {another}"
+            )
+    began_with = manifest["config"]["checkpoint"]["load"]
+    if began_with != config.checkpoint.load:
+        raise InputError(
+            f"checkpoint.load is {config.checkpoint.load} but the run in {config.checkpoint.save} began with {began_with}; "
+            f"use that, or another folder as checkpoint.save"
+        )
     if manifest["iteration"] >= config.training.train_iters:
         return True
-    another = f"start another one from it: checkpoint.load {checkpoint}, and another folder as checkpoint.save"
     if not manifest["optimizer"]:
         raise InputError(
             f"{checkpoint} holds no optimizer state (checkpoint.save_optim was false), so the run in "
             f"{config.checkpoint.save} cannot resume; {another}"
         )
-    for name, value in mixture.fingerprint().items():
-        if manifest["data"][name] != value:
-            raise InputError(
-                f"{mixture.path}: {name} is {value} but the run in {config.checkpoint.save} has consumed samples with "
-                f"{manifest['data'][name]}, so its place in the data is lost; {another}"
-            )
     batch, consumed = config.training.global_batch_size, manifest["consumed_samples"]
     if consumed % batch:
         raise InputError(
@@ -100,9 +108,20 @@ def is_complete(checkpoint: str, config: RunConfig, mixture: Mixture) -> bool:
     return False
 
 
-def read_token_bytes(hf_folder: str, vocab_size: int) -> np.ndarray:
-    """int64 [vocab_size]: the tokenizer's table, with 0 for embeddings that no token uses."""
-    known = load_tokenizer(hf_folder).token_bytes()[:vocab_size]
+def read_token_bytes(hf_folder: str, mixture: Mixture, vocab_size: int) -> np.ndarray:
+    """int64 [vocab_size]: the table of the checkpoint's tokenizer, with 0 for embeddings that no token uses.
+
+    Raises:
+        InputError: the corpora were made with another vocabulary, so their ids would mean other words to the model
+    """
+    tokenizer = load_tokenizer(hf_folder)
+    used = mixture.manifest.tokenizer
+    if token_bytes_sha256(tokenizer) != used.token_bytes_sha256:
+        raise InputError(
+            f"{mixture.path}: the corpora were made with tokenizer {used.name} ({used.path}, {used.vocab_size} tokens); the "
+            f"model's own in {hf_folder} ({tokenizer.vocab_size} tokens) has another vocabulary"
+        )
+    known = tokenizer.token_bytes()[:vocab_size]
     return np.pad(known.astype(np.int64), (0, vocab_size - len(known)))
 
 

@@ -1,4 +1,4 @@
-"""Continual pre-training: setup -> main -> fit -> validate -> save."""
+"""Continual pre-training: setup -> main -> fit -> evaluate -> save."""
 
 from __future__ import annotations
 
@@ -139,6 +139,7 @@ def fit(context: RunContext, model: DistributedDataParallel, optimizer: Megatron
             training.micro_batch_size,
             mixture.seq_length,
             lr,
+            config.optimizer,
             context.ranks,
         )
         progress = Progress(progress.iteration + 1, progress.consumed_samples + training.global_batch_size)

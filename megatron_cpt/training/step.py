@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_cpt.config.run import OptimizerConfig
 from megatron_cpt.data.loader import Batch
 from megatron_cpt.platforms.process_groups import Ranks
 
@@ -87,6 +88,7 @@ def train_step(
     micro_batch_size: int,
     seq_length: int,
     lr: float,
+    settings: OptimizerConfig,
     ranks: Ranks,
 ) -> StepResult:
     """Forward, backward, clip and update; the result is the same on every rank.
@@ -94,8 +96,7 @@ def train_step(
     Raises:
         FloatingPointError: the loss or the gradient is not finite (the parameters are then left as they were)
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_mult", 1.0)
+    apply_settings(optimizer, lr, settings)
     model.zero_grad_buffer()
     optimizer.zero_grad()
     report = run_schedule(model, batches, num_microbatches, micro_batch_size, seq_length, ranks, mean_loss)
@@ -105,5 +106,23 @@ def train_step(
     loss = ranks.sum_from_last_stage(report).item() / tokens
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
-    _, grad_norm, _ = optimizer.step()
-    return StepResult(loss, float(grad_norm))
+    # megatron-core clips and updates in one go, so the norm is asked for before (it costs about 1 % of a step).
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(f"the gradient norm is {grad_norm}")
+    optimizer.step()
+    return StepResult(loss, grad_norm)
+
+
+def apply_settings(optimizer: MegatronOptimizer, lr: float, settings: OptimizerConfig) -> None:
+    """Give the configuration's values to every parameter group.
+
+    Before each step, because a loaded checkpoint brings its own, and because megatron-core leaves it to its scheduler to
+    free norms and biases of weight decay (their `wd_mult` is 0).
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
+        group["betas"] = (settings.adam_beta1, settings.adam_beta2)
+        group["eps"] = settings.adam_eps

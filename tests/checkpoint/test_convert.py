@@ -92,6 +92,23 @@ def test_bad_checkpoints_are_refused_and_leave_nothing(hf: Path, tmp_path: Path)
     refused(r"holds no \.safetensors file")
 
 
+def test_only_our_own_results_are_replaced(hf: Path, tmp_path: Path) -> None:
+    megatron, back = str(tmp_path / "megatron"), tmp_path / "back"
+    hf_to_megatron(HfToMegatron(str(hf), megatron))
+    back.mkdir()
+    (back / "thesis.txt").write_text("years of work")
+    for folder in (back, Path(megatron), tmp_path):  # foreign files, the source itself, a folder around it
+        with pytest.raises(InputError, match="was not written by this tool"):
+            megatron_to_hf(MegatronToHf(megatron, str(folder), overwrite=True))
+    assert (back / "thesis.txt").exists()
+    (back / "thesis.txt").unlink()
+    megatron_to_hf(MegatronToHf(megatron, str(back)))
+    with pytest.raises(InputError, match="use --overwrite true"):
+        megatron_to_hf(MegatronToHf(megatron, str(back)))
+    megatron_to_hf(MegatronToHf(megatron, str(back), overwrite=True))
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_incomplete_and_existing_folders_are_refused(hf: Path, tmp_path: Path) -> None:
     megatron = str(tmp_path / "megatron")
     hf_to_megatron(HfToMegatron(str(hf), megatron))

@@ -91,7 +91,9 @@ def fail(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--input=a", "--y", "b"], ["--input=a", "--y=b"]),
         (["--help"], ["--help"]),
         (["-h"], ["-h"]),
-        (["--x", "-h"], ["--x=true", "-h"]),
+        (["--x", "-h"], ["--x", "-h"]),
+        (["--overwrite", "-h"], ["--overwrite=true", "-h"]),
+        (["--x", "--y", "1"], ["--x", "--y=1"]),  # left for the parser to refuse
         (["--print-config"], ["--print_config"]),
         (["--print_config", "--x", "1"], ["--print_config", "--x=1"]),
         (["--print_config=skip_default"], ["--print_config=skip_default"]),
@@ -99,7 +101,7 @@ def fail(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_normalise(typed: list[str], wanted: list[str]) -> None:
-    assert normalise(typed) == wanted
+    assert normalise(typed, {"--overwrite"}) == wanted
 
 
 WORDS = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda word: not word.startswith("-"))
@@ -108,7 +110,8 @@ WORDS = st.text(st.characters(codec="utf-8"), min_size=1).filter(lambda word: no
 @given(values=st.lists(st.lists(st.one_of(WORDS, st.floats(allow_nan=False).map(str)), max_size=4), max_size=4))
 def test_values_survive(values: list[list[str]]) -> None:
     argv = [word for i, words in enumerate(values) for word in (f"--option-{i}", *words)]
-    parsed = dict(word.split("=", 1) for word in normalise(argv))
+    switches = [f"--option_{i}" for i in range(len(values))]
+    parsed = dict(word.split("=", 1) for word in normalise(argv, switches))
     assert list(parsed) == [f"--option_{i}" for i in range(len(values))]
     for words, found in zip(values, parsed.values(), strict=True):
         if len(words) > 1:

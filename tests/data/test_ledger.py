@@ -32,7 +32,7 @@ def make_corpus(folder: Path, name: str, language: str, tokens: int, weight: int
         dtype="uint16",
         eos="none",
         bos="none",
-        tokenizer=TokenizerInfo("/t", "hf:t", 400, 0, None, "ab" * 32),
+        tokenizer=TokenizerInfo("/t", "hf:t", 400, 0, None, "ab" * 32, "cd" * 32),
         sources=[],
         files={},
         versions={},

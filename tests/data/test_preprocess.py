@@ -188,3 +188,19 @@ def test_not_text_and_bad_settings(tmp_path: Path, tiny_tokenizer_dir: str, sour
         run(tmp_path, tiny_tokenizer_dir, input=str(tmp_path / "a.bin"))
     with pytest.raises(InputError, match="workers is 0"):
         run(tmp_path, tiny_tokenizer_dir, input=source, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("output_prefix", ""), ("output_prefix", "out/"), ("language", ""), ("input", ""), ("input", [])]
+)
+def test_empty_settings_are_refused(field: str, value: object) -> None:
+    settings: dict[str, object] = {"input": "a.jsonl", "tokenizer": "t", "output_prefix": "p", "language": "en"}
+    with pytest.raises(InputError, match=f"{field} is"):
+        PreprocessConfig(**settings | {field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson"])
+def test_json_lines_by_other_names(name: str, tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
+    preprocess(PreprocessConfig(str(tmp_path / name), tiny_tokenizer_dir, str(tmp_path / "c"), "en", workers=1))
+    assert read_manifest(str(tmp_path / "c")).documents == 2

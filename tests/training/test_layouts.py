@@ -3,105 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from tiny_models import VARIANTS, make_tiny_llama, read_rows, run_tool, write_yaml
+from tiny_models import VARIANTS, read_rows, run_tool, write_yaml
+from tiny_runs import SAVE_INTERVAL, STEPS, Layout, Runs
 
-from megatron_cpt.checkpoint.convert import HfToMegatron, Verify, hf_to_megatron, verify
-from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
-
-STEPS = 5
-SAVE_INTERVAL = 2
-
-
-@dataclass(frozen=True)
-class Layout:
-    """tensor x pipeline x data parallel sizes."""
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    sp: bool = False
-
-    @property
-    def processes(self) -> int:
-        return self.tp * self.pp * self.dp
-
-    def __str__(self) -> str:
-        return f"TP{self.tp}{'+SP' if self.sp else ''}xPP{self.pp}xDP{self.dp}"
-
-
-class Runs:
-    """Starts training runs of one tiny model in a folder; each layout trains once."""
-
-    def __init__(self, folder: Path, tokenizer_dir: str, **model: Any) -> None:
-        self.folder = folder
-        hf = make_tiny_llama(folder / "hf", tokenizer_dir, **model)
-        hf_to_megatron(HfToMegatron(hf, str(folder / "megatron")))
-        for language, text in (
-            ("en", "The quick brown fox jumps over the lazy dog. "),
-            ("zh", "今天天气很好，我们去公园散步。"),
-        ):
-            for part, documents in (("train", 40), ("valid", 7)):
-                source = folder / f"{language}_{part}.jsonl"
-                source.write_text(
-                    "".join(
-                        json.dumps({"text": f"{part} {i}: " + text * (i % 5 + 3)}, ensure_ascii=False) + "\n"
-                        for i in range(documents)
-                    ),
-                    encoding="utf-8",
-                )
-                preprocess(
-                    PreprocessConfig(
-                        input=[str(source)],
-                        tokenizer=tokenizer_dir,
-                        output_prefix=str(folder / f"{language}_{part}"),
-                        language=language,
-                        workers=1,
-                    )
-                )
-        mixture = {
-            "seq_length": 64,
-            "seed": 7,
-            "almr": 0.33,
-            "general": [{"prefix": "en_train"}],
-            "additional": [{"prefix": "zh_train"}],
-            "validation": [{"prefix": "en_valid", "name": "en"}, {"prefix": "zh_valid", "name": "zh"}],
-        }
-        self.mixture = write_yaml(folder / "mixture.yaml", mixture)
-
-    def train(self, name: str, layout: Layout, *extra: str) -> Path:
-        """Run (or resume) the training named `name` to its end; returns its folder."""
-        save = self.folder / name
-        config = {
-            "mixture": self.mixture,
-            "checkpoint": {"load": str(self.folder / "megatron"), "save": str(save), "save_interval": SAVE_INTERVAL},
-            "training": {"train_iters": STEPS, "micro_batch_size": 2, "global_batch_size": 8},
-            "parallel": {
-                "tensor_model_parallel_size": layout.tp,
-                "pipeline_model_parallel_size": layout.pp,
-                "sequence_parallel": layout.sp,
-            },
-            "optimizer": {"lr": 3e-3, "min_lr": 1e-4, "lr_warmup_iters": 2},
-        }
-        path = write_yaml(self.folder / f"{name}.yaml", config)
-        run_tool("pretrain_cpt.py", "--config", path, *extra, processes=layout.processes)
-        return save
-
-    def interrupted(self, finished: Path, name: str) -> Path:
-        """A run folder as it was when `finished` had saved its first checkpoint and one step more was lost."""
-        save = self.folder / name
-        save.mkdir()
-        shutil.copytree(finished / f"iter_{SAVE_INTERVAL:07d}", save / f"iter_{SAVE_INTERVAL:07d}")
-        (save / "latest_checkpointed_iteration.txt").write_text(str(SAVE_INTERVAL))
-        rows = [row for row in read_rows(finished) if row["iteration"] <= SAVE_INTERVAL + 1]
-        (save / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return save
+from megatron_cpt.checkpoint.convert import Verify, verify
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +54,7 @@ def test_the_single_run_learns(single: Path) -> None:
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(dp=2), Layout(tp=2, pp=2, dp=2)],
+    [Layout(tp=2), Layout(tp=2, sp=True), Layout(pp=2), Layout(pp=4), Layout(dp=2), Layout(tp=2, pp=2, dp=2)],
     ids=str,
 )
 def test_every_layout_trains_alike(runs: Runs, single: Path, layout: Layout) -> None:
