@@ -81,7 +81,8 @@ def main(context: RunContext) -> None:
     else:
         load_checkpoint(run.start_from, unwrap(model))
         optimizer.reload_model_params()
-    samples = config.training.train_iters * config.training.global_batch_size
+    left = config.training.train_iters - progress.iteration
+    samples = progress.consumed_samples + left * config.training.global_batch_size  # the batch may change on resume
     context.log.start(describe(context), make_ledger(run.mixture, samples), progress.iteration)
     fit(context, model, optimizer, progress)
 
