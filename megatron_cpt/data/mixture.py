@@ -15,6 +15,7 @@ validation:
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from fractions import Fraction
@@ -81,6 +82,11 @@ class Mixture:
         return {"seq_length": self.seq_length, "seed": self.seed, "almr": str(self.almr), "corpora": corpora}
 
     def splitter_tree(self) -> SplitterTree:
+        return self._splitter_tree
+
+    @functools.cached_property
+    def _splitter_tree(self) -> SplitterTree:
+        # asked for at every step of a run
         places = range(len(self.corpora))
         general, additional = places[: len(self.general)], places[len(self.general) :]
         return SplitterTree(self.almr, general, additional, [corpus.weight for corpus in self.corpora])

@@ -106,7 +106,7 @@ def train_step(
     loss = ranks.sum_from_last_stage(report).item() / tokens
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
-    # megatron-core clips and updates in one go, so the norm is asked for before (it costs about 1 % of a step).
+    # megatron-core clips and updates in one go, so the norm is asked for before.
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if not math.isfinite(grad_norm):

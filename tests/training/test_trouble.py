@@ -59,7 +59,7 @@ def test_a_gradient_that_is_not_finite_is_never_applied(runs: Runs, factor: floa
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(runs: Runs) -> None:
     runs.train("overflow", Layout(), "--optimizer.lr", "1e30", "--optimizer.min_lr", "1e30", check=False)
     assert runs.result.returncode == 1
     last = runs.result.stderr.strip().splitlines()[-1]
