@@ -2,7 +2,7 @@
 
 A tool's arguments are the fields of one frozen dataclass. jsonargparse gives `--help`, `--config FILE.yaml`, dotted
 overrides (`--optimizer.lr 1e-5`) and `--print_config` from it. Exit status:
-0 done, 1 training went wrong, 2 wrong usage or wrong input.
+0 done, 1 training went wrong, 2 wrong usage or wrong input, 130 interrupted (Ctrl-C or SIGTERM).
 """
 
 from __future__ import annotations
@@ -107,6 +107,9 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
             time.sleep(SECONDS_FOR_FIRST_RANK)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)
+        sys.exit(130)
     if result is not None:
         print(result)
 

@@ -1,138 +1,172 @@
-"""Documents -> token ids on several cores, in the order of the input whatever the number of workers."""
+"""Units of input -> token ids, counts, and a sample to check them by. What a worker process does."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import chain
-from multiprocessing import get_context
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
-from megatron_cpt.data.documents import BATCH_BYTES, Chunk, batches, read_chunks, texts_of
 from megatron_cpt.data.indexed import best_dtype
+from megatron_cpt.data.reading import Content, Problem, ReadOptions, Unit, read_part
+from megatron_cpt.data.sources import Source
 from megatron_cpt.errors import InputError
-from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 
-BATCHES_PER_WORKER = 4
-"""Batches in flight per worker: enough to keep all of them busy, few enough to bound memory."""
+Policy = Literal["none", "document"]
+
+CACHE_BYTES = 256 << 20
+"""How much a worker may grow before it is replaced: gigatoken keeps every distinct word it has met, for ever."""
+
+SAMPLES_PER_UNIT = 8
+LANGUAGE_CHARACTERS = 1000  # of a document, for its language
+AUDIT_CHARACTERS = 256  # of a document, for a comparison with the reference tokenizer
+
+
+class Engine(Protocol):
+    """What encodes: a `Tokenizer`, or its fast twin."""
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int] | npt.NDArray[Any]]:
+        """Ids of many texts."""
 
 
 @dataclass(frozen=True)
-class EncodeSettings:
-    """What a worker needs to know; hashable, so that each worker makes its encoder once."""
+class TokenPolicy:
+    """Which tokens go around documents, and the tokens' width. Ids None: no token there."""
 
-    tokenizer: str
-    eos_token: str | None
-    text_key: str
-    eos: Literal["none", "document"]
-    bos: Literal["none", "document"]
+    bos_id: int | None
+    eos_id: int | None
+    dtype: str
+
+    @classmethod
+    def of(cls, vocab_size: int, bos_id: int | None, eos_id: int, bos: Policy, eos: Policy, tokenizer: str) -> TokenPolicy:
+        """From a tokenizer's ids. InputError: a beginning-of-text token is wanted and there is none."""
+        if bos == "document" and bos_id is None:
+            raise InputError(f"bos is 'document' but {tokenizer} has no beginning-of-text token; wanted 'none'")
+        before, after = (bos_id if bos == "document" else None), (eos_id if eos == "document" else None)
+        return cls(before, after, str(best_dtype(vocab_size)))
 
 
-class EncodedBatch(NamedTuple):
-    """Documents in order: ids back to back (tokens,) in the corpus dtype, tokens of each (documents,), and counts."""
+class PartCounts(NamedTuple):
+    """What one part gave: its lines or rows, its documents, and what could not be taken."""
+
+    source: int
+    records: int
+    documents: int
+    problems: list[Problem]
+
+
+class EncodedUnit(NamedTuple):
+    """Documents in order: ids back to back (tokens,), tokens of each (documents,) int32, and what was counted."""
 
     tokens: npt.NDArray[Any]
-    lengths: npt.NDArray[np.int64]
-    sources: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int32]
+    parts: list[PartCounts]
     text_bytes: int
-    empty: int
+    characters: int
+    metadata: bytes
+    languages: Counter[str]
+    """Bytes of sampled documents by language code ("un": unknown)."""
+    audit: list[tuple[str, npt.NDArray[Any]]]
+    """A few short texts and the ids they were given; empty when the reference itself encodes."""
     read_bytes: int
 
 
 class Encoder:
-    """Chunks -> EncodedBatch, with the eos and bos policy applied."""
+    """Unit -> EncodedUnit. `audited`: the engine is not the reference, so samples are wanted and its cache is watched."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: EncodeSettings) -> None:
-        if settings.bos == "document" and tokenizer.bos_id is None:
-            raise InputError(f"bos is 'document' but {settings.tokenizer} has no beginning-of-text token; wanted 'none'")
-        self.settings = settings
-        self._tokenizer = tokenizer
-        self._before = [tokenizer.bos_id] if settings.bos == "document" and tokenizer.bos_id is not None else []
-        self._after = [tokenizer.eos_id] if settings.eos == "document" else []
-        self.dtype = best_dtype(tokenizer.vocab_size)
+    def __init__(
+        self,
+        engine: Engine,
+        policy: TokenPolicy,
+        sources: Sequence[Source],
+        options: ReadOptions,
+        audited: bool,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self._engine, self._policy, self._sources, self._options = engine, policy, sources, options
+        self._audited, self._cache_bytes = audited, cache_bytes
+        self._first_size: int | None = None
 
-    def __call__(self, batch: list[Chunk]) -> EncodedBatch:
-        found = [(text, chunk.source) for chunk in batch for text in texts_of(chunk, self.settings.text_key)]
-        kept = [(text, source) for text, source in found if text.strip()]
-        encoded = self._tokenizer.encode_batch([text for text, _ in kept])
-        documents = [[*self._before, *ids, *self._after] for ids in encoded]
-        lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
-        return EncodedBatch(
-            tokens=np.fromiter(chain.from_iterable(documents), dtype=self.dtype, count=int(lengths.sum())),
+    def __call__(self, unit: Unit) -> EncodedUnit:
+        if self._first_size is None:
+            self._first_size = psutil.Process().memory_info().rss
+        contents = [read_part(part, self._sources, self._options) for part in unit.parts]
+        texts = [text for content in contents for text in content.texts]
+        tokens, lengths = self._with_policy(self._engine.encode_batch(texts))
+        sample = [texts[i * len(texts) // SAMPLES_PER_UNIT] for i in range(SAMPLES_PER_UNIT)] if texts else []
+        sample = list(dict.fromkeys(sample))
+        return EncodedUnit(
+            tokens=tokens,
             lengths=lengths,
-            sources=np.array([source for _, source in kept], dtype=np.int64),
-            text_bytes=sum(len(text.encode()) for text, _ in kept),
-            empty=len(found) - len(kept),
-            read_bytes=sum(chunk.nbytes() for chunk in batch),
+            parts=[_counts(content) for content in contents],
+            text_bytes=sum(map(utf8_length, texts)),
+            characters=sum(map(len, texts)),
+            metadata=b"".join(line for content in contents for line in content.metadata),
+            languages=count_languages(sample),
+            audit=self._audit(sample) if self._audited else [],
+            read_bytes=unit.read_bytes,
         )
 
+    def _with_policy(self, encoded: Sequence[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """All ids back to back, with the tokens that begin and end each document, and the documents' lengths."""
+        before = [self._policy.bos_id] if self._policy.bos_id is not None else []
+        after = [self._policy.eos_id] if self._policy.eos_id is not None else []
+        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)) + len(before) + len(after)
+        if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
+            raise InputError(f"a document has {lengths.max()} tokens; wanted fewer than 2^31, the limit of the format")
+        pieces = [piece for ids in encoded for piece in (before, ids, after) if len(piece)]
+        if not pieces:
+            return np.empty(0, self._policy.dtype), lengths.astype(np.int32)
+        # ids fit by construction: the width was chosen for the vocabulary
+        return np.concatenate(pieces, dtype=self._policy.dtype, casting="unsafe"), lengths.astype(np.int32)
 
-@cache
-def _worker_encoder(settings: EncodeSettings) -> Encoder:
-    return Encoder(load_tokenizer(settings.tokenizer, settings.eos_token), settings)
+    def _audit(self, sample: list[str]) -> list[tuple[str, npt.NDArray[Any]]]:
+        pieces = [middle(text, AUDIT_CHARACTERS) for text in sample]
+        return list(zip(pieces, map(np.asarray, self._engine.encode_batch(pieces)), strict=True))
 
-
-def _encode_in_worker(settings: EncodeSettings, batch: list[Chunk]) -> EncodedBatch:
-    return _worker_encoder(settings)(batch)
-
-
-def ordered_map(
-    executor: ProcessPoolExecutor,
-    function: Callable[[list[Chunk]], EncodedBatch],
-    items: Iterable[list[Chunk]],
-    in_flight: int,
-) -> Iterator[EncodedBatch]:
-    """Results in the order of `items`, with at most `in_flight` items given out and not yet taken back."""
-    pending: deque[Future[EncodedBatch]] = deque()
-    try:
-        for item in items:
-            pending.append(executor.submit(function, item))
-            if len(pending) >= in_flight:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()
+    def is_worn_out(self) -> bool:
+        """Whether this process has grown by more than its cache may hold."""
+        if not self._audited or self._first_size is None:
+            return False
+        grown: int = psutil.Process().memory_info().rss - self._first_size
+        return grown > self._cache_bytes
 
 
-def encode_files(encoder: Encoder, files: list[Path], workers: int) -> Generator[EncodedBatch]:
-    """All documents of `files`, in order. Close it to stop the workers early."""
-    work = batches(read_chunks(files))
-    # Small inputs are not worth the start of other processes.
-    workers = min(workers, math.ceil(sum(file.stat().st_size for file in files) / BATCH_BYTES))
-    if workers <= 1:
-        yield from map(encoder, work)
-        return
-    # spawn: forking a process that has threads (torch, a progress bar) can deadlock
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_leave_interrupts_to_parent) as executor:
-        task = partial(_encode_in_worker, encoder.settings)
-        yield from ordered_map(executor, task, work, in_flight=workers * BATCHES_PER_WORKER)
+def utf8_length(text: str) -> int:
+    """Bytes of a text in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
 
 
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def middle(text: str, characters: int) -> str:
+    """That many characters around the middle of a text, or all of it."""
+    start = max(0, (len(text) - characters) // 2)
+    return text[start : start + characters]
 
 
-@contextmanager
-def one_thread_per_process() -> Iterator[None]:
-    """Cores are shared out by `workers`: keep `tokenizers` from starting a thread pool in each (they inherit it)."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        os.environ.pop(name) if before is None else os.environ.update({name: before})
+def count_languages(texts: Sequence[str]) -> Counter[str]:
+    """Bytes of the texts by language, told from the middle of each by CLD2. ISO 639 codes; "un": not told reliably."""
+    import pycld2
+
+    found: Counter[str] = Counter()
+    for text in texts:
+        try:
+            reliable, _, guesses = pycld2.detect(middle(text, LANGUAGE_CHARACTERS), bestEffort=False)
+        except pycld2.error:  # control characters and the like
+            reliable, guesses = False, ()
+        found[guesses[0][1] if reliable else "un"] += utf8_length(text)
+    return found
+
+
+def _counts(content: Content) -> PartCounts:
+    return PartCounts(content.source, content.records, len(content.texts), content.problems)
+
+
+def useful_workers(workers: int, read_bytes: int, unit_bytes: int) -> int:
+    """No more workers than there are units; 0, this process alone, when there is but one."""
+    found = min(workers, math.ceil(read_bytes / unit_bytes))
+    return found if found > 1 or workers == 1 < math.ceil(read_bytes / unit_bytes) else 0

@@ -59,6 +59,23 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def write_index(idx: IO[bytes], lengths: npt.NDArray[np.int32], dtype: npt.DTypeLike) -> None:
+    """Write the .idx of a corpus with one sequence per document. `lengths` (documents,) may be a memory map."""
+    dtype, chunk = np.dtype(dtype), 1 << 20
+    code = next(code for code, known in DTYPE_CODES.items() if known == dtype)
+    idx.write(HEADER.pack(MAGIC, VERSION, code, lengths.size, lengths.size + 1))
+    starts = range(0, lengths.size, chunk)
+    for start in starts:
+        idx.write(lengths[start : start + chunk].astype("<i4", copy=False).tobytes())
+    pointer = 0
+    for start in starts:
+        ends = np.cumsum(lengths[start : start + chunk], dtype=np.int64) * dtype.itemsize + pointer
+        idx.write(np.concatenate([np.array([pointer], np.int64), ends[:-1]]).astype("<i8", copy=False).tobytes())
+        pointer = int(ends[-1])
+    for start in range(0, lengths.size + 1, chunk):
+        idx.write(np.arange(start, min(start + chunk, lengths.size + 1), dtype="<i8").tobytes())
+
+
 class IndexedWriter:
     """Context manager that writes `PREFIX.bin` and `PREFIX.idx`, one sequence per document.
 
@@ -114,19 +131,10 @@ class IndexedWriter:
         """sha256 (hex) of all that was written to .bin so far, computed on the way."""
         return self._digest.hexdigest()
 
-    def _write_index(self) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32) if self._lengths else np.empty(0, np.int32)
-        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-        pointers = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
-        code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
-        self._idx.write(HEADER.pack(MAGIC, VERSION, code, lengths.size, lengths.size + 1))
-        for values in (lengths, pointers, np.arange(lengths.size + 1, dtype=np.int64)):
-            self._idx.write(values.tobytes())
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._files as files:
             if error is None:
-                self._write_index()
+                write_index(self._idx, np.frombuffer(self._lengths, np.int32), self.dtype)
             else:
                 files.__exit__(kind, error, trace)
 
@@ -171,8 +179,13 @@ class IndexedCorpus:
 
     def __getitem__(self, index: int) -> Tokens:
         """Tokens of sequence `index`, in the file's dtype, without a copy."""
-        start = int(self.sequence_pointers[index]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.sequence_lengths[index])]
+        start, length = int(self.sequence_pointers[index]) // self.dtype.itemsize, int(self.sequence_lengths[index])
+        if not 0 <= start <= start + length <= self.num_tokens:
+            raise InputError(
+                f"{self.prefix}.idx: sequence {index} is said to be tokens {start} to {start + length}; "
+                f"wanted them within the {self.num_tokens} of the corpus"
+            )
+        return self.tokens[start : start + length]
 
     def sample(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """(length,) int64 tokens from position `start` of the token stream, across document borders."""

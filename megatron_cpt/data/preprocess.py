@@ -1,43 +1,48 @@
-"""Raw text -> corpus: read documents, tokenize them on several cores, write .bin/.idx and the manifest.
+"""Raw text -> corpus: read documents, tokenize them on all cores, write .bin/.idx and the manifest.
 
-The main process only reads and writes bytes; workers parse JSON and tokenize batches of about a megabyte. Results are
-taken in the order of the input, so the corpus does not depend on the number of workers.
+The main process plans and writes; workers read, parse and tokenize units of about two megabytes. Results are taken in the
+order of the input, so the corpus does not depend on the number of workers. Everything is written to PREFIX.partial first
+(see `partial`): a run that is interrupted, in whatever way, goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
+import shutil
+import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+import orjson
 
-from megatron_cpt.data.documents import find_files
-from megatron_cpt.data.encoding import EncodedBatch, Encoder, EncodeSettings, encode_files, one_thread_per_process
-from megatron_cpt.data.indexed import IndexedWriter
-from megatron_cpt.data.manifest import (
-    CorpusManifest,
-    FileInfo,
-    SourceInfo,
-    TokenizerInfo,
-    manifest_path,
-    sha256_file,
-    write_manifest,
-)
+from megatron_cpt.data.audit import ODD_TEXTS, Audit, TokenizerFacts, TokenizerMismatchError
+from megatron_cpt.data.encoding import EncodedUnit, Encoder, Engine, Policy, TokenPolicy, useful_workers
+from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, TokenizerInfo, write_manifest
+from megatron_cpt.data.partial import PartialCorpus, lock, open_partial, partial_folder, read_state
+from megatron_cpt.data.progress import Meter, meter, rates
+from megatron_cpt.data.publish import check_output, complete, outputs, publish
+from megatron_cpt.data.reading import UNIT_BYTES, ReadOptions, units
+from megatron_cpt.data.sources import Source, find_sources, printable
+from megatron_cpt.data.workers import ordered_map
 from megatron_cpt.errors import InputError
-from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
-from megatron_cpt.tokenizer.base import token_bytes_sha256
+from megatron_cpt.tokenizer import load_tokenizer
+from megatron_cpt.tokenizer.fast import FastTokenizer, NotSupportedError
 from megatron_cpt.version import __version__
+
+FAST_FROM_BYTES = 8 << 20
+"""Input from which gigatoken's second of loading is worth while."""
+
+FORMAT = 1
+"""Raise it when the same input would give another corpus: an unfinished one of before is then not gone on with."""
 
 
 def available_cores() -> int:
@@ -50,8 +55,10 @@ class PreprocessConfig:
     """What to read, how to tokenize it, where to write it."""
 
     input: list[str] | str
-    """Files, folders (all files inside, by name) or quoted globs. `.jsonl`/`.json`: one document per line; any other
-    file is one document of plain UTF-8 text. A file named twice is read once."""
+    """Files, folders (all files of a known kind inside, by name), quoted globs, or fsspec URLs (s3://...). Kinds, by
+    name: .jsonl .ndjson .json (a document per line), .txt .text (a document per file), .parquet, .arrow (also a folder
+    that `datasets` saved); the first two also as .gz .zst .bz2 .xz. A file that is named is plain text when its kind is
+    unknown. A file named twice is read once."""
     tokenizer: str
     """Hugging Face folder or tokenizer.json, Llama-3 tokenizer.model (tiktoken), or SentencePiece .model."""
     output_prefix: str
@@ -59,158 +66,334 @@ class PreprocessConfig:
     language: str
     """Language of the corpus, such as en or zh; the mixture counts tokens by it."""
     text_key: str = "text"
-    """Field of a JSON document that holds its text; dots reach into objects (`article.body`)."""
+    """Field or column that holds a document's text; dots reach into objects (`article.body`)."""
+    metadata_keys: list[str] | str = field(default_factory=list)
+    """Fields to keep beside each document, in OUTPUT_PREFIX.metadata.jsonl (as in `url date`)."""
+    file_format: Literal["auto", "jsonl", "text", "parquet", "arrow"] = "auto"
+    """Read all files as this, whatever their names."""
+    document_separator: str | None = None
+    """What stands between documents in text files, as in `\\n\\n` (backslash n is a line break); none: one per file."""
     eos_token: str | None = None
     """Token that ends a document, when not the tokenizer's own."""
-    eos: Literal["none", "document"] = "document"
-    """Put an end-of-document token after every document, or none."""
-    bos: Literal["none", "document"] = "none"
+    eos: Policy = "document"
+    """Put an end-of-document token after every document (as Llama-3 was trained, <|end_of_text|>), or none."""
+    bos: Policy = "none"
     """Put a beginning-of-text token before every document, or none."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What to do about a document without usable text (broken JSON, no UTF-8, field missing, null, empty, too long): stop
+    at the first, or leave out all of them, counted and listed in OUTPUT_PREFIX.errors.jsonl."""
+    max_document_characters: int = 100_000_000
+    """A longer document counts as an error."""
+    shuffle_documents: int | None = None
+    """Put the documents in a random order with this seed (training packs documents in the order they have here)."""
+    partition: str | None = None
+    """I/N (I from 0): take only the I-th of N equal parts of the input, for job arrays; the output is then named
+    OUTPUT_PREFIX-0000I-of-0000N, and tools/merge_datasets.py joins the parts."""
     workers: int = field(default_factory=available_cores)
     """Processes that tokenize."""
+    fast_tokenizer: Literal["auto", "always", "never"] = "auto"
+    """Use gigatoken, compared with the reference tokenizer on samples all along; auto: for 8 MB of input or more."""
+    checksum_inputs: bool = True
+    """Put the sha256 of every local input file in the manifest."""
     overwrite: bool = False
-    """Replace an existing corpus of this name."""
+    """Replace an existing corpus of this name, and begin anew if an unfinished one has other settings."""
 
     def __post_init__(self) -> None:
         if not os.path.basename(self.output_prefix):
             raise InputError(f"output_prefix is {self.output_prefix!r}; wanted a name, as in data/zh")
-        if not self.language:
-            raise InputError("language is empty; wanted a name such as zh")
-        if not self.input:
-            raise InputError("input is empty; wanted files, folders or globs")
-        if self.workers < 1:
-            raise InputError(f"workers is {self.workers}; wanted at least 1")
+        for name in ("language", "input", "text_key"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty; wanted a value")
+        if self.document_separator == "":
+            raise InputError("document_separator is empty; wanted the text between two documents, or none")
+        for name in ("workers", "max_document_characters"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; wanted at least 1")
+        if self.shuffle_documents is not None and not 0 <= self.shuffle_documents < 2**64:
+            raise InputError(f"shuffle_documents is {self.shuffle_documents}; wanted a seed from 0 to 2^64 - 1")
+        parse_partition(self.partition)
+
+    @property
+    def prefix(self) -> str:
+        """Path of the corpus without .bin: with the partition's number, if there is one."""
+        index, count = parse_partition(self.partition)
+        return self.output_prefix if self.partition is None else f"{self.output_prefix}-{index:05d}-of-{count:05d}"
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """How documents lie in the files."""
+        separator = self.document_separator and self.document_separator.replace("\\n", "\n").replace("\\t", "\t")
+        keys = [self.metadata_keys] if isinstance(self.metadata_keys, str) else self.metadata_keys
+        return ReadOptions(self.text_key, tuple(keys), separator, self.max_document_characters)
 
 
-@contextmanager
-def progress_bar(total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Gives `advance(bytes_read)`; shows a bar on a terminal's stderr when the work takes more than two seconds."""
-    columns = (BarColumn(), TextColumn("{task.percentage:.0f}%"), TransferSpeedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task, begin = bar.add_task("", total=total_bytes), time.monotonic()
-
-    def advance(read: int) -> None:
-        bar.advance(task, read)
-        if not bar.live.is_started and sys.stderr.isatty() and time.monotonic() - begin > 2:
-            bar.start()
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:  # stopping one that never started would print an empty line
-            bar.stop()
-
-
-@dataclass
-class Counts:
-    """Running totals of a corpus; `per_source` (input files,) documents of each."""
-
-    per_source: npt.NDArray[np.int64]
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    empty: int = 0
-
-    def add(self, batch: EncodedBatch) -> None:
-        """Count one batch."""
-        self.per_source += np.bincount(batch.sources, minlength=self.per_source.size)
-        self.documents += batch.lengths.size
-        self.tokens += batch.tokens.size
-        self.text_bytes += batch.text_bytes
-        self.empty += batch.empty
+def parse_partition(partition: str | None) -> tuple[int, int]:
+    """ "I/N" -> (I, N); None -> (0, 1). InputError for anything else."""
+    if partition is None:
+        return 0, 1
+    index, slash, count = partition.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"partition is {partition!r}; wanted I/N with I from 0 to N - 1, as in 0/8")
+    return int(index), int(count)
 
 
 def preprocess(config: PreprocessConfig) -> str:
-    """Tokenize `config.input` into OUTPUT_PREFIX.bin/.idx/.json; returns the manifest's path.
+    """Tokenize `config.input` into PREFIX.bin/.idx/.json; returns the manifest's path.
 
-    InputError: no files or documents, a document that cannot be read, a bad tokenizer, an output that exists or cannot
-    be written. After any error nothing of the new corpus remains; an existing one is replaced only at the very end.
+    InputError: no files or documents, a document that cannot be read (`on_error` fail), a bad tokenizer, an output that
+    exists or cannot be written. After any error there is no new corpus, and an old one is as it was; what was complete
+    waits in PREFIX.partial for the same command to be given again.
     """
-    begin = time.monotonic()
-    prefix, outputs = config.output_prefix, _outputs(config.output_prefix)
+    prefix = config.prefix
     patterns = [config.input] if isinstance(config.input, str) else config.input
-    files = find_files(patterns, leave_out=outputs)
-    sizes = [file.stat().st_size for file in files]
-    tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
-    settings = EncodeSettings(config.tokenizer, config.eos_token, config.text_key, config.eos, config.bos)
-    encoder = Encoder(tokenizer, settings)
-    _check_output(prefix, config.overwrite)
+    sources, passed_over = find_sources(patterns, config.file_format, leave_out=outputs(prefix))
+    if passed_over:
+        some = ", ".join(map(printable, passed_over[:3]))
+        print(f"not read, of unknown kind: {len(passed_over)} files ({some}, ...)", file=sys.stderr)
+    check_output(prefix, config.overwrite)
+    folder = partial_folder(prefix)
+    with lock(folder), interruptible(), one_thread_per_process():
+        try:
+            return _preprocess(config, sources, folder, config.fast_tokenizer)
+        except TokenizerMismatchError as mismatch:
+            print(f"WARNING: gigatoken is wrong here, so all is done again without it: {mismatch}", file=sys.stderr)
+            shutil.rmtree(folder)
+            return _preprocess(config, sources, folder, "never")
+        except KeyboardInterrupt:
+            state = read_state(folder)
+            kept = f"; {state['units']} units are safe: give the same command again to go on" if state else ""
+            raise KeyboardInterrupt(f"{prefix} is unfinished{kept}") from None
 
-    counts = Counts(np.zeros(len(files), dtype=np.int64))
-    with (
-        one_thread_per_process(),
-        IndexedWriter(prefix, encoder.dtype) as writer,
-        progress_bar(sum(sizes)) as advance,
-        closing(encode_files(encoder, files, config.workers)) as encoded,
-    ):
-        for batch in encoded:
-            writer.add_documents(batch.tokens, batch.lengths)
-            counts.add(batch)
-            advance(batch.read_bytes)
-        if not counts.documents:
-            raise InputError(f"input {patterns}: empty corpus: {counts.empty} documents, none with text")
-        # Should the machine stop between the renames, no old manifest vouches for new files.
-        manifest_path(prefix).unlink(missing_ok=True)
 
-    sources = [SourceInfo(str(f), size, int(n)) for f, size, n in zip(files, sizes, counts.per_source, strict=True)]
-    path = write_manifest(prefix, _manifest(config, tokenizer, encoder.dtype, counts, sources, writer.bin_sha256))
-    seconds = time.monotonic() - begin
-    speed = f"{sum(sizes) / 1e6 / seconds:.1f} MB/s"
-    print(f"{counts.documents:,} documents, {counts.tokens:,} tokens, {speed}", file=sys.stderr)
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM, which SLURM sends, ends the work as Ctrl-C does: cleanly."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def one_thread_per_process() -> Iterator[None]:
+    """Cores are shared out by `workers`: keep `tokenizers` from starting a thread pool in each (they inherit it)."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def _preprocess(config: PreprocessConfig, sources: list[Source], folder: Path, fast: str) -> str:
+    """Make the corpus with the fast tokenizer or without it. TokenizerMismatchError: the fast one is wrong."""
+    total = sum(source.bytes for source in sources) // parse_partition(config.partition)[1]
+    state = read_state(folder)
+    if fast == "auto" and (total < FAST_FROM_BYTES or (state and state.get("encoder") == "reference")):
+        fast = "never"
+    with Audit(config.tokenizer, config.eos_token) as audit:
+        engine, facts = _load(config, audit, fast)
+        run = _run_identity(config, sources, facts)
+        if state and config.overwrite and state["run"] != run:
+            shutil.rmtree(folder)
+        elif state and "publish" in state and state["run"] == run:
+            return publish(config.prefix, folder, state["publish"])
+        policy = TokenPolicy.of(facts.vocab_size, facts.bos_id, facts.eos_id, config.bos, config.eos, config.tokenizer)
+        is_fast = isinstance(engine, FastTokenizer)
+        encoder = Encoder(engine, policy, sources, config.read_options, audited=is_fast)
+        with open_partial(folder, run, "gigatoken" if is_fast else "reference", len(sources)) as partial:
+            begun = partial.counts.read_bytes
+            if partial.units:
+                done = f"{sum(partial.counts.documents):,} documents"
+                print(f"going on with {folder}: {done} are done", file=sys.stderr)
+            with meter(total, begun) as shown:
+                _encode(config, sources, encoder, partial, audit, shown)
+            audit.settle()
+            files = _finish(config, sources, facts, policy, partial, audit)
+            summary = _summary(partial, policy)
+        path = publish(config.prefix, folder, files)
+    print(summary, file=sys.stderr)
     return path
 
 
-def _outputs(prefix: str) -> list[str]:
-    return [prefix + suffix for suffix in (".bin", ".idx", ".json")]
+def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, TokenizerFacts]:
+    """What encodes, and what the reference tokenizer says of itself. The two load at the same time."""
+    if fast != "never":
+        audit.ask_facts()
+        try:
+            engine = FastTokenizer(config.tokenizer)
+        except NotSupportedError as error:
+            audit.facts()
+            if fast == "always":
+                raise InputError(f"fast_tokenizer is 'always' but {error}; wanted 'auto' or 'never'") from None
+            print(f"note: {error}; the slower reference encodes", file=sys.stderr)
+        else:
+            facts = audit.facts()
+            audit.compare(list(zip(ODD_TEXTS, engine.encode_batch(ODD_TEXTS), strict=True)))
+            return engine, facts
+    tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
+    return tokenizer, TokenizerFacts.of(tokenizer)
 
 
-def _check_output(prefix: str, overwrite: bool) -> None:
-    """InputError when the corpus exists (without `overwrite`) or its folder cannot be made or written."""
-    existing = [path for path in _outputs(prefix) if Path(path).exists()]
-    if existing and not overwrite:
-        raise InputError(f"output_prefix {prefix}: found {', '.join(existing)}; wanted a new name or overwrite")
-    folder = Path(prefix).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output_prefix {prefix}: cannot make folder {folder} ({error.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"output_prefix {prefix}: folder {folder} is not writable")
+def _run_identity(config: PreprocessConfig, sources: Sequence[Source], facts: TokenizerFacts) -> dict[str, Any]:
+    """Everything the content of the corpus depends on."""
+    options = config.read_options
+    return {
+        "format": [FORMAT, UNIT_BYTES],
+        "tokenizer": facts.fingerprint,
+        "input": [[printable(source.url), source.format, source.bytes, source.version] for source in sources],
+        "text_key": options.text_key,
+        "metadata_keys": list(options.metadata_keys),
+        "document_separator": options.separator,
+        "max_document_characters": options.max_characters,
+        "eos": config.eos,
+        "bos": config.bos,
+        "partition": config.partition,
+    }
+
+
+def _encode(
+    config: PreprocessConfig,
+    sources: Sequence[Source],
+    encoder: Encoder,
+    partial: PartialCorpus,
+    audit: Audit,
+    shown: Meter,
+) -> None:
+    """Encode what is not in `partial` yet."""
+    partition = parse_partition(config.partition)
+    work = islice(units(sources, config.read_options, partition), partial.units, None)
+    workers = useful_workers(config.workers, sum(s.bytes for s in sources) // partition[1], UNIT_BYTES)
+    hashed: set[int] = set()
+    with closing(ordered_map(encoder, work, workers)) as encoded:
+        for unit in encoded:
+            errors = _errors(config, sources, partial, unit)
+            partial.add(unit, errors)
+            if unit.audit:
+                audit.compare(unit.audit)
+            for part in unit.parts:
+                if config.checksum_inputs and part.source not in hashed and sources[part.source].is_local:
+                    hashed.add(part.source)
+                    audit.hash(sources[part.source])
+            shown.advance(unit.read_bytes, unit.lengths.size)
+            if partial.is_due():
+                audit.settle()
+                partial.checkpoint()
+    partial.checkpoint()
+
+
+def _errors(config: PreprocessConfig, sources: Sequence[Source], partial: PartialCorpus, unit: EncodedUnit) -> bytes:
+    """Lines for errors.jsonl. InputError at the first when errors are not to be skipped."""
+    lines = []
+    seen: dict[int, int] = {}
+    for part in unit.parts:
+        source = sources[part.source]
+        first = partial.counts.records[part.source] + seen.get(part.source, 0) + 1
+        seen[part.source] = seen.get(part.source, 0) + part.records
+        for problem in part.problems:
+            path, line = printable(source.url), first + problem.record
+            if config.on_error == "fail":
+                one = source.format == "text" and config.document_separator is None
+                where = path if one else f"{path}:{line}"
+                raise InputError(f"{where}: {problem.detail} (on_error skip leaves such documents out)")
+            lines.append({"file": path, "line": line, "reason": problem.reason, "detail": problem.detail})
+    return b"".join(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines)
+
+
+def _finish(
+    config: PreprocessConfig,
+    sources: Sequence[Source],
+    facts: TokenizerFacts,
+    policy: TokenPolicy,
+    partial: PartialCorpus,
+    audit: Audit,
+) -> dict[str, str]:
+    """Everything but the renames: shuffle, index, manifest. Returns {file in the partial folder: suffix of PREFIX}."""
+    counts, folder = partial.counts, partial.folder
+    if not sum(counts.documents) and config.partition is None:
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.skipped.items())) or "no documents"
+        raise InputError(f"input {config.input}: empty corpus: found {skipped}; wanted documents with text")
+    files, info = complete(
+        folder,
+        policy.dtype,
+        partial.digest.hexdigest(),
+        config.shuffle_documents,
+        with_metadata=bool(config.metadata_keys),
+        with_errors=bool(counts.skipped),
+    )
+    write_manifest(folder / "manifest.json", _manifest(config, sources, facts, policy, partial, audit, info))
+    partial.announce(files)
+    return files
+
+
+def _summary(partial: PartialCorpus, policy: TokenPolicy) -> str:
+    """The last line on the screen."""
+    counts, documents = partial.counts, sum(partial.counts.documents)
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.skipped.items()))
+    left_out = f"; left out: {skipped}" if skipped else ""
+    per_token = f"{_bytes_per_token(partial, policy):.2f} bytes/token"
+    speed = rates(counts.read_bytes, documents, counts.seconds)
+    return f"{documents:,} documents, {counts.tokens:,} tokens, {per_token}, {counts.seconds:.1f} s, {speed}{left_out}"
+
+
+def _bytes_per_token(partial: PartialCorpus, policy: TokenPolicy) -> float:
+    """Bytes of text per token that stands for text: without those that begin and end documents."""
+    counts = partial.counts
+    around = sum(counts.documents) * ((policy.bos_id is not None) + (policy.eos_id is not None))
+    return counts.text_bytes / max(counts.tokens - around, 1)
 
 
 def _manifest(
     config: PreprocessConfig,
-    tokenizer: Tokenizer,
-    dtype: np.dtype[Any],
-    counts: Counts,
-    sources: list[SourceInfo],
-    bin_sha256: str,
+    sources: Sequence[Source],
+    facts: TokenizerFacts,
+    policy: TokenPolicy,
+    partial: PartialCorpus,
+    audit: Audit,
+    files: dict[str, FileInfo],
 ) -> CorpusManifest:
-    bin_, idx, _ = (Path(path) for path in _outputs(config.output_prefix))
-    libraries = ("numpy", "tokenizers", "tiktoken", "sentencepiece")
+    counts = partial.counts
+    documents = sum(counts.documents)
+    checksums = audit.checksums()
+    sampled = max(sum(counts.languages.values()), 1)
+    checked = f"gigatoken {version('gigatoken')}, equal to the reference on {counts.compared:,} samples of the input"
+    libraries = ("numpy", "tokenizers", "tiktoken", "sentencepiece", "pycld2")
     return CorpusManifest(
         language=config.language,
-        documents=counts.documents,
+        documents=documents,
         tokens=counts.tokens,
         text_bytes=counts.text_bytes,
-        empty_documents=counts.empty,
-        dtype=str(dtype),
+        characters=counts.characters,
+        bytes_per_token=round(_bytes_per_token(partial, policy), 4),
+        skipped=dict(sorted(counts.skipped.items())),
+        languages={code: round(size / sampled, 4) for code, size in counts.languages.most_common()},
+        dtype=policy.dtype,
         eos=config.eos,
         bos=config.bos,
+        shuffle_documents=config.shuffle_documents,
+        partition=config.partition,
+        encoder=checked if counts.compared else "the reference tokenizer",
         tokenizer=TokenizerInfo(
             path=str(Path(config.tokenizer).expanduser().absolute()),
-            name=tokenizer.name,
-            vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
-            bos_id=tokenizer.bos_id,
-            fingerprint=tokenizer.fingerprint,
-            token_bytes_sha256=token_bytes_sha256(tokenizer),
+            token_bytes_sha256=audit.token_bytes_sha256(),
+            **facts._asdict(),
         ),
-        sources=sources,
-        files={
-            "bin": FileInfo(bin_.stat().st_size, bin_sha256),
-            "idx": FileInfo(idx.stat().st_size, sha256_file(idx)),
-        },
+        sources=[
+            SourceInfo(printable(source.url), source.format, source.bytes, checksums.get(source.url), count)
+            for source, count in zip(sources, counts.documents, strict=True)
+        ],
+        files=files,
         versions={"megatron_cpt": __version__, "python": platform.python_version()}
         | {library: version(library) for library in libraries},
+        command=shlex.join(map(printable, sys.argv)),
+        duration_seconds=round(counts.seconds, 3),
     )

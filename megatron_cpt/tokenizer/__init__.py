@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer.base import Tokenizer
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = ["Tokenizer", "load_tokenizer", "tokenizer_file"]
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
@@ -23,9 +24,19 @@ def load_tokenizer(path: str, eos_token: str | None = None) -> Tokenizer:
     from megatron_cpt.tokenizer.sentencepiece_model import SentencePieceTokenizer
     from megatron_cpt.tokenizer.tiktoken_llama3 import Llama3Tokenizer
 
+    file, kind = tokenizer_file(path)
+    if kind == "hf":
+        return HuggingFaceTokenizer(file, eos_token)
+    if kind == "tiktoken":
+        return Llama3Tokenizer(file, eos_token)
+    return SentencePieceTokenizer(file, eos_token)
+
+
+def tokenizer_file(path: str) -> tuple[Path, Literal["hf", "tiktoken", "sentencepiece"]]:
+    """The file a tokenizer is read from and its format. InputError when there is none."""
     source = Path(path).expanduser()
     if source.is_dir() and (source / "tokenizer.json").is_file():
-        return HuggingFaceTokenizer(source, eos_token)
+        return source / "tokenizer.json", "hf"
     file = source / "tokenizer.model" if source.is_dir() else source
     if not file.is_file():
         found = "a folder without either" if source.is_dir() else "nothing there"
@@ -35,7 +46,5 @@ def load_tokenizer(path: str, eos_token: str | None = None) -> Tokenizer:
     with file.open("rb") as stream:
         head = stream.read(4096)
     if head.lstrip().startswith(b"{"):
-        return HuggingFaceTokenizer(file, eos_token)
-    if _TIKTOKEN_LINE.match(head):
-        return Llama3Tokenizer(file, eos_token)
-    return SentencePieceTokenizer(file, eos_token)
+        return file, "hf"
+    return file, "tiktoken" if _TIKTOKEN_LINE.match(head) else "sentencepiece"

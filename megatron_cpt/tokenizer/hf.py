@@ -43,7 +43,7 @@ class HuggingFaceTokenizer:
         self.eos_id = self._id_of("eos_token", eos)
         self.bos_id = None if bos is None else self._id_of("bos_token", bos)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.name = display_name("hf", path)
+        self.name = display_name("hf", path.parent if path.name == "tokenizer.json" else path)
         self.fingerprint = fingerprint(content, self.eos_id)
 
     def _id_of(self, field: str, token: str) -> int:

@@ -50,7 +50,7 @@ class Llama3Tokenizer:
         import tiktoken
 
         content = path.read_bytes()
-        ranks = _parse_ranks(path, content)
+        ranks = read_ranks(path, content)
         specials = {name: len(ranks) + place for place, name in enumerate(special_tokens())}
         self._encoding = tiktoken.Encoding(
             name=path.name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
@@ -96,7 +96,7 @@ def special_tokens() -> list[str]:
     return [NAMED_SPECIALS.get(place) or next(reserved) for place in range(NUM_SPECIAL_TOKENS)]
 
 
-def _parse_ranks(path: Path, content: bytes) -> dict[bytes, int]:
+def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
     """Lines `base64 rank` -> {bytes: rank}, in rank order, which must be 0, 1, 2, ..."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.data.indexed import HEADER, MAGIC, IndexedCorpus, IndexedWriter, best_dtype
-from megatron_cpt.data.manifest import sha256_file
+from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.errors import InputError
 
 DOCUMENTS = [[1, 2, 3], [4], [], [65000, 6]]

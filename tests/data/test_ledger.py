@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_cpt.data.indexed import IndexedCorpus, IndexedWriter
 from megatron_cpt.data.ledger import make_ledger
-from megatron_cpt.data.manifest import CorpusManifest, TokenizerInfo
 from megatron_cpt.data.mixture import Corpus, Mixture
+from tests.tiny_manifests import manifest
 
 SEQ_LENGTH = 4
 
@@ -23,21 +23,7 @@ def make_corpus(folder: Path, name: str, language: str, tokens: int, weight: int
     prefix = str(folder / name)
     with IndexedWriter(prefix, np.uint16) as writer:
         writer.add_document(np.arange(tokens))
-    manifest = CorpusManifest(
-        language=language,
-        documents=1,
-        tokens=tokens,
-        text_bytes=tokens,
-        empty_documents=0,
-        dtype="uint16",
-        eos="none",
-        bos="none",
-        tokenizer=TokenizerInfo("/t", "hf:t", 400, 0, None, "ab" * 32, "cd" * 32),
-        sources=[],
-        files={},
-        versions={},
-    )
-    return Corpus(name, prefix, Fraction(weight), manifest, IndexedCorpus(prefix))
+    return Corpus(name, prefix, Fraction(weight), manifest(language=language, tokens=tokens), IndexedCorpus(prefix))
 
 
 @pytest.fixture(scope="module")

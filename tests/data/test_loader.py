@@ -12,26 +12,14 @@ from hypothesis import strategies as st
 
 from megatron_cpt.data.indexed import IndexedCorpus, IndexedWriter
 from megatron_cpt.data.loader import BatchShape, TrainingData, validation_microbatches, validation_samples
-from megatron_cpt.data.manifest import CorpusManifest, TokenizerInfo
+from megatron_cpt.data.manifest import TokenizerInfo
 from megatron_cpt.data.mixture import Corpus, Mixture
+from tests.tiny_manifests import manifest
 
 SEQ_LENGTH = 8
 MILLION = 1_000_000
 TOKENS = {"en": 331, "code": 90, "zh": 205}  # 41, 11 and 25 samples
-MANIFEST = CorpusManifest(
-    language="en",
-    documents=1,
-    tokens=1,
-    text_bytes=1,
-    empty_documents=0,
-    dtype="int32",
-    eos="none",
-    bos="none",
-    tokenizer=TokenizerInfo("/t", "hf:t", 4 * MILLION, 0, None, "ab" * 32, "cd" * 32),
-    sources=[],
-    files={},
-    versions={},
-)
+MANIFEST = manifest(language="en", tokenizer=TokenizerInfo("/t", "hf:t", 4 * MILLION, 0, None, "ab" * 32, "cd" * 32))
 
 
 @pytest.fixture(scope="module")

@@ -9,38 +9,18 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.data.manifest import (
-    CorpusManifest,
-    FileInfo,
-    SourceInfo,
-    TokenizerInfo,
-    read_manifest,
-    sha256_file,
-    write_manifest,
-)
+from megatron_cpt.data.manifest import manifest_path, read_manifest, write_manifest
+from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.errors import InputError
-
-MANIFEST = CorpusManifest(
-    language="zh",
-    documents=2,
-    tokens=10,
-    text_bytes=24,
-    empty_documents=1,
-    dtype="uint16",
-    eos="document",
-    bos="none",
-    tokenizer=TokenizerInfo("/t", "hf:t", 400, 0, None, "ab" * 32, "cd" * 32),
-    sources=[SourceInfo("/a.jsonl", 30, 2)],
-    files={"bin": FileInfo(20, "00" * 32), "idx": FileInfo(82, "11" * 32)},
-    versions={"megatron_cpt": "0", "python": "3"},
-)
+from tests.tiny_manifests import MANIFEST
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    path = write_manifest(str(tmp_path / "c"), MANIFEST)
-    assert [str(file) for file in tmp_path.iterdir()] == [path]
+    path = manifest_path(str(tmp_path / "c"))
+    write_manifest(path, MANIFEST)
+    assert list(tmp_path.iterdir()) == [path]
     assert read_manifest(str(tmp_path / "c")) == MANIFEST
-    assert next(iter(json.loads(Path(path).read_text()))) == "format_version"
+    assert next(iter(json.loads(path.read_text()))) == "format_version"
 
 
 def test_sha256_file(tmp_path: Path) -> None:
@@ -61,7 +41,7 @@ def test_missing_and_not_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], 2, "format_version is 2; wanted 1"),
+        (["format_version"], 1, "format_version is 1; wanted 2"),
         (["tokens"], None, "tokens is missing"),
         (["tokens"], "10", "tokens is '10'; wanted int"),
         (["documents"], True, "documents is True; wanted int"),
@@ -70,10 +50,13 @@ def test_missing_and_not_json(tmp_path: Path) -> None:
         (["sources", 0, "bytes"], 1.5, r"sources\[0\].bytes is 1.5"),
         (["files", "idx"], None, "files.idx is missing"),
         (["files", "bin", "sha256"], 3, "files.bin.sha256 is 3; wanted str"),
+        (["sources", 0, "sha256"], 3, r"sources\[0\].sha256 is 3; wanted str | None"),
+        (["languages", "zh"], "all", "languages.zh is 'all'; wanted float"),
     ],
 )
 def test_wrong_fields_are_named(tmp_path: Path, path: list[Any], value: Any, message: str) -> None:
-    file = Path(write_manifest(str(tmp_path / "c"), MANIFEST))
+    file = manifest_path(str(tmp_path / "c"))
+    write_manifest(file, MANIFEST)
     content = json.loads(file.read_text())
     *parents, last = path
     holder = content

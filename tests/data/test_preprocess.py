@@ -6,15 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_cpt.data import documents
+from megatron_cpt.data import preprocess as preprocess_module
+from megatron_cpt.data import reading
 from megatron_cpt.data.indexed import IndexedCorpus
-from megatron_cpt.data.manifest import read_manifest, sha256_file
+from megatron_cpt.data.manifest import read_manifest
 from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer import load_tokenizer
 
@@ -39,16 +42,22 @@ def run(tmp_path: Path, tokenizer: str, **settings: Any) -> IndexedCorpus:
     return IndexedCorpus(path.removesuffix(".json"))
 
 
+def small_units(monkeypatch: pytest.MonkeyPatch, size: int = 300) -> None:
+    """Make many units of work out of little input."""
+    for module in (reading, preprocess_module):
+        monkeypatch.setattr(module, "UNIT_BYTES", size)
+
+
 def texts(corpus: IndexedCorpus, tokenizer: str) -> list[str]:
     return [load_tokenizer(tokenizer).decode(corpus[i].tolist()) for i in range(len(corpus))]
 
 
 def test_documents_tokens_and_manifest(tmp_path: Path, tiny_tokenizer_dir: str, source: str) -> None:
     write_lines(Path(source), [{"text": "one"}, {"text": ""}, {"text": " \n"}, {"text": "二"}])
-    corpus = run(tmp_path, tiny_tokenizer_dir, input=[source], language="zh")
+    corpus = run(tmp_path, tiny_tokenizer_dir, input=[source], language="zh", on_error="skip")
     assert texts(corpus, tiny_tokenizer_dir) == ["one<|endoftext|>", "二<|endoftext|>"]
     manifest = read_manifest(corpus.prefix)
-    assert (manifest.documents, manifest.empty_documents, manifest.text_bytes) == (2, 2, 6)
+    assert (manifest.documents, manifest.skipped, manifest.text_bytes, manifest.characters) == (2, {"empty": 2}, 6, 4)
     assert (manifest.tokens, manifest.dtype, manifest.language) == (corpus.num_tokens, "uint16", "zh")
     assert manifest.tokenizer.fingerprint == load_tokenizer(tiny_tokenizer_dir).fingerprint
     assert [(s.path, s.bytes, s.documents) for s in manifest.sources] == [(source, os.path.getsize(source), 2)]
@@ -58,31 +67,30 @@ def test_documents_tokens_and_manifest(tmp_path: Path, tiny_tokenizer_dir: str, 
 
 
 def test_order_does_not_depend_on_workers(tmp_path: Path, tiny_tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_cpt.data import encoding
-
     files = [
         write_lines(tmp_path / f"{name}.jsonl", [{"text": f"{name}{i} " * (i % 7 + 1)} for i in range(50)])
         for name in ("b", "a")
     ]
-    for module in (documents, encoding):
-        monkeypatch.setattr(module, "BATCH_BYTES", 300)
+    small_units(monkeypatch)
     prefixes = [str(tmp_path / f"w{workers}") for workers in (1, 2)]
     for workers, prefix in enumerate(prefixes, start=1):
         run(tmp_path, tiny_tokenizer_dir, input=files, output_prefix=prefix, workers=workers)
-    for suffix in (".bin", ".idx", ".json"):
+    for suffix in (".bin", ".idx"):
         assert Path(prefixes[0] + suffix).read_bytes() == Path(prefixes[1] + suffix).read_bytes()
+    one, two = (replace(read_manifest(prefix), duration_seconds=0, command="") for prefix in prefixes)
+    assert one == two
     assert texts(IndexedCorpus(prefixes[1]), tiny_tokenizer_dir)[50].startswith("a0")
 
 
 def test_worker_errors_reach_the_user(tmp_path: Path, tiny_tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_cpt.data import encoding
-
-    for module in (documents, encoding):
-        monkeypatch.setattr(module, "BATCH_BYTES", 300)
+    small_units(monkeypatch)
     source = write_lines(tmp_path / "a.jsonl", [{"text": "x" * 50}] * 40 + [{"body": 1}] + [{"text": "y"}] * 40)
     with pytest.raises(InputError, match=r"a\.jsonl:41: no field 'text'"):
         run(tmp_path, tiny_tokenizer_dir, input=source, workers=2)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["c.partial"]  # what was complete, to go on with
+    corpus = run(tmp_path, tiny_tokenizer_dir, input=source, workers=2, on_error="skip")
+    assert corpus.num_documents == 80
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["c.bin", "c.errors.jsonl", "c.idx", "c.json"]
 
 
 @pytest.mark.parametrize(("eos", "bos", "wanted"), [("none", "none", "{}"), ("none", "document", "<|endoftext|>{}")])
@@ -125,7 +133,7 @@ def test_a_failed_overwrite_keeps_the_old_corpus(tmp_path: Path, tiny_tokenizer_
     bad = write_lines(tmp_path / "bad.jsonl", [{"text": "fine"}, {"text": None}])
     with pytest.raises(InputError, match=r"found .*c\.bin"):
         run(tmp_path, tiny_tokenizer_dir, input=source)
-    with pytest.raises(InputError, match=r"bad\.jsonl:2: field 'text' is NoneType"):
+    with pytest.raises(InputError, match=r"bad\.jsonl:2: field 'text' is null"):
         run(tmp_path, tiny_tokenizer_dir, input=bad, overwrite=True)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["c.bin", "c.idx", "c.json"]
     assert IndexedCorpus(str(tmp_path / "out" / "c")).num_tokens == old == read_manifest(str(tmp_path / "out/c")).tokens
@@ -156,12 +164,12 @@ def test_tool_prints_the_manifest_path_last(tmp_path: Path, tiny_tokenizer_dir: 
     ("content", "message"),
     [
         (None, "found no files"),
-        (b'{"text": ""}\n\n', "empty corpus"),
+        (b'{"text": ""}\n\n', "a.jsonl:1: no text"),
         (b"", "empty corpus"),
         (b'{"text": "a"}\n{"text": \n', "a.jsonl:2: not valid JSON"),
         (b'[{"text": "a"}]\n', "a.jsonl:1: found list"),
         (b'{"title": "a", "body": "b"}\n', "a.jsonl:1: no field 'text'; found ['body', 'title']"),
-        (b'{"text": "\xff"}\n', "a.jsonl:1: not valid JSON"),
+        (b'{"text": "\xff"}\n', "a.jsonl:1: byte 10 is not UTF-8"),
     ],
 )
 def test_tool_input_errors(tmp_path: Path, tiny_tokenizer_dir: str, content: bytes | None, message: str) -> None:

@@ -1,0 +1,189 @@
+"""A helper process that checks on the side: the fast tokenizer against its reference, and the input files' checksums.
+
+It loads the reference tokenizer while the main process loads the fast one. Nothing is published before it has agreed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_cpt.data.sources import Source, sha256_file
+from megatron_cpt.data.workers import Worker, WorkerDiedError, start_worker, stop_workers
+from megatron_cpt.errors import InputError
+from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
+from megatron_cpt.tokenizer.base import token_bytes_sha256
+
+ODD_TEXTS = (
+    "",
+    " ",
+    "plain words, 12345 numbers and  two   spaces",
+    "don't we'll I'M YOU'RE ſ'ſ",
+    "\x00\x01\x7f\u0085 controls",
+    "tabs\t\t and\r\nlines\r\r\n\n \n  indented",
+    "中文，没有空格。繁體字與标点！",
+    "日本語とかな 한국어 ไทย हिन्दी العربية עברית",
+    "e\u0301\u0301 u\u0308 \u200d\u200b\ufeff \u2028 \u00a0",
+    "👨‍👩‍👧‍👦 🇨🇳 \U000e0001 \U0010fffd",
+    "½ ⅷ ٣٤٥ ४५ 一二三 1234567890",
+    "ﬁ ﷺ ｆｕｌｌ　ｗｉｄｔｈ İıſK",
+    "<|begin_of_text|><|end_of_text|> <s></s> <unk> [INST] <|endoftext|> <|im_start|>",
+    "def f(x):\n\treturn {'a': [x**2, -1e-5]}  # comment\n",
+    "https://example.org/?q=%20&x=1#frag  user@example.org",
+    " " * 300 + "x" * 300 + "\n" * 40 + "哈" * 300,
+)
+"""Compared before anything else: what tokenizers are known to disagree on."""
+
+
+class TokenizerMismatchError(Exception):
+    """The fast tokenizer gives other ids than the reference."""
+
+
+class TokenizerFacts(NamedTuple):
+    """What the reference tokenizer says of itself."""
+
+    name: str
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None
+    fingerprint: str
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> TokenizerFacts:
+        """Ask a tokenizer."""
+        ids = tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id
+        return cls(tokenizer.name, *ids, tokenizer.fingerprint)
+
+
+class _Auditor:
+    """Lives in the helper process: answers (method, argument)."""
+
+    def __init__(self, path: str, eos_token: str | None) -> None:
+        self._path, self._eos_token = path, eos_token
+        self._tokenizer: Tokenizer | None = None
+        self._checksums: dict[str, str | None] = {}
+        self._hashing: list[threading.Thread] = []
+
+    def __call__(self, request: tuple[str, Any]) -> Any:
+        method, argument = request
+        return getattr(self, method)(argument)
+
+    def _reference(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._path, self._eos_token)
+        return self._tokenizer
+
+    def facts(self, _: None) -> TokenizerFacts:
+        """Load the reference tokenizer and ask it."""
+        return TokenizerFacts.of(self._reference())
+
+    def token_bytes_sha256(self, _: None) -> str:
+        """The digest that tells its vocabulary from others."""
+        return token_bytes_sha256(self._reference())
+
+    def compare(self, sample: list[tuple[str, npt.NDArray[Any]]]) -> str | None:
+        """What differs from the reference, or None."""
+        reference = self._reference().encode_batch([text for text, _ in sample])
+        for (text, ids), wanted in zip(sample, reference, strict=True):
+            if not np.array_equal(ids, np.asarray(wanted, dtype=np.int64)):
+                return f"{text[:80]!r}: gigatoken gives {ids[:12].tolist()}, the reference {wanted[:12]}"
+        return None
+
+    def hash(self, path: str) -> None:
+        """Begin to compute the checksum of a file."""
+        previous = self._hashing[-1] if self._hashing else None
+        thread = threading.Thread(target=self._hash, args=(path, previous), daemon=True)
+        self._hashing.append(thread)
+        thread.start()
+
+    def _hash(self, path: str, previous: threading.Thread | None) -> None:
+        if previous is not None:
+            previous.join()  # one at a time, in order
+        try:
+            self._checksums[path] = sha256_file(path)
+        except OSError:
+            self._checksums[path] = None
+
+    def checksums(self, _: None) -> dict[str, str | None]:
+        """All checksums that were asked for; None: the file is gone."""
+        for thread in self._hashing:
+            thread.join()
+        return self._checksums
+
+
+class Audit:
+    """The main process's side. Close it when done; it is a context manager."""
+
+    def __init__(self, tokenizer: str, eos_token: str | None) -> None:
+        self._worker: Worker[tuple[str, Any], Any] = start_worker(_Auditor(tokenizer, eos_token))
+        self._comparisons = 0
+        self.compared = 0
+        """Texts that were found equal."""
+
+    def __enter__(self) -> Audit:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        stop_workers([self._worker])
+
+    def ask_facts(self) -> None:
+        """Begin to load the reference tokenizer."""
+        self._worker.connection.send(("facts", None))
+
+    def facts(self) -> TokenizerFacts:
+        """What was asked for with `ask_facts`. InputError: it is no good tokenizer."""
+        facts: TokenizerFacts = self._answer()
+        return facts
+
+    def token_bytes_sha256(self) -> str:
+        """The digest of the reference's vocabulary."""
+        self.settle()
+        self._worker.connection.send(("token_bytes_sha256", None))
+        digest: str = self._answer()
+        return digest
+
+    def compare(self, sample: Sequence[tuple[str, npt.NDArray[Any]]]) -> None:
+        """Give texts and ids to compare. TokenizerMismatchError: an earlier sample was found to differ."""
+        self._worker.connection.send(("compare", list(sample)))
+        self._comparisons += 1
+        self.compared += len(sample)
+        # keep no more than some on the way: the reference may be slower than all workers together
+        while self._comparisons and (self._worker.connection.poll() or self._comparisons > 64):
+            self._check_one()
+
+    def settle(self) -> None:
+        """Wait until all samples are compared. TokenizerMismatchError: one differs."""
+        while self._comparisons:
+            self._check_one()
+
+    def _check_one(self) -> None:
+        difference = self._answer()
+        self._comparisons -= 1
+        if difference is not None:
+            raise TokenizerMismatchError(difference)
+
+    def hash(self, source: Source) -> None:
+        """Begin to compute the checksum of an input file, beside everything else."""
+        self.settle()
+        self._worker.connection.send(("hash", source.url))
+        self._answer()
+
+    def checksums(self) -> dict[str, str | None]:
+        """{url: sha256} of all files given to `hash`."""
+        self.settle()
+        self._worker.connection.send(("checksums", None))
+        found: dict[str, str | None] = self._answer()
+        return found
+
+    def _answer(self) -> Any:
+        try:
+            error, result, _ = self._worker.connection.recv()
+        except (EOFError, OSError):
+            raise WorkerDiedError("the checking process was killed (out of memory?)") from None
+        if isinstance(error, InputError):
+            raise error
+        return result

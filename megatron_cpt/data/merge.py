@@ -1,0 +1,214 @@
+"""Several corpora -> one: the partitions of a job array, or any that were made with the same tokenizer and policy.
+
+Bytes are moved as they are, at the speed of the disk; positions are 64-bit throughout.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_cpt.data.indexed import IndexedCorpus
+from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, read_manifest, write_manifest
+from megatron_cpt.data.partial import lock, partial_folder, read_state
+from megatron_cpt.data.preprocess import interruptible, parse_partition
+from megatron_cpt.data.progress import Meter, meter, rates
+from megatron_cpt.data.publish import check_output, complete, publish
+from megatron_cpt.data.sources import printable
+from megatron_cpt.errors import InputError
+
+COPY_BYTES = 8 << 20
+SUFFIX = re.compile(r"\.(bin|idx|json)$")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Which corpora to join, in which order, under which name."""
+
+    input: list[str] | str
+    """Prefixes (paths without .bin), quoted globs of them, or the OUTPUT_PREFIX that preprocess_data.py was given with
+    --partition: then all its partitions, which must be complete. In the order given; globs are sorted."""
+    output_prefix: str
+    """Writes OUTPUT_PREFIX.bin, .idx and .json."""
+    shuffle_documents: int | None = None
+    """Put the documents of all of them in a random order with this seed."""
+    overwrite: bool = False
+    """Replace an existing corpus of this name."""
+
+    def __post_init__(self) -> None:
+        if not os.path.basename(self.output_prefix):
+            raise InputError(f"output_prefix is {self.output_prefix!r}; wanted a name, as in data/zh")
+        if self.shuffle_documents is not None and not 0 <= self.shuffle_documents < 2**64:
+            raise InputError(f"shuffle_documents is {self.shuffle_documents}; wanted a seed from 0 to 2^64 - 1")
+
+
+def merge_datasets(config: MergeConfig) -> str:
+    """Join corpora into OUTPUT_PREFIX.bin/.idx/.json; returns the manifest's path.
+
+    InputError: nothing to join, partitions missing, other tokenizer, width, policy or language, damaged files, an output
+    that exists. After an error there is no new corpus, and an old one is as it was.
+    """
+    began, prefix = time.monotonic(), config.output_prefix
+    prefixes = find_prefixes([config.input] if isinstance(config.input, str) else config.input)
+    if os.path.abspath(prefix) in map(os.path.abspath, prefixes):
+        raise InputError(f"output_prefix {prefix} is one of the inputs; wanted another name")
+    manifests = [read_manifest(name) for name in prefixes]
+    _check(prefixes, manifests)
+    check_output(prefix, config.overwrite)
+    folder = partial_folder(prefix)
+    with lock(folder), interruptible():
+        if read_state(folder) is not None:
+            raise InputError(f"{folder}: an unfinished preprocessing of that name; finish it or remove it first")
+        shutil.rmtree(folder, ignore_errors=True)  # of a merge that was killed
+        folder.mkdir()
+        try:
+            with meter(sum(manifest.files["bin"].bytes for manifest in manifests)) as shown:
+                bin_sha256 = _copy(prefixes, manifests, folder, shown)
+            files, info = complete(
+                folder,
+                manifests[0].dtype,
+                bin_sha256,
+                config.shuffle_documents,
+                with_metadata=(folder / "metadata.jsonl").exists(),
+                with_errors=(folder / "errors.jsonl").exists(),
+            )
+            seconds = time.monotonic() - began
+            merged = merge_manifests(manifests, info, config.shuffle_documents, seconds)
+            write_manifest(folder / "manifest.json", merged)
+            path = publish(prefix, folder, files)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    speed = rates(info["bin"].bytes, merged.documents, seconds)
+    print(f"{len(prefixes)} corpora, {merged.documents:,} documents, {merged.tokens:,} tokens, {speed}", file=sys.stderr)
+    return path
+
+
+def find_prefixes(patterns: Sequence[str]) -> list[str]:
+    """Prefixes, globs and names of partitioned corpora -> prefixes, in order, each once. InputError: none there."""
+    found: list[str] = []
+    for pattern in patterns:
+        stem = SUFFIX.sub("", os.path.expanduser(pattern))
+        if os.path.exists(stem + ".idx"):
+            matches = [stem]
+        else:
+            partitions = glob.glob(glob.escape(stem) + "-[0-9]*-of-[0-9]*.idx")
+            matches = sorted(SUFFIX.sub("", match) for match in partitions or glob.glob(stem + ".idx"))
+        if not matches:
+            raise InputError(f"input {pattern}: found no corpus; wanted a path such that PATH.idx exists, or a glob")
+        found += [match for match in matches if match not in found]
+    return found
+
+
+def _check(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> None:
+    """InputError unless all go together."""
+    first = manifests[0]
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        for name in ("dtype", "eos", "bos", "language"):
+            found, wanted = getattr(manifest, name), getattr(first, name)
+            if found != wanted:
+                raise InputError(f"{prefix}.json: {name} is {found!r}; wanted {wanted!r} as in {prefixes[0]}.json")
+        if manifest.tokenizer.fingerprint != first.tokenizer.fingerprint:
+            names = f"tokenizer {manifest.tokenizer.name}; wanted {first.tokenizer.name}"
+            raise InputError(f"{prefix}.json: made with {names} (the same file) as in {prefixes[0]}.json")
+        if Path(prefix + ".metadata.jsonl").exists() != Path(prefixes[0] + ".metadata.jsonl").exists():
+            raise InputError(f"{prefix}: some corpora have .metadata.jsonl and some have none; wanted all or none")
+    _check_partitions(prefixes, manifests)
+
+
+def _check_partitions(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> None:
+    """InputError when some of the partitions of one input are missing, twice there, or in another order."""
+    partitions = [parse_partition(manifest.partition) for manifest in manifests if manifest.partition]
+    if not partitions:
+        return
+    count = partitions[0][1]
+    if len(partitions) != len(manifests) or any(n != count for _, n in partitions):
+        found = [manifest.partition or "no partition" for manifest in manifests]
+        raise InputError(f"input {', '.join(prefixes)}: found partitions {found}; wanted all of one input and nothing else")
+    found_numbers = [index for index, _ in partitions]
+    if found_numbers != list(range(count)):
+        missing = sorted(set(range(count)) - set(found_numbers))
+        what = f"partitions {missing} are missing" if missing else f"partitions come as {found_numbers}"
+        raise InputError(f"input {', '.join(prefixes)}: {what}; wanted 0 to {count - 1} in order")
+
+
+def _copy(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], folder: Path, shown: Meter) -> str:
+    """Append all tokens, lengths, metadata and errors to the files of `folder`; returns the sha256 of the tokens."""
+    digest = hashlib.sha256()
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "lengths.bin").open("wb") as lengths:
+        for prefix, manifest in zip(prefixes, manifests, strict=True):
+            corpus = IndexedCorpus(prefix)
+            if (corpus.num_documents, corpus.num_tokens) != (manifest.documents, manifest.tokens):
+                found = f"{corpus.num_documents} documents, {corpus.num_tokens} tokens"
+                raise InputError(
+                    f"{prefix}.idx: found {found}; wanted {manifest.documents} and {manifest.tokens} ({prefix}.json)"
+                )
+            with open(prefix + ".bin", "rb") as stream:
+                while data := stream.read(COPY_BYTES):
+                    tokens.write(data)
+                    digest.update(data)
+                    shown.advance(len(data), 0)
+            lengths.write(corpus.sequence_lengths.tobytes())
+        for written in (tokens, lengths):
+            written.flush()
+            os.fsync(written.fileno())
+    for name in ("metadata.jsonl", "errors.jsonl"):
+        parts = [Path(f"{prefix}.{name}") for prefix in prefixes]
+        if any(part.exists() for part in parts):
+            with (folder / name).open("wb") as output:
+                for part in parts:
+                    if part.exists():
+                        with part.open("rb") as stream:
+                            shutil.copyfileobj(stream, output, COPY_BYTES)
+    return digest.hexdigest()
+
+
+def merge_manifests(
+    manifests: Sequence[CorpusManifest], files: dict[str, FileInfo], shuffle_seed: int | None, seconds: float
+) -> CorpusManifest:
+    """The manifest of all of them together; language shares are weighted by text."""
+    sources: dict[str, SourceInfo] = {}
+    skipped: Counter[str] = Counter()
+    languages: Counter[str] = Counter()
+    for manifest in manifests:
+        skipped.update(manifest.skipped)
+        for code, share in manifest.languages.items():
+            languages[code] += share * manifest.text_bytes  # type: ignore[assignment]
+        for source in manifest.sources:
+            known = sources.get(source.path)
+            documents = source.documents + (known.documents if known else 0)
+            sha256 = source.sha256 or (known.sha256 if known else None)
+            sources[source.path] = replace(source, documents=documents, sha256=sha256)
+    first = manifests[0]
+    text_bytes, tokens = (sum(getattr(m, name) for m in manifests) for name in ("text_bytes", "tokens"))
+    documents = sum(manifest.documents for manifest in manifests)
+    around = documents * ((first.eos == "document") + (first.bos == "document"))
+    total = max(sum(languages.values()), 1)
+    seeds = {manifest.shuffle_documents for manifest in manifests}
+    return replace(
+        first,
+        documents=documents,
+        tokens=tokens,
+        text_bytes=text_bytes,
+        characters=sum(manifest.characters for manifest in manifests),
+        bytes_per_token=round(text_bytes / max(tokens - around, 1), 4),
+        skipped=dict(sorted(skipped.items())),
+        languages={code: round(size / total, 4) for code, size in languages.most_common()},
+        shuffle_documents=shuffle_seed if shuffle_seed is not None else seeds.pop() if len(seeds) == 1 else None,
+        partition=None,
+        encoder="; ".join(dict.fromkeys(manifest.encoder for manifest in manifests)),
+        sources=list(sources.values()),
+        files=files,
+        command=shlex.join(map(printable, sys.argv)),
+        duration_seconds=round(seconds + sum(manifest.duration_seconds for manifest in manifests), 3),
+    )

@@ -1,0 +1,186 @@
+"""Which files a corpus is made of: paths, folders, globs, URLs -> an ordered list of `Source`s, and how to open one.
+
+Everything goes through fsspec, so `s3://bucket/zh/*.jsonl.zst` works like a local glob (with s3fs installed).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import orjson
+
+from megatron_cpt.errors import InputError
+
+Format = Literal["jsonl", "text", "parquet", "arrow"]
+
+SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "text",
+    ".text": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file. `url` is an absolute local path or an fsspec URL; `version` changes when the file does."""
+
+    url: str
+    format: Format
+    compression: str | None
+    bytes: int
+    version: str
+
+    @cached_property
+    def is_local(self) -> bool:
+        """Whether `url` is a path of this machine."""
+        return "://" not in self.url
+
+
+def printable(path: str) -> str:
+    """A path as text: bytes of a file name that are no UTF-8 are written as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def find_sources(
+    patterns: Sequence[str], file_format: Format | Literal["auto"] = "auto", leave_out: Iterable[str] = ()
+) -> tuple[list[Source], list[str]]:
+    """(sources, files of unknown kind that were passed over) for files, folders, globs and URLs, in the order given.
+
+    Folders and globs are sorted; a file named twice is read once. In a folder only files of a known kind are taken (see
+    SUFFIXES), at any depth and without hidden ones; a file named itself is plain text when its kind is unknown. A folder
+    that `datasets.Dataset.save_to_disk` wrote gives its Arrow files. `leave_out`: files that are no input (the corpus that
+    is being written into its own input folder). InputError: a pattern that matches nothing.
+    """
+    seen = {os.path.realpath(path) for path in leave_out}
+    sources, passed_over = [], []
+    for pattern in patterns:
+        found, unknown = _match(pattern, file_format)
+        if not found:
+            other = f" (only {', '.join(unknown[:3])}, of unknown kind; give file_format to read them)" if unknown else ""
+            raise InputError(f"input {pattern}: found no files{other}; wanted a file, a folder with files or a glob")
+        passed_over += unknown
+        for source in found:
+            identity = os.path.realpath(source.url) if source.is_local else source.url
+            if identity not in seen:
+                seen.add(identity)
+                sources.append(source)
+    return sources, passed_over
+
+
+def _match(pattern: str, file_format: Format | Literal["auto"]) -> tuple[list[Source], list[str]]:
+    """The files one pattern stands for, and those in folders whose kind is unknown."""
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, path = url_to_fs(os.path.expanduser(pattern))
+        if not fs.exists(path):
+            matches = sorted(fs.glob(path)) if any(c in path for c in "*?[") else []
+        else:
+            matches = [path]
+        found, unknown = [], []
+        for match in matches:
+            named, candidates = _files_at(fs, match)
+            for file in candidates:
+                kind = file_format if file_format != "auto" else format_of(file)
+                if kind is None and not named:
+                    unknown.append(file)
+                else:
+                    found.append(_source(fs, file, kind or "text"))
+    except (OSError, ValueError, ImportError) as error:  # ValueError: protocol not known; ImportError: s3fs not installed
+        raise InputError(f"input {pattern}: {error}") from None
+    return found, unknown
+
+
+def _files_at(fs: Any, path: str) -> tuple[bool, list[str]]:
+    """(whether they are named, files): a file itself, or those of a folder."""
+    if not fs.isdir(path):
+        return True, [path]
+    if fs.exists(f"{path}/dataset_dict.json"):
+        splits = orjson.loads(fs.cat_file(f"{path}/dataset_dict.json"))["splits"]
+        raise InputError(f"{path}: a DatasetDict with the splits {splits}; wanted one of them, as in {path}/{splits[0]}")
+    if fs.exists(f"{path}/state.json") and fs.exists(f"{path}/dataset_info.json"):
+        files = orjson.loads(fs.cat_file(f"{path}/state.json"))["_data_files"]
+        return True, [f"{path}/{file['filename']}" for file in files]
+    inside = sorted(fs.find(path))
+    return False, [file for file in inside if not any(p.startswith(".") for p in file[len(path) :].split("/"))]
+
+
+def format_of(path: str) -> Format | None:
+    """The format a file name says, seen through a compression suffix; None when it says nothing."""
+    stem, suffix = os.path.splitext(path.lower())
+    return SUFFIXES.get(os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix)
+
+
+def _source(fs: Any, path: str, kind: Format) -> Source:
+    compression = COMPRESSIONS.get(os.path.splitext(path.lower())[1])
+    if compression and kind in ("parquet", "arrow"):
+        raise InputError(f"{path}: a compressed {kind} file; wanted it unpacked ({kind} compresses inside)")
+    info = fs.info(path)
+    local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+    version = info.get("mtime") or info.get("ETag") or info.get("etag") or info.get("LastModified") or ""
+    url = os.path.abspath(path) if local else fs.unstrip_protocol(path)
+    return Source(url, kind, compression, int(info["size"] or 0), str(version))
+
+
+@contextmanager
+def open_source(source: Source) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """(stream of the content, stream of the file itself): the same unless compressed. InputError names the file.
+
+    Errors of a damaged compressed file come out as InputError too, from inside the `with` block.
+    """
+    with open_file(source) as raw:
+        if source.compression is None:
+            yield raw, raw
+            return
+        damaged: tuple[type[BaseException], ...] = (EOFError, OSError)
+        if source.compression == "zstd":
+            import zstandard
+
+            damaged += (zstandard.ZstdError,)
+            # fsspec's own reader stops after the first frame; tools that write in parallel make many
+            stream: Any = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        else:
+            from zlib import error as ZlibError
+
+            from fsspec.compression import compr
+
+            damaged += (ZlibError,)
+            stream = compr[source.compression](raw, mode="rb")
+        try:
+            yield io.BufferedReader(stream, 1 << 20), raw  # for `readline`
+        except damaged as error:
+            raise InputError(f"{printable(source.url)}: damaged {source.compression} data ({error})") from None
+
+
+@contextmanager
+def open_file(source: Source) -> Iterator[IO[bytes]]:
+    """The bytes of the file as they are stored. InputError when it cannot be opened."""
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, path = url_to_fs(source.url)
+        stream = fs.open(path, "rb")
+    except OSError as error:
+        raise InputError(f"{printable(source.url)}: cannot be read ({error.strerror or error})") from None
+    with stream:
+        yield stream
+
+
+def sha256_file(path: str | Path) -> str:
+    """sha256 (hex) of a file's content, read in parts."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

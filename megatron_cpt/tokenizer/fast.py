@@ -1,0 +1,110 @@
+"""gigatoken, several times faster than the reference implementations, behind the same few methods.
+
+It is a young library that re-implements what `tokenizers`, `tiktoken` and `sentencepiece` do, so nothing here is to be
+trusted by itself: preprocessing compares it with the reference on the very input (`data.audit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from megatron_cpt.tokenizer import tokenizer_file
+from megatron_cpt.tokenizer.tiktoken_llama3 import SPLIT_PATTERN, read_ranks
+
+
+class NotSupportedError(Exception):
+    """gigatoken is not installed or does not know this vocabulary."""
+
+
+class FastTokenizer:
+    """Text -> ids with gigatoken. Keeps every distinct word it has met: see `resident_bytes` of `data.encoding`.
+
+    The text of special tokens is encoded as ordinary characters, as all tokenizers of this package do.
+    """
+
+    def __init__(self, path: str) -> None:
+        """NotSupportedError when gigatoken cannot read the tokenizer at `path`."""
+        file, kind = tokenizer_file(path)
+        try:
+            from gigatoken import gigatoken_rs
+            from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
+        except ImportError as error:
+            raise NotSupportedError(f"gigatoken is not installed ({error})") from None
+        content = file.read_bytes()
+        try:
+            if kind == "tiktoken":
+                description = _from_ranks(read_ranks(file, content))
+            elif kind == "sentencepiece":
+                description = _without_specials(sentencepiece_to_tokenizer_json(content))
+            else:
+                description = _without_specials(content)
+            self._backend = gigatoken_rs.load_hf_json(description)
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic of the Rust library is no Exception
+            raise NotSupportedError(f"gigatoken cannot read {file}: {' '.join(str(error).split())[:200]}") from None
+
+    def encode(self, text: str) -> npt.NDArray[np.uint32]:
+        """(tokens,) ids of one text, no special tokens added."""
+        ids: npt.NDArray[np.uint32] = self._backend.encode(text)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint32]]:
+        """Ids of many texts, on one core."""
+        return [self._backend.encode(text) for text in texts]
+
+
+def _without_specials(content: str | bytes) -> bytes:
+    """A tokenizer.json whose special tokens are not looked for in texts, nor added around them."""
+    description = orjson.loads(content)
+    description["added_tokens"] = [token for token in description.get("added_tokens") or [] if not token.get("special")]
+    return orjson.dumps(description | {"post_processor": None, "truncation": None, "padding": None})
+
+
+def _from_ranks(ranks: dict[bytes, int]) -> bytes:
+    """tiktoken ranks as a tokenizer.json. Every way to cut a token in two known ones is a merge, of the token's rank."""
+    spelled = dict(enumerate(_byte_alphabet()))
+    names = {token: token.decode("latin-1").translate(spelled) for token in ranks}
+    spellings = set(names.values())
+    merges = [
+        f"{left} {right}"
+        for name in names.values()
+        for i in range(1, len(name))
+        if (left := name[:i]) in spellings and (right := name[i:]) in spellings
+    ]
+    split: dict[str, Any] = {"type": "Split", "pattern": {"Regex": SPLIT_PATTERN}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return orjson.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None,
+            "decoder": byte_level | {"use_regex": True},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                "ignore_merges": True,
+                "vocab": {names[token]: rank for token, rank in ranks.items()},
+                "merges": merges,
+            },
+        }
+    )
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable character that byte-level BPE (GPT-2) writes for each of the 256 bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = (256 + n for n in range(256))
+    return [chr(byte) if byte in set(printable) else chr(next(others)) for byte in range(256)]
