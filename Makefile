@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart test test-slow test-gpu lint type format clean
+.PHONY: setup quickstart test test-slow test-gpu bench lint type format clean
 
 setup: $(READY)
 
@@ -30,6 +30,10 @@ test-slow: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Against peers, as ratios: make bench ROW=preprocess (see bench/preprocess.py for what it can be given).
+bench: setup
+	$(BIN)/python -m bench $(ROW)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Measurements against peers, always as ratios within one run."""

