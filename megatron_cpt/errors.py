@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message names the file or field, the value found and the value wanted. Tools print it as one line on stderr and
     exit with status 2; it is raised before any process group starts.
     """
+
+
+class ProcessDiedError(RuntimeError):
+    """A helper process ended by itself: killed, or out of memory. Tools print it as one line and exit with status 1."""

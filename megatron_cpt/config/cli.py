@@ -2,7 +2,7 @@
 
 A tool's arguments are the fields of one frozen dataclass. jsonargparse gives `--help`, `--config FILE.yaml`, dotted
 overrides (`--optimizer.lr 1e-5`) and `--print_config` from it. Exit status:
-0 done, 1 training went wrong, 2 wrong usage or wrong input, 130 interrupted (Ctrl-C or SIGTERM).
+0 done, 1 something went wrong by itself, 2 wrong usage or wrong input, 130 interrupted (Ctrl-C or SIGTERM).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, ProcessDiedError
 
 Config = TypeVar("Config")
 
@@ -95,18 +95,18 @@ def build(parser: ArgumentParser, config_class: type[Config], namespace: Namespa
 
 def exit_on_input_error(call: Callable[[], Any]) -> None:
     """Call, print what comes back (the result's path); a usage or input error becomes one line on stderr and exit status 2
-    (1 for training that went wrong by itself: a loss or gradient that is not finite).
+    (1 for what went wrong by itself: a loss or gradient that is not finite, a process that was killed).
 
     Under torchrun every rank finds the same mistake at about the same time, and all are ended as soon as one exits. So the
     first rank of a node reports it, and the others wait to be ended; one that is not has found something of its own.
     """
     try:
         result = call()
-    except (InputError, ArgumentError, OSError, FloatingPointError) as error:
+    except (InputError, ArgumentError, OSError, FloatingPointError, ProcessDiedError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_FOR_FIRST_RANK)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        sys.exit(1 if isinstance(error, (FloatingPointError, ProcessDiedError)) else 2)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -6,6 +6,7 @@ It loads the reference tokenizer while the main process loads the fast one. Noth
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.data.sources import Source, sha256_file
-from megatron_cpt.data.workers import Worker, WorkerDiedError, start_worker, stop_workers
-from megatron_cpt.errors import InputError
+from megatron_cpt.data.workers import Worker, start_worker, stop_workers
+from megatron_cpt.errors import ProcessDiedError
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.tokenizer.base import token_bytes_sha256
 
@@ -37,6 +38,8 @@ ODD_TEXTS = (
     " " * 300 + "x" * 300 + "\n" * 40 + "哈" * 300,
 )
 """Compared before anything else: what tokenizers are known to disagree on."""
+
+MOST_ON_THE_WAY = 64
 
 
 class TokenizerMismatchError(Exception):
@@ -116,13 +119,16 @@ class _Auditor:
 
 
 class Audit:
-    """The main process's side. Close it when done; it is a context manager."""
+    """The main process's side: requests go out at once, answers are taken in order, when they are there or are needed.
+
+    Close it when done; it is a context manager. All methods may raise ProcessDiedError, and TokenizerMismatchError for a
+    sample that was given before.
+    """
 
     def __init__(self, tokenizer: str, eos_token: str | None) -> None:
         self._worker: Worker[tuple[str, Any], Any] = start_worker(_Auditor(tokenizer, eos_token))
-        self._comparisons = 0
-        self.compared = 0
-        """Texts that were found equal."""
+        self._expected: deque[str] = deque()
+        self._answers: dict[str, Any] = {}
 
     def __enter__(self) -> Audit:
         return self
@@ -130,60 +136,68 @@ class Audit:
     def __exit__(self, *_: object) -> None:
         stop_workers([self._worker])
 
+    def _ask(self, method: str, argument: Any = None) -> None:
+        try:
+            self._worker.connection.send((method, argument))
+        except OSError:
+            raise _died() from None
+        self._expected.append(method)
+
+    def _take(self) -> None:
+        """The next answer."""
+        method = self._expected.popleft()
+        try:
+            error, result, _ = self._worker.connection.recv()
+        except (EOFError, OSError):
+            raise _died() from None
+        if error is not None:
+            raise error
+        if method == "compare" and result is not None:
+            raise TokenizerMismatchError(result)
+        self._answers[method] = result
+
+    def _answer_to(self, method: str) -> Any:
+        while method not in self._answers:
+            self._take()
+        return self._answers[method]
+
     def ask_facts(self) -> None:
         """Begin to load the reference tokenizer."""
-        self._worker.connection.send(("facts", None))
+        self._ask("facts")
+        self._ask("token_bytes_sha256")
 
     def facts(self) -> TokenizerFacts:
         """What was asked for with `ask_facts`. InputError: it is no good tokenizer."""
-        facts: TokenizerFacts = self._answer()
+        facts: TokenizerFacts = self._answer_to("facts")
         return facts
 
     def token_bytes_sha256(self) -> str:
         """The digest of the reference's vocabulary."""
-        self.settle()
-        self._worker.connection.send(("token_bytes_sha256", None))
-        digest: str = self._answer()
+        digest: str = self._answer_to("token_bytes_sha256")
         return digest
 
     def compare(self, sample: Sequence[tuple[str, npt.NDArray[Any]]]) -> None:
-        """Give texts and ids to compare. TokenizerMismatchError: an earlier sample was found to differ."""
-        self._worker.connection.send(("compare", list(sample)))
-        self._comparisons += 1
-        self.compared += len(sample)
-        # keep no more than some on the way: the reference may be slower than all workers together
-        while self._comparisons and (self._worker.connection.poll() or self._comparisons > 64):
-            self._check_one()
+        """Give texts and ids to compare with the reference."""
+        self._ask("compare", list(sample))
+        # few on the way: the reference may be slower than all workers together
+        while self._expected and (self._worker.connection.poll() or len(self._expected) > MOST_ON_THE_WAY):
+            self._take()
 
     def settle(self) -> None:
-        """Wait until all samples are compared. TokenizerMismatchError: one differs."""
-        while self._comparisons:
-            self._check_one()
-
-    def _check_one(self) -> None:
-        difference = self._answer()
-        self._comparisons -= 1
-        if difference is not None:
-            raise TokenizerMismatchError(difference)
+        """Wait until everything given so far is checked."""
+        while self._expected:
+            self._take()
 
     def hash(self, source: Source) -> None:
         """Begin to compute the checksum of an input file, beside everything else."""
-        self.settle()
-        self._worker.connection.send(("hash", source.url))
-        self._answer()
+        self._ask("hash", source.url)
 
     def checksums(self) -> dict[str, str | None]:
         """{url: sha256} of all files given to `hash`."""
-        self.settle()
-        self._worker.connection.send(("checksums", None))
-        found: dict[str, str | None] = self._answer()
+        self._ask("checksums")
+        found: dict[str, str | None] = self._answer_to("checksums")
         return found
 
-    def _answer(self) -> Any:
-        try:
-            error, result, _ = self._worker.connection.recv()
-        except (EOFError, OSError):
-            raise WorkerDiedError("the checking process was killed (out of memory?)") from None
-        if isinstance(error, InputError):
-            raise error
-        return result
+
+def _died() -> ProcessDiedError:
+    return ProcessDiedError("the checking process was killed (out of memory?)")

@@ -24,7 +24,7 @@ CACHE_BYTES = 256 << 20
 
 SAMPLES_PER_UNIT = 8
 LANGUAGE_CHARACTERS = 1000  # of a document, for its language
-AUDIT_CHARACTERS = 256  # of a document, for a comparison with the reference tokenizer
+AUDIT_CHARACTERS = 128  # of a document, for a comparison with the reference tokenizer
 
 
 class Engine(Protocol):
@@ -114,16 +114,17 @@ class Encoder:
 
     def _with_policy(self, encoded: Sequence[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
         """All ids back to back, with the tokens that begin and end each document, and the documents' lengths."""
-        before = [self._policy.bos_id] if self._policy.bos_id is not None else []
-        after = [self._policy.eos_id] if self._policy.eos_id is not None else []
+        before, after = _as_pieces(self._policy.bos_id), _as_pieces(self._policy.eos_id)
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)) + len(before) + len(after)
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
             raise InputError(f"a document has {lengths.max()} tokens; wanted fewer than 2^31, the limit of the format")
-        pieces = [piece for ids in encoded for piece in (before, ids, after) if len(piece)]
-        if not pieces:
-            return np.empty(0, self._policy.dtype), lengths.astype(np.int32)
+        # one dtype for all pieces: joining them is then a copy
+        ids = [piece if isinstance(piece, np.ndarray) else np.array(piece, np.uint32) for piece in encoded]
+        pieces = [piece for document in ids for piece in (*before, document, *after)] if before or after else ids
+        tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
         # ids fit by construction: the width was chosen for the vocabulary
-        return np.concatenate(pieces, dtype=self._policy.dtype, casting="unsafe"), lengths.astype(np.int32)
+        tokens = tokens.view(np.int32) if self._policy.dtype == "int32" else tokens.astype(self._policy.dtype)
+        return tokens, lengths.astype(np.int32)
 
     def _audit(self, sample: list[str]) -> list[tuple[str, npt.NDArray[Any]]]:
         pieces = [middle(text, AUDIT_CHARACTERS) for text in sample]
@@ -135,6 +136,10 @@ class Encoder:
             return False
         grown: int = psutil.Process().memory_info().rss - self._first_size
         return grown > self._cache_bytes
+
+
+def _as_pieces(token: int | None) -> list[npt.NDArray[np.uint32]]:
+    return [] if token is None else [np.array([token], np.uint32)]
 
 
 def utf8_length(text: str) -> int:

@@ -59,8 +59,8 @@ def merge_datasets(config: MergeConfig) -> str:
     that exists. After an error there is no new corpus, and an old one is as it was.
     """
     began, prefix = time.monotonic(), config.output_prefix
-    prefixes = find_prefixes([config.input] if isinstance(config.input, str) else config.input)
-    if os.path.abspath(prefix) in map(os.path.abspath, prefixes):
+    prefixes = find_prefixes([config.input] if isinstance(config.input, str) else config.input, prefix)
+    if os.path.realpath(prefix) in map(os.path.realpath, prefixes):
         raise InputError(f"output_prefix {prefix} is one of the inputs; wanted another name")
     manifests = [read_manifest(name) for name in prefixes]
     _check(prefixes, manifests)
@@ -94,16 +94,22 @@ def merge_datasets(config: MergeConfig) -> str:
     return path
 
 
-def find_prefixes(patterns: Sequence[str]) -> list[str]:
-    """Prefixes, globs and names of partitioned corpora -> prefixes, in order, each once. InputError: none there."""
+def find_prefixes(patterns: Sequence[str], output: str | None = None) -> list[str]:
+    """Prefixes, globs and names of partitioned corpora -> prefixes, in order, each once. InputError: none there.
+
+    `output`: what is to be written; its name as an input means its partitions, also when it exists from before.
+    """
     found: list[str] = []
     for pattern in patterns:
         stem = SUFFIX.sub("", os.path.expanduser(pattern))
-        if os.path.exists(stem + ".idx"):
+        is_output = output is not None and os.path.realpath(stem) == os.path.realpath(output)
+        if os.path.exists(stem + ".idx") and not is_output:
             matches = [stem]
         else:
             partitions = glob.glob(glob.escape(stem) + "-[0-9]*-of-[0-9]*.idx")
-            matches = sorted(SUFFIX.sub("", match) for match in partitions or glob.glob(stem + ".idx"))
+            matches = sorted(
+                SUFFIX.sub("", match) for match in partitions or ([] if is_output else glob.glob(stem + ".idx"))
+            )
         if not matches:
             raise InputError(f"input {pattern}: found no corpus; wanted a path such that PATH.idx exists, or a glob")
         found += [match for match in matches if match not in found]
@@ -153,11 +159,16 @@ def _copy(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], folder: 
                 raise InputError(
                     f"{prefix}.idx: found {found}; wanted {manifest.documents} and {manifest.tokens} ({prefix}.json)"
                 )
+            its_digest = hashlib.sha256()
             with open(prefix + ".bin", "rb") as stream:
                 while data := stream.read(COPY_BYTES):
                     tokens.write(data)
                     digest.update(data)
+                    its_digest.update(data)
                     shown.advance(len(data), 0)
+            if its_digest.hexdigest() != manifest.files["bin"].sha256:
+                found, wanted = its_digest.hexdigest(), f"{manifest.files['bin'].sha256} as in {prefix}.json"
+                raise InputError(f"{prefix}.bin: damaged: sha256 is {found}; wanted {wanted}")
             lengths.write(corpus.sequence_lengths.tobytes())
         for written in (tokens, lengths):
             written.flush()

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -71,6 +72,10 @@ class PartialCorpus:
         found = state["counts"]
         self.counts = Counts(**found | {"skipped": Counter(found["skipped"]), "languages": Counter(found["languages"])})
         for name, stream in self._streams.items():
+            size = (self.folder / name).stat().st_size
+            if size < state["sizes"][name]:
+                wanted = f"wanted at least {state['sizes'][name]}"
+                raise InputError(f"{self.folder / name}: found {size} bytes; {wanted}; remove {self.folder} to begin anew")
             stream.truncate(state["sizes"][name])
             stream.seek(state["sizes"][name])
         with (self.folder / "tokens.bin").open("rb") as stream:
@@ -147,6 +152,12 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
+def discard(folder: Path) -> None:
+    """Remove a partial corpus, its state first: what is left of one that has none is never gone on with."""
+    (folder / "state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Make `folder` and hold it for this process. InputError: another process does.
@@ -172,29 +183,26 @@ def lock(folder: Path) -> Iterator[None]:
 def open_partial(folder: Path, run: dict[str, Any], encoder: str, sources: int) -> Iterator[PartialCorpus]:
     """Begin, or go on with, the corpus in `folder`; `run`: everything its content depends on, `encoder`: what makes it.
 
-    Leaving on an error keeps what is complete, for a later run to go on with; nothing is kept when nothing is complete.
+    Leaving on an error keeps what the last checkpoint has, for a later run to go on with, or nothing when it has nothing.
     InputError: it holds another run.
     """
     state = read_state(folder)
     if state is not None and state["run"] != run:
         raise InputError(f"{folder}: an unfinished corpus of another run: {difference(state['run'], run)}; remove it first")
+    if state is None:
+        discard(folder)
     folder.mkdir(exist_ok=True)
     streams: dict[str, IO[bytes]] = {}
     try:
         for name in STREAMS:
             streams[name] = (folder / name).open("r+b" if state is not None else "wb")
-        partial = PartialCorpus(folder, run, encoder, sources, streams)
-        try:
-            yield partial
-        except BaseException:
-            partial.last_checkpoint()
-            raise
+        yield PartialCorpus(folder, run, encoder, sources, streams)
     finally:
         for stream in streams.values():
             with suppress(OSError):  # a full disk shows again as the rest is flushed; state.json knows how much is good
                 stream.close()
-        if (found := read_state(folder)) is None or found.get("units") == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        if sys.exc_info()[0] is not None and (read_state(folder) or {}).get("units", 0) == 0:
+            discard(folder)
 
 
 def difference(old: Any, new: Any, where: str = "") -> str:

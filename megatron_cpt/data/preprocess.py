@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from functools import partial as partial_
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -27,13 +28,13 @@ import orjson
 from megatron_cpt.data.audit import ODD_TEXTS, Audit, TokenizerFacts, TokenizerMismatchError
 from megatron_cpt.data.encoding import EncodedUnit, Encoder, Engine, Policy, TokenPolicy, useful_workers
 from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, TokenizerInfo, write_manifest
-from megatron_cpt.data.partial import PartialCorpus, lock, open_partial, partial_folder, read_state
+from megatron_cpt.data.partial import PartialCorpus, discard, lock, open_partial, partial_folder, read_state
 from megatron_cpt.data.progress import Meter, meter, rates
-from megatron_cpt.data.publish import check_output, complete, outputs, publish
-from megatron_cpt.data.reading import UNIT_BYTES, ReadOptions, units
+from megatron_cpt.data.publish import check_output, complete, is_output, publish
+from megatron_cpt.data.reading import UNIT_BYTES, ReadOptions, records_before, sources_beginning_in, units
 from megatron_cpt.data.sources import Source, find_sources, printable
 from megatron_cpt.data.workers import ordered_map
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, ProcessDiedError
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.fast import FastTokenizer, NotSupportedError
 from megatron_cpt.version import __version__
@@ -146,7 +147,7 @@ def preprocess(config: PreprocessConfig) -> str:
     """
     prefix = config.prefix
     patterns = [config.input] if isinstance(config.input, str) else config.input
-    sources, passed_over = find_sources(patterns, config.file_format, leave_out=outputs(prefix))
+    sources, passed_over = find_sources(patterns, config.file_format, leave_out=partial_(is_output, config.output_prefix))
     if passed_over:
         some = ", ".join(map(printable, passed_over[:3]))
         print(f"not read, of unknown kind: {len(passed_over)} files ({some}, ...)", file=sys.stderr)
@@ -157,7 +158,7 @@ def preprocess(config: PreprocessConfig) -> str:
             return _preprocess(config, sources, folder, config.fast_tokenizer)
         except TokenizerMismatchError as mismatch:
             print(f"WARNING: gigatoken is wrong here, so all is done again without it: {mismatch}", file=sys.stderr)
-            shutil.rmtree(folder)
+            discard(folder)
             return _preprocess(config, sources, folder, "never")
         except KeyboardInterrupt:
             state = read_state(folder)
@@ -198,13 +199,13 @@ def _preprocess(config: PreprocessConfig, sources: list[Source], folder: Path, f
     """Make the corpus with the fast tokenizer or without it. TokenizerMismatchError: the fast one is wrong."""
     total = sum(source.bytes for source in sources) // parse_partition(config.partition)[1]
     state = read_state(folder)
-    if fast == "auto" and (total < FAST_FROM_BYTES or (state and state.get("encoder") == "reference")):
-        fast = "never"
+    if (fast == "auto" and total < FAST_FROM_BYTES) or (state and state["encoder"] == "reference"):
+        fast = "never"  # the second: the fast one may have been found to be wrong
     with Audit(config.tokenizer, config.eos_token) as audit:
         engine, facts = _load(config, audit, fast)
         run = _run_identity(config, sources, facts)
         if state and config.overwrite and state["run"] != run:
-            shutil.rmtree(folder)
+            discard(folder)
         elif state and "publish" in state and state["run"] == run:
             return publish(config.prefix, folder, state["publish"])
         policy = TokenPolicy.of(facts.vocab_size, facts.bos_id, facts.eos_id, config.bos, config.eos, config.tokenizer)
@@ -215,9 +216,8 @@ def _preprocess(config: PreprocessConfig, sources: list[Source], folder: Path, f
             if partial.units:
                 done = f"{sum(partial.counts.documents):,} documents"
                 print(f"going on with {folder}: {done} are done", file=sys.stderr)
-            with meter(total, begun) as shown:
+            with meter(total, begun) as shown, _kept_on_error(partial, audit):
                 _encode(config, sources, encoder, partial, audit, shown)
-            audit.settle()
             files = _finish(config, sources, facts, policy, partial, audit)
             summary = _summary(partial, policy)
         path = publish(config.prefix, folder, files)
@@ -225,14 +225,26 @@ def _preprocess(config: PreprocessConfig, sources: list[Source], folder: Path, f
     return path
 
 
+@contextmanager
+def _kept_on_error(partial: PartialCorpus, audit: Audit) -> Iterator[None]:
+    """On the way out after an error, keep what is complete and checked."""
+    try:
+        yield
+    except (TokenizerMismatchError, ProcessDiedError):
+        raise  # it is wrong, or cannot be checked any more
+    except BaseException:
+        audit.settle()
+        partial.last_checkpoint()
+        raise
+
+
 def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, TokenizerFacts]:
     """What encodes, and what the reference tokenizer says of itself. The two load at the same time."""
+    audit.ask_facts()
     if fast != "never":
-        audit.ask_facts()
         try:
             engine = FastTokenizer(config.tokenizer)
         except NotSupportedError as error:
-            audit.facts()
             if fast == "always":
                 raise InputError(f"fast_tokenizer is 'always' but {error}; wanted 'auto' or 'never'") from None
             print(f"note: {error}; the slower reference encodes", file=sys.stderr)
@@ -241,7 +253,7 @@ def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, To
             audit.compare(list(zip(ODD_TEXTS, engine.encode_batch(ODD_TEXTS), strict=True)))
             return engine, facts
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
-    return tokenizer, TokenizerFacts.of(tokenizer)
+    return tokenizer, audit.facts()
 
 
 def _run_identity(config: PreprocessConfig, sources: Sequence[Source], facts: TokenizerFacts) -> dict[str, Any]:
@@ -258,6 +270,8 @@ def _run_identity(config: PreprocessConfig, sources: Sequence[Source], facts: To
         "eos": config.eos,
         "bos": config.bos,
         "partition": config.partition,
+        "language": config.language,
+        "shuffle_documents": config.shuffle_documents,
     }
 
 
@@ -273,31 +287,42 @@ def _encode(
     partition = parse_partition(config.partition)
     work = islice(units(sources, config.read_options, partition), partial.units, None)
     workers = useful_workers(config.workers, sum(s.bytes for s in sources) // partition[1], UNIT_BYTES)
-    hashed: set[int] = set()
+    for source in sources_beginning_in(sources, partition) if config.checksum_inputs else []:
+        if source.is_local:
+            audit.hash(source)
+    before = cache(lambda index: records_before(sources, index, partition))
     with closing(ordered_map(encoder, work, workers)) as encoded:
         for unit in encoded:
-            errors = _errors(config, sources, partial, unit)
+            errors = _errors(config, sources, partial, unit, before)
             partial.add(unit, errors)
             if unit.audit:
                 audit.compare(unit.audit)
-            for part in unit.parts:
-                if config.checksum_inputs and part.source not in hashed and sources[part.source].is_local:
-                    hashed.add(part.source)
-                    audit.hash(sources[part.source])
             shown.advance(unit.read_bytes, unit.lengths.size)
             if partial.is_due():
                 audit.settle()
                 partial.checkpoint()
+    audit.settle()
     partial.checkpoint()
 
 
-def _errors(config: PreprocessConfig, sources: Sequence[Source], partial: PartialCorpus, unit: EncodedUnit) -> bytes:
-    """Lines for errors.jsonl. InputError at the first when errors are not to be skipped."""
+def _errors(
+    config: PreprocessConfig,
+    sources: Sequence[Source],
+    partial: PartialCorpus,
+    unit: EncodedUnit,
+    before: Callable[[int], int],
+) -> bytes:
+    """Lines for errors.jsonl; `before`: records of a source that are in earlier partitions.
+
+    InputError at the first when errors are not to be skipped.
+    """
     lines = []
     seen: dict[int, int] = {}
     for part in unit.parts:
         source = sources[part.source]
         first = partial.counts.records[part.source] + seen.get(part.source, 0) + 1
+        if part.problems:
+            first += before(part.source)
         seen[part.source] = seen.get(part.source, 0) + part.records
         for problem in part.problems:
             path, line = printable(source.url), first + problem.record
@@ -383,7 +408,7 @@ def _manifest(
         partition=config.partition,
         encoder=checked if counts.compared else "the reference tokenizer",
         tokenizer=TokenizerInfo(
-            path=str(Path(config.tokenizer).expanduser().absolute()),
+            path=printable(str(Path(config.tokenizer).expanduser().absolute())),
             token_bytes_sha256=audit.token_bytes_sha256(),
             **facts._asdict(),
         ),

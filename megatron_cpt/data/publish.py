@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,10 +18,20 @@ from megatron_cpt.data.shuffle import shuffle_documents
 from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.errors import InputError
 
+SUFFIXES = (".bin", ".idx", ".json", ".metadata.jsonl", ".errors.jsonl")
+
 
 def outputs(prefix: str) -> list[str]:
     """All files a corpus may have."""
-    return [prefix + suffix for suffix in (".bin", ".idx", ".json", ".metadata.jsonl", ".errors.jsonl")]
+    return [prefix + suffix for suffix in SUFFIXES]
+
+
+def is_output(prefix: str, path: str) -> bool:
+    """Whether a path is of the corpus `prefix`, of one of its partitions, or of one of them in the making."""
+    stem = os.path.realpath(prefix)
+    suffixes = "|".join(map(re.escape, SUFFIXES))
+    pattern = rf"(-\d{{5}}-of-\d{{5}})?({suffixes}|\.partial(/.*|\.lock)?)"
+    return path.startswith(stem) and re.fullmatch(pattern, path[len(stem) :]) is not None
 
 
 def check_output(prefix: str, overwrite: bool) -> None:

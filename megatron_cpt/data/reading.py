@@ -63,10 +63,10 @@ class Lines(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Documents that were read already, each as its bytes."""
+    """Documents that were read already, each as its bytes; None: one that is longer than any may be."""
 
     source: int
-    texts: list[bytes]
+    texts: list[bytes | None]
 
 
 class Rows(NamedTuple):
@@ -117,15 +117,10 @@ def units(sources: Sequence[Source], options: ReadOptions, partition: tuple[int,
 
     The documents of partitions 0 to n-1, one after the other, are those of (0, 1).
     """
-    total, (index, count) = sum(source.bytes for source in sources), partition
-    first, last = total * index // count, total * (index + 1) // count
     parts: list[Part] = []
-    size = read_bytes = position = 0
-    for i, source in enumerate(sources):
-        begin, position = position, position + source.bytes
-        if position <= first or begin >= last:
-            continue
-        for part, part_size, part_read in _parts(i, source, options, first - begin, last - begin):
+    size = read_bytes = 0
+    for i, (first, last) in _ranges(sources, partition):
+        for part, part_size, part_read in _parts(i, sources[i], options, first, last):
             parts.append(part)
             size, read_bytes = size + part_size, read_bytes + part_read
             if size >= UNIT_BYTES:
@@ -133,6 +128,23 @@ def units(sources: Sequence[Source], options: ReadOptions, partition: tuple[int,
                 parts, size, read_bytes = [], 0, 0
     if parts:
         yield Unit(parts, read_bytes)
+
+
+def _ranges(sources: Sequence[Source], partition: tuple[int, int]) -> Iterator[tuple[int, tuple[int, int]]]:
+    """(number of a source, bytes of it that belong to the partition); those may begin before it and end after it."""
+    total, (index, count) = sum(source.bytes for source in sources), partition
+    first, last = total * index // count, total * (index + 1) // count
+    position = 0
+    for i, source in enumerate(sources):
+        begin, position = position, position + source.bytes
+        at_end = begin == position == total and index == count - 1  # an empty file after everything else
+        if first <= begin < last or begin < first < position or at_end:
+            yield i, (first - begin, last - begin + at_end)
+
+
+def sources_beginning_in(sources: Sequence[Source], partition: tuple[int, int]) -> list[Source]:
+    """The sources whose first byte belongs to the partition: each is in one partition."""
+    return [sources[i] for i, (first, _) in _ranges(sources, partition) if first <= 0]
 
 
 def _parts(i: int, source: Source, options: ReadOptions, first: int, last: int) -> Iterator[tuple[Part, int, int]]:
@@ -144,7 +156,7 @@ def _parts(i: int, source: Source, options: ReadOptions, first: int, last: int) 
                 yield LineRange(i, start, stop), stop - start, stop - start
     elif source.format == "parquet":
         yield from _row_groups(i, source, options, first, last)
-    elif first <= 0 < last and source.bytes:
+    elif first <= 0 < last:
         if source.format == "text" and options.separator is None:
             yield TextFile(i), source.bytes, source.bytes
         else:
@@ -157,7 +169,7 @@ def _stream_lines(i: int, source: Source, options: ReadOptions) -> Iterator[tupl
         before = 0
         while data := stream.read(UNIT_BYTES):
             data += stream.readline()  # never cut a line
-            yield Lines(i, data), len(data), raw.tell() - before
+            yield Lines(i, data if before else data.removeprefix(codecs.BOM_UTF8)), len(data), raw.tell() - before
             before = raw.tell()
 
 
@@ -165,14 +177,21 @@ def _stream_texts(i: int, source: Source, options: ReadOptions) -> Iterator[tupl
     """Documents between separators, some at a time; the rest after the last one waits for more."""
     assert options.separator
     separator = options.separator.encode()
+    longest = 4 * options.max_characters  # in UTF-8
     with open_source(source) as (stream, raw):
-        before, rest = 0, b""
+        before, rest, too_long = 0, bytearray(), False
         while data := stream.read(UNIT_BYTES):
-            *whole, rest = (rest + data).split(separator)
-            if whole:
-                yield Texts(i, whole), sum(map(len, whole)), raw.tell() - before
-                before = raw.tell()
-        yield Texts(i, [rest]), len(rest), raw.tell() - before
+            searched = max(0, len(rest) - len(separator) + 1)
+            rest += data if before else data.removeprefix(codecs.BOM_UTF8)
+            end = rest.find(separator, searched)
+            if end >= 0:
+                first: bytes | None = None if too_long else bytes(rest[:end])
+                *more, last = bytes(rest[end + len(separator) :]).split(separator)
+                yield Texts(i, [first, *more]), len(rest), raw.tell() - before
+                before, rest, too_long = raw.tell(), bytearray(last), False
+            elif len(rest) > longest:  # it will be refused: only remember that, and look for its end
+                rest, too_long = rest[-len(separator) :], True
+        yield Texts(i, [None if too_long else bytes(rest)]), len(rest), raw.tell() - before
 
 
 def _stream_arrow(i: int, source: Source, options: ReadOptions) -> Iterator[tuple[Part, int, int]]:
@@ -191,8 +210,8 @@ def _stream_arrow(i: int, source: Source, options: ReadOptions) -> Iterator[tupl
                 for piece in _slices(batch, options):
                     yield piece._replace(source=i), len(piece.data), max(raw.tell() - before, 0)
                     before = raw.tell()
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{printable(source.url)}: not an Arrow file or stream ({error})") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{printable(source.url)}: not a whole Arrow file or stream ({error})") from None
 
 
 def _row_groups(i: int, source: Source, options: ReadOptions, first: int, last: int) -> Iterator[tuple[Part, int, int]]:
@@ -267,48 +286,76 @@ def _slices(batch: Any, options: ReadOptions) -> Iterator[Rows]:
         yield Rows(0, sink.getvalue().to_pybytes())
 
 
+def records_before(sources: Sequence[Source], index: int, partition: tuple[int, int]) -> int:
+    """Lines or rows of source `index` before those that belong to the partition. Reads the file up to there."""
+    position = dict(_ranges(sources, partition))[index][0]
+    source = sources[index]
+    if position <= 0:
+        return 0
+    with open_file(source) as raw:
+        if source.format == "parquet":
+            seen = 0
+            metadata = _parquet(raw, source).metadata
+            for k in range(metadata.num_row_groups):
+                if source.bytes * seen // max(metadata.num_rows, 1) >= position:
+                    break
+                seen += metadata.row_group(k).num_rows
+            return seen
+        start = -(-position // UNIT_BYTES) * UNIT_BYTES
+        breaks, left = 0, start - 1
+        while left and (data := raw.read(min(left, 1 << 20))):
+            breaks, left = breaks + data.count(b"\n"), left - len(data)
+        return breaks + 1  # the line in which byte start - 1 lies belongs to the part before
+
+
 # --- workers: units -> documents ---
 
 
 def read_part(part: Part, sources: Sequence[Source], options: ReadOptions) -> Content:
     """Read and take apart one part. InputError: the file cannot be read at all."""
     content, source = Content(part.source), sources[part.source]
+    try:
+        _read(part, source, options, content)
+    except OSError as error:  # pyarrow has an OSError for what is damaged inside a page
+        raise InputError(f"{printable(source.url)}: cannot be read ({' '.join(str(error).split())})") from None
+    return content
+
+
+def _read(part: Part, source: Source, options: ReadOptions, content: Content) -> None:
     match part:
         case LineRange():
             with open_file(source) as raw:
                 _read_lines(_line_range(raw, part), options, content, strip_bom=part.start == 0)
         case Lines():
-            _read_lines(io.BytesIO(part.data), options, content, strip_bom=True)
+            _read_lines(io.BytesIO(part.data), options, content, strip_bom=False)
         case TextFile():
             with open_source(source) as (stream, _):
-                _read_texts([stream.read()], options, content)
+                _read_texts([stream.read().removeprefix(codecs.BOM_UTF8)], options, content)
         case Texts():
             _read_texts(part.texts, options, content)
         case RowGroup():
             with open_file(source) as raw:
-                _read_rows(
-                    [_parquet(raw, source).read_row_group(part.group, _columns(options), use_threads=False)],
-                    options,
-                    content,
-                )
+                table = _parquet(raw, source).read_row_group(part.group, _columns(options), use_threads=False)
+                _read_rows(table, options, content)
         case Rows():
             import pyarrow as pa
 
-            _read_rows([pa.ipc.open_stream(part.data).read_all()], options, content)
-    return content
+            _read_rows(pa.ipc.open_stream(part.data).read_all(), options, content)
 
 
-def _line_range(raw: IO[bytes], part: LineRange) -> Iterable[bytes]:
+def _line_range(raw: IO[bytes], part: LineRange) -> Iterator[bytes]:
     """The lines that begin in the range: a line that began before belongs to the part before."""
-    start = part.start
-    if start:
-        raw.seek(start - 1)
-        start += len(raw.readline()) - 1
-    # `readlines` stops after the line in which byte `hint` lies; 0 would mean no limit
-    hint = part.stop - start - 1
-    if hint < 0:
-        return []
-    return raw.readlines(hint) if hint else [raw.readline()]
+    position = part.start
+    if position:
+        raw.seek(position - 1)
+        position += len(raw.readline()) - 1
+    if position >= part.stop:
+        return
+    for line in raw:
+        yield line
+        position += len(line)
+        if position >= part.stop:
+            return
 
 
 def _read_lines(lines: Iterable[bytes], options: ReadOptions, content: Content, strip_bom: bool) -> None:
@@ -376,40 +423,57 @@ def _take(text: str, options: ReadOptions, content: Content) -> bool:
     return True
 
 
-def _read_texts(texts: Iterable[bytes], options: ReadOptions, content: Content) -> None:
+def _read_texts(texts: Iterable[bytes | None], options: ReadOptions, content: Content) -> None:
     for raw in texts:
-        if options.separator is None or raw.strip():  # nothing between two separators is no document
-            _take_bytes(raw, options, content)
-            if content.texts and options.metadata_keys:
-                content.metadata += [orjson.dumps({}) + b"\n"] * (len(content.texts) - len(content.metadata))
+        if raw is None:
+            content.refuse("too_long", f"wanted at most {options.max_characters:,} characters")
+        elif options.separator is not None and not raw.strip():
+            pass  # nothing between two separators is no document
+        elif _take_bytes(raw, options, content) and options.metadata_keys:
+            content.metadata.append(_metadata({}, options.metadata_keys))
         content.records += 1
 
 
 def _take_bytes(raw: bytes, options: ReadOptions, content: Content) -> bool:
     try:
-        return _take(raw.decode("utf-8-sig"), options, content)
+        return _take(raw.decode(), options, content)
     except UnicodeDecodeError as error:
         content.refuse("invalid_utf8", f"byte {error.start} is not UTF-8; wanted UTF-8 text")
         return False
 
 
-def _read_rows(tables: Iterable[Any], options: ReadOptions, content: Content) -> None:
+def _read_rows(table: Any, options: ReadOptions, content: Content) -> None:
     import pyarrow as pa
+
+    text = _column(table, options.text_key)
+    if pa.types.is_dictionary(text.type):
+        text = text.cast(text.type.value_type)
+    texts = text.cast(pa.large_binary()).to_pylist()  # as bytes: one text that is not UTF-8 must not spoil the others
+    metadata = [_values(_column(table, key)) for key in options.metadata_keys]
+    for row, raw in enumerate(texts):
+        if raw is None:
+            content.refuse("null_text", f"column {options.text_key!r} is null; wanted a string")
+        elif _take_bytes(raw, options, content) and metadata:
+            found = {key: values[row] for key, values in zip(options.metadata_keys, metadata, strict=True)}
+            content.metadata.append(orjson.dumps(found, default=str, option=orjson.OPT_APPEND_NEWLINE))
+        content.records += 1
+
+
+def _column(table: Any, key: str) -> Any:
     import pyarrow.compute as pc
 
-    for table in tables:
-        first, *inner = options.text_key.split(".")
-        column = table.column(first)
-        if inner:
-            column = pc.struct_field(column, inner)
-        # as bytes: one text that is not UTF-8 must not spoil the others
-        texts = column.cast(pa.large_string() if pa.types.is_dictionary(column.type) else column.type)
-        texts = texts.cast(pa.large_binary()).to_pylist()
-        rows: Iterator[Any] = iter(table.to_pylist()) if options.metadata_keys else iter(())
-        for raw in texts:
-            row = next(rows, None)
-            if raw is None:
-                content.refuse("null_text", f"column {options.text_key!r} is null; wanted a string")
-            elif _take_bytes(raw, options, content) and row is not None:
-                content.metadata.append(_metadata(row, options.metadata_keys))
-            content.records += 1
+    first, *inner = key.split(".")
+    return pc.struct_field(table.column(first), inner) if inner else table.column(first)
+
+
+def _values(column: Any) -> list[Any]:
+    """A column as values that JSON knows."""
+    import pyarrow as pa
+
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        found = column.cast(pa.large_binary()).to_pylist()
+        return [value if value is None else value.decode(errors="replace") for value in found]
+    if pa.types.is_temporal(column.type):
+        column = column.cast(pa.string())
+    values: list[Any] = column.to_pylist()
+    return values

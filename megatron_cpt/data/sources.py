@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +33,7 @@ SUFFIXES: dict[str, Format] = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+DATASETS_FILES = ("state.json", "dataset_info.json")  # beside the Arrow files of `datasets.Dataset.save_to_disk`
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
 
 
@@ -56,16 +59,18 @@ def printable(path: str) -> str:
 
 
 def find_sources(
-    patterns: Sequence[str], file_format: Format | Literal["auto"] = "auto", leave_out: Iterable[str] = ()
+    patterns: Sequence[str],
+    file_format: Format | Literal["auto"] = "auto",
+    leave_out: Callable[[str], bool] = lambda path: False,
 ) -> tuple[list[Source], list[str]]:
     """(sources, files of unknown kind that were passed over) for files, folders, globs and URLs, in the order given.
 
     Folders and globs are sorted; a file named twice is read once. In a folder only files of a known kind are taken (see
     SUFFIXES), at any depth and without hidden ones; a file named itself is plain text when its kind is unknown. A folder
-    that `datasets.Dataset.save_to_disk` wrote gives its Arrow files. `leave_out`: files that are no input (the corpus that
-    is being written into its own input folder). InputError: a pattern that matches nothing.
+    that `datasets.Dataset.save_to_disk` wrote gives its Arrow files. `leave_out`: says of a local path that it is no input
+    (the corpus that is being written into its own input folder). InputError: a pattern that matches nothing.
     """
-    seen = {os.path.realpath(path) for path in leave_out}
+    seen: set[str] = set()
     sources, passed_over = [], []
     for pattern in patterns:
         found, unknown = _match(pattern, file_format)
@@ -75,7 +80,7 @@ def find_sources(
         passed_over += unknown
         for source in found:
             identity = os.path.realpath(source.url) if source.is_local else source.url
-            if identity not in seen:
+            if identity not in seen and not (source.is_local and leave_out(identity)):
                 seen.add(identity)
                 sources.append(source)
     return sources, passed_over
@@ -116,7 +121,13 @@ def _files_at(fs: Any, path: str) -> tuple[bool, list[str]]:
         files = orjson.loads(fs.cat_file(f"{path}/state.json"))["_data_files"]
         return True, [f"{path}/{file['filename']}" for file in files]
     inside = sorted(fs.find(path))
-    return False, [file for file in inside if not any(p.startswith(".") for p in file[len(path) :].split("/"))]
+    with_arrow = {os.path.dirname(file) for file in inside if file.endswith(".arrow")}
+    return False, [
+        file
+        for file in inside
+        if not any(name.startswith(".") for name in file[len(path) :].split("/"))
+        and not (os.path.basename(file) in DATASETS_FILES and os.path.dirname(file) in with_arrow)
+    ]
 
 
 def format_of(path: str) -> Format | None:
@@ -146,23 +157,18 @@ def open_source(source: Source) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         if source.compression is None:
             yield raw, raw
             return
-        damaged: tuple[type[BaseException], ...] = (EOFError, OSError)
         if source.compression == "zstd":
-            import zstandard
+            import pyarrow as pa
 
-            damaged += (zstandard.ZstdError,)
-            # fsspec's own reader stops after the first frame; tools that write in parallel make many
-            stream: Any = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            # the readers of fsspec and zstandard stop after the first frame, or take a file that was cut for a whole one
+            stream: Any = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
         else:
-            from zlib import error as ZlibError
-
             from fsspec.compression import compr
 
-            damaged += (ZlibError,)
             stream = compr[source.compression](raw, mode="rb")
         try:
             yield io.BufferedReader(stream, 1 << 20), raw  # for `readline`
-        except damaged as error:
+        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
             raise InputError(f"{printable(source.url)}: damaged {source.compression} data ({error})") from None
 
 
@@ -173,7 +179,8 @@ def open_file(source: Source) -> Iterator[IO[bytes]]:
 
     try:
         fs, path = url_to_fs(source.url)
-        stream = fs.open(path, "rb")
+        # remote files are read in parts by many workers: no more at a time than a part
+        stream = fs.open(path, "rb") if source.is_local else fs.open(path, "rb", block_size=2 << 20)
     except OSError as error:
         raise InputError(f"{printable(source.url)}: cannot be read ({error.strerror or error})") from None
     with stream:

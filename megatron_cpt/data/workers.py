@@ -19,16 +19,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, ProcessDiedError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PREFETCH = 2  # items a worker has at once: the one it works on and the next
-
-
-class WorkerDiedError(RuntimeError):
-    """A worker process ended by itself: killed, or out of memory."""
 
 
 @dataclass
@@ -98,7 +94,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
     """`map(function, items)` by `workers` processes (0: by this one), in order, few results waiting for their turn.
 
     When `function` has a method `is_worn_out` that says yes, the worker is replaced by a fresh one. What `function` raises
-    (an InputError) is raised in its turn. Close the generator to end the workers. WorkerDiedError: one was killed.
+    (an InputError) is raised in its turn. Close the generator to end the workers. ProcessDiedError: one was killed.
     """
     if workers == 0:
         yield from map(function, items)
@@ -155,8 +151,8 @@ def _receive(worker: Worker[Any, Any]) -> Any:
         raise _death(worker) from None
 
 
-def _death(worker: Worker[Any, Any]) -> WorkerDiedError:
+def _death(worker: Worker[Any, Any]) -> ProcessDiedError:
     worker.process.join(1)
     code = worker.process.exitcode
     how = f"was killed by signal {-code} (out of memory?)" if code is not None and code < 0 else f"ended with status {code}"
-    return WorkerDiedError(f"a worker process (pid {worker.process.pid}) {how}")
+    return ProcessDiedError(f"a worker process (pid {worker.process.pid}) {how}")

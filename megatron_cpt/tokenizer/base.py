@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -55,7 +56,8 @@ def fingerprint(content: bytes, eos_id: int) -> str:
 
 def display_name(kind: str, path: Path) -> str:
     """`hf:SmolLM2-135M`, `tiktoken:tokenizer.model`: for people; compare fingerprints, not names."""
-    return f"{kind}:{path.resolve().name}"
+    name = os.fsencode(path.resolve().name).decode("utf-8", "backslashreplace")  # a file name may be no UTF-8
+    return f"{kind}:{name}"
 
 
 def piece_bytes(pieces: Iterable[str]) -> list[int]:
