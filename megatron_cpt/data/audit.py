@@ -54,12 +54,13 @@ class TokenizerFacts(NamedTuple):
     eos_id: int
     bos_id: int | None
     fingerprint: str
+    token_bytes_sha256: str
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenizerFacts:
         """Ask a tokenizer."""
         ids = tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id
-        return cls(tokenizer.name, *ids, tokenizer.fingerprint)
+        return cls(tokenizer.name, *ids, tokenizer.fingerprint, token_bytes_sha256(tokenizer))
 
 
 class _Auditor:
@@ -83,10 +84,6 @@ class _Auditor:
     def facts(self, _: None) -> TokenizerFacts:
         """Load the reference tokenizer and ask it."""
         return TokenizerFacts.of(self._reference())
-
-    def token_bytes_sha256(self, _: None) -> str:
-        """The digest that tells its vocabulary from others."""
-        return token_bytes_sha256(self._reference())
 
     def compare(self, sample: list[tuple[str, npt.NDArray[Any]]]) -> str | None:
         """What differs from the reference, or None."""
@@ -164,17 +161,11 @@ class Audit:
     def ask_facts(self) -> None:
         """Begin to load the reference tokenizer."""
         self._ask("facts")
-        self._ask("token_bytes_sha256")
 
     def facts(self) -> TokenizerFacts:
         """What was asked for with `ask_facts`. InputError: it is no good tokenizer."""
         facts: TokenizerFacts = self._answer_to("facts")
         return facts
-
-    def token_bytes_sha256(self) -> str:
-        """The digest of the reference's vocabulary."""
-        digest: str = self._answer_to("token_bytes_sha256")
-        return digest
 
     def compare(self, sample: Sequence[tuple[str, npt.NDArray[Any]]]) -> None:
         """Give texts and ids to compare with the reference."""

@@ -203,13 +203,13 @@ def _preprocess(config: PreprocessConfig, sources: list[Source], folder: Path, f
         fast = "never"  # the second: the fast one may have been found to be wrong
     with Audit(config.tokenizer, config.eos_token) as audit:
         engine, facts = _load(config, audit, fast)
+        is_fast = isinstance(engine, FastTokenizer)
         run = _run_identity(config, sources, facts)
         if state and config.overwrite and state["run"] != run:
             discard(folder)
         elif state and "publish" in state and state["run"] == run:
             return publish(config.prefix, folder, state["publish"])
         policy = TokenPolicy.of(facts.vocab_size, facts.bos_id, facts.eos_id, config.bos, config.eos, config.tokenizer)
-        is_fast = isinstance(engine, FastTokenizer)
         encoder = Encoder(engine, policy, sources, config.read_options, audited=is_fast)
         with open_partial(folder, run, "gigatoken" if is_fast else "reference", len(sources)) as partial:
             begun = partial.counts.read_bytes
@@ -233,15 +233,21 @@ def _kept_on_error(partial: PartialCorpus, audit: Audit) -> Iterator[None]:
     except (TokenizerMismatchError, ProcessDiedError):
         raise  # it is wrong, or cannot be checked any more
     except BaseException:
-        audit.settle()
-        partial.last_checkpoint()
+        try:
+            audit.settle()
+        except TokenizerMismatchError:
+            discard(partial.folder)
+        except ProcessDiedError:
+            pass  # only what was checked before is kept
+        else:
+            partial.last_checkpoint()
         raise
 
 
 def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, TokenizerFacts]:
     """What encodes, and what the reference tokenizer says of itself. The two load at the same time."""
-    audit.ask_facts()
     if fast != "never":
+        audit.ask_facts()
         try:
             engine = FastTokenizer(config.tokenizer)
         except NotSupportedError as error:
@@ -253,7 +259,7 @@ def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, To
             audit.compare(list(zip(ODD_TEXTS, engine.encode_batch(ODD_TEXTS), strict=True)))
             return engine, facts
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
-    return tokenizer, audit.facts()
+    return tokenizer, TokenizerFacts.of(tokenizer)
 
 
 def _run_identity(config: PreprocessConfig, sources: Sequence[Source], facts: TokenizerFacts) -> dict[str, Any]:
@@ -409,7 +415,6 @@ def _manifest(
         encoder=checked if counts.compared else "the reference tokenizer",
         tokenizer=TokenizerInfo(
             path=printable(str(Path(config.tokenizer).expanduser().absolute())),
-            token_bytes_sha256=audit.token_bytes_sha256(),
             **facts._asdict(),
         ),
         sources=[

@@ -179,11 +179,13 @@ def _stream_texts(i: int, source: Source, options: ReadOptions) -> Iterator[tupl
     separator = options.separator.encode()
     longest = 4 * options.max_characters  # in UTF-8
     with open_source(source) as (stream, raw):
-        before, rest, too_long = 0, bytearray(), False
+        before = searched = 0
+        too_long = False
+        rest = bytearray(stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8))
         while data := stream.read(UNIT_BYTES):
-            searched = max(0, len(rest) - len(separator) + 1)
-            rest += data if before else data.removeprefix(codecs.BOM_UTF8)
-            end = rest.find(separator, searched)
+            rest += data
+            # one may be cut by the end of what was searched before
+            end = rest.find(separator, max(0, searched - len(separator) + 1))
             if end >= 0:
                 first: bytes | None = None if too_long else bytes(rest[:end])
                 *more, last = bytes(rest[end + len(separator) :]).split(separator)
@@ -191,6 +193,7 @@ def _stream_texts(i: int, source: Source, options: ReadOptions) -> Iterator[tupl
                 before, rest, too_long = raw.tell(), bytearray(last), False
             elif len(rest) > longest:  # it will be refused: only remember that, and look for its end
                 rest, too_long = rest[-len(separator) :], True
+            searched = len(rest)
         yield Texts(i, [None if too_long else bytes(rest)]), len(rest), raw.tell() - before
 
 

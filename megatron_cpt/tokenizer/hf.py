@@ -42,7 +42,8 @@ class HuggingFaceTokenizer:
         bos = _configured(self._file.parent, "bos_token")
         self.eos_id = self._id_of("eos_token", eos)
         self.bos_id = None if bos is None else self._id_of("bos_token", bos)
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocabulary.values()) + 1
         self.name = display_name("hf", path.parent if path.name == "tokenizer.json" else path)
         self.fingerprint = fingerprint(content, self.eos_id)
 
@@ -69,12 +70,11 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def _token_bytes(self) -> npt.NDArray[np.int32]:
-        vocabulary = self._backend.get_vocab(with_added_tokens=False)
-        byte_level = _mentions_byte_level(orjson.loads(self._backend.to_str()))
         # Byte-level BPE spells each byte as one character of its own alphabet.
-        lengths = [len(token) for token in vocabulary] if byte_level else piece_bytes(vocabulary)
+        byte_level = _is_byte_level(self._backend.decoder) or _is_byte_level(self._backend.pre_tokenizer)
+        lengths = [len(token) for token in self._vocabulary] if byte_level else piece_bytes(self._vocabulary)
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
-        sizes[list(vocabulary.values())] = lengths
+        sizes[list(self._vocabulary.values())] = lengths
         for token_id, token in self._backend.get_added_tokens_decoder().items():
             sizes[token_id] = 0 if token.special else len(token.content.encode())
         return sizes
@@ -101,8 +101,8 @@ def _configured(folder: Path, field: str) -> str | None:
     return None
 
 
-def _mentions_byte_level(description: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json's decoder or pre-tokenizer (alone or in a sequence) is byte-level."""
-    steps = [description.get("decoder") or {}, description.get("pre_tokenizer") or {}]
-    nested = [inner for step in steps for inner in step.get("decoders", []) + step.get("pretokenizers", [])]
-    return any(step.get("type") == "ByteLevel" for step in steps + nested)
+def _is_byte_level(step: Any) -> bool:
+    """Whether a decoder or pre-tokenizer (alone or in a sequence) is byte-level. Its pickled state is its JSON."""
+    description = orjson.loads(step.__getstate__()) if step is not None else {}
+    steps = [description, *description.get("decoders", []), *description.get("pretokenizers", [])]
+    return any(inner.get("type") == "ByteLevel" for inner in steps)
