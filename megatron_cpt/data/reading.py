@@ -194,7 +194,8 @@ def _stream_texts(i: int, source: Source, options: ReadOptions) -> Iterator[tupl
             elif len(rest) > longest:  # it will be refused: only remember that, and look for its end
                 rest, too_long = rest[-len(separator) :], True
             searched = len(rest)
-        yield Texts(i, [None if too_long else bytes(rest)]), len(rest), raw.tell() - before
+        ending: list[bytes | None] = [None] if too_long else [*bytes(rest).split(separator)]  # of a file of three bytes
+        yield Texts(i, ending), len(rest), raw.tell() - before
 
 
 def _stream_arrow(i: int, source: Source, options: ReadOptions) -> Iterator[tuple[Part, int, int]]:
