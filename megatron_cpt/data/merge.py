@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, read_manifest, write_manifest
-from megatron_cpt.data.partial import lock, partial_folder, read_state
+from megatron_cpt.data.partial import lock, partial_folder, read_state, writing
 from megatron_cpt.data.preprocess import interruptible, parse_partition
 from megatron_cpt.data.progress import Meter, meter, rates
 from megatron_cpt.data.publish import check_output, complete, publish
@@ -66,7 +66,7 @@ def merge_datasets(config: MergeConfig) -> str:
     _check(prefixes, manifests)
     check_output(prefix, config.overwrite)
     folder = partial_folder(prefix)
-    with lock(folder), interruptible():
+    with lock(folder), interruptible(), writing(folder):
         if read_state(folder) is not None:
             raise InputError(f"{folder}: an unfinished preprocessing of that name; finish it or remove it first")
         shutil.rmtree(folder, ignore_errors=True)  # of a merge that was killed

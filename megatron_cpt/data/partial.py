@@ -168,8 +168,8 @@ def lock(folder: Path) -> Iterator[None]:
     with path.open("wb") as stream:
         busy = InputError(f"{folder}: another process is writing this corpus; wanted one at a time")
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit that
+        except (BlockingIOError, PermissionError):
             raise busy from None
         if not path.exists() or not os.path.samestat(os.fstat(stream.fileno()), path.stat()):
             raise busy  # its owner removed the file between our opening and locking it
@@ -177,6 +177,17 @@ def lock(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Name the folder when writing into it fails: an error of `write` does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); what was safe in it stays") from None
 
 
 @contextmanager

@@ -28,7 +28,7 @@ import orjson
 from megatron_cpt.data.audit import ODD_TEXTS, Audit, TokenizerFacts, TokenizerMismatchError
 from megatron_cpt.data.encoding import EncodedUnit, Encoder, Engine, Policy, TokenPolicy, useful_workers
 from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, TokenizerInfo, write_manifest
-from megatron_cpt.data.partial import PartialCorpus, discard, lock, open_partial, partial_folder, read_state
+from megatron_cpt.data.partial import PartialCorpus, discard, lock, open_partial, partial_folder, read_state, writing
 from megatron_cpt.data.progress import Meter, meter, rates
 from megatron_cpt.data.publish import check_output, complete, is_output, publish
 from megatron_cpt.data.reading import UNIT_BYTES, ReadOptions, records_before, sources_beginning_in, units
@@ -153,7 +153,7 @@ def preprocess(config: PreprocessConfig) -> str:
         print(f"not read, of unknown kind: {len(passed_over)} files ({some}, ...)", file=sys.stderr)
     check_output(prefix, config.overwrite)
     folder = partial_folder(prefix)
-    with lock(folder), interruptible(), one_thread_per_process():
+    with lock(folder), interruptible(), one_thread_per_process(), writing(folder):
         try:
             return _preprocess(config, sources, folder, config.fast_tokenizer)
         except TokenizerMismatchError as mismatch:
@@ -162,7 +162,8 @@ def preprocess(config: PreprocessConfig) -> str:
             return _preprocess(config, sources, folder, "never")
         except KeyboardInterrupt:
             state = read_state(folder)
-            kept = f"; {state['units']} units are safe: give the same command again to go on" if state else ""
+            done = sum(state.get("counts", {}).get("documents", [])) if state else 0
+            kept = f"; {done:,} documents are safe: give the same command again to go on" if done else ""
             raise KeyboardInterrupt(f"{prefix} is unfinished{kept}") from None
 
 
