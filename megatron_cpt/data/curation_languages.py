@@ -1,0 +1,129 @@
+# mypy: disable-error-code="import-untyped, import-not-found"
+"""What is known about a language: its word tokenizer in datatrove, the codes of the identifiers, and thresholds that fit.
+
+Two-letter codes must not be given to datatrove 0.10 as they are: it reads FALSE in its table of tokenizers as true, so that
+"zh" gets a tokenizer that splits at spaces, and Chinese has none. The full names of the table (`cmn_Hani`) are not affected.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.resources
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_cpt.errors import InputError
+
+FILTERS = ("gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality")  # in the order of FineWeb
+ALIASES = {"zh-Hant": "zh", "iw": "he", "jw": "jv", "un": "unknown"}  # codes of cld2 -> codes of everybody else
+WORD_TOKENIZERS = {"no": "nob_Latn", "tl": "fil_Latn"}  # codes that datatrove's table does not have
+WITHOUT_SPACES = frozenset(("bo", "dz", "ja", "km", "lo", "my", "th", "wuu", "yue", "zh"))
+LID_176 = (  # the labels of fastText's lid.176
+    "af als am an ar arz as ast av az azb ba bar bcl be bg bh bn bo bpy br bs bxr ca cbk ce ceb ckb co cs cv cy da de "
+    "diq dsb dty dv el eml en eo es et eu fa fi fr frr fy ga gd gl gn gom gu gv he hi hif hr hsb ht hu hy ia id ie "
+    "ilo io is it ja jbo jv ka kk km kn ko krc ku kv kw ky la lb lez li lmo lo lrc lt lv mai mg mhr min mk ml mn mr "
+    "mrj ms mt mwl my myv mzn nah nap nds ne new nl nn no oc or os pa pam pfl pl pms pnb ps pt qu rm ro ru rue sa sah "
+    "sc scn sco sd sh si sk sl so sq sr su sv sw ta te tg th tk tl tr tt tyv ug uk ur uz vec vep vi vls vo wa war wuu "
+    "xal xmf yi yo yue zh"
+)
+
+Arguments = dict[str, dict[str, Any]]  # {filter: {argument: value}}
+
+# Thresholds of FineWeb2 for Mandarin (configs/cmn_Hani.yml of github.com/huggingface/fineweb-2, arXiv:2506.20920), without
+# its stop words.
+MANDARIN: Arguments = {
+    "gopher_repetition": {
+        "dup_line_frac": 0.287,
+        "top_n_grams": [[2, 0.256], [3, 0.201], [4, 0.171]],
+        "dup_n_grams": [[5, 0.198], [6, 0.182], [7, 0.167], [8, 0.154], [9, 0.14], [10, 0.127]],
+    },
+    "gopher_quality": {"min_avg_word_length": 1, "max_avg_word_length": 5, "max_non_alpha_words_ratio": 0.735},
+    "fineweb_quality": {"line_punct_thr": 0.106, "new_line_ratio": 0.178, "char_duplicates_ratio": 0.1},
+}
+
+
+@cache
+def word_tokenizer_name(language: str) -> str:
+    """ISO 639 code -> name of the word tokenizer in datatrove, as in `cmn_Hani`. InputError: datatrove has none."""
+    if language in WORD_TOKENIZERS:
+        return WORD_TOKENIZERS[language]
+    table = importlib.resources.files("datatrove") / "assets" / "tokenizer_assignment.csv"
+    with table.open(encoding="utf-8") as lines:
+        for row in csv.DictReader(lines):
+            named = row["code_3"] == language or (row["code_1"] == language and row["default_code_1"] == "TRUE")
+            if named and row["default_script"] == "TRUE" and row["type"]:
+                return f"{row['code_3']}_{row['script']}"
+    raise InputError(
+        f"keep_languages: found {language!r}, for which datatrove has no word tokenizer; wanted an ISO 639 code"
+    )
+
+
+def identifiable(identifier: str) -> frozenset[str]:
+    """Languages an identifier can name. InputError: its library is missing."""
+    if identifier != "cld2":
+        return frozenset(LID_176.split())
+    try:
+        import pycld2
+    except ImportError:
+        raise InputError(
+            "language_identifier cld2 needs pycld2; wanted: pip install pycld2, or another identifier"
+        ) from None
+    detected = set(pycld2.DETECTED_LANGUAGES)
+    return frozenset(ALIASES.get(code, code) for name, code in pycld2.LANGUAGES if name in detected and code[:3] != "xx-")
+
+
+def check_languages(languages: list[str], identifier: str) -> None:
+    """InputError for a language the identifier cannot find or datatrove cannot split into words."""
+    known = identifiable(identifier)
+    for language in languages:
+        if language not in known:
+            wanted = " ".join(sorted(known))
+            raise InputError(
+                f"keep_languages: found {language!r}, which {identifier} does not identify; wanted some of {wanted}"
+            )
+        word_tokenizer_name(language)
+        if language == "ja" and importlib.util.find_spec("sudachipy") is None:  # the one library datatrove does not check
+            raise InputError("keep_languages: ja needs sudachipy; wanted: pip install sudachipy sudachidict_core")
+
+
+def default_arguments(language: str) -> Arguments:
+    """Where datatrove's defaults, which are made for English, would throw a good document of `language` away."""
+    if language == "en":
+        return {}
+    arguments: Arguments = {"gopher_quality": {"min_stop_words": 0}}  # the list is English: the, be, to, of, ...
+    if language in WITHOUT_SPACES:
+        # Words have one or two characters; lines are shorter; C4 splits lines at spaces and ends them with . ! or ?
+        arguments["gopher_quality"]["min_avg_word_length"] = 0
+        arguments["fineweb_quality"] = {"short_line_thr": 1.0}
+        arguments["c4_quality"] = {"min_words_per_line": -1, "max_word_length": -1, "filter_no_terminal_punct": False}
+    return merged(arguments, MANDARIN) if language == "zh" else arguments
+
+
+def fineweb2_arguments(folder: str, language: str) -> Arguments:
+    """FineWeb2's thresholds of a language, used as its pipeline uses them. InputError: no such file, or not of that form."""
+    path = Path(folder).expanduser() / f"{word_tokenizer_name(language)}.yml"
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        repetition = {name: given[name] for name in ("dup_line_frac", "top_n_grams", "dup_n_grams")}
+        quality = {name: given[name] for name in ("min_avg_word_length", "max_avg_word_length", "max_non_alpha_words_ratio")}
+        fineweb = {name: given[name] for name in ("line_punct_thr", "new_line_ratio")}
+        stop_words = {"stop_words": given["stopwords"], "min_stop_words": 2}
+    except FileNotFoundError:
+        raise InputError(f"fineweb2_configs: found no {path}; wanted the file of {language}") from None
+    except (KeyError, TypeError, yaml.YAMLError) as error:
+        raise InputError(f"fineweb2_configs {path}: not a file of FineWeb2 ({error})") from None
+    off = {"dup_para_frac": 0, "dup_line_char_frac": 0, "dup_para_char_frac": 0}
+    return {
+        "gopher_repetition": off | repetition,
+        "gopher_quality": quality | stop_words,
+        "fineweb_quality": fineweb | {"short_line_thr": 999, "char_duplicates_ratio": 0.1},
+    }
+
+
+def merged(first: Arguments, second: Arguments) -> Arguments:
+    """Both; where they differ, the second."""
+    return {name: first.get(name, {}) | second.get(name, {}) for name in first.keys() | second.keys()}
