@@ -8,9 +8,11 @@ overrides (`--optimizer.lr 1e-5`) and `--print_config` from it. Exit status:
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -48,7 +50,7 @@ def normalise(argv: Sequence[str], switches: Collection[str] = ()) -> list[str]:
         if equals or name + value in SWITCHES:
             normalised.append(name + equals + value)
             continue
-        values = list(itertools.takewhile(lambda word: not word.startswith("-") or is_number(word), argv[i:]))
+        values = list(itertools.takewhile(is_value, argv[i:]))
         i += len(values)
         if len(values) > 1:
             normalised.append(f"{name}={json.dumps(values)}")
@@ -70,13 +72,9 @@ def switches_of(config_class: type, prefix: str = "--") -> set[str]:
     return switches
 
 
-def is_number(word: str) -> bool:
-    """Whether a word that starts with a dash is a value."""
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+def is_value(word: str) -> bool:
+    """Whether a word is no option: `-1`, `-inf` and `---` are values."""
+    return re.match(r"--?[A-Za-z]", word) is None or re.fullmatch(r"-(inf|nan|infinity)", word, re.IGNORECASE) is not None
 
 
 def make_parser(config_class: type, description: str) -> ArgumentParser:
@@ -100,6 +98,9 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
     Under torchrun every rank finds the same mistake at about the same time, and all are ended as soon as one exits. So the
     first rank of a node reports it, and the others wait to be ended; one that is not has found something of its own.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, io.StringIO())
     try:
         result = call()
     except (InputError, ArgumentError, OSError, FloatingPointError, ProcessDiedError) as error:

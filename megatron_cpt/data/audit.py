@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.data.sources import Source, sha256_file
+from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.data.workers import Worker, start_worker, stop_workers
 from megatron_cpt.errors import ProcessDiedError
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
@@ -70,7 +70,7 @@ class _Auditor:
         self._path, self._eos_token = path, eos_token
         self._tokenizer: Tokenizer | None = None
         self._checksums: dict[str, str | None] = {}
-        self._hashing: list[threading.Thread] = []
+        self._hashing: threading.Thread | None = None
 
     def __call__(self, request: tuple[str, Any]) -> Any:
         method, argument = request
@@ -93,25 +93,22 @@ class _Auditor:
                 return f"{text[:80]!r}: gigatoken gives {ids[:12].tolist()}, the reference {wanted[:12]}"
         return None
 
-    def hash(self, path: str) -> None:
-        """Begin to compute the checksum of a file."""
-        previous = self._hashing[-1] if self._hashing else None
-        thread = threading.Thread(target=self._hash, args=(path, previous), daemon=True)
-        self._hashing.append(thread)
-        thread.start()
+    def hash(self, paths: list[str]) -> None:
+        """Begin to compute the checksums of files, one after the other."""
+        self._hashing = threading.Thread(target=self._hash, args=(paths,), daemon=True)
+        self._hashing.start()
 
-    def _hash(self, path: str, previous: threading.Thread | None) -> None:
-        if previous is not None:
-            previous.join()  # one at a time, in order
-        try:
-            self._checksums[path] = sha256_file(path)
-        except OSError:
-            self._checksums[path] = None
+    def _hash(self, paths: list[str]) -> None:
+        for path in paths:
+            try:
+                self._checksums[path] = sha256_file(path)
+            except OSError:
+                self._checksums[path] = None
 
     def checksums(self, _: None) -> dict[str, str | None]:
         """All checksums that were asked for; None: the file is gone."""
-        for thread in self._hashing:
-            thread.join()
+        if self._hashing is not None:
+            self._hashing.join()
         return self._checksums
 
 
@@ -179,12 +176,12 @@ class Audit:
         while self._expected:
             self._take()
 
-    def hash(self, source: Source) -> None:
-        """Begin to compute the checksum of an input file, beside everything else."""
-        self._ask("hash", source.url)
+    def hash(self, paths: list[str]) -> None:
+        """Begin to compute the checksums of local files, beside everything else; to be called once."""
+        self._ask("hash", paths)
 
     def checksums(self) -> dict[str, str | None]:
-        """{url: sha256} of all files given to `hash`."""
+        """{path: sha256} of all files given to `hash`."""
         self._ask("checksums")
         found: dict[str, str | None] = self._answer_to("checksums")
         return found

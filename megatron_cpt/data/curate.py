@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from megatron_cpt.data import curation_report
 from megatron_cpt.data.curation_languages import FILTERS
-from megatron_cpt.data.preprocess import available_cores
+from megatron_cpt.data.preprocess_config import available_cores
 from megatron_cpt.data.sources import Source, find_sources
 from megatron_cpt.errors import InputError
 

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from megatron_cpt.data.documents import Content, Problem, read_part
 from megatron_cpt.data.indexed import best_dtype
-from megatron_cpt.data.reading import Content, Problem, ReadOptions, Unit, read_part
+from megatron_cpt.data.reading import ReadOptions, Unit
 from megatron_cpt.data.sources import Source
 from megatron_cpt.errors import InputError
 

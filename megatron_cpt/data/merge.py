@@ -21,7 +21,8 @@ from pathlib import Path
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, read_manifest, write_manifest
 from megatron_cpt.data.partial import lock, partial_folder, read_state, writing
-from megatron_cpt.data.preprocess import interruptible, parse_partition
+from megatron_cpt.data.preprocess import interruptible
+from megatron_cpt.data.preprocess_config import parse_partition
 from megatron_cpt.data.progress import Meter, meter, rates
 from megatron_cpt.data.publish import check_output, complete, publish
 from megatron_cpt.data.sources import printable, sha256_file
@@ -58,7 +59,7 @@ def merge_datasets(config: MergeConfig) -> str:
     InputError: nothing to join, partitions missing, other tokenizer, width, policy or language, damaged files, an output
     that exists. After an error there is no new corpus, and an old one is as it was.
     """
-    began, prefix = time.monotonic(), config.output_prefix
+    began, prefix = time.monotonic(), os.path.expanduser(config.output_prefix)
     prefixes = find_prefixes([config.input] if isinstance(config.input, str) else config.input, prefix)
     if os.path.realpath(prefix) in map(os.path.realpath, prefixes):
         raise InputError(f"output_prefix {prefix} is one of the inputs; wanted another name")

@@ -165,7 +165,11 @@ def lock(folder: Path) -> Iterator[None]:
     The lock goes with the process, however it ends. The file stays out of the folder, which is removed at the end.
     """
     path = folder.with_name(folder.name + ".lock")
-    with path.open("wb") as stream:
+    try:
+        stream = path.open("wb")
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be written ({error.strerror}); wanted a folder for the output") from None
+    with stream:
         busy = InputError(f"{folder}: another process is writing this corpus; wanted one at a time")
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit that

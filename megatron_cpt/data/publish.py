@@ -35,10 +35,15 @@ def is_output(prefix: str, path: str) -> bool:
 
 
 def check_output(prefix: str, overwrite: bool) -> None:
-    """InputError when the corpus exists (without `overwrite`) or its folder cannot be made or written."""
-    existing = [path for path in outputs(prefix)[:3] if Path(path).exists()]
+    """InputError when the corpus exists (without `overwrite`), in part even, or its folder cannot be made or written."""
+    if "://" in prefix:
+        raise InputError(f"output_prefix {prefix}: is a URL; wanted a path of this machine")
+    existing = [path for path in outputs(prefix) if Path(path).exists()]
     if existing and not overwrite and "publish" not in (read_state(partial_folder(prefix)) or {}):
         raise InputError(f"output_prefix {prefix}: found {', '.join(existing)}; wanted a new name or overwrite")
+    is_corpus = partial_folder(prefix).exists() or any(path.endswith((".bin", ".idx")) for path in existing)
+    if existing and not is_corpus:
+        raise InputError(f"output_prefix {prefix}: {existing[0]} is of no corpus: not replaced; wanted another name")
     folder = Path(prefix).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)

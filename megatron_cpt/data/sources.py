@@ -61,14 +61,15 @@ def printable(path: str) -> str:
 def find_sources(
     patterns: Sequence[str],
     file_format: Format | Literal["auto"] = "auto",
-    leave_out: Callable[[str], bool] = lambda path: False,
+    is_output: Callable[[str], bool] = lambda path: False,
 ) -> tuple[list[Source], list[str]]:
     """(sources, files of unknown kind that were passed over) for files, folders, globs and URLs, in the order given.
 
     Folders and globs are sorted; a file named twice is read once. In a folder only files of a known kind are taken (see
     SUFFIXES), at any depth and without hidden ones; a file named itself is plain text when its kind is unknown. A folder
-    that `datasets.Dataset.save_to_disk` wrote gives its Arrow files. `leave_out`: says of a local path that it is no input
-    (the corpus that is being written into its own input folder). InputError: a pattern that matches nothing.
+    that `datasets.Dataset.save_to_disk` wrote gives its Arrow files. `is_output`: says of a local path that it is what
+    will be written; among the files of a folder or glob it is left out. InputError: a pattern that matches nothing, or
+    names an output.
     """
     seen: set[str] = set()
     sources, passed_over = [], []
@@ -80,7 +81,11 @@ def find_sources(
         passed_over += unknown
         for source in found:
             identity = os.path.realpath(source.url) if source.is_local else source.url
-            if identity not in seen and not (source.is_local and leave_out(identity)):
+            if source.is_local and is_output(identity):
+                if os.path.isfile(os.path.expanduser(pattern)):
+                    raise InputError(f"input {printable(source.url)}: is a file of the output; wanted another output_prefix")
+                continue
+            if identity not in seen:
                 seen.add(identity)
                 sources.append(source)
     return sources, passed_over
@@ -141,6 +146,8 @@ def _source(fs: Any, path: str, kind: Format) -> Source:
     if compression and kind in ("parquet", "arrow"):
         raise InputError(f"{path}: a compressed {kind} file; wanted it unpacked ({kind} compresses inside)")
     info = fs.info(path)
+    if info["type"] not in ("file", "link"):
+        raise InputError(f"{path}: is no file but {info['type']} (a pipe?); wanted a file")
     local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
     version = info.get("mtime") or info.get("ETag") or info.get("etag") or info.get("LastModified") or ""
     url = os.path.abspath(path) if local else fs.unstrip_protocol(path)
@@ -180,11 +187,16 @@ def open_file(source: Source) -> Iterator[IO[bytes]]:
     try:
         fs, path = url_to_fs(source.url)
         # remote files are read in parts by many workers: no more at a time than a part
-        stream = fs.open(path, "rb") if source.is_local else fs.open(path, "rb", block_size=2 << 20)
+        stream = fs.open(path, "rb") if source.is_local else _remote(fs.open(path, "rb", block_size=2 << 20))
     except OSError as error:
         raise InputError(f"{printable(source.url)}: cannot be read ({error.strerror or error})") from None
     with stream:
         yield stream
+
+
+def _remote(stream: Any) -> IO[bytes]:
+    """fsspec's files lack the limit of `readline`."""
+    return io.BufferedReader(stream, 1 << 20)
 
 
 def sha256_file(path: str | Path) -> str:

@@ -25,10 +25,12 @@ from hypothesis import strategies as st
 from tiny_corpora import content, json_lines, read_lines, run, small_units, texts, write_lines
 
 from megatron_cpt.data import reading
-from megatron_cpt.data.reading import ReadOptions, read_part, units
+from megatron_cpt.data.documents import read_part
+from megatron_cpt.data.reading import ReadOptions, units
 from megatron_cpt.data.sources import Source, find_sources
 from megatron_cpt.errors import InputError
 
+STRING = pa.string()
 DOCUMENTS = [
     "one",
     "two lines\nof text\n",
@@ -81,7 +83,7 @@ def gzip_members(data: bytes) -> bytes:
     return gzip.compress(data[:501]) + gzip.compress(b"") + gzip.compress(data[501:])
 
 
-def table(kind: pa.DataType = pa.string()) -> pa.Table:
+def table(kind: pa.DataType = STRING) -> pa.Table:
     text = pa.array(DOCUMENTS)
     if pa.types.is_dictionary(kind):
         column = text.cast(kind.value_type).dictionary_encode()
@@ -90,7 +92,7 @@ def table(kind: pa.DataType = pa.string()) -> pa.Table:
     return pa.table({"text": column, "id": pa.array(range(len(DOCUMENTS)))})
 
 
-def parquet(kind: pa.DataType = pa.string(), **options: Any) -> Callable[[Path], str]:
+def parquet(kind: pa.DataType = STRING, **options: Any) -> Callable[[Path], str]:
     def write(folder: Path) -> str:
         pq.write_table(table(kind), folder / "a.parquet", **options)
         return str(folder / "a.parquet")
@@ -98,7 +100,7 @@ def parquet(kind: pa.DataType = pa.string(), **options: Any) -> Callable[[Path],
     return write
 
 
-def arrow(kind: pa.DataType = pa.string(), *, stream: bool, name: str = "a.arrow") -> Callable[[Path], str]:
+def arrow(kind: pa.DataType = STRING, *, stream: bool, name: str = "a.arrow") -> Callable[[Path], str]:
     def write(folder: Path) -> str:
         data = table(kind).combine_chunks()
         make = pa.ipc.new_stream if stream else pa.ipc.new_file
@@ -247,7 +249,12 @@ class RangeFileSystem(AbstractFileSystem):
             raise FileNotFoundError(path)
         files = sorted(inside.iterdir()) if inside.is_dir() else [inside]
         found = [
-            {"name": str(f).lstrip("/"), "size": f.stat().st_size, "type": "directory" if f.is_dir() else "file", "ETag": "v1"}
+            {
+                "name": str(f).lstrip("/"),
+                "size": f.stat().st_size,
+                "type": "directory" if f.is_dir() else "file",
+                "ETag": "v1",
+            }
             for f in files
         ]
         return found if detail else [entry["name"] for entry in found]
@@ -256,7 +263,9 @@ class RangeFileSystem(AbstractFileSystem):
         return _RangeFile(self, path, mode, block_size=100, cache_type="readahead")
 
 
-@pytest.mark.parametrize("name", ["json", "gz", "zst of several frames", "parquet, row groups", "arrow stream", "text files"])
+@pytest.mark.parametrize(
+    "name", ["json", "gz", "zst of several frames", "parquet, row groups", "arrow stream", "text files"]
+)
 def test_object_stores(name: str, tmp_path: Path, tiny_tokenizer_dir: str, wanted: dict[str, bytes]) -> None:
     fsspec.register_implementation("ranges", RangeFileSystem, clobber=True)
     (tmp_path / "in").mkdir()
@@ -424,7 +433,7 @@ def scratch() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("where", ["a.jsonl", "memory://unit-tests/a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(
     file_lines=st.lists(lines, max_size=12),
     end=st.sampled_from([b"\n", b"\r\n"]),
@@ -451,7 +460,7 @@ def test_lines_in_units_of_any_size(
         assert read_all(sources, ReadOptions()) == line_by_line(file_lines, mark)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     text=st.text("ab\n文\ufeff", max_size=60),
     separator=st.sampled_from(["a", "aa", "aba", "\n\n", "文", "b\n", "aaa", "文a文"]),

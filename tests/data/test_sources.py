@@ -31,7 +31,7 @@ def touch(folder: Path, *names: str) -> None:
 
 def names(folder: Path, *patterns: str, leave_out: tuple[str, ...] = ()) -> list[str]:
     outputs = set(map(os.path.realpath, leave_out))
-    sources, _ = find_sources([str(folder / pattern) for pattern in patterns], leave_out=outputs.__contains__)
+    sources, _ = find_sources([str(folder / pattern) for pattern in patterns], is_output=outputs.__contains__)
     return [os.path.relpath(source.url, folder) for source in sources]
 
 
@@ -103,7 +103,7 @@ def test_leave_out(tmp_path: Path) -> None:
     touch(tmp_path, "a.jsonl", "b.jsonl")
     (tmp_path / "link").symlink_to(tmp_path)
     for pattern in (tmp_path, tmp_path / "link", tmp_path / "link" / "*.jsonl"):
-        sources, _ = find_sources([str(pattern)], leave_out=lambda path: path == str(tmp_path / "b.jsonl"))
+        sources, _ = find_sources([str(pattern)], is_output=lambda path: path == str(tmp_path / "b.jsonl"))
         assert [os.path.basename(source.url) for source in sources] == ["a.jsonl"]
 
 

@@ -1,0 +1,226 @@
+"""Units of work -> documents: what a worker does before it tokenizes."""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any, NamedTuple
+
+import orjson
+
+from megatron_cpt.data.reading import (
+    LineRange,
+    Lines,
+    Part,
+    ReadOptions,
+    RowGroup,
+    Rows,
+    TextFile,
+    Texts,
+    columns,
+    open_parquet,
+)
+from megatron_cpt.data.sources import Source, open_file, open_source, printable
+from megatron_cpt.errors import InputError
+
+
+class Problem(NamedTuple):
+    """A document that could not be taken. `record` counts lines or rows from 0 within its part."""
+
+    record: int
+    reason: str
+    detail: str
+
+
+@dataclass
+class Content:
+    """What one part holds. `records`: its lines or rows, documents or not; `metadata`: one JSON line a document."""
+
+    source: int
+    records: int = 0
+    texts: list[str] = field(default_factory=list)
+    metadata: list[bytes] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def refuse(self, reason: str, detail: str) -> None:
+        """Note that the current record gives no document."""
+        self.problems.append(Problem(self.records, reason, detail))
+
+
+def read_part(part: Part, sources: Sequence[Source], options: ReadOptions) -> Content:
+    """Read and take apart one part. InputError: the file cannot be read at all."""
+    content, source = Content(part.source), sources[part.source]
+    try:
+        _read(part, source, options, content)
+    except OSError as error:  # pyarrow has an OSError for what is damaged inside a page
+        raise InputError(f"{printable(source.url)}: cannot be read ({' '.join(str(error).split())})") from None
+    return content
+
+
+def _read(part: Part, source: Source, options: ReadOptions, content: Content) -> None:
+    match part:
+        case LineRange():
+            with open_file(source) as raw:
+                _read_lines(_line_range(raw, part), options, content, strip_bom=part.start == 0)
+        case Lines():
+            _read_lines(io.BytesIO(part.data), options, content, strip_bom=False)
+        case TextFile():
+            with open_source(source) as (stream, _):
+                _read_texts([stream.read().removeprefix(codecs.BOM_UTF8)], options, content)
+        case Texts():
+            _read_texts(part.texts, options, content)
+        case RowGroup():
+            with open_file(source) as raw:
+                table = open_parquet(raw, source).read_row_group(part.group, columns(options), use_threads=False)
+                _read_rows(table, options, content)
+        case Rows():
+            import pyarrow as pa
+
+            _read_rows(pa.ipc.open_stream(part.data).read_all(), options, content)
+
+
+def _line_range(raw: IO[bytes], part: LineRange) -> Iterator[bytes]:
+    """The lines that begin in the range: a line that began before belongs to the part before."""
+    position = part.start
+    if position:
+        raw.seek(position - 1)
+        position -= 1
+        while position < part.stop:  # a long line is passed over in pieces, and not beyond this part
+            piece = raw.readline(1 << 20)
+            position += len(piece)
+            if not piece or piece.endswith(b"\n"):
+                break
+    if position >= part.stop:
+        return
+    for line in raw:
+        yield line
+        position += len(line)
+        if position >= part.stop:
+            return
+
+
+def _read_lines(lines: Iterable[bytes], options: ReadOptions, content: Content, strip_bom: bool) -> None:
+    keys, metadata_keys = options.text_key.split("."), options.metadata_keys
+    for line in lines:
+        if strip_bom and content.records == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            value = text = orjson.loads(line)
+            for key in keys:
+                text = text[key]
+            if type(text) is not str:
+                raise TypeError
+        except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+            if not line.isspace() and line:  # blank lines are no documents
+                content.refuse(*_what_is_wrong(line, options.text_key, error))
+        else:
+            if _take(text, options, content) and metadata_keys:
+                content.metadata.append(_metadata(value, metadata_keys))
+        content.records += 1
+
+
+def _what_is_wrong(line: bytes, text_key: str, error: Exception) -> tuple[str, str]:
+    """(reason, what was found and wanted) for a JSON line that gives no text."""
+    if isinstance(error, orjson.JSONDecodeError):
+        try:
+            line.decode()
+        except UnicodeDecodeError as bad:
+            return "invalid_utf8", f"byte {bad.start} is not UTF-8; wanted UTF-8 text"
+        if "surrogate" in error.msg:
+            return "lone_surrogate", f"column {error.colno}: {error.msg}; wanted whole characters"
+        return "broken_json", f"not valid JSON (column {error.colno}: {error.msg}); wanted one JSON object per line"
+    value = orjson.loads(line)
+    for key in text_key.split("."):
+        if not isinstance(value, dict):
+            return "no_object", f"found {type(value).__name__}; wanted an object with field {text_key!r}"
+        if key not in value:
+            return "missing_text", f"no field {text_key!r}; found {sorted(value)}"
+        value = value[key]
+    if value is None:
+        return "null_text", f"field {text_key!r} is null; wanted a string"
+    return "not_text", f"field {text_key!r} is {type(value).__name__}; wanted a string"
+
+
+def _metadata(value: Any, keys: Sequence[str]) -> bytes:
+    """{key: value} of the wanted fields as a JSON line; null for a field that is missing."""
+    found = {}
+    for key in keys:
+        inner = value
+        for name in key.split("."):
+            inner = inner.get(name) if isinstance(inner, dict) else None
+        found[key] = inner
+    return orjson.dumps(found, default=str, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _take(text: str, options: ReadOptions, content: Content) -> bool:
+    """Keep a text unless it is empty or longer than allowed."""
+    if not text or text.isspace():
+        content.refuse("empty", "no text but white space" if text else "no text")
+        return False
+    if len(text) > options.max_characters:
+        content.refuse("too_long", f"{len(text):,} characters; wanted at most {options.max_characters:,}")
+        return False
+    content.texts.append(text)
+    return True
+
+
+def _read_texts(texts: Iterable[bytes | None], options: ReadOptions, content: Content) -> None:
+    for raw in texts:
+        if raw is None:
+            content.refuse("too_long", f"wanted at most {options.max_characters:,} characters")
+        elif options.separator is not None and not raw.strip():
+            pass  # nothing between two separators is no document
+        elif _take_bytes(raw, options, content) and options.metadata_keys:
+            content.metadata.append(_metadata({}, options.metadata_keys))
+        content.records += 1
+
+
+def _take_bytes(raw: bytes, options: ReadOptions, content: Content) -> bool:
+    try:
+        return _take(raw.decode(), options, content)
+    except UnicodeDecodeError as error:
+        content.refuse("invalid_utf8", f"byte {error.start} is not UTF-8; wanted UTF-8 text")
+        return False
+
+
+def _read_rows(table: Any, options: ReadOptions, content: Content) -> None:
+    import pyarrow as pa
+
+    text = _column(table, options.text_key)
+    if pa.types.is_dictionary(text.type):
+        text = text.cast(text.type.value_type)
+    texts = text.cast(pa.large_binary()).to_pylist()  # as bytes: one text that is not UTF-8 must not spoil the others
+    metadata = [_values(_column(table, key), key) for key in options.metadata_keys]
+    for row, raw in enumerate(texts):
+        if raw is None:
+            content.refuse("null_text", f"column {options.text_key!r} is null; wanted a string")
+        elif _take_bytes(raw, options, content) and metadata:
+            found = {key: values[row] for key, values in zip(options.metadata_keys, metadata, strict=True)}
+            content.metadata.append(orjson.dumps(found, default=str, option=orjson.OPT_APPEND_NEWLINE))
+        content.records += 1
+
+
+def _column(table: Any, key: str) -> Any:
+    import pyarrow.compute as pc
+
+    first, *inner = key.split(".")
+    return pc.struct_field(table.column(first), inner) if inner else table.column(first)
+
+
+def _values(column: Any, key: str) -> list[Any]:
+    """A column as values that JSON knows. InputError: it has others."""
+    import pyarrow as pa
+
+    types = pa.types
+    if any(is_a(column.type) for is_a in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)):
+        found = column.cast(pa.large_binary()).to_pylist()
+        return [value if value is None else value.decode(errors="replace") for value in found]
+    if pa.types.is_temporal(column.type):
+        column = column.cast(pa.string())
+    try:
+        values: list[Any] = column.to_pylist()
+    except ValueError as error:  # as nanoseconds inside lists, which Python has not
+        raise InputError(f"column {key!r} of type {column.type} cannot be kept as metadata ({error})") from None
+    return values

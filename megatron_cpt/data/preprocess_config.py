@@ -1,0 +1,109 @@
+"""The settings of preprocessing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_cpt.data.encoding import Policy
+from megatron_cpt.data.reading import ReadOptions
+from megatron_cpt.errors import InputError
+
+
+def available_cores() -> int:
+    """Cores this process may run on (a container or SLURM may give fewer than the machine has)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """What to read, how to tokenize it, where to write it."""
+
+    input: list[str] | str
+    """Files, folders (all files of a known kind inside, by name), quoted globs, or fsspec URLs (s3://...). Kinds, by
+    name: .jsonl .ndjson .json (a document per line), .txt .text (a document per file), .parquet, .arrow (also a folder
+    that `datasets` saved); the first two also as .gz .zst .bz2 .xz. A file that is named is plain text when its kind is
+    unknown. A file named twice is read once."""
+    tokenizer: str
+    """Hugging Face folder or tokenizer.json, Llama-3 tokenizer.model (tiktoken), or SentencePiece .model."""
+    output_prefix: str
+    """Writes OUTPUT_PREFIX.bin, .idx and .json; the folder is made if needed."""
+    language: str
+    """Language of the corpus, such as en or zh; the mixture counts tokens by it."""
+    text_key: str = "text"
+    """Field or column that holds a document's text; dots reach into objects (`article.body`)."""
+    metadata_keys: list[str] | str = field(default_factory=list)
+    """Fields to keep beside each document, in OUTPUT_PREFIX.metadata.jsonl (as in `url date`)."""
+    file_format: Literal["auto", "jsonl", "text", "parquet", "arrow"] = "auto"
+    """Read all files as this, whatever their names."""
+    document_separator: str | None = None
+    """What stands between documents in text files, as in `\\n\\n` (backslash n is a line break); none: one per file."""
+    eos_token: str | None = None
+    """Token that ends a document, when not the tokenizer's own."""
+    eos: Policy = "document"
+    """Put an end-of-document token after every document (as Llama-3 was trained, <|end_of_text|>), or none."""
+    bos: Policy = "none"
+    """Put a beginning-of-text token before every document, or none."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What to do about a document without usable text (broken JSON, no UTF-8, field missing, null, empty, too long): stop
+    at the first, or leave out all of them, counted and listed in OUTPUT_PREFIX.errors.jsonl."""
+    max_document_characters: int = 100_000_000
+    """A longer document counts as an error."""
+    shuffle_documents: int | None = None
+    """Put the documents in a random order with this seed (training packs documents in the order they have here)."""
+    partition: str | None = None
+    """I/N (I from 0): take only the I-th of N equal parts of the input, for job arrays; the output is then named
+    OUTPUT_PREFIX-0000I-of-0000N, and tools/merge_datasets.py joins the parts."""
+    workers: int = field(default_factory=available_cores)
+    """Processes that tokenize."""
+    fast_tokenizer: Literal["auto", "always", "never"] = "auto"
+    """Use gigatoken, compared with the reference tokenizer on samples all along; auto: for 8 MB of input or more."""
+    checksum_inputs: bool = True
+    """Put the sha256 of every local input file in the manifest."""
+    overwrite: bool = False
+    """Replace an existing corpus of this name, and begin anew if an unfinished one has other settings."""
+
+    def __post_init__(self) -> None:
+        if not os.path.basename(self.output_prefix):
+            raise InputError(f"output_prefix is {self.output_prefix!r}; wanted a name, as in data/zh")
+        for name in ("language", "input", "text_key"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty; wanted a value")
+        if self.document_separator == "":
+            raise InputError("document_separator is empty; wanted the text between two documents, or none")
+        for name in ("workers", "max_document_characters"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; wanted at least 1")
+        if self.shuffle_documents is not None and not 0 <= self.shuffle_documents < 2**64:
+            raise InputError(f"shuffle_documents is {self.shuffle_documents}; wanted a seed from 0 to 2^64 - 1")
+        parse_partition(self.partition)
+
+    @property
+    def prefix(self) -> str:
+        """Path of the corpus without .bin: with the partition's number, if there is one."""
+        index, count = parse_partition(self.partition)
+        prefix = self.prefix_of_all
+        return prefix if self.partition is None else f"{prefix}-{index:05d}-of-{count:05d}"
+
+    @property
+    def prefix_of_all(self) -> str:
+        """Path of the corpus without .bin and without a partition's number."""
+        return os.path.expanduser(self.output_prefix)
+
+    @property
+    def read_options(self) -> ReadOptions:
+        """How documents lie in the files."""
+        separator = self.document_separator and self.document_separator.replace("\\n", "\n").replace("\\t", "\t")
+        keys = [self.metadata_keys] if isinstance(self.metadata_keys, str) else self.metadata_keys
+        return ReadOptions(self.text_key, tuple(keys), separator, self.max_document_characters)
+
+
+def parse_partition(partition: str | None) -> tuple[int, int]:
+    """As in 3/8 -> (3, 8); None -> (0, 1). InputError for anything else."""
+    if partition is None:
+        return 0, 1
+    index, slash, count = partition.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"partition is {partition!r}; wanted I/N with I from 0 to N - 1, as in 0/8")
+    return int(index), int(count)
