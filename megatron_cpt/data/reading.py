@@ -19,6 +19,8 @@ from megatron_cpt.errors import InputError
 
 UNIT_BYTES = 2 << 20
 MAX_ROW_GROUP_BYTES = 32 << 20  # uncompressed; larger ones are not handed to one worker
+MAX_ROW_GROUP_ROWS = 10_000  # nor are those of more rows: the same text many times over takes no bytes in the file
+MAX_BATCH_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -204,10 +206,10 @@ def _row_groups(i: int, source: Source, options: ReadOptions, first: int, last: 
             if not first <= start < last:
                 continue
             read = source.bytes * seen // rows - start
-            if group.total_byte_size <= MAX_ROW_GROUP_BYTES:
+            if group.total_byte_size <= MAX_ROW_GROUP_BYTES and group.num_rows <= MAX_ROW_GROUP_ROWS:
                 yield RowGroup(i, k), group.total_byte_size, read
                 continue
-            batch_rows = max(1, group.num_rows * UNIT_BYTES // group.total_byte_size)
+            batch_rows = min(MAX_BATCH_ROWS, max(1, group.num_rows * UNIT_BYTES // group.total_byte_size))
             batches = math.ceil(group.num_rows / batch_rows)
             for batch in pq.ParquetFile(raw).iter_batches(
                 batch_rows, row_groups=[k], columns=columns(options), use_threads=False
