@@ -54,7 +54,7 @@ def read_part(part: Part, sources: Sequence[Source], options: ReadOptions) -> Co
     content, source = Content(part.source), sources[part.source]
     try:
         _read(part, source, options, content)
-    except OSError as error:  # pyarrow has an OSError for what is damaged inside a page
+    except (OSError, SystemError) as error:  # so pyarrow tells of what is damaged inside a page or a batch
         raise InputError(f"{printable(source.url)}: cannot be read ({' '.join(str(error).split())})") from None
     return content
 
@@ -128,6 +128,8 @@ def _what_is_wrong(line: bytes, text_key: str, error: Exception) -> tuple[str, s
             line.decode()
         except UnicodeDecodeError as bad:
             return "invalid_utf8", f"byte {bad.start} is not UTF-8; wanted UTF-8 text"
+        if line.lstrip().startswith(b"["):
+            return "broken_json", "the beginning of an array; wanted one JSON object per line"
         if "surrogate" in error.msg:
             return "lone_surrogate", f"column {error.colno}: {error.msg}; wanted whole characters"
         return "broken_json", f"not valid JSON (column {error.colno}: {error.msg}); wanted one JSON object per line"

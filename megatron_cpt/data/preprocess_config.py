@@ -38,7 +38,8 @@ class PreprocessConfig:
     file_format: Literal["auto", "jsonl", "text", "parquet", "arrow"] = "auto"
     """Read all files as this, whatever their names."""
     document_separator: str | None = None
-    """What stands between documents in text files, as in `\\n\\n` (backslash n is a line break); none: one per file."""
+    """What stands between documents in text files, as in `\\n\\n` (backslash and n, r or t are understood); none: one
+    document per file."""
     eos_token: str | None = None
     """Token that ends a document, when not the tokenizer's own."""
     eos: Policy = "document"
@@ -94,7 +95,9 @@ class PreprocessConfig:
     @property
     def read_options(self) -> ReadOptions:
         """How documents lie in the files."""
-        separator = self.document_separator and self.document_separator.replace("\\n", "\n").replace("\\t", "\t")
+        separator = self.document_separator
+        for escape, character in (("\\r", "\r"), ("\\n", "\n"), ("\\t", "\t")):
+            separator = separator and separator.replace(escape, character)
         keys = [self.metadata_keys] if isinstance(self.metadata_keys, str) else self.metadata_keys
         return ReadOptions(self.text_key, tuple(keys), separator, self.max_document_characters)
 

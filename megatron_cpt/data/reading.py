@@ -93,12 +93,15 @@ def units(sources: Sequence[Source], options: ReadOptions, partition: tuple[int,
     parts: list[Part] = []
     size = read_bytes = 0
     for i, (first, last) in _ranges(sources, partition):
-        for part, part_size, part_read in _parts(i, sources[i], options, first, last):
-            parts.append(part)
-            size, read_bytes = size + part_size, read_bytes + part_read
-            if size >= UNIT_BYTES:
-                yield Unit(parts, read_bytes)
-                parts, size, read_bytes = [], 0, 0
+        try:
+            for part, part_size, part_read in _parts(i, sources[i], options, first, last):
+                parts.append(part)
+                size, read_bytes = size + part_size, read_bytes + part_read
+                if size >= UNIT_BYTES:
+                    yield Unit(parts, read_bytes)
+                    parts, size, read_bytes = [], 0, 0
+        except OSError as error:
+            raise InputError(f"{printable(sources[i].url)}: cannot be read ({' '.join(str(error).split())})") from None
     if parts:
         yield Unit(parts, read_bytes)
 

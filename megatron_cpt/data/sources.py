@@ -165,10 +165,9 @@ def open_source(source: Source) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             yield raw, raw
             return
         if source.compression == "zstd":
-            import pyarrow as pa
+            from megatron_cpt.data.zstd import ZstdReader
 
-            # the readers of fsspec and zstandard stop after the first frame, or take a file that was cut for a whole one
-            stream: Any = pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd")
+            stream: Any = ZstdReader(raw)
         else:
             from fsspec.compression import compr
 

@@ -222,7 +222,7 @@ def test_the_reference_is_gone_on_with(
     with interrupted_at(10), pytest.raises(KeyboardInterrupt):
         fast(tmp_path / "c", tiny_tokenizer_dir, source, fast_tokenizer=fast_tokenizer)
     assert encoder_of_state(tmp_path / "c") == "reference"
-    corrupt(lambda text: not any(text == odd for odd in ODD_TEXTS), monkeypatch)
+    monkeypatch.setattr(FastTokenizer, "__init__", lambda *_: pytest.fail("tried again"))
     encoder = fast(tmp_path / "c", tiny_tokenizer_dir, source, fast_tokenizer=fast_tokenizer)
     assert content(tmp_path / "c") == wanted
     assert encoder == "the reference tokenizer"
