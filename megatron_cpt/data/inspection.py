@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.manifest import CorpusManifest, manifest_path, read_manifest
@@ -40,13 +41,15 @@ def inspect_data(config: InspectConfig) -> None:
     prefixes = find_prefixes([config.input] if isinstance(config.input, str) else config.input)
     documents = [config.document] if isinstance(config.document, int) else config.document
     corpora = [(IndexedCorpus(prefix), _manifest_of(prefix)) for prefix in prefixes]
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
     if documents:
         for corpus, manifest in corpora:
             for number in documents:
                 _print_document(console, corpus, manifest, number, config.tokenizer)
     elif config.check:
-        damaged = [corpus.prefix for corpus, manifest in corpora if not _print_checks(console, corpus, manifest)]
+        known = load_tokenizer(config.tokenizer) if config.tokenizer else None
+        vocab_size = known.vocab_size if known else None
+        damaged = [c.prefix for c, manifest in corpora if not _print_checks(console, c, manifest, vocab_size)]
         if damaged:
             raise InputError(f"{', '.join(damaged)}: not as it should be (see above)")
     elif len(corpora) == 1:
@@ -62,42 +65,44 @@ def _manifest_of(prefix: str) -> CorpusManifest | None:
 
 def describe(corpus: IndexedCorpus, manifest: CorpusManifest | None) -> Table:
     """One corpus as a list of facts."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=corpus.prefix, title_justify="left")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=Text(corpus.prefix), title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     size = corpus.num_tokens * corpus.dtype.itemsize
-    table.add_row("documents", f"{corpus.num_documents:,}")
-    table.add_row("tokens", f"{corpus.num_tokens:,} of {corpus.dtype} ({size / 1e6:,.1f} MB)")
+    table.add_row("documents", Text(f"{corpus.num_documents:,}"))
+    table.add_row("tokens", Text(f"{corpus.num_tokens:,} of {corpus.dtype} ({size / 1e6:,.1f} MB)"))
     lengths = corpus.sequence_lengths
     if lengths.size:
         quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int).tolist()
-        table.add_row("tokens/document", " / ".join(f"{q:,}" for q in quantiles) + "  (min, 10 %, median, 90 %, max)")
+        table.add_row("tokens/document", Text(" / ".join(f"{q:,}" for q in quantiles) + "  (min, 10 %, median, 90 %, max)"))
     if manifest is None:
-        table.add_row("manifest", "none: another program wrote this corpus")
+        table.add_row("manifest", Text("none: another program wrote this corpus"))
         return table
-    table.add_row("language", manifest.language)
-    table.add_row("found in a sample", _shares(manifest) or "-")
+    table.add_row("language", Text(manifest.language))
+    table.add_row("found in a sample", Text(_shares(manifest) or "-"))
     per_token = f"{manifest.bytes_per_token:.2f} bytes/token"
-    table.add_row("text", f"{manifest.text_bytes:,} bytes, {manifest.characters:,} characters, {per_token}")
-    table.add_row("left out", ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items()) or "nothing")
+    table.add_row("text", Text(f"{manifest.text_bytes:,} bytes, {manifest.characters:,} characters, {per_token}"))
+    table.add_row(
+        "left out", Text(", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items()) or "nothing")
+    )
     order = "as in the input" if manifest.shuffle_documents is None else f"shuffled, seed {manifest.shuffle_documents}"
-    table.add_row("order", order)
+    table.add_row("order", Text(order))
     if manifest.partition:
-        table.add_row("partition", manifest.partition)
-    table.add_row("bos, eos", f"{manifest.bos}, {manifest.eos}")
+        table.add_row("partition", Text(manifest.partition))
+    table.add_row("bos, eos", Text(f"{manifest.bos}, {manifest.eos}"))
     tokenizer = manifest.tokenizer
     table.add_row(
         "tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint[:12]}, {tokenizer.path}"
     )
-    table.add_row("encoded by", manifest.encoder)
+    table.add_row("encoded by", Text(manifest.encoder))
     for source in manifest.sources[:20]:
         checksum = f", sha256 {source.sha256[:12]}" if source.sha256 else ""
-        table.add_row("input", f"{source.path}: {source.documents:,} documents, {source.bytes:,} bytes{checksum}")
+        table.add_row("input", Text(f"{source.path}: {source.documents:,} documents, {source.bytes:,} bytes{checksum}"))
     if len(manifest.sources) > 20:
-        table.add_row("input", f"... {len(manifest.sources) - 20:,} more")
-    table.add_row("command", manifest.command)
-    table.add_row("took", f"{manifest.duration_seconds:,.1f} s")
-    table.add_row("versions", ", ".join(f"{name} {number}" for name, number in manifest.versions.items()))
+        table.add_row("input", Text(f"... {len(manifest.sources) - 20:,} more"))
+    table.add_row("command", Text(manifest.command))
+    table.add_row("took", Text(f"{manifest.duration_seconds:,.1f} s"))
+    table.add_row("versions", Text(", ".join(f"{name} {number}" for name, number in manifest.versions.items())))
     return table
 
 
@@ -131,7 +136,7 @@ def compare(corpora: Sequence[tuple[IndexedCorpus, CorpusManifest | None]]) -> T
                 _shares(manifest, 2),
                 manifest.tokenizer.fingerprint[:8],
             ]
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -151,10 +156,10 @@ def _print_document(
     known = load_tokenizer(path)
     if ids and max(ids) >= known.vocab_size:
         raise InputError(f"{corpus.prefix}: document {number} has id {max(ids)}; {path} has only {known.vocab_size} tokens")
-    console.rule(f"{corpus.prefix}, document {number:,}: {len(ids):,} tokens", align="left")
-    if metadata := _metadata(corpus.prefix, number):
-        console.print(metadata, markup=False, highlight=False)
-    console.print(known.decode(ids), markup=False, highlight=False)
+    console.rule(Text(f"{corpus.prefix}, document {number:,}: {len(ids):,} tokens"), align="left")
+    for text in (_metadata(corpus.prefix, number), known.decode(ids)):
+        if text:
+            print(text)  # as it is: no wrapping
 
 
 def _metadata(prefix: str, number: int) -> str:
@@ -166,11 +171,11 @@ def _metadata(prefix: str, number: int) -> str:
         return next((line.decode().rstrip("\n") for i, line in enumerate(stream) if i == number), "")
 
 
-def _print_checks(console: Console, corpus: IndexedCorpus, manifest: CorpusManifest | None) -> bool:
+def _print_checks(console: Console, corpus: IndexedCorpus, manifest: CorpusManifest | None, vocab_size: int | None) -> bool:
     """Print each check and what was found; whether all hold."""
-    console.print(f"[bold]{corpus.prefix}[/bold]")
+    console.print(corpus.prefix, style="bold")
     good = True
-    for name, problem in check(corpus, manifest):
+    for name, problem in check(corpus, manifest, vocab_size):
         console.print(
             f"  {'ok     ' if problem is None else 'WRONG  '}{name}{'' if problem is None else ': ' + problem}",
             highlight=False,
@@ -179,16 +184,23 @@ def _print_checks(console: Console, corpus: IndexedCorpus, manifest: CorpusManif
     return good
 
 
-def check(corpus: IndexedCorpus, manifest: CorpusManifest | None) -> Iterator[tuple[str, str | None]]:
-    """(what is checked, what is wrong or None). Opening the corpus has compared the sizes of the files already."""
+def check(
+    corpus: IndexedCorpus, manifest: CorpusManifest | None, vocab_size: int | None = None
+) -> Iterator[tuple[str, str | None]]:
+    """(what is checked, what is wrong or None). Opening the corpus has compared the sizes of the files already.
+
+    `vocab_size`: for corpora whose manifest does not tell it.
+    """
     yield "sizes of .idx and .bin agree", None
     yield "lengths and positions in .idx agree", _wrong_pointers(corpus)
+    vocab_size = manifest.tokenizer.vocab_size if manifest else vocab_size
+    if vocab_size is not None:
+        lowest, highest = _token_range(corpus)
+        wrong = None if lowest >= 0 and highest < vocab_size else f"found ids from {lowest} to {highest}"
+        yield f"ids within the vocabulary of {vocab_size:,}", wrong
     if manifest is None:
-        yield "manifest", "there is none"
+        yield "there is no manifest to compare with: another program wrote this corpus", None
         return
-    lowest, highest = _token_range(corpus)
-    wrong = None if lowest >= 0 and highest < manifest.tokenizer.vocab_size else f"found ids from {lowest} to {highest}"
-    yield f"ids within the vocabulary of {manifest.tokenizer.vocab_size:,}", wrong
     if manifest.eos == "document":
         yield "every document ends with eos", _wrong_ends(corpus, manifest.tokenizer.eos_id)
     counts = (corpus.num_documents, corpus.num_tokens)

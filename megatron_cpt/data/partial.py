@@ -105,6 +105,10 @@ class PartialCorpus:
         self.units += 1
         self._whole = True
 
+    def seconds(self) -> float:
+        """How long this corpus has been in the making, in all runs."""
+        return time.monotonic() - self._began
+
     def is_due(self) -> bool:
         """Whether it is time for a checkpoint."""
         return time.monotonic() - self._saved_at > SECONDS_BETWEEN_CHECKPOINTS
@@ -114,7 +118,7 @@ class PartialCorpus:
         for stream in self._streams.values():
             stream.flush()
             os.fsync(stream.fileno())
-        self.counts.seconds = time.monotonic() - self._began
+        self.counts.seconds = self.seconds()
         sizes = {name: stream.tell() for name, stream in self._streams.items()}
         self._write_state({"units": self.units, "sizes": sizes, "counts": vars(self.counts)})
         self._saved_at = time.monotonic()

@@ -280,8 +280,9 @@ def _summary(partial: PartialCorpus, policy: TokenPolicy) -> str:
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.skipped.items()))
     left_out = f"; left out: {skipped}" if skipped else ""
     per_token = f"{_bytes_per_token(partial, policy):.2f} bytes/token"
-    speed = rates(counts.read_bytes, documents, counts.seconds)
-    return f"{documents:,} documents, {counts.tokens:,} tokens, {per_token}, {counts.seconds:.1f} s, {speed}{left_out}"
+    seconds = partial.seconds()
+    speed = rates(counts.read_bytes, documents, seconds)
+    return f"{documents:,} documents, {counts.tokens:,} tokens, {per_token}, {seconds:.1f} s, {speed}{left_out}"
 
 
 def _bytes_per_token(partial: PartialCorpus, policy: TokenPolicy) -> float:
@@ -333,5 +334,5 @@ def _manifest(
         versions={"megatron_cpt": __version__, "python": platform.python_version()}
         | {library: version(library) for library in libraries},
         command=shlex.join(map(printable, sys.argv)),
-        duration_seconds=round(counts.seconds, 3),
+        duration_seconds=round(partial.seconds(), 3),
     )
