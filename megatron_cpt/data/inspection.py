@@ -152,6 +152,10 @@ def _print_document(
     if path is None:
         raise InputError(f"{corpus.prefix}: has no manifest to name its tokenizer; wanted the setting tokenizer")
     first, last = corpus.document_indices[number : number + 2].tolist()
+    if not 0 <= first <= last <= len(corpus):
+        raise InputError(
+            f"{corpus.prefix}.idx: document {number} is said to be sequences {first} to {last} of {len(corpus)}"
+        )
     ids = [token for sequence in range(first, last) for token in corpus[sequence].tolist()]
     known = load_tokenizer(path)
     if ids and max(ids) >= known.vocab_size:
@@ -241,6 +245,8 @@ def _token_range(corpus: IndexedCorpus) -> tuple[int, int]:
 
 def _wrong_ends(corpus: IndexedCorpus, eos_id: int) -> str | None:
     """The first document whose last token is not `eos_id`."""
+    if not corpus.num_tokens:
+        return "no document has a token" if len(corpus) else None
     for start in range(0, len(corpus), CHUNK):
         lengths = corpus.sequence_lengths[start : start + CHUNK].astype(np.int64)
         last = corpus.sequence_pointers[start : start + CHUNK] // corpus.dtype.itemsize + lengths - 1

@@ -125,8 +125,10 @@ def _check(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> None
             if found != wanted:
                 raise InputError(f"{prefix}.json: {name} is {found!r}; wanted {wanted!r} as in {prefixes[0]}.json")
         if manifest.tokenizer.fingerprint != first.tokenizer.fingerprint:
-            names = f"tokenizer {manifest.tokenizer.name}; wanted {first.tokenizer.name}"
-            raise InputError(f"{prefix}.json: made with {names} (the same file) as in {prefixes[0]}.json")
+            found, wanted = (f"{m.tokenizer.name} (end of document: id {m.tokenizer.eos_id})" for m in (manifest, first))
+            raise InputError(
+                f"{prefix}.json: made with tokenizer {found}; wanted {wanted}, the same file, as in {prefixes[0]}.json"
+            )
         if Path(prefix + ".metadata.jsonl").exists() != Path(prefixes[0] + ".metadata.jsonl").exists():
             raise InputError(f"{prefix}: some corpora have .metadata.jsonl and some have none; wanted all or none")
     _check_partitions(prefixes, manifests)
@@ -216,7 +218,6 @@ def merge_manifests(
     documents = sum(manifest.documents for manifest in manifests)
     around = documents * ((first.eos == "document") + (first.bos == "document"))
     total = max(sum(languages.values()), 1)
-    seeds = {manifest.shuffle_documents for manifest in manifests}
     return replace(
         first,
         documents=documents,
@@ -226,7 +227,7 @@ def merge_manifests(
         bytes_per_token=round(text_bytes / max(tokens - around, 1), 4),
         skipped=dict(sorted(skipped.items())),
         languages={code: round(size / total, 4) for code, size in languages.most_common()},
-        shuffle_documents=shuffle_seed if shuffle_seed is not None else seeds.pop() if len(seeds) == 1 else None,
+        shuffle_documents=shuffle_seed,  # those shuffled one by one are not shuffled as a whole
         partition=None,
         encoder="; ".join(dict.fromkeys(manifest.encoder for manifest in manifests)),
         sources=list(sources.values()),

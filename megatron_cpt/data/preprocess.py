@@ -32,7 +32,7 @@ from megatron_cpt.data.preprocess_config import PreprocessConfig, parse_partitio
 from megatron_cpt.data.progress import Meter, meter, rates
 from megatron_cpt.data.publish import check_output, complete, is_output, publish
 from megatron_cpt.data.reading import UNIT_BYTES, records_before, sources_beginning_in, units
-from megatron_cpt.data.sources import Source, find_sources, printable
+from megatron_cpt.data.sources import Source, check_unchanged, find_sources, printable
 from megatron_cpt.data.workers import ordered_map
 from megatron_cpt.errors import InputError, ProcessDiedError
 from megatron_cpt.tokenizer import load_tokenizer
@@ -261,6 +261,8 @@ def _finish(
     if not sum(counts.documents) and config.partition is None:
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.skipped.items())) or "no documents"
         raise InputError(f"input {config.input}: empty corpus: found {skipped}; wanted documents with text")
+    checksums = audit.checksums()
+    check_unchanged(sources)
     files, info = complete(
         folder,
         policy.dtype,
@@ -269,7 +271,7 @@ def _finish(
         with_metadata=bool(config.metadata_keys),
         with_errors=bool(counts.skipped),
     )
-    write_manifest(folder / "manifest.json", _manifest(config, sources, facts, policy, partial, audit, info))
+    write_manifest(folder / "manifest.json", _manifest(config, sources, facts, policy, partial, checksums, info))
     partial.announce(files)
     return files
 
@@ -298,12 +300,11 @@ def _manifest(
     facts: TokenizerFacts,
     policy: TokenPolicy,
     partial: PartialCorpus,
-    audit: Audit,
+    checksums: dict[str, str | None],
     files: dict[str, FileInfo],
 ) -> CorpusManifest:
     counts = partial.counts
     documents = sum(counts.documents)
-    checksums = audit.checksums()
     sampled = max(sum(counts.languages.values()), 1)
     checked = f"gigatoken {version('gigatoken')}, equal to the reference on {counts.compared:,} samples of the input"
     libraries = ("numpy", "tokenizers", "tiktoken", "sentencepiece", "pycld2")

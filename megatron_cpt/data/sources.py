@@ -10,7 +10,7 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,6 +139,21 @@ def format_of(path: str) -> Format | None:
     """The format a file name says, seen through a compression suffix; None when it says nothing."""
     stem, suffix = os.path.splitext(path.lower())
     return SUFFIXES.get(os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix)
+
+
+def check_unchanged(sources: Iterable[Source]) -> None:
+    """InputError when a file is not what it was when it was found."""
+    from fsspec.core import url_to_fs
+
+    for source in sources:
+        fs, path = url_to_fs(source.url)
+        try:
+            now = _source(fs, path, source.format)
+        except OSError as error:
+            raise InputError(f"{printable(source.url)}: changed during the run: {error.strerror or error}") from None
+        if (now.bytes, now.version) != (source.bytes, source.version):
+            found = f"had {source.bytes:,} bytes, has {now.bytes:,}"
+            raise InputError(f"{printable(source.url)}: changed during the run ({found}); wanted it to stay as it was")
 
 
 def _source(fs: Any, path: str, kind: Format) -> Source:

@@ -41,7 +41,7 @@ BAD = [
     Bad(b"no json", "broken_json", "not valid JSON"),
     Bad(b'{"text": "a"} {"text": "b"}', "broken_json", "not valid JSON"),
     Bad(b"\0\0\0\0", "broken_json", "not valid JSON"),
-    Bad(b"[" * 5000, "broken_json", "not valid JSON"),
+    Bad(b"[" * 5000, "broken_json", "wanted one JSON object per line"),
     Bad(b'{"text": "\xff"}', "invalid_utf8", "byte 10 is not UTF-8"),
     Bad(b'{"text": "\xed\xa0\x80"}', "invalid_utf8", "byte 10 is not UTF-8"),
     Bad(b'{"text": "ok", "url": "\xc3("}', "invalid_utf8", "is not UTF-8"),

@@ -159,7 +159,7 @@ def test_killed_anywhere_then_run_again(name: str, tmp_path: Path, folder: str, 
     before, after = points(steps)
     if name == "shuffled":
         after = [at for at in after if steps[at - 1] != "fsync"]  # between any two renames
-    for at in [*before[:: 11 if name == "as they come" else 31], *after[:: 1 if name == "shuffled" else 4]]:
+    for at in [*before[:: 11 if name == "as they come" else 31], *after[:: 1 if name == "shuffled" else 7]]:
         out = tmp_path / f"at{at}"
         out.mkdir()
         assert kill_at(at, out / "c", tiny_tokenizer_dir, settings) == KILLED
