@@ -18,6 +18,7 @@ from megatron_cpt.data.shuffle import shuffle_documents
 from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.errors import InputError
 
+CHUNK = 1 << 24
 SUFFIXES = (".bin", ".idx", ".json", ".metadata.jsonl", ".errors.jsonl")
 
 
@@ -88,16 +89,27 @@ def _shuffle(folder: Path, seed: int, itemsize: int, with_metadata: bool) -> str
         tokens, new_lengths = (
             stack.enter_context((folder / f"{n}.shuffled").open("wb")) for n in ("tokens.bin", "lengths.bin")
         )
+        written = [tokens, new_lengths]
         digest = shuffle_documents(content, lengths, seed, tokens, new_lengths, folder, itemsize)
         if with_metadata:
             lines = map_file(folder / "metadata.jsonl", np.dtype(np.uint8))
-            ends = np.flatnonzero(lines == ord("\n")) + 1
-            metadata = stack.enter_context((folder / "metadata.jsonl.shuffled").open("wb"))
-            shuffle_documents(lines, np.diff(ends, prepend=0), seed, metadata, None, folder)
-        for stream in (tokens, new_lengths):
+            written.append(stack.enter_context((folder / "metadata.jsonl.shuffled").open("wb")))
+            shuffle_documents(lines, _line_lengths(lines, folder), seed, written[-1], None, folder)
+        for stream in written:
             stream.flush()
             os.fsync(stream.fileno())
     return digest
+
+
+def _line_lengths(lines: Any, folder: Path) -> Any:
+    """(lines,) bytes of each line, its break included: in a file, as there may be many."""
+    with (folder / "line_lengths").open("wb") as stream:
+        begin = 0
+        for start in range(0, lines.size, CHUNK):
+            ends = np.flatnonzero(lines[start : start + CHUNK] == ord("\n")) + start + 1
+            stream.write(np.diff(ends, prepend=begin).astype("<i8").tobytes())
+            begin = int(ends[-1]) if ends.size else begin
+    return map_file(folder / "line_lengths", np.dtype("<i8"))
 
 
 def map_file(path: Path, dtype: np.dtype[Any]) -> Any:
