@@ -23,6 +23,7 @@ Policy = Literal["none", "document"]
 CACHE_BYTES = 256 << 20
 """How much a worker may grow before it is replaced: gigatoken keeps every distinct word it has met, for ever."""
 
+BATCH_CHARACTERS = 2 << 20
 SAMPLES_PER_UNIT = 8
 LANGUAGE_CHARACTERS = 1000  # of a document, for its language
 AUDIT_CHARACTERS = 128  # of a document, for a comparison with the reference tokenizer
@@ -98,7 +99,7 @@ class Encoder:
             self._first_size = psutil.Process().memory_info().rss
         contents = [read_part(part, self._sources, self._options) for part in unit.parts]
         texts = [text for content in contents for text in content.texts]
-        tokens, lengths = self._with_policy(self._engine.encode_batch(texts))
+        tokens, lengths = self._with_policy(self._encode(texts))
         sample = [texts[i * len(texts) // SAMPLES_PER_UNIT] for i in range(SAMPLES_PER_UNIT)] if texts else []
         sample = list(dict.fromkeys(sample))
         return EncodedUnit(
@@ -113,15 +114,26 @@ class Encoder:
             read_bytes=unit.read_bytes,
         )
 
-    def _with_policy(self, encoded: Sequence[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+    def _encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """Ids of each text, a few megabytes at a time: `tokenizers` needs many times the memory of the text."""
+        encoded: list[npt.NDArray[Any]] = []
+        begin = characters = 0
+        for i, text in enumerate(texts, start=1):
+            characters += len(text)
+            if characters > BATCH_CHARACTERS or i == len(texts):
+                # one dtype for all: joining them is then a copy
+                batch = self._engine.encode_batch(texts[begin:i])
+                encoded += [ids if isinstance(ids, np.ndarray) else np.array(ids, np.uint32) for ids in batch]
+                begin, characters = i, 0
+        return encoded
+
+    def _with_policy(self, encoded: list[npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
         """All ids back to back, with the tokens that begin and end each document, and the documents' lengths."""
         before, after = _as_pieces(self._policy.bos_id), _as_pieces(self._policy.eos_id)
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)) + len(before) + len(after)
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
             raise InputError(f"a document has {lengths.max()} tokens; wanted fewer than 2^31, the limit of the format")
-        # one dtype for all pieces: joining them is then a copy
-        ids = [piece if isinstance(piece, np.ndarray) else np.array(piece, np.uint32) for piece in encoded]
-        pieces = [piece for document in ids for piece in (*before, document, *after)] if before or after else ids
+        pieces = [piece for ids in encoded for piece in (*before, ids, *after)] if before or after else encoded
         tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
         # ids fit by construction: the width was chosen for the vocabulary
         tokens = tokens.view(np.int32) if self._policy.dtype == "int32" else tokens.astype(self._policy.dtype)

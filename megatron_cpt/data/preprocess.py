@@ -106,9 +106,10 @@ def one_thread_per_process() -> Iterator[None]:
 
 def _preprocess(config: PreprocessConfig, sources: list[Source], folder: Path, fast: str) -> str:
     """Make the corpus with the fast tokenizer or without it. TokenizerMismatchError: the fast one is wrong."""
-    total = sum(source.bytes for source in sources) // parse_partition(config.partition)[1]
+    count = parse_partition(config.partition)[1]
+    total, content = (sum(getattr(s, size) for s in sources) // count for size in ("bytes", "content_bytes"))
     state = read_state(folder)
-    if (fast == "auto" and total < FAST_FROM_BYTES) or (state and state["encoder"] == "reference"):
+    if (fast == "auto" and content < FAST_FROM_BYTES) or (state and state["encoder"] == "reference"):
         fast = "never"  # the second: the fast one may have been found to be wrong
     with Audit(config.tokenizer, config.eos_token) as audit:
         engine, facts = _load(config, audit, fast)
@@ -201,7 +202,7 @@ def _encode(
     """Encode what is not in `partial` yet."""
     partition = parse_partition(config.partition)
     work = islice(units(sources, config.read_options, partition), partial.units, None)
-    workers = useful_workers(config.workers, sum(s.bytes for s in sources) // partition[1], UNIT_BYTES)
+    workers = useful_workers(config.workers, sum(s.content_bytes for s in sources) // partition[1], UNIT_BYTES)
     if config.checksum_inputs:
         audit.hash([source.url for source in sources_beginning_in(sources, partition) if source.is_local])
     before = cache(lambda index: records_before(sources, index, partition))

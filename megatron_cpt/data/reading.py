@@ -19,7 +19,7 @@ from megatron_cpt.errors import InputError
 
 UNIT_BYTES = 2 << 20
 MAX_ROW_GROUP_BYTES = 32 << 20  # uncompressed; larger ones are not handed to one worker
-MAX_ROW_GROUP_ROWS = 10_000  # nor are those of more rows: the same text many times over takes no bytes in the file
+MAX_ROW_GROUP_ROWS = 2_000  # nor are those of more rows: the same text many times over takes no bytes in the file
 MAX_BATCH_ROWS = 1000
 
 

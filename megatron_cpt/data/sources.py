@@ -47,6 +47,11 @@ class Source:
     bytes: int
     version: str
 
+    @property
+    def content_bytes(self) -> int:
+        """About how much text may be inside."""
+        return self.bytes * (4 if self.compression or self.format == "parquet" else 1)
+
     @cached_property
     def is_local(self) -> bool:
         """Whether `url` is a path of this machine."""
@@ -125,7 +130,7 @@ def _files_at(fs: Any, path: str) -> tuple[bool, list[str]]:
     if fs.exists(f"{path}/state.json") and fs.exists(f"{path}/dataset_info.json"):
         files = orjson.loads(fs.cat_file(f"{path}/state.json"))["_data_files"]
         return True, [f"{path}/{file['filename']}" for file in files]
-    inside = sorted(fs.find(path))
+    inside = sorted(_walk(path) if _is_local(fs) else fs.find(path))
     with_arrow = {os.path.dirname(file) for file in inside if file.endswith(".arrow")}
     return False, [
         file
@@ -133,6 +138,19 @@ def _files_at(fs: Any, path: str) -> tuple[bool, list[str]]:
         if not any(name.startswith(".") for name in file[len(path) :].split("/"))
         and not (os.path.basename(file) in DATASETS_FILES and os.path.dirname(file) in with_arrow)
     ]
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """All files below a local folder, also those behind links to folders; none twice by going in circles."""
+    visited = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        visited.add(os.path.realpath(path))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(path, name)) not in visited]
+        yield from (os.path.join(path, name) for name in files)
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
 
 def format_of(path: str) -> Format | None:
@@ -163,7 +181,7 @@ def _source(fs: Any, path: str, kind: Format) -> Source:
     info = fs.info(path)
     if info["type"] not in ("file", "link"):
         raise InputError(f"{path}: is no file but {info['type']} (a pipe?); wanted a file")
-    local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+    local = _is_local(fs)
     version = info.get("mtime") or info.get("ETag") or info.get("etag") or info.get("LastModified") or ""
     url = os.path.abspath(path) if local else fs.unstrip_protocol(path)
     return Source(url, kind, compression, int(info["size"] or 0), str(version))

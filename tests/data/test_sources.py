@@ -309,3 +309,10 @@ def test_output_in_the_input_folder(tmp_path: Path, tiny_tokenizer_dir: str, mon
         (folder / f"c{suffix}").unlink()
     parts = [run(folder / "c", tiny_tokenizer_dir, input=str(folder), partition=f"{i}/3", **settings) for i in range(3)]
     assert sum(part.num_documents for part in parts) == 40
+
+
+def test_folders_behind_links(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.jsonl", "elsewhere/b.jsonl", "elsewhere/deep/c.jsonl")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "in")
+    assert names(tmp_path, "in") == ["in/a.jsonl", "in/link/b.jsonl", "in/link/deep/c.jsonl"]
