@@ -47,7 +47,7 @@ def test_the_steps_without_make_are_those_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for piece in (
         "--constraint constraints.txt torch",
-        "--constraint constraints.txt --editable '.[dev,quickstart]'",
+        "--constraint constraints.txt --editable '.[dev,quickstart,curate]'",
         "examples/quickstart/quickstart.sh",
         '-m pytest -m "not slow and not gpu"',
     ):

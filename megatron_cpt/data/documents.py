@@ -129,7 +129,7 @@ def _what_is_wrong(line: bytes, text_key: str, error: Exception) -> tuple[str, s
         except UnicodeDecodeError as bad:
             return "invalid_utf8", f"byte {bad.start} is not UTF-8; wanted UTF-8 text"
         if line.lstrip().startswith(b"["):
-            return "broken_json", "the beginning of an array; wanted one JSON object per line"
+            return "broken_json", "not valid JSON but the beginning of an array; wanted one JSON object per line"
         if "surrogate" in error.msg:
             return "lone_surrogate", f"column {error.colno}: {error.msg}; wanted whole characters"
         return "broken_json", f"not valid JSON (column {error.colno}: {error.msg}); wanted one JSON object per line"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -72,7 +74,7 @@ class EncodedUnit(NamedTuple):
     characters: int
     metadata: bytes
     languages: Counter[str]
-    """Bytes of sampled documents by language code ("un": unknown)."""
+    """Bytes of text by language code ("un": unknown), as a sample tells."""
     audit: list[tuple[str, npt.NDArray[Any]]]
     """A few short texts and the ids they were given; empty when the reference itself encodes."""
     read_bytes: int
@@ -100,16 +102,16 @@ class Encoder:
         contents = [read_part(part, self._sources, self._options) for part in unit.parts]
         texts = [text for content in contents for text in content.texts]
         tokens, lengths = self._with_policy(self._encode(texts))
-        sample = [texts[i * len(texts) // SAMPLES_PER_UNIT] for i in range(SAMPLES_PER_UNIT)] if texts else []
-        sample = list(dict.fromkeys(sample))
+        sizes = [utf8_length(text) for text in texts]
+        sample = take_sample(texts, sizes)
         return EncodedUnit(
             tokens=tokens,
             lengths=lengths,
             parts=[_counts(content) for content in contents],
-            text_bytes=sum(map(utf8_length, texts)),
+            text_bytes=sum(sizes),
             characters=sum(map(len, texts)),
             metadata=b"".join(line for content in contents for line in content.metadata),
-            languages=count_languages(sample),
+            languages=count_languages(sample, sum(sizes)),
             audit=self._audit(sample) if self._audited else [],
             read_bytes=unit.read_bytes,
         )
@@ -140,7 +142,7 @@ class Encoder:
         return tokens, lengths.astype(np.int32)
 
     def _audit(self, sample: list[str]) -> list[tuple[str, npt.NDArray[Any]]]:
-        pieces = [middle(text, AUDIT_CHARACTERS) for text in sample]
+        pieces = [piece_around(text, len(text) // 2, AUDIT_CHARACTERS) for text in sample]
         return list(zip(pieces, map(np.asarray, self._engine.encode_batch(pieces)), strict=True))
 
     def is_worn_out(self) -> bool:
@@ -160,23 +162,36 @@ def utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def middle(text: str, characters: int) -> str:
-    """That many characters around the middle of a text, or all of it."""
-    start = max(0, (len(text) - characters) // 2)
+def take_sample(texts: Sequence[str], sizes: Sequence[int]) -> list[str]:
+    """SAMPLES_PER_UNIT pieces of text at equal distances in bytes, so that each stands for as much text as any other."""
+    ends = list(itertools.accumulate(sizes))
+    found = []
+    for k in range(SAMPLES_PER_UNIT if texts else 0):
+        position = (2 * k + 1) * ends[-1] // (2 * SAMPLES_PER_UNIT)
+        document = bisect.bisect_right(ends, position)
+        text, size = texts[document], sizes[document]
+        place = (position - ends[document] + size) * len(text) // size
+        found.append(piece_around(text, place, LANGUAGE_CHARACTERS))
+    return found
+
+
+def piece_around(text: str, place: int, characters: int) -> str:
+    """That many characters of a text around a place in it, or all of it when it has no more."""
+    start = max(0, min(place - characters // 2, len(text) - characters))
     return text[start : start + characters]
 
 
-def count_languages(texts: Sequence[str]) -> Counter[str]:
-    """Bytes of the texts by language, told from the middle of each by CLD2. ISO 639 codes; "un": not told reliably."""
+def count_languages(sample: Sequence[str], text_bytes: int) -> Counter[str]:
+    """Bytes by language, as CLD2 tells them of a sample that stands for `text_bytes`. ISO 639 codes; "un": not reliable."""
     import pycld2
 
     found: Counter[str] = Counter()
-    for text in texts:
+    for text in sample:
         try:
-            reliable, _, guesses = pycld2.detect(middle(text, LANGUAGE_CHARACTERS), bestEffort=False)
+            reliable, _, guesses = pycld2.detect(text, bestEffort=False)
         except pycld2.error:  # control characters and the like
             reliable, guesses = False, ()
-        found[guesses[0][1] if reliable else "un"] += utf8_length(text)
+        found[guesses[0][1] if reliable else "un"] += text_bytes // len(sample)
     return found
 
 

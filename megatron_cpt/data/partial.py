@@ -207,7 +207,8 @@ def open_partial(folder: Path, run: dict[str, Any], encoder: str, sources: int) 
     """
     state = read_state(folder)
     if state is not None and state["run"] != run:
-        raise InputError(f"{folder}: an unfinished corpus of another run: {difference(state['run'], run)}; remove it first")
+        found = difference(state["run"], run)
+        raise InputError(f"{folder}: an unfinished corpus of another run: {found}; give the settings of then, or overwrite")
     if state is None:
         discard(folder)
     folder.mkdir(exist_ok=True)

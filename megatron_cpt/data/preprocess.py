@@ -242,7 +242,7 @@ def _errors(
         for problem in part.problems:
             path, line = printable(source.url), first + problem.record
             if config.on_error == "fail":
-                one = source.format == "text" and config.document_separator is None
+                one = source.format == "text" and not config.document_separator
                 where = path if one else f"{path}:{line}"
                 raise InputError(f"{where}: {problem.detail} (on_error skip leaves such documents out)")
             lines.append({"file": path, "line": line, "reason": problem.reason, "detail": problem.detail})

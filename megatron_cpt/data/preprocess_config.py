@@ -37,8 +37,8 @@ class PreprocessConfig:
     """Fields to keep beside each document, in OUTPUT_PREFIX.metadata.jsonl (as in `url date`)."""
     file_format: Literal["auto", "jsonl", "text", "parquet", "arrow"] = "auto"
     """Read all files as this, whatever their names."""
-    document_separator: str | None = None
-    """What stands between documents in text files, as in `\\n\\n` (backslash and n, r or t are understood); none: one
+    document_separator: str = ""
+    """What stands between documents in text files, as in `\\n\\n` (backslash and n, r or t are understood); empty: one
     document per file."""
     eos_token: str | None = None
     """Token that ends a document, when not the tokenizer's own."""
@@ -71,8 +71,6 @@ class PreprocessConfig:
         for name in ("language", "input", "text_key"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty; wanted a value")
-        if self.document_separator == "":
-            raise InputError("document_separator is empty; wanted the text between two documents, or none")
         for name in ("workers", "max_document_characters"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; wanted at least 1")
@@ -97,9 +95,9 @@ class PreprocessConfig:
         """How documents lie in the files."""
         separator = self.document_separator
         for escape, character in (("\\r", "\r"), ("\\n", "\n"), ("\\t", "\t")):
-            separator = separator and separator.replace(escape, character)
+            separator = separator.replace(escape, character)
         keys = [self.metadata_keys] if isinstance(self.metadata_keys, str) else self.metadata_keys
-        return ReadOptions(self.text_key, tuple(keys), separator, self.max_document_characters)
+        return ReadOptions(self.text_key, tuple(keys), separator or None, self.max_document_characters)
 
 
 def parse_partition(partition: str | None) -> tuple[int, int]:
