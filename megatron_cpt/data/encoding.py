@@ -27,7 +27,7 @@ CACHE_BYTES = 256 << 20
 
 BATCH_CHARACTERS = 2 << 20
 SAMPLES_PER_UNIT = 8
-LANGUAGE_CHARACTERS = 1000  # of a document, for its language
+LANGUAGE_CHARACTERS = 500  # of a document, for its language
 AUDIT_CHARACTERS = 128  # of a document, for a comparison with the reference tokenizer
 
 
