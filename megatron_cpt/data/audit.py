@@ -8,16 +8,16 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_cpt.data.manifest import TokenizerInfo
 from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.data.workers import Worker, start_worker, stop_workers
 from megatron_cpt.errors import ProcessDiedError
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
-from megatron_cpt.tokenizer.base import token_bytes_sha256
 
 ODD_TEXTS = (
     "",
@@ -46,23 +46,6 @@ class TokenizerMismatchError(Exception):
     """The fast tokenizer gives other ids than the reference."""
 
 
-class TokenizerFacts(NamedTuple):
-    """What the reference tokenizer says of itself."""
-
-    name: str
-    vocab_size: int
-    eos_id: int
-    bos_id: int | None
-    fingerprint: str
-    token_bytes_sha256: str
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> TokenizerFacts:
-        """Ask a tokenizer."""
-        ids = tokenizer.vocab_size, tokenizer.eos_id, tokenizer.bos_id
-        return cls(tokenizer.name, *ids, tokenizer.fingerprint, token_bytes_sha256(tokenizer))
-
-
 class _Auditor:
     """Lives in the helper process: answers (method, argument)."""
 
@@ -81,9 +64,9 @@ class _Auditor:
             self._tokenizer = load_tokenizer(self._path, self._eos_token)
         return self._tokenizer
 
-    def facts(self, _: None) -> TokenizerFacts:
+    def facts(self, _: None) -> TokenizerInfo:
         """Load the reference tokenizer and ask it."""
-        return TokenizerFacts.of(self._reference())
+        return TokenizerInfo.of(self._path, self._reference())
 
     def compare(self, sample: list[tuple[str, npt.NDArray[Any]]]) -> str | None:
         """What differs from the reference, or None."""
@@ -159,9 +142,9 @@ class Audit:
         """Begin to load the reference tokenizer."""
         self._ask("facts")
 
-    def facts(self) -> TokenizerFacts:
+    def facts(self) -> TokenizerInfo:
         """What was asked for with `ask_facts`. InputError: it is no good tokenizer."""
-        facts: TokenizerFacts = self._answer_to("facts")
+        facts: TokenizerInfo = self._answer_to("facts")
         return facts
 
     def compare(self, sample: Sequence[tuple[str, npt.NDArray[Any]]]) -> None:

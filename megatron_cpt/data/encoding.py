@@ -201,5 +201,5 @@ def _counts(content: Content) -> PartCounts:
 
 def useful_workers(workers: int, read_bytes: int, unit_bytes: int) -> int:
     """No more workers than there are units; 0, this process alone, when there is but one."""
-    found = min(workers, math.ceil(read_bytes / unit_bytes))
-    return found if found > 1 or workers == 1 < math.ceil(read_bytes / unit_bytes) else 0
+    units = math.ceil(read_bytes / unit_bytes)
+    return min(workers, units) if units > 1 else 0

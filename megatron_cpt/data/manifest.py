@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import orjson
 
 from megatron_cpt.data.indexed import atomic_file
+from megatron_cpt.data.sources import printable
 from megatron_cpt.errors import InputError
+from megatron_cpt.tokenizer.base import Tokenizer, token_bytes_sha256
 
 FORMAT_VERSION = 2
 
@@ -29,6 +31,19 @@ class TokenizerInfo:
     fingerprint: str
     token_bytes_sha256: str
     """Tells vocabularies apart whatever the file format (`tokenizer.base.token_bytes_sha256`)."""
+
+    @classmethod
+    def of(cls, path: str, tokenizer: Tokenizer) -> TokenizerInfo:
+        """What `tokenizer`, which was loaded from `path`, says of itself."""
+        return cls(
+            path=printable(str(Path(path).expanduser().absolute())),
+            name=tokenizer.name,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            bos_id=tokenizer.bos_id,
+            fingerprint=tokenizer.fingerprint,
+            token_bytes_sha256=token_bytes_sha256(tokenizer),
+        )
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def discard(folder: Path) -> None:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it for this process. InputError: another process does.
+    """Hold the partial corpus `folder` for this process. InputError: another process does.
 
     The lock goes with the process, however it ends. The file stays out of the folder, which is removed at the end.
     """

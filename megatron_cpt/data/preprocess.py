@@ -24,7 +24,7 @@ from typing import Any
 
 import orjson
 
-from megatron_cpt.data.audit import ODD_TEXTS, Audit, TokenizerFacts, TokenizerMismatchError
+from megatron_cpt.data.audit import ODD_TEXTS, Audit, TokenizerMismatchError
 from megatron_cpt.data.encoding import EncodedUnit, Encoder, Engine, TokenPolicy, useful_workers
 from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, TokenizerInfo, write_manifest
 from megatron_cpt.data.partial import PartialCorpus, discard, lock, open_partial, partial_folder, read_state, writing
@@ -154,7 +154,7 @@ def _kept_on_error(partial: PartialCorpus, audit: Audit) -> Iterator[None]:
         raise
 
 
-def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, TokenizerFacts]:
+def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, TokenizerInfo]:
     """What encodes, and what the reference tokenizer says of itself. The two load at the same time."""
     if fast != "never":
         audit.ask_facts()
@@ -169,10 +169,10 @@ def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, To
             audit.compare(list(zip(ODD_TEXTS, engine.encode_batch(ODD_TEXTS), strict=True)))
             return engine, facts
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
-    return tokenizer, TokenizerFacts.of(tokenizer)
+    return tokenizer, TokenizerInfo.of(config.tokenizer, tokenizer)
 
 
-def _run_identity(config: PreprocessConfig, sources: Sequence[Source], facts: TokenizerFacts) -> dict[str, Any]:
+def _run_identity(config: PreprocessConfig, sources: Sequence[Source], facts: TokenizerInfo) -> dict[str, Any]:
     """Everything the content of the corpus depends on."""
     options = config.read_options
     return {
@@ -252,7 +252,7 @@ def _errors(
 def _finish(
     config: PreprocessConfig,
     sources: Sequence[Source],
-    facts: TokenizerFacts,
+    facts: TokenizerInfo,
     policy: TokenPolicy,
     partial: PartialCorpus,
     audit: Audit,
@@ -298,7 +298,7 @@ def _bytes_per_token(partial: PartialCorpus, policy: TokenPolicy) -> float:
 def _manifest(
     config: PreprocessConfig,
     sources: Sequence[Source],
-    facts: TokenizerFacts,
+    facts: TokenizerInfo,
     policy: TokenPolicy,
     partial: PartialCorpus,
     checksums: dict[str, str | None],
@@ -324,10 +324,7 @@ def _manifest(
         shuffle_documents=config.shuffle_documents,
         partition=config.partition,
         encoder=checked if counts.compared else "the reference tokenizer",
-        tokenizer=TokenizerInfo(
-            path=printable(str(Path(config.tokenizer).expanduser().absolute())),
-            **facts._asdict(),
-        ),
+        tokenizer=facts,
         sources=[
             SourceInfo(printable(source.url), source.format, source.bytes, checksums.get(source.url), count)
             for source, count in zip(sources, counts.documents, strict=True)

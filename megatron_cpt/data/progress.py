@@ -18,7 +18,7 @@ SECONDS_BETWEEN_LINES = 60.0
 class Meter:
     """Counts input bytes and documents. It has no thread of its own: workers are forked while it runs."""
 
-    def __init__(self, total_bytes: int, done_bytes: int = 0, done_documents: int = 0) -> None:
+    def __init__(self, total_bytes: int, done_bytes: int = 0) -> None:
         console = Console(stderr=True)
         self._bar = Progress(
             BarColumn(),

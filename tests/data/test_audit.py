@@ -19,9 +19,9 @@ from tiny_corpora import content, run, small_units, texts, write_lines
 from megatron_cpt.data import audit as audit_module
 from megatron_cpt.data import partial as partial_module
 from megatron_cpt.data import preprocess as preprocess_module
-from megatron_cpt.data.audit import ODD_TEXTS, Audit, TokenizerFacts, TokenizerMismatchError
+from megatron_cpt.data.audit import ODD_TEXTS, Audit, TokenizerMismatchError
 from megatron_cpt.data.encoding import Encoder, TokenPolicy, count_languages, useful_workers
-from megatron_cpt.data.manifest import read_manifest
+from megatron_cpt.data.manifest import TokenizerInfo, read_manifest
 from megatron_cpt.data.partial import PartialCorpus, partial_folder, read_state
 from megatron_cpt.data.reading import ReadOptions, Unit, units
 from megatron_cpt.data.sources import find_sources, sha256_file
@@ -283,7 +283,7 @@ def test_audit_answers(tmp_path: Path, tiny_tokenizer_dir: str, source: str) -> 
     reference = load_tokenizer(tiny_tokenizer_dir)
     with Audit(tiny_tokenizer_dir, None) as audit:
         audit.ask_facts()
-        assert audit.facts() == TokenizerFacts.of(reference)
+        assert audit.facts() == TokenizerInfo.of(tiny_tokenizer_dir, reference)
         right = [(text, np.array(reference.encode(text), np.uint32)) for text in ODD_TEXTS]
         audit.compare(right)
         audit.compare([])

@@ -41,7 +41,7 @@ def cache() -> Path:
 
 @pytest.fixture(scope="module")
 def texts(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """JSON lines by language, repeated so that they are worth several workers."""
+    """JSON lines by language."""
     folder = tmp_path_factory.mktemp("texts")
     found = {
         "zh": chinese_documents(download(CHINESE, cache)),
