@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
@@ -63,9 +62,10 @@ def _read(part: Part, source: Source, options: ReadOptions, content: Content) ->
     match part:
         case LineRange():
             with open_file(source) as raw:
-                _read_lines(_line_range(raw, part), options, content, strip_bom=part.start == 0)
+                data = _line_range(raw, part)
+            _read_lines(data if part.start else data.removeprefix(codecs.BOM_UTF8), options, content)
         case Lines():
-            _read_lines(io.BytesIO(part.data), options, content, strip_bom=False)
+            _read_lines(part.data, options, content)
         case TextFile():
             with open_source(source) as (stream, _):
                 _read_texts([stream.read().removeprefix(codecs.BOM_UTF8)], options, content)
@@ -81,7 +81,7 @@ def _read(part: Part, source: Source, options: ReadOptions, content: Content) ->
             _read_rows(pa.ipc.open_stream(part.data).read_all(), options, content)
 
 
-def _line_range(raw: IO[bytes], part: LineRange) -> Iterator[bytes]:
+def _line_range(raw: IO[bytes], part: LineRange) -> bytes:
     """The lines that begin in the range: a line that began before belongs to the part before."""
     position = part.start
     if position:
@@ -93,19 +93,14 @@ def _line_range(raw: IO[bytes], part: LineRange) -> Iterator[bytes]:
             if not piece or piece.endswith(b"\n"):
                 break
     if position >= part.stop:
-        return
-    for line in raw:
-        yield line
-        position += len(line)
-        if position >= part.stop:
-            return
+        return b""
+    data = raw.read(part.stop - position)
+    return data if data.endswith(b"\n") else data + raw.readline()
 
 
-def _read_lines(lines: Iterable[bytes], options: ReadOptions, content: Content, strip_bom: bool) -> None:
+def _read_lines(data: bytes, options: ReadOptions, content: Content) -> None:
     keys, metadata_keys = options.text_key.split("."), options.metadata_keys
-    for line in lines:
-        if strip_bom and content.records == 0:
-            line = line.removeprefix(codecs.BOM_UTF8)
+    for line in _lines(data):
         try:
             value = text = orjson.loads(line)
             for key in keys:
@@ -113,12 +108,22 @@ def _read_lines(lines: Iterable[bytes], options: ReadOptions, content: Content, 
             if type(text) is not str:
                 raise TypeError
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-            if not line.isspace() and line:  # blank lines are no documents
-                content.refuse(*_what_is_wrong(line, options.text_key, error))
+            if line and not bytes(line).isspace():  # blank lines are no documents
+                content.refuse(*_what_is_wrong(bytes(line), options.text_key, error))
         else:
             if _take(text, options, content) and metadata_keys:
                 content.metadata.append(_metadata(value, metadata_keys))
         content.records += 1
+
+
+def _lines(data: bytes) -> Iterator[memoryview]:
+    """Lines without their breaks, not copied; what follows the last break is one too, unless it is nothing."""
+    view, begin = memoryview(data), 0
+    while (end := data.find(b"\n", begin)) >= 0:
+        yield view[begin:end]
+        begin = end + 1
+    if begin < len(data):
+        yield view[begin:]
 
 
 def _what_is_wrong(line: bytes, text_key: str, error: Exception) -> tuple[str, str]:

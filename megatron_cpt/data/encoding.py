@@ -19,6 +19,7 @@ from megatron_cpt.data.indexed import best_dtype
 from megatron_cpt.data.reading import ReadOptions, Unit
 from megatron_cpt.data.sources import Source
 from megatron_cpt.errors import InputError
+from megatron_cpt.tokenizer import Tokenizer
 
 Policy = Literal["none", "document"]
 
@@ -32,10 +33,30 @@ AUDIT_CHARACTERS = 128  # of a document, for a comparison with the reference tok
 
 
 class Engine(Protocol):
-    """What encodes: a `Tokenizer`, or its fast twin."""
+    """What encodes: a `FastTokenizer`, or the `Reference`."""
 
-    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int] | npt.NDArray[Any]]:
-        """Ids of many texts."""
+    def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """(tokens,) ids of many texts back to back, and how many each has (texts,)."""
+
+
+class Reference:
+    """A `Tokenizer` as an engine."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+        """See `Engine`. A few megabytes at a time: `tokenizers` needs many times the memory of the text."""
+        ids, lengths = [np.empty(0, np.uint32)], np.zeros(len(texts), np.int64)
+        begin = characters = 0
+        for i, text in enumerate(texts, start=1):
+            characters += len(text)
+            if characters > BATCH_CHARACTERS or i == len(texts):
+                batch = self._tokenizer.encode_batch(texts[begin:i])
+                lengths[begin:i] = [len(row) for row in batch]
+                ids += [np.array(row, np.uint32) for row in batch]
+                begin, characters = i, 0
+        return np.concatenate(ids), lengths
 
 
 @dataclass(frozen=True)
@@ -101,7 +122,7 @@ class Encoder:
             self._first_size = psutil.Process().memory_info().rss
         contents = [read_part(part, self._sources, self._options) for part in unit.parts]
         texts = [text for content in contents for text in content.texts]
-        tokens, lengths = self._with_policy(self._encode(texts))
+        tokens, lengths = self._with_policy(*self._engine.encode_batch(texts))
         sizes = [utf8_length(text) for text in texts]
         sample = take_sample(texts, sizes)
         return EncodedUnit(
@@ -116,34 +137,27 @@ class Encoder:
             read_bytes=unit.read_bytes,
         )
 
-    def _encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Ids of each text, a few megabytes at a time: `tokenizers` needs many times the memory of the text."""
-        encoded: list[npt.NDArray[Any]] = []
-        begin = characters = 0
-        for i, text in enumerate(texts, start=1):
-            characters += len(text)
-            if characters > BATCH_CHARACTERS or i == len(texts):
-                # one dtype for all: joining them is then a copy
-                batch = self._engine.encode_batch(texts[begin:i])
-                encoded += [ids if isinstance(ids, np.ndarray) else np.array(ids, np.uint32) for ids in batch]
-                begin, characters = i, 0
-        return encoded
-
-    def _with_policy(self, encoded: list[npt.NDArray[Any]]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        """All ids back to back, with the tokens that begin and end each document, and the documents' lengths."""
-        before, after = _as_pieces(self._policy.bos_id), _as_pieces(self._policy.eos_id)
-        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded)) + len(before) + len(after)
+    def _with_policy(
+        self, ids: npt.NDArray[np.uint32], lengths: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """The ids with the tokens that begin and end each document, and the lengths with them."""
+        ends = np.cumsum(lengths)
+        around = ((ends - lengths, self._policy.bos_id), (ends, self._policy.eos_id))
+        wanted = [(places, token) for places, token in around if token is not None]
+        if wanted:
+            places = np.stack([places for places, _ in wanted], axis=1).ravel()
+            ids = np.insert(ids, places, np.tile(np.array([token for _, token in wanted], np.uint32), lengths.size))
+            lengths = lengths + len(wanted)
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
             raise InputError(f"a document has {lengths.max()} tokens; wanted fewer than 2^31, the limit of the format")
-        pieces = [piece for ids in encoded for piece in (*before, ids, *after)] if before or after else encoded
-        tokens = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
         # ids fit by construction: the width was chosen for the vocabulary
-        tokens = tokens.view(np.int32) if self._policy.dtype == "int32" else tokens.astype(self._policy.dtype)
+        tokens = ids.view(np.int32) if self._policy.dtype == "int32" else ids.astype(self._policy.dtype)
         return tokens, lengths.astype(np.int32)
 
     def _audit(self, sample: list[str]) -> list[tuple[str, npt.NDArray[Any]]]:
-        pieces = [piece_around(text, len(text) // 2, AUDIT_CHARACTERS) for text in sample]
-        return list(zip(pieces, map(np.asarray, self._engine.encode_batch(pieces)), strict=True))
+        half = sample[::2]  # enough: as many again would cost 3 % of the time
+        pieces = [piece_around(text, len(text) // 2, AUDIT_CHARACTERS) for text in half]
+        return list(zip(pieces, per_text(*self._engine.encode_batch(pieces)), strict=True))
 
     def is_worn_out(self) -> bool:
         """Whether this process has grown by more than its cache may hold."""
@@ -153,8 +167,9 @@ class Encoder:
         return grown > self._cache_bytes
 
 
-def _as_pieces(token: int | None) -> list[npt.NDArray[np.uint32]]:
-    return [] if token is None else [np.array([token], np.uint32)]
+def per_text(ids: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[Any]]:
+    """The ids of each text: what `Engine.encode_batch` gives, taken apart."""
+    return np.split(ids, np.cumsum(lengths)[:-1]) if lengths.size else []
 
 
 def utf8_length(text: str) -> int:

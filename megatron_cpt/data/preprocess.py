@@ -25,7 +25,7 @@ from typing import Any
 import orjson
 
 from megatron_cpt.data.audit import ODD_TEXTS, Audit, TokenizerMismatchError
-from megatron_cpt.data.encoding import EncodedUnit, Encoder, Engine, TokenPolicy, useful_workers
+from megatron_cpt.data.encoding import EncodedUnit, Encoder, Engine, Reference, TokenPolicy, per_text, useful_workers
 from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, TokenizerInfo, write_manifest
 from megatron_cpt.data.partial import PartialCorpus, discard, lock, open_partial, partial_folder, read_state, writing
 from megatron_cpt.data.preprocess_config import PreprocessConfig, parse_partition
@@ -165,11 +165,12 @@ def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, To
                 raise InputError(f"fast_tokenizer is 'always' but {error}; wanted 'auto' or 'never'") from None
             print(f"note: {error}; the slower reference encodes", file=sys.stderr)
         else:
+            encoded = per_text(*engine.encode_batch(ODD_TEXTS))
             facts = audit.facts()
-            audit.compare(list(zip(ODD_TEXTS, engine.encode_batch(ODD_TEXTS), strict=True)))
+            audit.compare(list(zip(ODD_TEXTS, encoded, strict=True)))
             return engine, facts
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
-    return tokenizer, TokenizerInfo.of(config.tokenizer, tokenizer)
+    return Reference(tokenizer), TokenizerInfo.of(config.tokenizer, tokenizer)
 
 
 def _run_identity(config: PreprocessConfig, sources: Sequence[Source], facts: TokenizerInfo) -> dict[str, Any]:

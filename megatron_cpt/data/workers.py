@@ -1,16 +1,18 @@
 """A pool of worker processes whose results come back in order, in bounded memory.
 
 Not `concurrent.futures`: its pool cannot replace a worker that has grown too large when workers are forked, leaves its
-workers behind when the main process is killed, and forks from a process with threads. Here the main process has none.
+workers behind when the main process is killed, and forks from a process with threads. Here the main process has none. And
+large arrays do not go through a pipe, which would take longer than to make them: they are left in memory that all share.
 """
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -25,6 +27,54 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PREFETCH = 2  # items a worker has at once: the one it works on and the next
+SHELF_BYTES = 8 << 20
+LEAST_BYTES_ON_SHELF = 64 << 10
+
+
+class Shelf:
+    """Memory shared with the workers forked after it was made, for the large arrays of one result at a time.
+
+    Those that find no room go through the pipe, as does everything small.
+    """
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, SHELF_BYTES)
+
+    def put(self, result: Any) -> tuple[bytes, list[tuple[int, int]]]:
+        """Leave the arrays here; returns the rest, pickled, and where the arrays begin and end."""
+        places: list[tuple[int, int]] = []
+
+        def leave(buffer: pickle.PickleBuffer) -> bool:
+            data = buffer.raw()
+            begin = -(-places[-1][1] // 64) * 64 if places else 0
+            end = begin + data.nbytes
+            if data.nbytes < LEAST_BYTES_ON_SHELF or end > SHELF_BYTES:
+                return True  # into the pickle
+            self._memory[begin:end] = data
+            places.append((begin, end))
+            return False
+
+        return pickle.dumps(result, protocol=5, buffer_callback=leave), places
+
+    def take(self, rest: bytes, places: list[tuple[int, int]]) -> Any:
+        """The result; its large arrays are this memory, until something else is put here."""
+        view = memoryview(self._memory)
+        return pickle.loads(rest, buffers=[view[begin:end] for begin, end in places])
+
+
+class _OntoShelves(Generic[Item, Result]):
+    """`function` as a worker of `ordered_map` calls it: (number of a shelf, item) -> what `Shelf.put` returns."""
+
+    def __init__(self, function: Callable[[Item], Result], shelves: list[Shelf]) -> None:
+        self._function, self._shelves = function, shelves
+
+    def __call__(self, request: tuple[int, Item]) -> tuple[bytes, list[tuple[int, int]]]:
+        shelf, item = request
+        return self._shelves[shelf].put(self._function(item))
+
+    def is_worn_out(self) -> bool:
+        """What `function` says of itself."""
+        return bool(getattr(self._function, "is_worn_out", bool)())
 
 
 @dataclass
@@ -41,12 +91,12 @@ class Worker(Generic[Item, Result]):
 def start_worker(function: Callable[[Item], Result], others: Iterable[Worker[Any, Any]] = ()) -> Worker[Item, Result]:
     """Start a process that answers each item sent with (error or None, result, whether it retires).
 
-    On Linux the process is forked: it shares, at no cost, what `function` has loaded. `others`: workers that run already;
-    the new one must not keep their connections open, or they would not notice the end of the main process.
+    The process is forked: it shares, at no cost, what `function` has loaded. `others`: workers that run already; the new
+    one must not keep their connections open, or they would not notice the end of the main process.
     """
-    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=True)
-    inherited = [ours, *(other.connection for other in others)] if context.get_start_method() == "fork" else []
+    inherited = [ours, *(other.connection for other in others)]
     process = context.Process(target=_work, args=(function, theirs, inherited), daemon=True)
     process.start()
     theirs.close()
@@ -94,35 +144,43 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
     """`map(function, items)` by `workers` processes (0: by this one), in order, few results waiting for their turn.
 
     When `function` has a method `is_worn_out` that says yes, the worker is replaced by a fresh one. What `function` raises
-    (an InputError) is raised in its turn. Close the generator to end the workers. ProcessDiedError: one was killed.
+    (an InputError) is raised in its turn. Large arrays in a result are overwritten after the next result was asked for: use
+    or copy them before. Close the generator to end the workers. ProcessDiedError: one was killed.
     """
     if workers == 0:
         yield from map(function, items)
         return
     todo = enumerate(items)
-    crew: list[Worker[Item, Result]] = []
+    most = 2 * PREFETCH * workers  # items given out whose results were not taken yet
+    shelves = [Shelf() for _ in range(most)]
+    free, shelf_of = list(range(most)), dict[int, int]()
+    work = _OntoShelves(function, shelves)
+    crew: list[Worker[tuple[int, Item], Any]] = []
     finished: dict[int, tuple[BaseException | None, Any]] = {}
     turn = given = 0
     more = True
     try:
         for _ in range(workers):
-            crew.append(start_worker(function, crew))
+            crew.append(start_worker(work, crew))
         while more or turn < given:
             for worker in [w for _ in range(PREFETCH) for w in crew]:  # everyone one item before anyone the second
-                if more and not worker.retiring and len(worker.items) < PREFETCH and given - turn < 4 * PREFETCH * workers:
+                if more and not worker.retiring and len(worker.items) < PREFETCH and free:
                     number, item = next(todo, (-1, None))
                     if number < 0:
                         more = False
                         break
                     worker.items.append(number)
                     given = number + 1
-                    _send(worker, item)
+                    shelf_of[number] = free.pop()
+                    _send(worker, (shelf_of[number], item))
             while turn in finished:
                 error, result = finished.pop(turn)
                 if error is not None:
                     raise error
+                shelf = shelf_of.pop(turn)
                 turn += 1
-                yield result
+                yield shelves[shelf].take(*result)
+                free.append(shelf)
             busy = [worker for worker in crew if worker.items]
             ready = wait([worker.connection for worker in busy]) if busy else []
             for i, worker in enumerate(crew):
@@ -132,7 +190,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], worke
                     worker.retiring = worker.retiring or worn_out
                     if worker.retiring and not worker.items:
                         stop_workers([worker])
-                        crew[i] = start_worker(function, [other for other in crew if other is not worker])
+                        crew[i] = start_worker(work, [other for other in crew if other is not worker])
     finally:
         stop_workers(crew)
 

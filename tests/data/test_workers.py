@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 
+import numpy as np
 import psutil
 import pytest
 from tiny_corpora import still_alive
 
-from megatron_cpt.data.workers import PREFETCH, ordered_map
+from megatron_cpt.data.workers import LEAST_BYTES_ON_SHELF, PREFETCH, SHELF_BYTES, Shelf, ordered_map
 from megatron_cpt.errors import InputError, ProcessDiedError
 
 SECONDS_UNTIL_HUNG = 30
@@ -245,3 +246,34 @@ def test_workers_end_when_the_main_process_is_killed(work: Work) -> None:
         worker.kill()
     assert len(workers) >= 2
     assert alive == []
+
+
+def arrays_of(number: int) -> dict[str, object]:
+    """Arrays below, at and above the limits of a shelf, one of them empty, one not in one piece."""
+    slow_square(number)
+    random = np.random.default_rng(number)
+    sizes = [LEAST_BYTES_ON_SHELF // 4, 3, 40_000 + number, 0, SHELF_BYTES // 4 if number % 5 == 0 else 100_001, 50_003]
+    arrays = [random.integers(0, 1 << 31, size, np.int32) for size in sizes]
+    return {"number": number, "arrays": [*arrays, arrays[2][::2]]}
+
+
+def same(found: dict[str, object], wanted: dict[str, object]) -> bool:
+    pairs = zip(found["arrays"], wanted["arrays"], strict=True)  # type: ignore[call-overload]
+    return found["number"] == wanted["number"] and all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_large_arrays_arrive_as_they_were_sent(workers: int) -> None:
+    """More results than there are shelves, in use until the next is asked for."""
+    with closing(ordered_map(arrays_of, range(90), workers)) as results:
+        assert all(same(found, arrays_of(number)) for number, found in enumerate(results))
+
+
+def test_what_finds_no_room_on_a_shelf_is_in_the_pickle() -> None:
+    shelf = Shelf()
+    wanted = {"number": 1, "arrays": [np.arange(SHELF_BYTES // 8), np.arange(100_000), np.arange(3)]}
+    rest, places = shelf.put(wanted)
+    assert places == [(0, SHELF_BYTES)]
+    assert len(rest) > 800_000
+    assert same(shelf.take(rest, places), wanted)
+    assert shelf.put(np.arange(3))[1] == []

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_tokenizer import rank_file, sentencepiece_file  # noqa: F401
 
 from megatron_cpt.data.audit import ODD_TEXTS
+from megatron_cpt.data.encoding import per_text
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.fast import FastTokenizer, NotSupportedError
 
@@ -27,7 +28,7 @@ texts_with_specials = st.lists(st.one_of(any_text, st.sampled_from(PIECES)), max
 
 def assert_equal(path: str, texts: list[str]) -> None:
     wanted = load_tokenizer(path).encode_batch(texts)
-    for text, found, ids in zip(texts, FastTokenizer(path).encode_batch(texts), wanted, strict=True):
+    for text, found, ids in zip(texts, per_text(*FastTokenizer(path).encode_batch(texts)), wanted, strict=True):
         assert np.asarray(found).tolist() == list(ids), text
 
 
@@ -72,9 +73,11 @@ def test_a_batch_is_its_texts_one_by_one(pair: tuple[FastTokenizer, Any]) -> Non
     """Words that were met before come from a cache: the ids do not depend on what came before."""
     fast, reference = pair
     texts = [f"the {word} fox {number % 7} 文{word}" for number, word in enumerate(["quick", "brown", "x", ""] * 200)]
-    assert [ids.tolist() for ids in fast.encode_batch(texts)] == reference.encode_batch(texts)
+    assert [ids.tolist() for ids in per_text(*fast.encode_batch(texts))] == reference.encode_batch(texts)
     assert [fast.encode(text).tolist() for text in reversed(texts)] == reference.encode_batch(texts)[::-1]
-    assert fast.encode_batch([]) == []
+    assert per_text(*fast.encode_batch([])) == []
+    assert [ids.tolist() for ids in per_text(*fast.encode_batch(["", "a", ""]))] == [[], reference.encode("a"), []]
+    assert per_text(*fast.encode_batch([""]))[0].tolist() == []
     assert fast.encode("").tolist() == []
 
 
