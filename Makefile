@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart test test-slow test-gpu bench lint type format clean
+.PHONY: setup quickstart test test-slow test-gpu sanitize cuda bench lint type format clean
 
 setup: $(READY)
 
@@ -31,6 +31,22 @@ test-slow: setup
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
+# The native code's tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g -O1
+sanitize: setup
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitized
+	CFLAGS="$(SANITIZE)" LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized OMP_NUM_THREADS=1 \
+	  $(BIN)/python -P -m pytest -q -p no:cacheprovider tests/data/sampling/test_native.py tests/data/test_megatron_order.py
+
+# The data order on a GPU: a library that megatron_cpt.data.sampling.cuda loads. Needs nvcc, not a GPU.
+CUDA_LIBRARY := megatron_cpt/lib/libmegatron_cpt_cuda.so
+ARCHITECTURES := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
+cuda: $(CUDA_LIBRARY)
+$(CUDA_LIBRARY): csrc/sampling_cuda.cu csrc/backend_cuda.h csrc/sampling_order.h csrc/sampling_core.h
+	mkdir -p $(@D)
+	nvcc -std=c++17 -O3 -shared -Xcompiler -fPIC,-fvisibility=hidden $(ARCHITECTURES) $< -o $@
+
 # Against peers, as ratios: make bench ROW=preprocess (see bench/preprocess.py for what it can be given).
 bench: setup
 	$(BIN)/python -m bench $(ROW)
@@ -47,4 +63,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf build *.egg-info megatron_cpt/data/*.so runs/quickstart .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build *.egg-info megatron_cpt/data/*.so megatron_cpt/lib runs/quickstart .pytest_cache .mypy_cache .ruff_cache

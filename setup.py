@@ -17,15 +17,24 @@ class OptionalBuildExt(build_ext):
             print(f"warning: {ext.name} was not built, the slower Python fallback is used: {error}", file=sys.stderr)
 
 
+def extension(name: str, source: str, headers: list[str], options: list[str]) -> Pybind11Extension:
+    """One module of megatron_cpt.data from csrc/."""
+    return Pybind11Extension(
+        f"megatron_cpt.data.{name}",
+        [f"csrc/{source}"],
+        depends=[f"csrc/{header}" for header in headers],
+        cxx_std=17,
+        extra_compile_args=[*options, "-pthread"],
+        extra_link_args=["-pthread"],
+        optional=True,  # setuptools then leaves out what could not be built
+    )
+
+
 setup(
     ext_modules=[
-        Pybind11Extension(
-            "megatron_cpt.data._sampling",
-            ["csrc/sampling.cpp"],
-            depends=["csrc/sampling_core.h"],
-            cxx_std=17,
-            optional=True,  # setuptools then leaves out what could not be built
-        )
+        extension("_sampling", "sampling.cpp", ["sampling_core.h", "sampling_order.h", "backend_cpu.h"], []),
+        # Bit for bit what megatron-core computes: no product may be fused with a sum.
+        extension("_megatron_index", "megatron_index.cpp", ["megatron_index_core.h"], ["-ffp-contract=off"]),
     ],
     cmdclass={"build_ext": OptionalBuildExt},
 )

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench import preprocess
+from bench import loader, preprocess
 from bench.row import Row
 
-GROUPS = (preprocess,)
+GROUPS = (preprocess, loader)
 
 
 def main() -> None:

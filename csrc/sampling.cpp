@@ -1,129 +1,62 @@
-// megatron_cpt.data._sampling: the lookups of megatron_cpt/data/sampling.py for many samples at once.
+// megatron_cpt.data._sampling: megatron_cpt/data/sampling/order.py for many samples at once.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "sampling_core.h"
+#include "backend_cpu.h"
+#include "sampling_order.h"
 
 namespace py = pybind11;
 using namespace megatron_cpt;
 
 namespace {
 
-constexpr int64_t SAMPLES_LIMIT = int64_t{1} << 62;
+template <class T>
+using Input = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-void check(bool holds, const std::string& message) {
-  if (!holds) throw py::value_error(message);
+template <class T>
+std::vector<T> to_vector(const Input<T>& values) {
+  return {values.data(), values.data() + values.size()};
 }
 
-void check_size(int64_t value, const std::string& name) {
-  check(0 < value && value <= SAMPLES_LIMIT, name + " is " + std::to_string(value) + "; use 1 to 2**62");
-}
-
-// The permutations of one call, kept while they may be needed again: the current block's, and for each corpus those of
-// a few epochs, because the samples of a block near the end of an epoch come from both sides of it.
-class PermutationCache {
+class PySampleOrder {
  public:
-  PermutationCache(const OrderView& order, size_t corpora) : order_(order), epochs_(corpora * EPOCHS_KEPT) {}
+  PySampleOrder(const Input<Node>& nodes, const Input<Stage>& stages, const Input<int64_t>& base,
+                const Input<Corpus>& corpora, uint64_t seed, int64_t seq_length, int64_t block_size, int64_t block_origin)
+      : order_({to_vector(nodes), to_vector(stages), to_vector(base), to_vector(corpora), seed, seq_length, block_size,
+                block_origin}) {}
 
-  const Permutation& of_block(int64_t block) {
-    if (block_.number != block) block_.fill(block, order_.block_size, order_.block_key(block));
-    return block_.permutation;
-  }
-
-  const Permutation& of_epoch(int32_t corpus, int64_t epoch) {
-    Slot& slot = epochs_[corpus * EPOCHS_KEPT + epoch % EPOCHS_KEPT];
-    if (slot.number != epoch) slot.fill(epoch, order_.samples_per_epoch[corpus], order_.epoch_key(corpus, epoch));
-    return slot.permutation;
-  }
-
- private:
-  static constexpr size_t EPOCHS_KEPT = 4;
-
-  struct Slot {
-    int64_t number = -1;  // of the block or epoch
-    Permutation permutation{};
-    std::vector<uint16_t> table;
-
-    void fill(int64_t new_number, uint64_t n, uint64_t key) {
-      if (n <= TABLE_LIMIT) table.resize(n);
-      permutation = make_permutation(n, key, table.data());
-      number = new_number;
-    }
-  };
-
-  const OrderView& order_;
-  Slot block_;
-  std::vector<Slot> epochs_;
-};
-
-class SampleOrder {
- public:
-  SampleOrder(const std::vector<std::tuple<uint64_t, int32_t, int32_t>>& nodes, int32_t root,
-              std::vector<int64_t> samples_per_epoch, uint64_t seed, int64_t block_size)
-      : samples_per_epoch_(std::move(samples_per_epoch)) {
-    for (size_t i = 0; i < nodes.size(); ++i) {
-      const auto& [left_share, left, right] = nodes[i];
-      check_child(left, i, "left child of node " + std::to_string(i));
-      check_child(right, i, "right child of node " + std::to_string(i));
-      nodes_.push_back({left_share, left, right});
-    }
-    check_child(root, nodes.size(), "root");
-    for (size_t i = 0; i < samples_per_epoch_.size(); ++i) {
-      check_size(samples_per_epoch_[i], "samples_per_epoch[" + std::to_string(i) + "]");
-    }
-    check_size(block_size, "block_size");
-    order_ = {nodes_.data(), root, samples_per_epoch_.data(), seed, block_size};
-  }
-  SampleOrder(const SampleOrder&) = delete;  // order_ points into this object
-  SampleOrder& operator=(const SampleOrder&) = delete;
-
-  py::tuple locate(int64_t first, int64_t count) const {
-    check(first >= 0 && count >= 0 && first <= SAMPLES_LIMIT && count <= SAMPLES_LIMIT - first,
-          "samples " + std::to_string(first) + " and " + std::to_string(count) + " from there; use 0 to 2**62");
+  py::tuple locate(int64_t first, int64_t count, int64_t threads) const {
+    require(0 <= count && count <= SAMPLES_LIMIT, "number of samples", count, "0 to 2**62");  // before memory is asked for
     py::array_t<int32_t> corpus(count);
-    py::array_t<int64_t> epoch(count), sample(count);
-    fill(first, count, corpus.mutable_data(), epoch.mutable_data(), sample.mutable_data());
-    return py::make_tuple(std::move(corpus), std::move(epoch), std::move(sample));
+    py::array_t<int64_t> epoch(count), sample(count), begin(count);
+    const Output output{corpus.mutable_data(), epoch.mutable_data(), sample.mutable_data(), begin.mutable_data()};
+    {
+      py::gil_scoped_release release;
+      order_.locate(first, count, output, Cpu{threads});
+    }
+    return py::make_tuple(std::move(corpus), std::move(epoch), std::move(sample), std::move(begin));
   }
 
  private:
-  // Children come before their parents in the table, so that every walk from the root ends.
-  void check_child(int32_t child, size_t parent, const std::string& name) const {
-    const bool known = child < 0 ? static_cast<size_t>(~child) < samples_per_epoch_.size() : static_cast<size_t>(child) < parent;
-    check(known, name + " is " + std::to_string(child) + "; use an earlier node or ~corpus");
-  }
-
-  void fill(int64_t first, int64_t count, int32_t* corpus, int64_t* epoch, int64_t* sample) const {
-    py::gil_scoped_release release;
-    PermutationCache permutations(order_, samples_per_epoch_.size());
-    for (int64_t i = 0; i < count; ++i) {
-      const SamplePlace place = megatron_cpt::locate(order_, first + i, permutations);
-      corpus[i] = place.corpus;
-      epoch[i] = place.epoch;
-      sample[i] = place.sample;
-    }
-  }
-
-  std::vector<Node> nodes_;
-  std::vector<int64_t> samples_per_epoch_;
-  OrderView order_{};
+  SampleOrder<Cpu> order_;
 };
 
 }  // namespace
 
 PYBIND11_MODULE(_sampling, module) {
-  module.doc() = "Native twin of megatron_cpt.data.sampling.SampleOrder";
-  py::class_<SampleOrder>(module, "SampleOrder")
-      .def(py::init<const std::vector<std::tuple<uint64_t, int32_t, int32_t>>&, int32_t, std::vector<int64_t>, uint64_t,
-                    int64_t>(),
-           py::arg("nodes"), py::arg("root"), py::arg("samples_per_epoch"), py::arg("seed"), py::arg("block_size"),
-           "nodes: (left_share, left, right), children first; a child is the index of a node, or ~corpus")
-      .def("locate", &SampleOrder::locate, py::arg("first"), py::arg("count"),
-           "Samples first to first + count - 1 -> (int32 corpus, int64 epoch, int64 sample of the corpus)");
+  module.doc() = "Native twin of megatron_cpt.data.sampling.order.SampleOrder";
+  PYBIND11_NUMPY_DTYPE(Node, left_share, left, right);
+  PYBIND11_NUMPY_DTYPE(Stage, start, share, phase, ramp, length, left_before, right_before, left, right);
+  PYBIND11_NUMPY_DTYPE(Corpus, tokens, samples, key);
+  py::class_<PySampleOrder>(module, "SampleOrder")
+      .def(py::init<const Input<Node>&, const Input<Stage>&, const Input<int64_t>&, const Input<Corpus>&, uint64_t, int64_t,
+                    int64_t, int64_t>(),
+           py::arg("nodes"), py::arg("stages"), py::arg("base"), py::arg("corpora"), py::arg("seed"),
+           py::arg("seq_length"), py::arg("block_size"), py::arg("block_origin"), "The fields of OrderTables")
+      .def("locate", &PySampleOrder::locate, py::arg("first"), py::arg("count"), py::arg("threads") = 1,
+           "Samples first to first + count - 1 -> (int32 corpus, int64 epoch, int64 sample, int64 begin)");
 }

@@ -1,7 +1,16 @@
-"""What is in a corpus."""
+"""What is in a corpus or a mixture.
+
+python tools/inspect_data.py data/zh_news
+python tools/inspect_data.py mixture.yaml --at 1000000000000
+"""
 
 from megatron_cpt.config.cli import run_tool
 from megatron_cpt.data.inspection import InspectConfig, inspect_data
 
 if __name__ == "__main__":
-    run_tool(inspect_data, InspectConfig, "Show what is in Megatron corpora: counts, languages, documents, integrity.")
+    run_tool(
+        inspect_data,
+        InspectConfig,
+        "Show what is in Megatron corpora (counts, documents, integrity) or in a mixture of them (table, samples).",
+        positional="input",
+    )

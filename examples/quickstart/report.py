@@ -39,7 +39,7 @@ def collect(run: Path) -> dict[str, Any]:
         "bits_per_byte": {
             name: {"before": before[name]["bits_per_byte"], "after": after[name]["bits_per_byte"]} for name in before
         },
-        "almr": {"asked": ledger["almr_asked"], "realised": steps[-1]["almr_realised"]},
+        "almr": {"asked": ledger["planned"]["almr_asked"], "realised": steps[-1]["almr_realised"]},
         "layout": description["layout"],
         "tokens": tokens,
         "tokens_per_second": tokens / sum(row["seconds"] for row in steps),

@@ -115,12 +115,24 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
         print(result)
 
 
-def run_tool(main: Callable[[Any], Any], config_class: type, description: str, argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, call `main(config)` and keep the contract of exit statuses."""
+def run_tool(
+    main: Callable[[Any], Any],
+    config_class: type,
+    description: str,
+    argv: Sequence[str] | None = None,
+    positional: str | None = None,
+) -> None:
+    """Parse the command line, call `main(config)` and keep the contract of exit statuses.
+
+    `positional`: the option that words before any option belong to.
+    """
 
     def call() -> Any:
         parser = make_parser(config_class, description)
-        namespace = parser.parse_args(normalise(sys.argv[1:] if argv is None else argv, switches_of(config_class)))
+        words = list(sys.argv[1:] if argv is None else argv)
+        if positional and words and is_value(words[0]):
+            words.insert(0, f"--{positional}")
+        namespace = parser.parse_args(normalise(words, switches_of(config_class)))
         return main(build(parser, config_class, namespace))
 
     exit_on_input_error(call)

@@ -105,6 +105,27 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """How the mixture's text is read. What is said of documents holds in validation too."""
+
+    reset_attention_mask: bool = False
+    """A token attends only to its own document, and positions restart with it."""
+    eod_mask_loss: bool = False
+    """The last token of a document, whose target is the next document's first, does not count in the loss."""
+    order: Literal["default", "megatron"] = "default"
+    """Which text sample n is; "megatron": bit for bit what Megatron-LM reads in a run of this length (docs/sampling.md)."""
+    accept_new_mixture: bool = False
+    """Go on with another mixture than the run has read so far, from the next sample on."""
+    num_workers: int = 2
+    """Threads of each process that read ahead; 0 reads when a batch is needed."""
+    prefetch: int = 4
+    """Micro-batches read ahead."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, num_workers=0, prefetch=1)
+
+
+@dataclass(frozen=True)
 class ValidationConfig:
     """Validation on the mixture's validation sets, before the first step, every so often, and after the last."""
 
@@ -143,6 +164,7 @@ class RunConfig:
         mixture: mixture file (YAML): corpora, ALMR, sequence length, validation sets
         checkpoint: see CheckpointConfig
         training: see TrainingConfig
+        data: see DataConfig
         parallel: see ParallelConfig
         optimizer: see OptimizerConfig
         validation: see ValidationConfig
@@ -154,6 +176,7 @@ class RunConfig:
     mixture: str
     checkpoint: CheckpointConfig
     training: TrainingConfig
+    data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)

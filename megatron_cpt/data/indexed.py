@@ -8,6 +8,7 @@ which are not read here.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 import struct
@@ -162,7 +163,9 @@ class IndexedCorpus:
         first, last = int(self.document_indices[0]), int(self.document_indices[-1])
         if (first, last) != (0, sequences):
             raise InputError(f"{idx}: document indices go from {first} to {last}; wanted 0 to {sequences}")
-        self.num_tokens = int(self.sequence_lengths.sum(dtype=np.int64))
+        # Sequences lie back to back, so the last one's end is their sum: no need to read billions of lengths.
+        end = int(self.sequence_pointers[-1]) // self.dtype.itemsize + int(self.sequence_lengths[-1]) if sequences else 0
+        self.num_tokens = end
         wanted, found = self.num_tokens * self.dtype.itemsize, bin_.stat().st_size
         if found != wanted:
             raise InputError(
@@ -192,6 +195,14 @@ class IndexedCorpus:
         if not 0 <= start <= start + length <= self.num_tokens:
             raise IndexError(f"{self.prefix}: tokens {start} to {start + length} of {self.num_tokens}")
         return self.tokens[start : start + length].astype(np.int64)
+
+    def sequences_at(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """(n,) positions after `start` and before `stop` where a sequence begins: found in the index, no token is read."""
+        # not numpy's search, which would copy the array: the format leaves it unaligned
+        first = bisect.bisect_right(self.sequence_pointers, start * self.dtype.itemsize)
+        last = bisect.bisect_left(self.sequence_pointers, stop * self.dtype.itemsize, lo=first)
+        begins = self.sequence_pointers[first:last] // self.dtype.itemsize
+        return np.unique(begins)  # a sequence without tokens begins where the next one does
 
 
 def _read_header(idx: Path) -> tuple[np.dtype[Any], int, int]:

@@ -15,33 +15,62 @@ from rich.text import Text
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.manifest import CorpusManifest, manifest_path, read_manifest
 from megatron_cpt.data.merge import find_prefixes
+from megatron_cpt.data.mixture_inspection import MixtureQuestions, inspect_mixture
 from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer import load_tokenizer
 
+MOST = 1 << 40
 CHUNK = 1 << 22  # values looked at at a time
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Which corpora to look at, and how closely."""
+    """Which corpora, or which mixture, to look at, and how closely."""
 
     input: list[str] | str
-    """Prefixes (paths without .bin) or quoted globs of them."""
+    """Prefixes (paths without .bin) or quoted globs of them, or one mixture file (.yaml). May be given without `--input`."""
     document: list[int] | int = field(default_factory=list)
     """Print the text of these documents (counted from 0, negative from the end), of each corpus."""
     tokenizer: str | None = None
     """To decode documents with, when not the one the manifest names."""
     check: bool = False
     """Read all files and compare them with each other, the vocabulary and the manifest."""
+    samples: int = 0
+    """Of a mixture: print the text of its first samples, so many."""
+    at: list[int] | int = field(default_factory=list)
+    """Of a mixture: print the text of these samples, however large their numbers."""
+    run_samples: int | None = None
+    """Of a mixture: length of the run, for fractions and for the table (default: the stages' budgets, or all text once)."""
+    global_batch_size: int = 1
+    """Of a mixture: samples are shuffled within global batches."""
+    overlap: bool = False
+    """Of a mixture: look for documents of validation sets that are in training corpora too."""
+
+    def __post_init__(self) -> None:
+        bounds = {"samples": 0, "run_samples": 1, "global_batch_size": 1}
+        for name, least in bounds.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; wanted {least} or more")
+            if value is not None and value > MOST:
+                raise InputError(f"{name} is {value}; wanted at most 2**40")
 
 
 def inspect_data(config: InspectConfig) -> None:
     """Print what was asked for. InputError: no corpus there, a document that is not there, or a check that fails."""
-    prefixes = find_prefixes([config.input] if isinstance(config.input, str) else config.input)
+    inputs = [config.input] if isinstance(config.input, str) else config.input
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+    if any(path.endswith((".yaml", ".yml")) for path in inputs):
+        inspect_mixture(_questions(config, inputs), console)
+        return
+    if config.samples or config.overlap or config.at not in ([], ()):
+        raise InputError(
+            f"input {', '.join(inputs)}: samples, at and overlap are for a mixture file (.yaml), not for corpora"
+        )
+    prefixes = find_prefixes(inputs)
     documents = [config.document] if isinstance(config.document, int) else config.document
     corpora = [(IndexedCorpus(prefix), _manifest_of(prefix)) for prefix in prefixes]
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
     if documents:
         for corpus, manifest in corpora:
             for number in documents:
@@ -56,6 +85,18 @@ def inspect_data(config: InspectConfig) -> None:
         console.print(describe(*corpora[0]))
     else:
         console.print(compare(corpora))
+
+
+def _questions(config: InspectConfig, inputs: Sequence[str]) -> MixtureQuestions:
+    """What is asked of a mixture. InputError: several, or what can be asked of corpora only."""
+    if len(inputs) > 1:
+        raise InputError(f"input {', '.join(inputs)}: found a mixture among {len(inputs)} inputs; wanted it alone")
+    if config.check or config.document not in ([], ()):
+        raise InputError(f"input {inputs[0]}: check and document are for corpora, not for a mixture")
+    at = (config.at,) if isinstance(config.at, int) else tuple(config.at)
+    return MixtureQuestions(
+        inputs[0], config.run_samples, config.global_batch_size, config.samples, at, config.overlap, config.tokenizer
+    )
 
 
 def _manifest_of(prefix: str) -> CorpusManifest | None:

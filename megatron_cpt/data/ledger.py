@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_cpt.data.mixture import Mixture
+from megatron_cpt.data.stages import Schedule
+from megatron_cpt.errors import InputError
 
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """One corpus of a run."""
+    """What one corpus gives to one stage. `share`: of the stage's samples; `epochs`: read by the end of the stage."""
 
+    stage: str
     corpus: str
     group: str
+    sub_group: str | None
     language: str
     samples: int
     tokens: int
@@ -21,41 +26,129 @@ class LedgerRow:
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """What the first `samples` samples of a run consist of."""
+class StageTotal:
+    """A stage as a whole, as far as the run goes."""
 
+    stage: str
+    first_sample: int
+    samples: int
+    almr_asked: float
+    almr_realised: float
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What samples `first_sample` to `first_sample + samples` - 1 of a run consist of."""
+
+    first_sample: int
     samples: int
     seq_length: int
     almr_asked: float
     almr_realised: float
+    stages: tuple[StageTotal, ...]
     rows: tuple[LedgerRow, ...]
+    languages: dict[str, float]
+    """Share of the samples by language."""
 
 
-def make_ledger(mixture: Mixture, samples: int) -> Ledger:
-    """Count the first `samples` samples of the run (targets: seq_length tokens each)."""
-    counts = mixture.splitter_tree().counts(samples)
-    rows = tuple(
-        LedgerRow(
-            corpus=corpus.name,
-            group="general" if place < len(mixture.general) else "additional",
-            language=corpus.language,
-            samples=count,
-            tokens=count * mixture.seq_length,
-            share=count / samples if samples else 0.0,
-            epochs=count / corpus.num_samples(mixture.seq_length),
+def make_ledger(
+    mixture: Mixture,
+    schedule: Schedule,
+    run_samples: int,
+    first_sample: int = 0,
+    before: Mapping[str, int] | None = None,
+) -> Ledger:
+    """Count the samples of a run (seq_length targets each) from `first_sample` on.
+
+    `before`: samples each corpus gave before `first_sample` (none: 0); None: as many as this mixture says.
+    """
+    borders = _borders(schedule, first_sample, run_samples)
+    counts = {n: schedule.counts(n) for n in {n for _, *ends in borders for n in ends} | {first_sample, run_samples}}
+    offset = [0] * len(mixture.corpora)
+    if before is not None:
+        offset = [before.get(c.name, 0) - n for c, n in zip(mixture.corpora, counts[first_sample], strict=True)]
+    rows, stages = [], []
+    for number, begin, end in borders:
+        name = mixture.stages[number].name
+        given = _difference(counts[end], counts[begin])
+        stages.append(
+            StageTotal(
+                stage=name,
+                first_sample=begin,
+                samples=end - begin,
+                almr_asked=_share(float(schedule.asked(end) - schedule.asked(begin)), end - begin),
+                almr_realised=_share(_additional(mixture, given), end - begin),
+            )
         )
-        for place, (corpus, count) in enumerate(zip(mixture.corpora, counts, strict=True))
-    )
+        for place, corpus in enumerate(mixture.corpora):
+            if not given[place] and place not in _used(mixture, number):
+                continue
+            rows.append(
+                LedgerRow(
+                    stage=name,
+                    corpus=corpus.name,
+                    group=corpus.group or "",
+                    sub_group=corpus.sub_group,
+                    language=corpus.language,
+                    samples=given[place],
+                    tokens=given[place] * mixture.seq_length,
+                    share=_share(given[place], end - begin),
+                    epochs=(counts[end][place] + offset[place]) / corpus.num_samples(mixture.seq_length),
+                )
+            )
+    total = run_samples - first_sample
+    given = _difference(counts[run_samples], counts[first_sample])
+    languages: dict[str, float] = {}
+    for corpus, samples in zip(mixture.corpora, given, strict=True):
+        languages[corpus.language] = languages.get(corpus.language, 0.0) + _share(samples, total)
     return Ledger(
-        samples=samples,
+        first_sample=first_sample,
+        samples=total,
         seq_length=mixture.seq_length,
-        almr_asked=float(mixture.almr),
-        almr_realised=realised_almr(mixture, samples),
-        rows=rows,
+        almr_asked=_share(float(schedule.asked(run_samples) - schedule.asked(first_sample)), total),
+        almr_realised=_share(_additional(mixture, given), total),
+        stages=tuple(stages),
+        rows=tuple(rows),
+        languages=languages,
     )
 
 
-def realised_almr(mixture: Mixture, samples: int) -> float:
-    """Share of the additional group in the first `samples` samples of the run."""
-    counts = mixture.splitter_tree().counts(samples)
-    return sum(counts[len(mixture.general) :]) / samples if samples else 0.0
+def check_limits(mixture: Mixture, schedule: Schedule, run_samples: int, offsets: Mapping[str, int] | None = None) -> None:
+    """InputError when the run would read a corpus more often than its max_epochs. `offsets`: see `DataState.offsets`."""
+    offsets = offsets or {}
+    for corpus, count in zip(mixture.corpora, schedule.counts(run_samples), strict=True):
+        epochs = (count + offsets.get(corpus.name, 0)) / corpus.num_samples(mixture.seq_length)
+        if corpus.max_epochs is not None and epochs > corpus.max_epochs:
+            raise InputError(
+                f"{mixture.path}: {run_samples:,} samples of {mixture.seq_length} would read corpus {corpus.name} "
+                f"({corpus.data.num_tokens:,} tokens) {epochs:.2f} times; its max_epochs is {float(corpus.max_epochs):g}: "
+                f"give it a smaller weight or almr, more text, or a higher limit"
+            )
+
+
+def _borders(schedule: Schedule, first_sample: int, run_samples: int) -> list[tuple[int, int, int]]:
+    """(stage, its first sample, the one after its last), as far as they lie in the run."""
+    ends = [*schedule.starts[1:], max(run_samples, schedule.starts[-1])]
+    found = [
+        (number, max(start, first_sample), min(end, run_samples))
+        for number, (start, end) in enumerate(zip(schedule.starts, ends, strict=True))
+    ]
+    return [(number, begin, end) for number, begin, end in found if begin < end]
+
+
+def _used(mixture: Mixture, number: int) -> set[int]:
+    """Corpora that a stage lists."""
+    stage = mixture.stages[number]
+    return {place for group in (stage.general, stage.additional) if group for place in group.corpora()}
+
+
+def _difference(counts: Sequence[int], before: Sequence[int]) -> list[int]:
+    return [a - b for a, b in zip(counts, before, strict=True)]
+
+
+def _additional(mixture: Mixture, counts: Sequence[int]) -> int:
+    return sum(count for corpus, count in zip(mixture.corpora, counts, strict=True) if corpus.group == "additional")
+
+
+def _share(part: float, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_cpt.data.mixture import Corpus, Mixture
-from megatron_cpt.data.sampling import SampleOrder
+from megatron_cpt.config.run import DataConfig
+from megatron_cpt.data.indexed import IndexedCorpus
+from megatron_cpt.data.mixture import Corpus
+
+T = TypeVar("T")
+Span = tuple[int, int]  # first token in the .bin, number of tokens
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch.
+    """One micro-batch. A pipeline stage that reads no tokens has `cu_seqlens` only.
 
     Attributes:
         tokens: int64 [micro_batch_size, seq_length + 1]; inputs are all but the last column, targets all but the first
-        mask: float32 [micro_batch_size]; 0 for samples that only fill up a validation batch
+        loss_mask: float32 [micro_batch_size, seq_length]; 0 where a target does not count
+        cu_seqlens: int32 [documents + 1]; where documents begin in the inputs laid end to end, and their end
+            (micro_batch_size * seq_length); every sample begins one. None: attention over whole samples
     """
 
-    tokens: np.ndarray
-    mask: np.ndarray
+    tokens: npt.NDArray[np.int64] | None
+    loss_mask: npt.NDArray[np.float32] | None
+    cu_seqlens: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,28 +57,134 @@ class BatchShape:
             yield range(start, start + self.micro_batch_size)
 
 
+class Order(Protocol):
+    """Which tokens are the samples of a run."""
+
+    @property
+    def seq_length(self) -> int:
+        """Inputs of a sample; it has one token more."""
+
+    def spans(self, first: int, count: int) -> list[tuple[int, list[Span]]]:
+        """Of samples first to first + count - 1: the corpus, and its parts, seq_length + 1 tokens together."""
+
+
 class TrainingData:
-    """The samples of a mixture in their order. `consumed_samples` is the whole state of a run's data."""
+    """The samples of a run in their order: a pure function of the sample number.
 
-    def __init__(self, mixture: Mixture, global_batch_size: int) -> None:
-        self.corpora = mixture.corpora
-        self.seq_length = mixture.seq_length
-        self.order: SampleOrder = mixture.sample_order(global_batch_size)
+    `reads_tokens` False: a pipeline stage in the middle, which needs to know where documents begin, if anything.
+    """
 
-    def sample(self, n: int) -> np.ndarray:
-        """Tokens of the n-th sample of the run, int64 [seq_length + 1]."""
-        corpus, _, i = self.order.locate(n)
-        return self._read(corpus, i)
+    def __init__(
+        self,
+        corpora: Sequence[IndexedCorpus],
+        order: Order,
+        config: DataConfig,
+        reads_tokens: bool = True,
+    ) -> None:
+        self.corpora, self.order, self.config, self.reads_tokens = corpora, order, config, reads_tokens
 
-    def _read(self, corpus: int, i: int) -> np.ndarray:
-        return self.corpora[corpus].data.sample(i * self.seq_length, self.seq_length + 1)
-
-    def microbatches(self, consumed_samples: int, shape: BatchShape) -> Iterator[Batch]:
-        """This rank's micro-batches of the global batch that starts at `consumed_samples`."""
-        corpora, _, samples = self.order.locate_many(consumed_samples, shape.global_batch_size)
+    def microbatches(self, consumed_samples: int, shape: BatchShape) -> Iterator[Callable[[], Batch]]:
+        """What reads this rank's micro-batches of the global batch that starts at `consumed_samples`."""
         for offsets in shape.offsets():
-            tokens = np.stack([self._read(int(corpora[place]), int(samples[place])) for place in offsets])
-            yield Batch(tokens, np.ones(len(tokens), np.float32))
+            yield partial(self.read, consumed_samples + offsets.start, len(offsets))
+
+    def read(self, first: int, count: int) -> Batch:
+        """Samples first to first + count - 1 of the run."""
+        samples, length = self.order.spans(first, count), self.order.seq_length
+        tokens: npt.NDArray[np.int64] | None = None
+        loss_mask: npt.NDArray[np.float32] | None = None
+        cu_seqlens: npt.NDArray[np.int32] | None = None
+        if self.reads_tokens:
+            tokens = np.empty((count, length + 1), np.int64)
+            loss_mask = np.ones((count, length), np.float32)
+            for row, (corpus, spans) in zip(tokens, samples, strict=True):
+                read_spans(self.corpora[corpus], spans, row)
+        if self.config.eod_mask_loss or self.config.reset_attention_mask:
+            starts = [document_starts(self.corpora[corpus], spans) for corpus, spans in samples]
+            if self.config.eod_mask_loss and loss_mask is not None:
+                for row, found in zip(loss_mask, starts, strict=True):
+                    row[found - 1] = 0  # the input before a document's first token
+            if self.config.reset_attention_mask:
+                cu_seqlens = pack(starts, length)
+        return Batch(tokens, loss_mask, cu_seqlens)
+
+
+def read_spans(corpus: IndexedCorpus, spans: Sequence[Span], out: npt.NDArray[np.int64]) -> None:
+    """Fill `out` with the tokens of (first token, number of tokens) one after the other."""
+    place = 0
+    for first, count in spans:
+        out[place : place + count] = corpus.tokens[first : first + count]
+        place += count
+
+
+def document_starts(corpus: IndexedCorpus, spans: Sequence[Span]) -> npt.NDArray[np.int64]:
+    """(n,) places of a sample, from 1 to that of the last target, where another document begins.
+
+    They are found in the index, not by looking for an end token. Each span but the first begins with a document.
+    """
+    found: list[npt.NDArray[np.int64]] = []
+    place = 0
+    for first, count in spans:
+        if place:
+            found.append(np.array([place]))
+        found.append(corpus.sequences_at(first, first + count) - first + place)
+        place += count
+    return np.concatenate(found)
+
+
+def pack(starts: Sequence[npt.NDArray[np.int64]], length: int) -> npt.NDArray[np.int32]:
+    """`Batch.cu_seqlens` of samples of `length` inputs with these document starts."""
+    rows = [np.concatenate([[0], found[found < length]]) + i * length for i, found in enumerate(starts)]
+    return np.concatenate([*rows, [len(starts) * length]]).astype(np.int32)
+
+
+def prefetch(reads: Iterable[Callable[[], T]], threads: int, depth: int) -> Generator[T]:
+    """The results of `reads` in order; `threads` of them read ahead by up to `depth` results (0 threads: none does).
+
+    What a read raises is raised in its turn. Close the iterator to stop reading ahead.
+    """
+    if threads == 0:
+        for read in reads:
+            yield read()
+        return
+    ahead: deque[Future[T]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+    try:
+        for read in reads:
+            ahead.append(pool.submit(read))
+            if len(ahead) > depth:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Waited(Iterator[T]):
+    """An iterator that counts the seconds its consumer waits for it."""
+
+    def __init__(self, inner: Iterator[T]) -> None:
+        self._inner, self.seconds = inner, 0.0
+
+    def __next__(self) -> T:
+        began = time.perf_counter()
+        try:
+            return next(self._inner)
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+def run_microbatches(
+    data: TrainingData, consumed_samples: int, shape: BatchShape, steps: int, finish: Callable[[Batch], Any]
+) -> Iterator[Callable[[], Any]]:
+    """What reads all of this rank's micro-batches of `steps` global batches; `finish` is done to each by its reader."""
+    for step in range(steps):
+        for read in data.microbatches(consumed_samples + step * shape.global_batch_size, shape):
+            yield partial(_read_and_finish, read, finish)
+
+
+def _read_and_finish(read: Callable[[], Batch], finish: Callable[[Batch], Any]) -> Any:
+    return finish(read())
 
 
 def validation_samples(corpus: Corpus, seq_length: int, eval_samples: int | None) -> int:
@@ -74,9 +193,26 @@ def validation_samples(corpus: Corpus, seq_length: int, eval_samples: int | None
     return available if eval_samples is None else min(eval_samples, available)
 
 
-def validation_microbatches(corpus: Corpus, seq_length: int, num_samples: int, shape: BatchShape) -> Iterator[Batch]:
+@dataclass(frozen=True)
+class InOrder:
+    """The first samples of one corpus, in order; after the last comes that one again, to fill batches."""
+
+    seq_length: int
+    num_samples: int
+
+    def spans(self, first: int, count: int) -> list[tuple[int, list[Span]]]:
+        """See `Order`."""
+        places = [min(n, self.num_samples - 1) for n in range(first, first + count)]
+        return [(0, [(place * self.seq_length, self.seq_length + 1)]) for place in places]
+
+
+def validation_microbatches(
+    corpus: Corpus, seq_length: int, num_samples: int, shape: BatchShape, config: DataConfig, reads_tokens: bool = True
+) -> Iterator[Batch]:
     """The first samples of a validation set, in order; `shape.global_batch_size` covers them all, masked past the end."""
+    data = TrainingData([corpus.data], InOrder(seq_length, num_samples), config, reads_tokens)
     for offsets in shape.offsets():
-        mask = np.array([place < num_samples for place in offsets], np.float32)
-        starts = [min(place, num_samples - 1) * seq_length for place in offsets]
-        yield Batch(np.stack([corpus.data.sample(start, seq_length + 1) for start in starts]), mask)
+        batch = data.read(offsets.start, len(offsets))
+        if batch.loss_mask is not None:
+            batch.loss_mask[max(0, num_samples - offsets.start) :] = 0
+        yield batch

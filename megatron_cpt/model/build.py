@@ -41,6 +41,8 @@ def transformer_config(llama: LlamaConfig, parallel: ParallelConfig, params_dtyp
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         sequence_parallel=parallel.sequence_parallel,
+        # Losses are sums; the gradient is divided once, by the targets that count in the whole global batch.
+        calculate_per_token_loss=True,
         use_cpu_initialization=True,
         perform_initialization=False,  # the weights always come from a checkpoint
         # Fused kernels come with Apex and Transformer Engine; without them these are the exact equivalents.

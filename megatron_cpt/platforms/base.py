@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_cpt.data.loader import Batch
+
 
 class Platform(Protocol):
     """Device, process-group backend and layer implementations of one kind of hardware."""
@@ -25,6 +27,9 @@ class Platform(Protocol):
 
     def block_spec(self, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         """The transformer layers of this pipeline stage, as megatron-core wants them described."""
+
+    def page_locked(self, batch: Batch) -> Batch:
+        """The same micro-batch in memory from which it can be copied to the device while something else is computed."""
 
     def peak_memory_bytes(self) -> int:
         """Highest memory use of this process so far: device memory on CUDA, resident memory on CPU."""

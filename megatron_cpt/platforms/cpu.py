@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_cpt.data.loader import Batch
+
 # Where megatron-core allocates with a literal device="cuda", and through which factories.
 MODULES_WITH_LITERAL_CUDA = (
     "dist_checkpointing.exchange_utils",
@@ -59,6 +61,9 @@ class CpuPlatform:
         from megatron_cpt.platforms.torch_layers import torch_block_spec
 
         return torch_block_spec(config, vp_stage)
+
+    def page_locked(self, batch: Batch) -> Batch:
+        return batch
 
     def peak_memory_bytes(self) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_cpt.data.loader import Batch
+
 
 def has_transformer_engine() -> bool:
     """Whether Transformer Engine is installed (it is optional: `pip install megatron-cpt[gpu]`)."""
@@ -48,6 +50,11 @@ class CudaPlatform:
         return get_gpt_decoder_block_spec(
             config, use_transformer_engine=True, normalization=config.normalization, vp_stage=vp_stage
         )
+
+    def page_locked(self, batch: Batch) -> Batch:
+        arrays = (batch.tokens, batch.loss_mask, batch.cu_seqlens)
+        # numpy's view keeps torch's page-locked tensor alive
+        return type(batch)(*(None if a is None else torch.from_numpy(a).pin_memory().numpy() for a in arrays))
 
     def peak_memory_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()

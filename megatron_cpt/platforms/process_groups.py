@@ -38,6 +38,11 @@ class Ranks:
         """Holds the output layer; computes the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Its stage has inputs to embed or targets to compare with."""
+        return self.is_first_stage or self.is_last_stage
+
     def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over data-parallel replicas of `values` as the last pipeline stages have them; the same on every rank.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -44,17 +45,40 @@ class SdpaCoreAttention(torch.nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """query [s, b, heads, dim], key and value [s, b, groups, dim] -> [s, b, heads * dim]; the mask is causal."""
+        """Causal attention over each sample, or over each document of a packed sequence.
+
+        query [s, b, heads, dim], key and value [s, b, groups, dim] -> [s, b, heads * dim]; with `packed_seq_params`,
+        query [tokens, heads, dim], key and value [tokens, groups, dim] -> [tokens, heads * dim].
+        """
         if attention_mask is not None:
-            raise ValueError("attention_mask must be None: causal attention over the whole sample is implied")
+            raise ValueError("attention_mask must be None: samples and documents are told apart without one")
+        if packed_seq_params is not None:
+            return self.attend_within_documents(query, key, value, packed_seq_params.cu_seqlens_q)
         seq_length, batch, heads, head_dim = query.shape
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # -> [b, heads, s, dim]
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[1] != heads
+        return self.attend(query, key, value).permute(2, 0, 1, 3).reshape(seq_length, batch, heads * head_dim)
+
+    def attend_within_documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        """[tokens, heads or groups, dim], cu_seqlens [documents + 1] -> [tokens, heads * dim]; document by document.
+
+        Costs the sum of the squared lengths instead of the square of their sum, and no mask has to be stored.
+        """
+        lengths = cu_seqlens.diff().tolist()
+        # Splitting once keeps the backward pass linear: each slice's own gradient would be as long as the whole.
+        documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        outputs = [self.attend(*(x.unsqueeze(0) for x in document)).squeeze(0) for document in documents]
+        return torch.cat(outputs, dim=1).transpose(0, 1).flatten(1)
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """query [b, heads, s, dim], key and value [b, groups, s, dim] -> [b, heads, s, dim]."""
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[1] != query.shape[1]
         )
-        return output.permute(2, 0, 1, 3).reshape(seq_length, batch, heads * head_dim)
 
 
 def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

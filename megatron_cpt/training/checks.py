@@ -9,11 +9,30 @@ import numpy as np
 
 from megatron_cpt.checkpoint.layout import find_checkpoint, latest_checkpoint, read_checkpoint_manifest
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.mixture import Mixture, load_mixture
+from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger
+from megatron_cpt.data.mixture import Mixture
+from megatron_cpt.data.mixture_file import load_mixture
+from megatron_cpt.data.stages import Schedule
+from megatron_cpt.data.state import DataState, begin, resume
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import LlamaConfig, check_layout, read_llama_config
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.base import token_bytes_sha256
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The run's data: `run_samples` in all, of which `consumed_samples` were read before this start."""
+
+    schedule: Schedule
+    state: DataState
+    consumed_samples: int
+    run_samples: int
+
+    def ledger(self, mixture: Mixture) -> Ledger:
+        """What is left to read, by this mixture: from where it (or this global batch size) began to the end of the run."""
+        now = self.state.now
+        return make_ledger(mixture, self.schedule, self.run_samples, now.start, now.samples_before())
 
 
 @dataclass(frozen=True)
@@ -25,11 +44,13 @@ class CheckedRun:
         start_from: checkpoint folder to load
         resumes: whether that is a checkpoint of this very run (weights, optimizer and position) or only weights
         complete: there is nothing left to do
+        data: the order of the samples and where the run is in it
     """
 
     config: RunConfig
     llama: LlamaConfig
     mixture: Mixture
+    data: RunData
     data_parallel_size: int
     token_bytes: np.ndarray
     start_from: str
@@ -59,33 +80,27 @@ def check_run(config: RunConfig, world_size: int) -> CheckedRun:
             f"{mixture.path}: the corpora have token ids below {vocab_size} "
             f"(tokenizer {mixture.manifest.tokenizer.path}) but the model in {start_from} has {llama.vocab_size} embeddings"
         )
+    complete = resume_from is not None and is_complete(resume_from, config)
     return CheckedRun(
         config=config,
         llama=llama,
         mixture=mixture,
+        data=check_data(config, mixture, resume_from, complete),
         data_parallel_size=check_batch(config, world_size),
         token_bytes=read_token_bytes(os.path.join(start_from, "hf"), mixture, llama.vocab_size),
         start_from=start_from,
         resumes=resume_from is not None,
-        complete=resume_from is not None and is_complete(resume_from, config, mixture),
+        complete=complete,
     )
 
 
-def is_complete(checkpoint: str, config: RunConfig, mixture: Mixture) -> bool:
+def is_complete(checkpoint: str, config: RunConfig) -> bool:
     """Whether a run's newest checkpoint is its last one.
 
     Raises:
-        InputError: there are steps left to do but the checkpoint cannot be resumed from, or not with this data
+        InputError: there are steps left to do but the checkpoint cannot be resumed from
     """
     manifest = read_checkpoint_manifest(checkpoint)
-    another = f"start another one from it: checkpoint.load {checkpoint}, and another folder as checkpoint.save"
-    for name, value in mixture.fingerprint().items():
-        if manifest["data"][name] != value:
-            now, then = (f" is {value}", f" with {manifest['data'][name]}") if name != "corpora" else (" differ", "")
-            raise InputError(
-                f"{mixture.path}: {name}{now} but the run in {config.checkpoint.save} has consumed samples{then}, "
-                f"so its place in the data is lost; {another}"
-            )
     began_with = manifest["config"]["checkpoint"]["load"]
     if began_with != config.checkpoint.load:
         raise InputError(
@@ -97,15 +112,36 @@ def is_complete(checkpoint: str, config: RunConfig, mixture: Mixture) -> bool:
     if not manifest["optimizer"]:
         raise InputError(
             f"{checkpoint} holds no optimizer state (checkpoint.save_optim was false), so the run in "
-            f"{config.checkpoint.save} cannot resume; {another}"
-        )
-    batch, consumed = config.training.global_batch_size, manifest["consumed_samples"]
-    if consumed % batch:
-        raise InputError(
-            f"training.global_batch_size {batch} does not divide the {consumed} samples that the run in "
-            f"{config.checkpoint.save} has consumed; samples are shuffled within global batches, so some would come twice"
+            f"{config.checkpoint.save} cannot resume; start another one from it: checkpoint.load {checkpoint}, and another "
+            f"folder as checkpoint.save"
         )
     return False
+
+
+def check_data(config: RunConfig, mixture: Mixture, resume_from: str | None, complete: bool) -> RunData:
+    """Where the run is in its data, and what it will read.
+
+    Raises:
+        InputError: it would read a corpus more often than allowed, or has read another mixture so far
+    """
+    batch, data = config.training.global_batch_size, config.data
+    iteration = consumed = 0
+    saved = None
+    if resume_from is not None:
+        manifest = read_checkpoint_manifest(resume_from)
+        iteration, consumed, saved = manifest["iteration"], manifest["consumed_samples"], manifest["data"]
+    run_samples = consumed + max(config.training.train_iters - iteration, 0) * batch
+    if data.order == "megatron":
+        schedule = mixture.megatron_schedule(run_samples, max(data.num_workers, 1))
+    else:
+        schedule = mixture.schedule(run_samples)
+    if saved is None:
+        state = begin(mixture, schedule, batch)
+    else:
+        state = resume(saved, consumed, mixture, schedule, batch, data.accept_new_mixture)
+    if not complete:
+        check_limits(mixture, schedule, run_samples, state.offsets(mixture, schedule))
+    return RunData(schedule, state, consumed, run_samples)
 
 
 def read_token_bytes(hf_folder: str, mixture: Mixture, vocab_size: int) -> np.ndarray:

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from megatron_cpt.checkpoint.layout import write_json, write_text
 from megatron_cpt.data.ledger import Ledger
+from megatron_cpt.data.mixture_inspection import ledger_table
 from megatron_cpt.training.validation import ValidationResult
 
 
@@ -25,7 +25,7 @@ class RunLog:
     def __init__(self, folder: str, active: bool) -> None:
         self.folder = folder
         self.active = active
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
         self.metrics_path = os.path.join(folder, "metrics.jsonl")
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -49,16 +49,21 @@ class RunLog:
         if self.active:
             self.console.print(message)
 
-    def start(self, run: dict[str, Any], ledger: Ledger, iteration: int) -> None:
+    def start(self, run: dict[str, Any], ledger_json: dict[str, Any], ledger: Ledger, iteration: int) -> None:
         """Record what is about to run; forget metrics of steps that a resume will do again."""
         if not self.active:
             return
         os.makedirs(self.folder, exist_ok=True)
         write_json(os.path.join(self.folder, "run.json"), run)
-        write_json(os.path.join(self.folder, "ledger.json"), dataclasses.asdict(ledger))
+        self.ledger(ledger_json)
         kept = [row for row in read_metrics(self.folder) if row["iteration"] <= iteration] if iteration else []
         write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
         self.say(ledger_table(ledger))
+
+    def ledger(self, ledger_json: dict[str, Any]) -> None:
+        """Replace ledger.json."""
+        if self.active:
+            write_json(os.path.join(self.folder, "ledger.json"), ledger_json)
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
@@ -93,26 +98,3 @@ def read_metrics(folder: str) -> list[dict[str, Any]]:
         return []
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.endswith("\n")]
-
-
-def ledger_table(ledger: Ledger) -> Table:
-    """What the run will consume, by corpus."""
-    table = Table(
-        title=f"{ledger.samples:,} samples of {ledger.seq_length:,} tokens; "
-        f"ALMR asked {ledger.almr_asked:.4f}, realised {ledger.almr_realised:.4f}"
-    )
-    for name in ("corpus", "group", "language"):
-        table.add_column(name)
-    for name in ("samples", "tokens", "share", "epochs"):
-        table.add_column(name, justify="right")
-    for row in ledger.rows:
-        table.add_row(
-            row.corpus,
-            row.group,
-            row.language,
-            f"{row.samples:,}",
-            f"{row.tokens:,}",
-            f"{row.share:.4f}",
-            f"{row.epochs:.2f}",
-        )
-    return table

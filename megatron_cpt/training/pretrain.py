@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +22,14 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron_cpt.checkpoint.layout import versions
 from megatron_cpt.checkpoint.save_load import Progress, dtype_of, load_checkpoint, save_checkpoint, unwrap
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.ledger import make_ledger, realised_almr
-from megatron_cpt.data.loader import BatchShape, TrainingData, validation_samples
+from megatron_cpt.data.loader import BatchShape, TrainingData, Waited, prefetch, run_microbatches, validation_samples
+from megatron_cpt.data.mixture_inspection import ledger_table
+from megatron_cpt.data.state import CorpusUse, almr_of
 from megatron_cpt.model.build import build_model, transformer_config
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import Ranks, launched_world_size, process_groups
 from megatron_cpt.training.checks import CheckedRun, check_run
-from megatron_cpt.training.log import RunLog, ledger_table, step_note
+from megatron_cpt.training.log import RunLog, step_note
 from megatron_cpt.training.schedule import learning_rate
 from megatron_cpt.training.step import train_step
 from megatron_cpt.training.validation import validate
@@ -49,9 +52,7 @@ def setup(config: RunConfig) -> str | None:
     """Check everything, then start the process groups and run; returns the folder of the run (on the first rank)."""
     if config.check_only:
         run = check_run(config, config.world_size or launched_world_size())
-        samples = config.training.train_iters * config.training.global_batch_size
-        log = RunLog(config.checkpoint.save, active=True)
-        log.say(ledger_table(make_ledger(run.mixture, samples)))
+        RunLog(config.checkpoint.save, active=True).say(ledger_table(run.data.ledger(run.mixture)))
         return None
     run = check_run(config, launched_world_size())
     first = os.environ.get("RANK", "0") == "0"
@@ -72,7 +73,7 @@ def setup(config: RunConfig) -> str | None:
 
 def main(context: RunContext) -> None:
     """Build, load, and run to the last iteration."""
-    run, config, ranks = context.run, context.config, context.ranks
+    run, ranks = context.run, context.ranks
     context.log.say(f"{'resuming' if run.resumes else 'starting'} from {run.start_from}; {layout(ranks)}")
     model, optimizer = build(context)
     progress = Progress()
@@ -81,9 +82,9 @@ def main(context: RunContext) -> None:
     else:
         load_checkpoint(run.start_from, unwrap(model))
         optimizer.reload_model_params()
-    left = config.training.train_iters - progress.iteration
-    samples = progress.consumed_samples + left * config.training.global_batch_size  # the batch may change on resume
-    context.log.start(describe(context), make_ledger(run.mixture, samples), progress.iteration)
+    context.log.start(
+        describe(context, progress), run_ledger(context, progress), run.data.ledger(run.mixture), progress.iteration
+    )
     fit(context, model, optimizer, progress)
 
 
@@ -122,44 +123,63 @@ def fit(context: RunContext, model: DistributedDataParallel, optimizer: Megatron
     """Train to the last iteration, evaluating and saving on the way and at the end."""
     config, log = context.config, context.log
     training, mixture = config.training, context.run.mixture
-    data = TrainingData(mixture, training.global_batch_size)
-    shape = BatchShape(
-        training.micro_batch_size, training.global_batch_size, context.ranks.data_rank, context.ranks.data_size
+    data, ranks = context.run.data, context.ranks
+    shape = BatchShape(training.micro_batch_size, training.global_batch_size, ranks.data_rank, ranks.data_size)
+    reader = TrainingData(
+        [corpus.data for corpus in mixture.corpora],
+        data.state.order(mixture, data.schedule),
+        config.data,
+        ranks.reads_tokens,
     )
     if progress.iteration == 0:
         evaluate(context, model, 0)
-    task = log.progress.add_task("training", total=training.train_iters, completed=progress.iteration, note="")
-    while progress.iteration < training.train_iters:
-        start = time.perf_counter()
-        lr = learning_rate(progress.iteration, training.train_iters, config.optimizer)
-        result = train_step(
-            model,
-            optimizer,
-            data.microbatches(progress.consumed_samples, shape),
-            shape.num_microbatches,
-            training.micro_batch_size,
-            mixture.seq_length,
-            lr,
-            config.optimizer,
-            context.ranks,
-        )
-        progress = Progress(progress.iteration + 1, progress.consumed_samples + training.global_batch_size)
-        seconds = time.perf_counter() - start
-        row = {
-            **dataclasses.asdict(progress),
-            "consumed_tokens": progress.consumed_samples * mixture.seq_length,
-            **dataclasses.asdict(result),
-            "lr": lr,
-            "seconds": seconds,
-            "tokens_per_second": training.global_batch_size * mixture.seq_length / seconds,
-            "almr_realised": realised_almr(mixture, progress.consumed_samples),
-        }
-        log.metrics(row)
-        log.progress.update(task, completed=progress.iteration, note=step_note(row))
-        if progress.iteration % config.log_interval == 0:
-            log.step(row, training.train_iters)
-        finish_step(context, model, optimizer, progress)
-    log.metrics({"iteration": progress.iteration, "peak_memory_bytes": peak_memory(context.ranks)})
+    steps = training.train_iters - progress.iteration
+    reads = run_microbatches(reader, progress.consumed_samples, shape, steps, current_platform().page_locked)
+    with closing(prefetch(reads, config.data.num_workers, config.data.prefetch)) as read:
+        batches = Waited(read)
+        task = log.progress.add_task("training", total=training.train_iters, completed=progress.iteration, note="")
+        while progress.iteration < training.train_iters:
+            start, waited = time.perf_counter(), batches.seconds
+            lr = learning_rate(progress.iteration, training.train_iters, config.optimizer)
+            result = train_step(
+                model,
+                optimizer,
+                batches,
+                shape.num_microbatches,
+                training.micro_batch_size,
+                mixture.seq_length,
+                lr,
+                config.optimizer,
+                ranks,
+                packed=config.data.reset_attention_mask,
+            )
+            progress = Progress(progress.iteration + 1, progress.consumed_samples + training.global_batch_size)
+            row = {
+                **dataclasses.asdict(progress),
+                **dataclasses.asdict(result),
+                "lr": lr,
+                "seconds": time.perf_counter() - start,
+                "data_seconds": batches.seconds - waited,
+                **data_metrics(context, progress),
+            }
+            row["tokens_per_second"] = training.global_batch_size * mixture.seq_length / row["seconds"]
+            log.metrics(row)
+            log.progress.update(task, completed=progress.iteration, note=step_note(row))
+            if progress.iteration % config.log_interval == 0:
+                log.step(row, training.train_iters)
+            finish_step(context, model, optimizer, progress)
+    log.metrics({"iteration": progress.iteration, "peak_memory_bytes": peak_memory(ranks)})
+
+
+def data_metrics(context: RunContext, progress: Progress) -> dict[str, Any]:
+    """What was read so far: tokens, by corpus too, and the realised ALMR."""
+    data, mixture = context.run.data, context.run.mixture
+    consumed = data.state.consumed(mixture, data.schedule, progress.consumed_samples)
+    return {
+        "consumed_tokens": progress.consumed_samples * mixture.seq_length,
+        "corpus_tokens": tokens_by_name(consumed, mixture.seq_length),
+        "almr_realised": almr_of(consumed),
+    }
 
 
 def finish_step(
@@ -176,10 +196,11 @@ def finish_step(
             config.checkpoint.save,
             unwrap(model),
             context.run.hf_folder,
-            describe(context),
+            describe(context, progress),
             optimizer if config.checkpoint.save_optim else None,
             progress,
         )
+        context.log.ledger(run_ledger(context, progress))
         context.log.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
 
 
@@ -204,15 +225,41 @@ def evaluate(context: RunContext, model: DistributedDataParallel, iteration: int
         config.training.micro_batch_size,
         config.validation.eval_samples,
         context.ranks,
+        config.data,
         on_samples=lambda samples: context.log.progress.advance(task, samples),
     )
     context.log.progress.remove_task(task)
     context.log.validation(iteration, results)
 
 
-def describe(context: RunContext) -> dict[str, Any]:
+def tokens_by_name(consumed: Sequence[CorpusUse], seq_length: int) -> dict[str, int]:
+    """Tokens read of each corpus."""
+    tokens: dict[str, int] = {}
+    for use in consumed:
+        tokens[use.name] = tokens.get(use.name, 0) + use.samples * seq_length
+    return tokens
+
+
+def run_ledger(context: RunContext, progress: Progress) -> dict[str, Any]:
+    """What ledger.json says: what the run will read and what it has read."""
+    data, mixture = context.run.data, context.run.mixture
+    consumed = data.state.consumed(mixture, data.schedule, progress.consumed_samples)
+    return {
+        "planned": dataclasses.asdict(data.ledger(mixture)),
+        "consumed": {
+            "samples": progress.consumed_samples,
+            "tokens": progress.consumed_samples * mixture.seq_length,
+            "almr_realised": almr_of(consumed),
+            "corpora": [dataclasses.asdict(use) for use in consumed],
+        },
+        "segments": [dataclasses.asdict(segment) for segment in data.state.segments],
+    }
+
+
+def describe(context: RunContext, progress: Progress) -> dict[str, Any]:
     """What went into this run, for run.json and the manifest of its checkpoints."""
     run, ranks = context.run, context.ranks
+    consumed = run.data.state.consumed(run.mixture, run.data.schedule, progress.consumed_samples)
     return {
         "kind": "pretrain",
         "start_from": os.path.abspath(run.start_from),
@@ -226,7 +273,7 @@ def describe(context: RunContext) -> dict[str, Any]:
             "world_size": ranks.world_size,
             "device": ranks.device.type,
         },
-        "data": run.mixture.fingerprint(),
+        "data": run.data.state.to_json(consumed),
         "tokenizer": dataclasses.asdict(run.mixture.manifest.tokenizer),
         "versions": versions(),
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from megatron_cpt.config.run import DataConfig
 from megatron_cpt.data.loader import BatchShape, validation_microbatches, validation_samples
 from megatron_cpt.data.mixture import Corpus
 from megatron_cpt.platforms.process_groups import Ranks
@@ -22,10 +23,11 @@ class ValidationResult:
     """One validation set at one moment.
 
     Attributes:
-        loss: nats per token, over all targets
-        bits_per_byte: bits per UTF-8 byte of text, over the targets that stand for text (not for end-of-document)
-        tokens: number of targets
-        text_bytes: UTF-8 bytes the targets stand for
+        loss: nats per token, over all targets that count
+        bits_per_byte: bits per UTF-8 byte of text, over the targets that count and stand for text (not for
+            end-of-document)
+        tokens: number of targets that count
+        text_bytes: UTF-8 bytes they stand for
     """
 
     name: str
@@ -45,6 +47,7 @@ def validate(
     micro_batch_size: int,
     eval_samples: int | None,
     ranks: Ranks,
+    data: DataConfig,
     on_samples: Callable[[int], None] = lambda samples: None,
 ) -> list[ValidationResult]:
     """Evaluate each set on the whole (or its first `eval_samples` samples); the same numbers for every layout.
@@ -55,12 +58,12 @@ def validate(
     """
 
     def sums(losses: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        losses = losses.double() * mask[:, None].double()
-        text_bytes = token_bytes[targets] * mask[:, None].long()
+        losses = losses.double() * mask.double()
+        text_bytes = token_bytes[targets] * mask.long()
         report = [
             losses.sum(),
             losses[text_bytes > 0].sum(),
-            mask.sum().double() * seq_length,
+            mask.double().sum(),
             text_bytes.sum().double(),
         ]
         return losses.sum(), torch.stack(report)
@@ -72,17 +75,26 @@ def validate(
         per_round = micro_batch_size * ranks.data_size
         rounds = math.ceil(samples / per_round)
         shape = BatchShape(micro_batch_size, rounds * per_round, ranks.data_rank, ranks.data_size)
-        batches = validation_microbatches(corpus, seq_length, samples, shape)
+        batches = validation_microbatches(corpus, seq_length, samples, shape, data, ranks.reads_tokens)
         report = torch.zeros(4, dtype=torch.float64, device=ranks.device)
         for start in range(0, rounds, ROUNDS_PER_CALL):
             count = min(ROUNDS_PER_CALL, rounds - start)
-            part = run_schedule(model, batches, count, micro_batch_size, seq_length, ranks, sums, forward_only=True)
+            part = run_schedule(
+                model,
+                batches,
+                count,
+                micro_batch_size,
+                seq_length,
+                ranks,
+                sums,
+                forward_only=True,
+                packed=data.reset_attention_mask,
+            )
             report = report if part is None else report + part
             on_samples(min(count * per_round, samples - start * per_round))
         loss, text_loss, tokens, text_bytes = ranks.sum_from_last_stage(report).tolist()
+        mean = loss / tokens if tokens else float("nan")  # with eod_mask_loss, of documents of one token none counts
         bits_per_byte = text_loss / math.log(2) / text_bytes if text_bytes else float("nan")
-        results.append(
-            ValidationResult(corpus.name, corpus.language, loss / tokens, bits_per_byte, int(tokens), int(text_bytes))
-        )
+        results.append(ValidationResult(corpus.name, corpus.language, mean, bits_per_byte, int(tokens), int(text_bytes)))
     model.train()
     return results

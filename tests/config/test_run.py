@@ -10,6 +10,7 @@ import pytest
 
 from megatron_cpt.config.run import (
     CheckpointConfig,
+    DataConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
@@ -95,7 +96,15 @@ def test_warm_up_leaves_a_step_to_decay_in(warmup: int) -> None:
 
 
 def test_configurations_are_frozen() -> None:
-    for config_class in (ParallelConfig, OptimizerConfig, TrainingConfig, ValidationConfig, CheckpointConfig, RunConfig):
+    for config_class in (
+        DataConfig,
+        ParallelConfig,
+        OptimizerConfig,
+        TrainingConfig,
+        ValidationConfig,
+        CheckpointConfig,
+        RunConfig,
+    ):
         config = make(config_class)
         name = dataclasses.fields(config)[0].name
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -10,12 +10,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from megatron_cpt.data.indexed import IndexedCorpus
-from megatron_cpt.data.mixture import Mixture, load_mixture
+from megatron_cpt.data.indexed import IndexedCorpus, IndexedWriter
+from megatron_cpt.data.mixture import Mixture
+from megatron_cpt.data.mixture_file import load_mixture
 from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.data.sampling.splitters import Group
 from megatron_cpt.errors import InputError
 
 SENTENCES = {
@@ -81,13 +84,14 @@ def refusal(folder: Path, **changes: Any) -> str:
 def test_a_good_mixture(folder: Path) -> None:
     mixture = load(folder)
     assert (mixture.seq_length, mixture.seed) == (32, 1234)
-    assert mixture.almr == Fraction(1, 10)  # as written, not the nearest binary number
+    (stage,) = mixture.stages
+    assert [(part.begin_tokens, part.first, part.last) for part in stage.almr] == [(0, Fraction(1, 10), Fraction(1, 10))]
+    assert [corpus.group for corpus in mixture.corpora] == ["general", "general", "additional"]
     assert [corpus.name for corpus in mixture.corpora] == ["en", "code", "zh"]
     assert [corpus.language for corpus in mixture.corpora + mixture.validation] == ["en", "en", "zh", "zh"]
     assert [corpus.name for corpus in mixture.validation] == ["zh_valid"]
     assert mixture.manifest.tokenizer.vocab_size == 400
-    counts = mixture.splitter_tree().counts(1000)
-    assert counts[2] == 100
+    assert mixture.schedule(1000).counts(1000)[2] == 100
     tokens = IndexedCorpus(str(folder / "en")).num_tokens
     assert mixture.corpora[0].num_samples(32) == (tokens - 1) // 32
     assert mixture.corpora[0].num_samples(tokens - 1) == 1
@@ -96,18 +100,17 @@ def test_a_good_mixture(folder: Path) -> None:
 
 def test_weights_default_to_tokens(folder: Path) -> None:
     mixture = load(folder)
-    assert [corpus.weight for corpus in mixture.corpora] == [corpus.data.num_tokens for corpus in mixture.corpora]
-    english, code, _ = mixture.corpora
-    wanted = 900 * english.weight / (english.weight + code.weight)
-    assert abs(mixture.splitter_tree().counts(1000)[0] - wanted) <= 1
+    english, code, _ = (corpus.data.num_tokens for corpus in mixture.corpora)
+    assert mixture.stages[0].general == Group((0, 1), (Fraction(english), Fraction(code)))
+    assert abs(mixture.schedule(1000).counts(1000)[0] - 900 * Fraction(english, english + code)) <= 1
 
 
 def test_weights_and_names_that_are_given(folder: Path) -> None:
     general = [{"prefix": "en", "weight": 0.3, "name": "english"}, {"prefix": "code", "weight": 0.1}]
     mixture = load(folder, general=general, almr=0.5)
-    assert [corpus.weight for corpus in mixture.general] == [Fraction(3, 10), Fraction(1, 10)]
-    assert [corpus.name for corpus in mixture.general] == ["english", "code"]
-    assert mixture.splitter_tree().counts(800) == [300, 100, 400]
+    assert mixture.stages[0].general == Group((0, 1), (Fraction(3, 10), Fraction(1, 10)))
+    assert [corpus.name for corpus in mixture.corpora] == ["english", "code", "zh"]
+    assert mixture.schedule(800).counts(800) == [300, 100, 400]
 
 
 def test_prefixes_are_relative_to_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +128,7 @@ def test_prefixes_are_relative_to_the_file(folder: Path, monkeypatch: pytest.Mon
 def test_one_group_is_enough_when_it_has_all_the_share(folder: Path) -> None:
     assert [c.name for c in load(folder, almr=0, additional=MISSING).corpora] == ["en", "code"]
     assert [c.name for c in load(folder, almr=1.0, general=[]).corpora] == ["zh"]
-    assert load(folder, almr=0).splitter_tree().counts(100)[2] == 0  # listed, but not used
+    assert load(folder, almr=0).schedule(100).counts(100)[2] == 0  # listed, but not used
     assert load(folder, validation=MISSING).validation == ()
 
 
@@ -195,7 +198,11 @@ def test_weights_partly_given(folder: Path) -> None:
     general = [{"prefix": "en", "weight": 1}, {"prefix": "code"}]
     assert "mixture.yaml: general[1] has no weight but others in the group do" in refusal(folder, general=general)
     mixture = load(folder, general=[{**entry, "weight": 1} for entry in general])  # each group decides for itself
-    assert [corpus.weight for corpus in mixture.corpora] == [1, 1, mixture.corpora[2].data.num_tokens]
+    (stage,) = mixture.stages
+    assert stage.general is not None
+    assert stage.additional is not None
+    assert stage.general.weights == (1, 1)
+    assert stage.additional.weights == (mixture.corpora[2].data.num_tokens,)
 
 
 def test_names_are_unique(folder: Path) -> None:
@@ -287,4 +294,253 @@ def test_numbers_mean_what_is_written(folder: Path, written: str, almr: Fraction
     # PyYAML reads 1e-1 as text and 0.1 as a binary fraction; both mean one tenth here.
     path = Path(write(folder))
     path.write_text(re.sub(r"almr: .*", f"almr: {written}", path.read_text()))
-    assert load_mixture(str(path)).almr == almr
+    (stage,) = load_mixture(str(path)).stages
+    assert stage.almr[0].first == stage.almr[0].last == almr
+
+
+# --- stages, sub-groups, limits ---
+
+STAGES = [
+    {"name": "warm", "tokens": 32 * 100, "almr": 0.2},
+    {"tokens": 32 * 200, "almr": 0.33},
+    {"almr": 0.5, "general": [{"prefix": "code"}]},
+]
+
+
+def test_stages(folder: Path) -> None:
+    mixture = load(folder, almr=MISSING, stages=STAGES)
+    assert [stage.name for stage in mixture.stages] == ["warm", "2", "3"]
+    schedule = mixture.schedule(1000)
+    assert schedule.starts == (0, 100, 300)
+    assert [schedule.counts(n)[2] for n in (100, 300, 1000)] == [20, 86, 436]
+    assert schedule.asked(1000) == 436
+    assert schedule.counts(1000)[0] == schedule.counts(300)[0]  # en is not in the last stage
+
+
+@pytest.mark.parametrize(
+    ("written", "tokens"),
+    [("2B", 2 * 10**9), ("1.7T", 17 * 10**11), ("500_000", 500_000), (64, 64), ("3k", 3000), ("2e3", 2000)],
+)
+def test_budgets(folder: Path, written: Any, tokens: int) -> None:
+    mixture = load(folder, stages=[{"tokens": written}, {}])
+    assert mixture.stages[0].tokens == tokens
+    assert mixture.stages[1].tokens is None
+
+
+@pytest.mark.parametrize("tokens", [0, -1, "2X", "B", "1.5", True, None, "0.3", [1]])
+def test_bad_budgets(folder: Path, tokens: Any) -> None:
+    assert f"stages[0].tokens is {tokens!r}; use a number of tokens" in refusal(folder, stages=[{"tokens": tokens}, {}])
+
+
+def test_fractions_of_the_run(folder: Path) -> None:
+    mixture = load(folder, stages=[{"fraction": 0.3, "almr": 0}, {"fraction": 0.7, "almr": 1}])
+    assert mixture.schedule(1000).starts == (0, 300)
+    assert mixture.schedule(10).counts(10)[2] == 7
+    for fraction in (0, 1.5, "half", True):
+        message = refusal(folder, stages=[{"fraction": fraction}, {}])
+        assert f"stages[0].fraction is {fraction!r}; use a part of the run" in message
+    assert "stages[0].tokens and stages[0].fraction are both" in refusal(folder, stages=[{"fraction": 0.5, "tokens": 5}, {}])
+    assert "stages[0].tokens is missing; only the last" in refusal(folder, stages=[{}, {}])
+
+
+def test_a_run_longer_than_its_stages(folder: Path) -> None:
+    mixture = load(folder, stages=[{"tokens": 3200}, {"tokens": 6400, "almr": 0.5}])
+    assert mixture.schedule(300).counts(300)[2] == 110
+    with pytest.raises(InputError, match=r"the stages have 300 samples \(9,600 tokens\) but the run takes 301"):
+        mixture.schedule(301)
+    for fractions in ([0.4, 0.5], [0.75, 0.75], [1, None]):
+        message = refusal(folder, stages=[{} if fraction is None else {"fraction": fraction} for fraction in fractions])
+        assert "the fractions of the stages sum to" in message
+    assert load(folder, stages=[{"tokens": 3200}, {}]).schedule(50).counts(50)[2] == 5  # a run that ends in the first
+
+
+def test_the_length_of_the_run_changes_nothing(folder: Path) -> None:
+    """Unless stages are given as fractions of it."""
+    mixture = load(folder, almr=MISSING, stages=STAGES)
+    short, long = (mixture.sample_order(mixture.schedule(n), 8) for n in (400, 40_000))
+    assert [short.locate(n) for n in range(400)] == [long.locate(n) for n in range(400)]
+
+
+def test_schedules_of_almr(folder: Path) -> None:
+    mixture = load(folder, almr={"from": 0.2, "to": 0.6})
+    schedule = mixture.schedule(1000)  # over the whole run
+    assert (schedule.counts(500)[2], schedule.counts(1000)[2]) == (150, 400)
+    steps = {"steps": [[0, 0.1], ["3.2k", 0.5], [9600, 0.2]]}
+    schedule = load(folder, almr=steps).schedule(1000)
+    assert [schedule.counts(n)[2] for n in (100, 300, 1000)] == [10, 110, 250]
+    message = refusal(folder, stages=[{"tokens": 6400, "almr": steps}, {"almr": 0}])
+    assert "stage 1: almr.steps has a step at 9600 tokens; the stage ends at 6400" in message
+    schedule = load(folder, stages=[{"tokens": 12800, "almr": steps}, {"almr": 0}]).schedule(1000)
+    assert [schedule.counts(n)[2] for n in (100, 300, 400, 1000)] == [10, 110, 130, 130]
+
+
+@pytest.mark.parametrize(
+    ("almr", "message"),
+    [
+        ({"from": 0.1}, "almr is {'from': 0.1}; use a number, {from, to} or"),
+        ({"from": 0.1, "to": 2}, "almr.to is 2; use a number from 0 to 1"),
+        ({"steps": []}, "almr.steps is []; use [[0, almr]"),
+        ({"steps": [[5, 0.1]]}, "almr.steps is [[5, 0.1]]; use [[0, almr]"),
+        ({"steps": [[0, 0.1], [9, 0.2], [9, 0.3]]}, "with rising tokens"),
+        ({"steps": [[0, 0.1], [9, "x"]]}, "almr.steps[1] is 'x'; use a number"),
+    ],
+)
+def test_bad_schedules_of_almr(folder: Path, almr: Any, message: str) -> None:
+    assert message in refusal(folder, almr=almr)
+    assert "stages[0].almr" in refusal(folder, stages=[{"tokens": 5, "almr": almr}, {}])
+
+
+def test_sub_groups(folder: Path) -> None:
+    code = {"group": "code", "weight": 3, "corpora": [{"prefix": "code", "max_epochs": 2}]}
+    mixture = load(folder, general=[{"prefix": "en", "weight": 1}, code], almr=0)
+    assert [corpus.sub_group for corpus in mixture.corpora] == [None, "code", None]
+    assert mixture.corpora[1].max_epochs == 2
+    assert mixture.schedule(400).counts(400) == [100, 300, 0]
+    both = {"group": "all", "corpora": [{"prefix": "en"}, {"prefix": "code"}]}
+    assert load(folder, general=[both]).stages[0].general is not None
+    assert "general[0] is {'corpora': []}; use a sub-group with a name" in refusal(folder, general=[{"corpora": []}])
+    assert "a sub-group inside a sub-group" in refusal(folder, general=[{"group": "a", "corpora": [both]}])
+    assert "two training corpora are named 'en'" in refusal(folder, general=[both, {"prefix": "en"}])
+    again = {"group": "all", "corpora": [{"prefix": "zh_valid"}]}
+    assert "two sub-groups are named 'all'" in refusal(folder, general=[both, again])
+
+
+def test_a_corpus_is_one_in_all_stages(folder: Path) -> None:
+    def stages(**second: Any) -> list[Any]:
+        return [{"tokens": 320, "general": [{"prefix": "en"}]}, {"general": [{"prefix": "en"} | second]}]
+
+    assert [corpus.name for corpus in load(folder, stages=stages()).corpora] == ["en", "zh"]
+    assert "two training corpora are named 'en'" in refusal(folder, stages=stages(prefix="code", name="en"))
+    assert "en has another max_epochs elsewhere" in refusal(folder, stages=stages(max_epochs=3))
+    mixed = [{"tokens": 320}, {"additional": [{"prefix": "en"}]}]
+    assert "en is in both groups" in refusal(folder, stages=mixed)
+    for epochs in (0, -1, "many"):
+        message = refusal(folder, general=[{"prefix": "en", "max_epochs": epochs}])
+        assert f"general[0].max_epochs is {epochs!r}; use a number above 0" in message
+
+
+@pytest.mark.parametrize("stages", [[], "en", {"tokens": 3}, [3], [{"budget": 3}]])
+def test_stages_that_are_none(folder: Path, stages: Any) -> None:
+    assert "mixture.yaml: stages" in refusal(folder, stages=stages)
+
+
+def test_languages_of_validation_sets_can_be_said(folder: Path) -> None:
+    mixture = load(folder, validation=[{"prefix": "zh_valid", "name": "news", "language": "zh-Hans"}])
+    assert [(corpus.name, corpus.language) for corpus in mixture.validation] == [("news", "zh-Hans")]
+
+
+def change_manifest(folder: Path, name: str, **changes: Any) -> None:
+    manifest = json.loads((folder / f"{name}.json").read_text())
+    (folder / f"{name}.json").write_text(json.dumps(manifest | changes))
+
+
+def test_training_and_validation_made_from_one_file(folder: Path) -> None:
+    sources = json.loads((folder / "zh.json").read_text())["sources"]
+    change_manifest(folder, "zh_valid", sources=sources)
+    message = refusal(folder)
+    assert "validation set zh_valid and training corpus zh have documents in common: both were made from" in message
+    change_manifest(folder, "zh_valid", partition="0/10")
+    change_manifest(folder, "zh", partition="1/10")
+    assert load(folder)
+    change_manifest(folder, "zh", partition="1/5")
+    assert "documents in common" in refusal(folder)
+
+
+def test_a_copy_of_a_training_corpus_as_validation_set(folder: Path) -> None:
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(folder / f"zh{suffix}", folder / f"copy{suffix}")
+    assert "copy.bin and " in refusal(folder, validation=[{"prefix": "copy"}])
+
+
+def test_the_fingerprint_tells_mixtures_apart(folder: Path) -> None:
+    same = load(folder).fingerprint()
+    assert load(folder).fingerprint() == same
+    json.dumps(same)
+    others = [
+        load(folder, seed=5),
+        load(folder, seq_length=16),
+        load(folder, almr=0.11),
+        load(folder, almr={"from": 0.1, "to": 0.2}),
+        load(folder, general=[{"prefix": "en"}]),
+        load(folder, general=[{"prefix": "en", "weight": 1}, {"prefix": "code", "weight": 1}]),
+        load(folder, stages=[{"tokens": 64}, {}]),
+    ]
+    prints = [json.dumps(mixture.fingerprint()) for mixture in others]
+    assert len({json.dumps(same), *prints}) == 8
+
+
+def test_stages_shorter_than_a_sample(folder: Path) -> None:
+    assert "stage 1 has 31 tokens; one sample takes 32" in refusal(folder, stages=[{"tokens": 31}, {}])
+    mixture = load(folder, stages=[{"fraction": 0.001}, {}])
+    with pytest.raises(InputError, match="stage 1: in a run of 100 samples a part of it is shorter than one sample of 32"):
+        mixture.schedule(100)
+
+
+def test_one_text_under_two_names(folder: Path) -> None:
+    twice = [{"prefix": "en"}, {"prefix": "en", "name": "again"}]
+    assert "general[1]: again and en are one text; leave one out" in refusal(folder, general=twice)
+    across = [{"prefix": "zh"}, {"prefix": "en", "name": "again"}]
+    assert "additional[1]: again and en are one text" in refusal(folder, additional=across)
+
+
+def test_a_field_given_twice(folder: Path) -> None:
+    path = write(folder)
+    for more, field in (("almr: 0.9\n", "almr"), ("general: []\n", "general")):
+        Path(path).write_text(Path(write(folder)).read_text() + more)
+        with pytest.raises(InputError, match=f"is not YAML: field '{field}' is given twice"):
+            load_mixture(path)
+
+
+@pytest.mark.parametrize("text", ["validation: [{prefix: 2024-13-45}]", "seed: 0b_", "a: " + "[" * 3000])
+def test_scalars_that_cannot_be(tmp_path: Path, text: str) -> None:
+    (tmp_path / "m.yaml").write_text(text)
+    with pytest.raises(InputError, match="is not YAML"):
+        load_mixture(str(tmp_path / "m.yaml"))
+
+
+@pytest.mark.parametrize("value", [0, {}, "", False])
+@pytest.mark.parametrize("group", ["general", "additional", "validation"])
+def test_nothing_is_no_list(folder: Path, group: str, value: Any) -> None:
+    assert f"mixture.yaml: {group} is {value!r}; use a list" in refusal(folder, **{group: value})
+
+
+def test_almr_at_the_top_is_looked_at_in_any_case(folder: Path) -> None:
+    assert "almr is 'banana'" in refusal(folder, almr="banana", stages=[{"almr": 0.3}])
+
+
+def test_a_corpus_without_tokens(folder: Path) -> None:
+    with IndexedWriter(str(folder / "empty"), np.uint16):
+        pass
+    shutil.copy(folder / "en.json", folder / "empty.json")
+    change_manifest(
+        folder, "empty", tokens=0, files={"bin": {"bytes": 0, "sha256": "0"}, "idx": {"bytes": 0, "sha256": "0"}}
+    )
+    assert "general[1] has no tokens; leave it out" in refusal(folder, general=[{"prefix": "en"}, {"prefix": "empty"}])
+
+
+def test_a_pilot_run_may_end_before_the_last_stage_begins(folder: Path) -> None:
+    stages = [{"tokens": 3200, "almr": 0.2}, {"almr": {"from": 0.2, "to": 0.5}}]
+    mixture = load(folder, stages=stages)
+    assert mixture.schedule(50).counts(50)[2] == 10
+    assert mixture.schedule(100).counts(100)[2] == 20
+    assert mixture.schedule(200).counts(200)[2] == 55
+
+
+def test_names_and_sizes_of_stages(folder: Path) -> None:
+    assert "two stages are named 'a'" in refusal(folder, stages=[{"name": "a", "tokens": 320}, {"name": "a"}])
+    assert "two stages are named '2'" in refusal(folder, stages=[{"name": 2, "tokens": 320}, {}])
+    assert "the stages have 1e+25 tokens; use at most 2**62" in refusal(folder, stages=[{"tokens": "1e25"}, {}])
+
+
+def test_megatrons_order_of_a_mixture(folder: Path) -> None:
+    schedule = load(folder, almr=0.25).megatron_schedule(200)
+    assert schedule.megatron is not None
+    assert sum(schedule.counts(200)) == 200
+    assert abs(schedule.counts(200)[2] - 50) <= 1
+    for changes in ({"stages": [{"tokens": 320}, {}]}, {"almr": {"from": 0.1, "to": 0.2}}):
+        with pytest.raises(InputError, match=r"data\.order megatron knows one almr for the whole run"):
+            load(folder, **changes).megatron_schedule(200)
+    with pytest.raises(InputError, match="a share above 0 for every corpus"):
+        load(folder, almr=0).megatron_schedule(200)
+    with pytest.raises(InputError, match=r"mixture\.yaml: data\.order megatron: seed"):
+        load(folder, seed=2**40).megatron_schedule(200)

@@ -121,15 +121,58 @@ def test_changed_data_is_refused_on_resume(runs: Runs, tp2dp2: Path) -> None:
 
     mixture = write_yaml(runs.folder / "other.yaml", yaml.safe_load(Path(runs.mixture).read_text()) | {"almr": 0.5})
     single = ("--parallel.tensor_model_parallel_size", "1", "--parallel.sequence_parallel", "false")
-    assert "almr is 1/2 but the run" in refusal(*single, "--mixture", mixture)
-    assert "global_batch_size 6 does not divide the 16 samples" in refusal(*single, "--training.global_batch_size", "6")
+    message = refusal(*single, "--mixture", mixture)
+    assert "not the mixture the run has read 16 samples of: stages[0].almr[0][1] is '33/100' there and '1/2' now" in message
+    assert "data.accept_new_mixture takes it from here on" in message
+    assert "cannot begin, end or change within a run" in refusal(
+        *single, "--data.order", "megatron", "--data.accept_new_mixture", "true"
+    )
+
+
+def test_a_new_mixture_and_batch_are_accepted_on_resume(runs: Runs, tp2dp2: Path) -> None:
+    """From sample 16 on: half additional text and batches of 6, each corpus going on where it was."""
+    save = runs.interrupted(tp2dp2, "resume-accepted")
+    mixture = write_yaml(runs.folder / "half.yaml", yaml.safe_load(Path(runs.mixture).read_text()) | {"almr": 0.5})
+    changes = ["--parallel.tensor_model_parallel_size", "1", "--parallel.sequence_parallel", "false", "--mixture", mixture]
+    changes += ["--training.global_batch_size", "6", "--data.accept_new_mixture", "true", "--checkpoint.save", str(save)]
+    run_tool("pretrain_cpt.py", "--config", str(runs.folder / "tp2dp2.yaml"), *changes)
+    ledger = json.loads((save / "ledger.json").read_text())
+    assert [(s["start"], s["global_batch_size"]) for s in ledger["segments"]] == [(0, 8), (16, 6)]
+    before = {use["name"]: use["samples"] for use in ledger["segments"][1]["before"]}
+    assert before == {"en_train": 11, "zh_train": 5}  # 16 x 0.33 = 5.28
+    samples = {use["name"]: use["samples"] for use in ledger["consumed"]["corpora"]}
+    assert ledger["consumed"]["samples"] == sum(samples.values()) == 16 + 3 * 6
+    assert samples == {"en_train": 11 + 9, "zh_train": 5 + 9}
+    assert [row["almr_realised"] for row in read_rows(save) if "loss" in row][-1] == 14 / 34
+    planned = ledger["planned"]
+    assert (planned["first_sample"], planned["samples"], planned["almr_realised"]) == (16, 18, 0.5)
+
+
+def test_how_batches_are_read_changes_nothing(runs: Runs, single: Path) -> None:
+    folder = runs.train("unread", Layout(), "--data.num_workers", "0")
+    assert [row["loss"] for row in read_rows(folder) if "loss" in row] == [
+        row["loss"] for row in read_rows(single) if "loss" in row
+    ]
+
+
+def test_megatrons_order(runs: Runs, single: Path) -> None:
+    folder = runs.train("megatron-order", Layout(), "--data.order", "megatron")
+    losses, others = ([row["loss"] for row in read_rows(run) if "loss" in row] for run in (folder, single))
+    assert losses != others
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert ledger["segments"][0]["schedule"] == [{"order": "megatron", "run_samples": STEPS * 8}]
+    assert abs(ledger["consumed"]["almr_realised"] - 0.33) < 0.04
 
 
 def test_ledger_and_realised_almr_are_recorded(single: Path) -> None:
     ledger = json.loads((single / "ledger.json").read_text())
-    assert ledger["samples"] == STEPS * 8
-    assert {row["corpus"]: row["samples"] for row in ledger["rows"]} == {"en_train": 27, "zh_train": 13}
-    assert ledger["almr_realised"] == pytest.approx(13 / 40)
+    planned, consumed = ledger["planned"], ledger["consumed"]
+    assert planned["samples"] == consumed["samples"] == STEPS * 8
+    assert {row["corpus"]: row["samples"] for row in planned["rows"]} == {"en_train": 27, "zh_train": 13}
+    assert {use["name"]: use["samples"] for use in consumed["corpora"]} == {"en_train": 27, "zh_train": 13}
+    assert planned["almr_realised"] == consumed["almr_realised"] == pytest.approx(13 / 40)
+    assert planned["languages"] == {"en": 27 / 40, "zh": 13 / 40}
     for row in read_rows(single):
         if "loss" in row:
             assert abs(row["almr_realised"] * row["consumed_samples"] - 0.33 * row["consumed_samples"]) <= 0.5
+            assert sum(row["corpus_tokens"].values()) == row["consumed_tokens"]

@@ -1,0 +1,434 @@
+"""The mixture file.
+
+seq_length: 2048
+seed: 1234
+almr: 0.33                       # additional-language mixture ratio: share of the `additional` group, in tokens
+general:
+  - prefix: data/en_wiki         # PREFIX.bin, .idx, .json of preprocess_data.py; relative to this file
+  - group: code                  # a named sub-group, which shares what it gets among its corpora
+    weight: 2.0                  # within the list; without weights, entries count by their tokens
+    corpora:
+      - prefix: data/python
+        max_epochs: 4            # the run is refused when it would read the corpus more often
+additional:
+  - prefix: data/zh_news
+stages:                          # without: one stage, the whole run
+  - tokens: 2B                   # or `fraction: 0.2` of the run; the last may have neither: the rest
+    almr: 0.2
+  - tokens: 6_000_000_000
+    almr: {from: 0.2, to: 0.5}   # linear over the stage; or {steps: [[0, 0.2], [1B, 0.33]]}, tokens into the stage
+  - almr: 0.5
+    general: [{prefix: data/en_books}]   # instead of the list above, from here on
+validation:
+  - prefix: data/zh_valid        # name: defaults to the prefix's last part, language to the manifest's
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import yaml
+
+from megatron_cpt.data.indexed import IndexedCorpus
+from megatron_cpt.data.manifest import CorpusManifest, read_manifest
+from megatron_cpt.data.mixture import GROUPS, Corpus, GroupName, Mixture
+from megatron_cpt.data.sampling.splitters import Group
+from megatron_cpt.data.stages import AlmrPart, MixtureStage
+from megatron_cpt.errors import InputError
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+MAX_TOKENS = 1 << 62
+TOKENS = "a number of tokens above 0, as 2_000_000_000 or 2B"
+STAGE_FIELDS = {"name", "tokens", "fraction", "almr", *GROUPS}
+
+
+def load_mixture(path: str) -> Mixture:
+    """Read and check a mixture file, opening every corpus it names.
+
+    Raises:
+        InputError: naming the file, the field, the value found and the value wanted
+    """
+    fields = _read_yaml(path)
+    _refuse_unknown(path, "", fields, {"seq_length", "seed", "almr", "stages", "validation", *GROUPS})
+    reader = _Reader(path)
+    stages = reader.stages(fields)
+    mixture = Mixture(
+        path=path,
+        seq_length=_integer(path, fields, "seq_length", minimum=1),
+        seed=_integer(path, fields, "seed", minimum=0),
+        corpora=tuple(reader.corpora),
+        stages=tuple(stages),
+        validation=tuple(reader.validation(fields.get("validation"))),
+    )
+    _check(mixture)
+    return mixture
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which no field may be given twice (PyYAML takes the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"field {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            fields = yaml.load(file, _Loader)  # a SafeLoader
+    except OSError as error:
+        raise InputError(f"mixture file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"mixture file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"mixture file {path} must hold fields (seq_length, almr, ...), found {type(fields).__name__}")
+    return fields
+
+
+def _refuse_unknown(path: str, where: str, fields: dict[Any, Any], known: set[str]) -> None:
+    unknown = sorted(map(str, set(fields) - known))
+    if unknown:
+        has = f"{where} has unknown" if where else "unknown"
+        raise InputError(f"{path}: {has} field {unknown[0]!r}; it may have {', '.join(sorted(known))}")
+
+
+def _integer(path: str, fields: dict[str, Any], name: str, minimum: int) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise InputError(f"{path}: {name} is {value!r}; use a whole number, {minimum} or more")
+    return value
+
+
+def _number(value: Any) -> Fraction | None:
+    """An exact number (0.1 is one tenth, not the nearest binary number), or None if it is none.
+
+    YAML reads 1e-5 as text (it wants 1.0e-5); so do we take it, as a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _tokens(value: Any) -> int | None:
+    """A whole number of tokens, also as text with a unit: 2B, 1.7T, 500_000."""
+    found = re.fullmatch(r"([\d._]+(?:e[+]?\d{1,3})?) *([kmbt]?)", str(value).strip().lower())
+    if isinstance(value, bool) or not found:
+        return None
+    number = _number(found[1].replace("_", ""))
+    tokens = None if number is None else number * UNITS[found[2]]
+    return None if tokens is None or tokens.denominator != 1 else int(tokens)
+
+
+class _Reader:
+    """Opens each corpus once, whichever stages name it, and gives it its position: general ones first."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.corpora: list[Corpus] = []
+        self._entries: dict[GroupName, list[Any]] = {name: [] for name in GROUPS}
+
+    def stages(self, fields: dict[str, Any]) -> list[MixtureStage]:
+        """All stages; what one leaves out comes from the top of the file."""
+        described = fields.get("stages")
+        if described is None:
+            described, places = [{}], [""]
+        elif not isinstance(described, list) or not described:
+            raise InputError(f"{self.path}: stages is {described!r}; use a list of stages with a budget and an almr")
+        else:
+            places = [f"stages[{i}]." for i in range(len(described))]
+        for place, stage in zip(places, described, strict=True):
+            if not isinstance(stage, dict):
+                raise InputError(f"{self.path}: {place[:-1]} is {stage!r}; use a stage with a budget and an almr")
+            _refuse_unknown(self.path, place[:-1], stage, STAGE_FIELDS)
+        for group in GROUPS:  # general corpora of all stages before additional ones
+            for place, stage in zip(places, described, strict=True):
+                self._open(group, (place if group in stage else "") + group, stage.get(group, fields.get(group)))
+        if "almr" in fields:
+            _almr(self.path, "", fields["almr"])  # also when every stage has its own
+        last = len(described) - 1
+        return [
+            self._stage(place, i, i == last, stage, {name: fields[name] for name in ("almr", *GROUPS) if name in fields})
+            for i, (place, stage) in enumerate(zip(places, described, strict=True))
+        ]
+
+    def _stage(self, place: str, number: int, is_last: bool, stage: dict[str, Any], above: dict[str, Any]) -> MixtureStage:
+        path, name = self.path, str(stage.get("name", number + 1))
+        tokens, fraction = None, None
+        if "tokens" in stage and "fraction" in stage:
+            raise InputError(f"{path}: {place}tokens and {place}fraction are both given; use one of them")
+        if "tokens" in stage:
+            tokens = _tokens(stage["tokens"])
+            if tokens is None or tokens <= 0:
+                raise InputError(f"{path}: {place}tokens is {stage['tokens']!r}; use {TOKENS}")
+        elif "fraction" in stage:
+            fraction = _number(stage["fraction"])
+            if fraction is None or not 0 < fraction <= 1:
+                raise InputError(
+                    f"{path}: {place}fraction is {stage['fraction']!r}; use a part of the run, above 0, at most 1"
+                )
+        elif not is_last:
+            raise InputError(f"{path}: {place}tokens is missing; only the last stage may be what is left of the run")
+        where = place if "almr" in stage else ""
+        almr = _almr(path, where, stage.get("almr", above.get("almr")))
+        groups = {
+            group: self._group(group, (place if group in stage else "") + group, stage.get(group, above.get(group)))
+            for group in GROUPS
+        }
+        shares = {
+            "additional": max(max(p.first, p.last) for p in almr),
+            "general": 1 - min(min(p.first, p.last) for p in almr),
+        }
+        for group in reversed(GROUPS):
+            if shares[group] and groups[group] is None:
+                value = shares["additional"] if group == "additional" else 1 - shares["general"]
+                raise InputError(
+                    f"{path}: {where}almr {float(value):g} gives the {group} group a share of "
+                    f"{float(shares[group]):g} but it lists no corpus"
+                )
+        return MixtureStage(name, tokens, fraction, almr, groups["general"], groups["additional"])
+
+    def _open(self, group: GroupName, where: str, entries: Any) -> None:
+        """Open the corpora of a list that are not open yet."""
+        for place, sub_group, entry in self._flat(where, [] if entries is None else entries):
+            corpus = self._corpus(place, entry, {"prefix", "name", "weight", "max_epochs"}, group, sub_group)
+            for other in self.corpora:
+                if other.name == corpus.name:
+                    self._compare(place, corpus, other)
+                    break
+                if _same_text(other, corpus):
+                    raise InputError(f"{self.path}: {place}: {corpus.name} and {other.name} are one text; leave one out")
+            else:
+                self.corpora.append(corpus)
+
+    def _compare(self, place: str, corpus: Corpus, other: Corpus) -> None:
+        """InputError when two entries with one name are not one corpus of one group."""
+        if os.path.realpath(corpus.prefix) != os.path.realpath(other.prefix):
+            raise InputError(f"{self.path}: two training corpora are named {corpus.name!r}; set different names")
+        if corpus.group != other.group:
+            raise InputError(
+                f"{self.path}: {place}: {corpus.name} is in both groups; use it as general or as additional text"
+            )
+        if corpus.max_epochs != other.max_epochs:
+            raise InputError(f"{self.path}: {place}: {corpus.name} has another max_epochs elsewhere; give one for the run")
+
+    def _flat(self, where: str, entries: Any) -> Iterator[tuple[str, str | None, Any]]:
+        """(place in the file, name of the sub-group, entry of a corpus) for a list and its sub-groups."""
+        if not isinstance(entries, list):
+            raise InputError(f"{self.path}: {where} is {entries!r}; use a list of entries with a prefix")
+        seen: set[str] = set()
+        for i, entry in enumerate(entries):
+            place = f"{where}[{i}]"
+            if isinstance(entry, dict) and "corpora" in entry:
+                _refuse_unknown(self.path, place, entry, {"group", "weight", "corpora"})
+                inner = entry["corpora"]
+                if not isinstance(entry.get("group"), str) or not isinstance(inner, list) or not inner:
+                    raise InputError(f"{self.path}: {place} is {entry!r}; use a sub-group with a name (group) and corpora")
+                nested = [e for e in inner if isinstance(e, dict) and "corpora" in e]
+                if nested:
+                    raise InputError(f"{self.path}: {place}: a sub-group inside a sub-group; use one level")
+                if entry["group"] in seen:
+                    raise InputError(
+                        f"{self.path}: {place}: two sub-groups are named {entry['group']!r}; use different names"
+                    )
+                seen.add(entry["group"])
+                for found, _, corpus in self._flat(f"{place}.corpora", inner):
+                    yield found, entry["group"], corpus
+            else:
+                yield place, None, entry
+
+    def _group(self, group: GroupName, where: str, entries: Any) -> Group | None:
+        """A list as the splitters want it; the corpora in it are open already."""
+        entries = [] if entries is None else entries
+        given = ["weight" in entry for entry in entries]
+        if any(given) and not all(given):
+            missing = f"{where}[{given.index(False)}]"
+            raise InputError(f"{self.path}: {missing} has no weight but others in the group do; give all or none")
+        members: list[int | Group] = []
+        weights: list[Fraction] = []
+        for i, entry in enumerate(entries):
+            place = f"{where}[{i}]"
+            if "corpora" in entry:
+                inner = self._group(group, f"{place}.corpora", entry["corpora"])
+                assert inner is not None
+                members.append(inner)
+                tokens = sum(self.corpora[position].data.num_tokens for position in inner.corpora())
+            else:
+                position = self._position(entry)
+                members.append(position)
+                tokens = self.corpora[position].data.num_tokens
+            weight = _number(entry.get("weight", tokens))
+            if "weight" not in entry and not tokens:
+                raise InputError(f"{self.path}: {place} has no tokens; leave it out")
+            if weight is None or weight <= 0:
+                found = entry["weight"]
+                raise InputError(f"{self.path}: {place}.weight is {found!r}; use a number above 0, or leave the entry out")
+            weights.append(weight)
+        if not members:
+            return None
+        flat = [c for member in members for c in (member.corpora() if isinstance(member, Group) else [member])]
+        for position in flat:
+            if flat.count(position) > 1:
+                raise InputError(
+                    f"{self.path}: two training corpora are named {self.corpora[position].name!r}; set different names"
+                )
+        return Group(tuple(members), tuple(weights))
+
+    def _position(self, entry: dict[str, Any]) -> int:
+        return [corpus.name for corpus in self.corpora].index(_name(entry))
+
+    def _corpus(
+        self, where: str, entry: Any, known: set[str], group: GroupName | None = None, sub_group: str | None = None
+    ) -> Corpus:
+        path = self.path
+        if not isinstance(entry, dict) or not isinstance(entry.get("prefix"), str):
+            raise InputError(f"{path}: {where} is {entry!r}; use an entry with a prefix")
+        _refuse_unknown(path, where, entry, known)
+        prefix = os.path.join(os.path.dirname(os.path.abspath(path)), entry["prefix"])
+        manifest, data = _open_corpus(prefix)
+        max_epochs = None
+        if entry.get("max_epochs") is not None:
+            max_epochs = _number(entry["max_epochs"])
+            if max_epochs is None or max_epochs <= 0:
+                raise InputError(f"{path}: {where}.max_epochs is {entry['max_epochs']!r}; use a number above 0")
+        language = str(entry.get("language", manifest.language))
+        return Corpus(_name(entry), prefix, language, manifest, data, group, sub_group, max_epochs)
+
+    def validation(self, entries: Any) -> list[Corpus]:
+        """The validation sets."""
+        entries = [] if entries is None else entries
+        if not isinstance(entries, list):
+            raise InputError(f"{self.path}: validation is {entries!r}; use a list of entries with a prefix")
+        known = {"prefix", "name", "language"}
+        return [self._corpus(f"validation[{i}]", entry, known) for i, entry in enumerate(entries)]
+
+
+def _same_text(a: Corpus, b: Corpus) -> bool:
+    same_place = os.path.realpath(a.prefix) == os.path.realpath(b.prefix)
+    return same_place or a.manifest.files["bin"].sha256 == b.manifest.files["bin"].sha256
+
+
+def _name(entry: dict[str, Any]) -> str:
+    name = entry.get("name")
+    return os.path.basename(entry["prefix"]) if name is None else str(name)
+
+
+def _open_corpus(prefix: str) -> tuple[CorpusManifest, IndexedCorpus]:
+    manifest, data = read_manifest(prefix), IndexedCorpus(prefix)
+    if data.num_tokens != manifest.tokens:
+        raise InputError(f"{prefix}.bin has {data.num_tokens} tokens but {prefix}.json says {manifest.tokens}")
+    return manifest, data
+
+
+def _almr(path: str, place: str, value: Any) -> tuple[AlmrPart, ...]:
+    """A number, {from, to} or {steps: [[tokens, almr], ...]}."""
+    wanted = "use a number from 0 to 1 (share of the additional group)"
+
+    def share(found: Any, where: str) -> Fraction:
+        almr = _number(found)
+        if almr is None or not 0 <= almr <= 1:
+            raise InputError(f"{path}: {place}{where} is {found!r}; {wanted}")
+        return almr
+
+    if isinstance(value, dict) and set(value) == {"from", "to"}:
+        return (AlmrPart(0, share(value["from"], "almr.from"), share(value["to"], "almr.to")),)
+    if isinstance(value, dict) and set(value) == {"steps"}:
+        return _steps(path, place, value["steps"], share)
+    if isinstance(value, dict):
+        raise InputError(f"{path}: {place}almr is {value!r}; use a number, {{from, to}} or {{steps: [[tokens, almr], ...]}}")
+    almr = share(value, "almr")
+    return (AlmrPart(0, almr, almr),)
+
+
+def _steps(path: str, place: str, steps: Any, share: Any) -> tuple[AlmrPart, ...]:
+    pairs = isinstance(steps, list) and steps and all(isinstance(step, list) and len(step) == 2 for step in steps)
+    begins = [_tokens(step[0]) for step in steps] if pairs else []
+    if not begins or begins[0] != 0 or None in begins or begins != sorted(set(begins)):  # type: ignore[type-var]
+        raise InputError(
+            f"{path}: {place}almr.steps is {steps!r}; use [[0, almr], [tokens, almr], ...] with rising tokens into the stage"
+        )
+    parts = [share(step[1], f"almr.steps[{i}]") for i, step in enumerate(steps)]
+    return tuple(AlmrPart(begin or 0, almr, almr) for begin, almr in zip(begins, parts, strict=True))
+
+
+def _check(mixture: Mixture) -> None:
+    """What no single corpus can tell: enough text, one tokenizer, names, and nothing both trained on and validated with."""
+    _check_budgets(mixture)
+    for corpus in mixture.corpora + mixture.validation:
+        if corpus.num_samples(mixture.seq_length) < 1:
+            raise InputError(
+                f"{corpus.prefix}.bin has {corpus.data.num_tokens} tokens; one sample at seq_length "
+                f"{mixture.seq_length} takes {mixture.seq_length + 1}"
+            )
+        first, other = mixture.manifest.tokenizer, corpus.manifest.tokenizer
+        if other.fingerprint != first.fingerprint:
+            raise InputError(
+                f"{corpus.prefix}.json was made with tokenizer {other.name} ({other.path}, {other.vocab_size} tokens) but "
+                f"{mixture.corpora[0].prefix}.json with {first.name} ({first.path}, {first.vocab_size} tokens)"
+            )
+    names = [corpus.name for corpus in mixture.validation]  # what the metrics know them by
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{mixture.path}: two validation sets are named {name!r}; set different names")
+    for corpus in mixture.validation:
+        for training in mixture.corpora:
+            _check_apart(mixture.path, training, corpus)
+
+
+def _check_budgets(mixture: Mixture) -> None:
+    """What can be said of the stages' names and lengths whatever the run's."""
+    names = [stage.name for stage in mixture.stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{mixture.path}: two stages are named {name!r}; set different names")
+    tokens = sum(stage.tokens or 0 for stage in mixture.stages)
+    if tokens > MAX_TOKENS:
+        raise InputError(f"{mixture.path}: the stages have {float(tokens):g} tokens; use at most 2**62")
+    for stage in mixture.stages:
+        if stage.tokens is not None and stage.tokens < mixture.seq_length:
+            raise InputError(
+                f"{mixture.path}: stage {stage.name} has {stage.tokens} tokens; one sample takes {mixture.seq_length}"
+            )
+        begins = [part.begin_tokens for part in stage.almr]
+        if stage.tokens is not None and begins[-1] >= stage.tokens:
+            raise InputError(
+                f"{mixture.path}: stage {stage.name}: almr.steps has a step at {begins[-1]} tokens; the stage ends at "
+                f"{stage.tokens}"
+            )
+    fractions = [stage.fraction for stage in mixture.stages]
+    total = sum(fraction or 0 for fraction in fractions)
+    is_whole = None not in fractions and total != 1
+    if total > 1 or is_whole or (total == 1 and None in fractions):
+        raise InputError(
+            f"{mixture.path}: the fractions of the stages sum to {float(total):g}; use 1, or less and a last stage without "
+            f"a budget"
+        )
+
+
+def _check_apart(path: str, training: Corpus, validation: Corpus) -> None:
+    """InputError when two corpora share documents, as far as their manifests tell."""
+    if os.path.realpath(training.prefix) == os.path.realpath(validation.prefix):
+        raise InputError(f"{path}: {validation.prefix} is both a training corpus and a validation set")
+    ours, theirs = training.manifest, validation.manifest
+    if ours.files["bin"].sha256 == theirs.files["bin"].sha256:
+        raise InputError(f"{path}: {validation.prefix}.bin and {training.prefix}.bin, of a training corpus, are equal")
+    if ours.partition and theirs.partition:
+        (mine, count), (other, other_count) = ours.partition.split("/"), theirs.partition.split("/")
+        if mine != other and count == other_count:
+            return  # different parts of one input
+    read = {source.sha256: source.path for source in ours.sources if source.sha256 and source.documents}
+    for source in theirs.sources:
+        if source.sha256 in read and source.documents:
+            raise InputError(
+                f"{path}: validation set {validation.name} and training corpus {training.name} have documents in common: "
+                f"both were made from {read[source.sha256]}; use different files, or different partitions of one"
+            )

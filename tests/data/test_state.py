@@ -1,0 +1,182 @@
+"""The state of a run's data through changes of mixture and batch: nothing twice, nothing left out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_mixtures import make_corpus, make_mixture
+
+from megatron_cpt.data.ledger import make_ledger
+from megatron_cpt.data.manifest import FileInfo
+from megatron_cpt.data.mixture import Corpus, Mixture
+from megatron_cpt.data.sampling.order import SampleOrder
+from megatron_cpt.data.stages import AlmrPart
+from megatron_cpt.data.state import DataState, almr_of, begin, resume
+from megatron_cpt.errors import InputError
+
+SEQ_LENGTH = 4
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[Corpus]:
+    """10, 20, 5 and 7 samples of 4 tokens."""
+    folder = tmp_path_factory.mktemp("state")
+    described = [
+        ("wiki", "en", 43, "general"),
+        ("books", "en", 81, "general"),
+        ("news", "zh", 21, "additional"),
+        ("poems", "zh", 30, "additional"),
+    ]
+    return [make_corpus(folder, *description) for description in described]
+
+
+def mixture_of(corpora: list[Corpus], almr: Fraction) -> Mixture:
+    return make_mixture(corpora, SEQ_LENGTH, almr)
+
+
+def go_on(state: DataState, mixture: Mixture, new: Mixture, consumed: int, batch: int, accept: bool = True) -> DataState:
+    """As through a checkpoint."""
+    saved = json.loads(json.dumps(state.to_json(state.consumed(mixture, mixture.schedule(10_000), consumed))))
+    return resume(saved, consumed, new, new.schedule(10_000), batch, accept)
+
+
+def test_nothing_changed(corpora: list[Corpus]) -> None:
+    mixture = mixture_of(corpora, Fraction(1, 5))
+    state = begin(mixture, mixture.schedule(10_000), 8)
+    assert go_on(state, mixture, mixture, 80, 8, accept=False) == state
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    changes=st.lists(
+        st.tuples(st.integers(0, 12), st.integers(1, 9), st.fractions(0, 1), st.sets(st.integers(0, 3), min_size=3)),
+        min_size=2,
+        max_size=5,
+    )
+)
+def test_any_changes(corpora: list[Corpus], changes: list[tuple[int, int, Fraction, set[int]]]) -> None:
+    """Over all segments each corpus gives sample 0, 1, 2, ... of its order, also when it was away for a while."""
+    seen: dict[str, list[tuple[int, int]]] = {corpus.name: [] for corpus in corpora}
+    state: DataState | None = None
+    consumed, mixture = 0, None
+    for steps, batch, almr, used in changes:
+        chosen = [corpora[i] for i in sorted(used)]
+        groups = {corpus.group for corpus in chosen}
+        almr = almr if len(groups) == 2 else Fraction(groups == {"additional"})
+        new = mixture_of(chosen, almr)
+        schedule = new.schedule(10_000)
+        state = (
+            begin(new, schedule, batch) if state is None or mixture is None else go_on(state, mixture, new, consumed, batch)
+        )
+        mixture = new
+        order = state.order(mixture, schedule)
+        assert isinstance(order, SampleOrder)
+        for n in range(consumed, consumed + steps * batch):
+            corpus, epoch, sample, _ = order.locate(n)
+            seen[chosen[corpus].name].append((epoch, sample))
+        consumed += steps * batch
+        counts = {use.name: use.samples for use in state.consumed(mixture, schedule, consumed)}
+        assert {name: len(found) for name, found in seen.items() if found} == {n: c for n, c in counts.items() if c}
+        total = sum(counts.values())
+        additional = counts.get("news", 0) + counts.get("poems", 0)
+        assert almr_of(state.consumed(mixture, schedule, consumed)) == (additional / total if total else 0)
+    for corpus in corpora:
+        found, size = seen[corpus.name], corpus.num_samples(SEQ_LENGTH)
+        assert len(set(found)) == len(found)  # nothing twice
+        epochs = [[sample for epoch, sample in found if epoch == e] for e in range(len(found) // size)]
+        assert all(sorted(samples) == list(range(size)) for samples in epochs)  # nothing left out
+
+
+def with_text(corpus: Corpus, sha256: str) -> Corpus:
+    """The same corpus with other text, as far as anybody can tell."""
+    return replace(corpus, manifest=replace(corpus.manifest, files={"bin": FileInfo(84, sha256)}))
+
+
+def test_another_text_under_the_same_name_is_another_corpus(corpora: list[Corpus]) -> None:
+    """It begins anew, also after a while, and the books keep the first text, which goes on where it was when it is back."""
+    first, other = mixture_of(corpora, Fraction(1, 5)), [*corpora[:2], with_text(corpora[2], "f" * 64), corpora[3]]
+    new, without = mixture_of(other, Fraction(1, 5)), mixture_of([*corpora[:2], corpora[3]], Fraction(1, 5))
+    state = begin(first, first.schedule(10_000), 8)
+    for mixture, then, at in ((first, without, 80), (without, new, 160), (new, first, 240)):
+        state = go_on(state, mixture, then, at, 8)
+    starts = [segment.samples_before().get("news") for segment in state.segments]
+    read = first.schedule(10_000).counts(80)[2]
+    assert starts == [0, None, 0, read]
+    consumed = state.consumed(first, first.schedule(10_000), 320)
+    assert sum(use.samples for use in consumed) == 320
+    assert len([use for use in consumed if use.name == "news"]) == 2
+    assert almr_of(consumed) == pytest.approx(0.2, abs=0.01)
+
+
+def test_the_books_know_as_what_a_corpus_was_read(corpora: list[Corpus]) -> None:
+    first = mixture_of(corpora, Fraction(1, 2))
+    moved = mixture_of([*corpora[:2], replace(corpora[2], group="general"), corpora[3]], Fraction(1, 4))
+    state = go_on(begin(first, first.schedule(10_000), 8), first, moved, 80, 8)
+    consumed = state.consumed(moved, moved.schedule(10_000), 160)
+    assert sum(use.samples for use in consumed) == 160
+    assert almr_of(consumed) == (40 + 20) / 160
+    news = {use.group: use.samples for use in consumed if use.name == "news"}
+    assert state.now.samples_before()["news"] == news["additional"] > 0
+    assert news["general"] > 0
+
+
+def test_epochs_after_a_change_are_those_that_are_read(corpora: list[Corpus]) -> None:
+    first = mixture_of(corpora[:3], Fraction(1, 2))
+    new = mixture_of([*corpora[:2], corpora[3]], Fraction(1, 2))  # poems instead of news
+    state = go_on(begin(first, first.schedule(200), 8), first, new, 80, 8)
+    ledger = make_ledger(new, new.schedule(200), 200, state.now.start, state.now.samples_before())
+    assert [(row.corpus, row.samples, row.epochs) for row in ledger.rows if row.group == "additional"] == [
+        ("poems", 60, 60 / 7)
+    ]
+
+
+@pytest.mark.parametrize("field", ["seed", "seq_length"])
+def test_what_no_run_can_change(corpora: list[Corpus], field: str) -> None:
+    mixture = mixture_of(corpora, Fraction(1, 5))
+    state = begin(mixture, mixture.schedule(10_000), 8)
+    with pytest.raises(
+        InputError, match=f"80 samples of: {field} is {getattr(mixture, field)} there and 9 now, which no run"
+    ):
+        go_on(state, mixture, replace(mixture, **{field: 9}), 80, 8)
+
+
+def test_a_new_mixture_is_refused_unless_accepted(corpora: list[Corpus]) -> None:
+    mixture, new = mixture_of(corpora, Fraction(1, 5)), mixture_of(corpora, Fraction(2, 5))
+    state = begin(mixture, mixture.schedule(10_000), 8)
+    with pytest.raises(InputError, match=r"m\.yaml: not the mixture the run has read 80 samples of: stages\[0\]\.almr"):
+        go_on(state, mixture, new, 80, 8, accept=False)
+    assert len(go_on(state, mixture, new, 80, 8).segments) == 2
+    longer = go_on(state, mixture, mixture, 80, 4, accept=False)  # a batch needs no permission
+    assert [(s.start, s.global_batch_size) for s in longer.segments] == [(0, 8), (80, 4)]
+
+
+def test_stages_that_depend_on_the_length_of_the_run(corpora: list[Corpus]) -> None:
+    mixture = mixture_of(corpora, Fraction(0))
+    ramp = replace(mixture.stages[0], almr=(AlmrPart(0, Fraction(1, 5), Fraction(3, 5)),))
+    mixture = replace(mixture, stages=(ramp,))
+    state = begin(mixture, mixture.schedule(100), 8)
+    saved = json.loads(json.dumps(state.to_json(state.consumed(mixture, mixture.schedule(100), 16))))
+    with pytest.raises(InputError, match=r"the length of the run .* is not what it was.* 100 there and 200 now"):
+        resume(saved, 16, mixture, mixture.schedule(200), 8, False)
+    assert resume(saved, 16, mixture, mixture.schedule(100), 8, False) == state
+    assert len(resume(saved, 16, mixture, mixture.schedule(200), 8, True).segments) == 2
+
+
+def test_megatrons_order_cannot_begin_in_the_middle(tmp_path: Path, corpora: list[Corpus]) -> None:
+    mixture = mixture_of(corpora[:2], Fraction(0))
+    schedule = mixture.megatron_schedule(100)
+    state = begin(mixture, schedule, 8)
+    saved = json.loads(json.dumps(state.to_json(state.consumed(mixture, schedule, 16))))
+    assert [use["samples"] for use in saved["consumed"]] == schedule.counts(16)
+    assert resume(saved, 16, mixture, schedule, 8, False) == state
+    assert resume(saved, 16, mixture, schedule, 4, False) == state  # it knows no batches
+    with pytest.raises(InputError, match="cannot begin, end or change within a run"):
+        resume(saved, 16, mixture, mixture.megatron_schedule(200), 8, True)
+    with pytest.raises(InputError, match="cannot begin, end or change within a run"):
+        resume(saved, 16, mixture, mixture.schedule(100), 8, True)
