@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.stages import Schedule
@@ -117,12 +118,12 @@ def check_limits(mixture: Mixture, schedule: Schedule, run_samples: int, offsets
     """InputError when the run would read a corpus more often than its max_epochs. `offsets`: see `DataState.offsets`."""
     offsets = offsets or {}
     for corpus, count in zip(mixture.corpora, schedule.counts(run_samples), strict=True):
-        epochs = (count + offsets.get(corpus.name, 0)) / corpus.num_samples(mixture.seq_length)
+        epochs = Fraction(count + offsets.get(corpus.name, 0), corpus.num_samples(mixture.seq_length))
         if corpus.max_epochs is not None and epochs > corpus.max_epochs:
             raise InputError(
                 f"{mixture.path}: {run_samples:,} samples of {mixture.seq_length} would read corpus {corpus.name} "
-                f"({corpus.data.num_tokens:,} tokens) {epochs:.2f} times; its max_epochs is {float(corpus.max_epochs):g}: "
-                f"give it a smaller weight or almr, more text, or a higher limit"
+                f"({corpus.data.num_tokens:,} tokens) {float(epochs):.4f} times; its max_epochs is "
+                f"{float(corpus.max_epochs):g}: give it a smaller weight or almr, more text, or a higher limit"
             )
 
 

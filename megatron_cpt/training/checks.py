@@ -135,7 +135,7 @@ def check_data(config: RunConfig, mixture: Mixture, resume_from: str | None, com
         schedule = mixture.megatron_schedule(run_samples, max(data.num_workers, 1))
     else:
         schedule = mixture.schedule(run_samples)
-    if saved is None:
+    if saved is None or complete:  # nothing will be read: no need to compare
         state = begin(mixture, schedule, batch)
     else:
         state = resume(saved, consumed, mixture, schedule, batch, data.accept_new_mixture)

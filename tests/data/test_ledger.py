@@ -119,12 +119,22 @@ def test_limits(corpora: list[Corpus]) -> None:
     limited = [*corpora[:2], replace(corpora[2], max_epochs=Fraction(4))]
     mixture = mixture_of(limited, Fraction(1, 5))
     check_limits(mixture, mixture.schedule(100), 100)  # 20 samples of 5: four times
-    wanted = r"m\.yaml: 103 samples of 4 would read corpus news \(21 tokens\) 4\.20 times; its max_epochs is 4: give it"
+    wanted = r"m\.yaml: 103 samples of 4 would read corpus news \(21 tokens\) 4\.2000 times; its max_epochs is 4: give it"
     with pytest.raises(InputError, match=wanted):
         check_limits(mixture, mixture.schedule(103), 103)
     check_limits(mixture, mixture.schedule(100), 100, {"news": 0})
-    with pytest.raises(InputError, match=r"4\.20 times"):
+    with pytest.raises(InputError, match=r"4\.2000 times"):
         check_limits(mixture, mixture.schedule(100), 100, {"news": 1})  # read once more by an earlier mixture
+
+
+@pytest.mark.parametrize("samples", range(1, 60))
+def test_exactly_as_many_epochs_as_allowed(corpora: list[Corpus], samples: int) -> None:
+    """No rounding: 11 of 10 samples are 1.1 epochs, which 1.1 in the file allows."""
+    limit = Fraction(samples, 10)
+    mixture = mixture_of([replace(corpora[0], max_epochs=Fraction(str(float(limit))))], Fraction(0))
+    check_limits(mixture, mixture.schedule(samples), samples)
+    with pytest.raises(InputError, match="would read corpus wiki"):
+        check_limits(mixture, mixture.schedule(samples + 1), samples + 1)
 
 
 def test_a_ramp_is_summed_up(corpora: list[Corpus]) -> None:

@@ -104,6 +104,8 @@ def test_a_finished_run_says_so_and_one_without_optimizer_cannot_resume(runs: Ru
     config = str(runs.folder / "no-optim.yaml")
     before = (folder / "metrics.jsonl").read_bytes()
     assert "nothing to do" in run_tool("pretrain_cpt.py", "--config", config).stderr
+    other = write_yaml(runs.folder / "edited.yaml", yaml.safe_load(Path(runs.mixture).read_text()) | {"almr": 0.5})
+    assert "nothing to do" in run_tool("pretrain_cpt.py", "--config", config, "--mixture", other).stderr
     assert (folder / "metrics.jsonl").read_bytes() == before
     result = run_tool("pretrain_cpt.py", "--config", config, "--training.train_iters", "9", check=False)
     assert result.returncode == 2
