@@ -406,12 +406,13 @@ def _check_budgets(mixture: Mixture) -> None:
             )
     fractions = [stage.fraction for stage in mixture.stages]
     total = sum(fraction or 0 for fraction in fractions)
-    is_whole = None not in fractions and total != 1
-    if total > 1 or is_whole or (total == 1 and None in fractions):
+    if total > 1 or (None not in fractions and total != 1):
         raise InputError(
             f"{mixture.path}: the fractions of the stages sum to {float(total):g}; use 1, or less and a last stage without "
             f"a budget"
         )
+    if total == 1 and None in fractions:
+        raise InputError(f"{mixture.path}: the fractions of the stages sum to 1, which leaves nothing for the others")
 
 
 def _check_apart(path: str, training: Corpus, validation: Corpus) -> None:

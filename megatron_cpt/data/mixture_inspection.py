@@ -19,6 +19,7 @@ from megatron_cpt.data.loader import read_spans
 from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.mixture_file import load_mixture
 from megatron_cpt.data.sampling.order import MAX_SAMPLES
+from megatron_cpt.data.stages import whole
 from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer import load_tokenizer
 
@@ -62,7 +63,7 @@ def inspect_mixture(questions: MixtureQuestions, console: Console) -> None:
 def default_run(mixture: Mixture) -> int:
     """Samples of a run to show when none is given: all budgets, or else as many as the corpora have together."""
     if all(stage.tokens is not None for stage in mixture.stages):
-        return round(Fraction(sum(stage.tokens or 0 for stage in mixture.stages), mixture.seq_length))
+        return whole(Fraction(sum(stage.tokens or 0 for stage in mixture.stages), mixture.seq_length))
     return sum(corpus.num_samples(mixture.seq_length) for corpus in mixture.corpora)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -93,6 +94,11 @@ def shares(plan: StagePlan) -> dict[int, Fraction]:
     return found
 
 
+def whole(samples: Fraction) -> int:
+    """The nearest whole number, halves upwards: a stage of exactly k samples has k wherever it begins."""
+    return math.floor(samples + Fraction(1, 2))
+
+
 def plan_run(path: str, described: Sequence[MixtureStage], num_corpora: int, seq_length: int, run_samples: int) -> Schedule:
     """The stages of the mixture at `path` in a run of so many samples.
 
@@ -104,13 +110,13 @@ def plan_run(path: str, described: Sequence[MixtureStage], num_corpora: int, seq
     starts: list[int] = []
     for stage, end in zip(described, _stage_ends(described, run_tokens), strict=True):
         assert begin is not None, "only the last stage has no budget"
-        starts.append(round(begin / seq_length))
+        starts.append(whole(begin / seq_length))
         borders = [begin + part.begin_tokens for part in stage.almr]
         for part, first, last in zip(stage.almr, borders, [*borders[1:], end], strict=True):
             is_ramp = part.first != part.last
             if last is None and is_ramp and first < run_tokens:
                 last = Fraction(run_tokens)  # a ramp over what is left of the run
-            samples = None if last is None else round(last / seq_length) - round(first / seq_length)
+            samples = None if last is None else whole(last / seq_length) - whole(first / seq_length)
             if samples is not None and samples <= 0:
                 raise InputError(
                     f"{path}: stage {stage.name}: in a run of {run_samples:,} samples a part of it is shorter than one "

@@ -544,3 +544,10 @@ def test_megatrons_order_of_a_mixture(folder: Path) -> None:
         load(folder, almr=0).megatron_schedule(200)
     with pytest.raises(InputError, match=r"mixture\.yaml: data\.order megatron: seed"):
         load(folder, seed=2**40).megatron_schedule(200)
+
+
+def test_a_stage_of_k_samples_has_k_wherever_it_begins(folder: Path) -> None:
+    for before in range(32, 97):
+        stages = [{"tokens": before}, {"tokens": 32}, {"tokens": 64}, {}]
+        starts = load(folder, stages=stages).schedule(100).starts
+        assert (starts[2] - starts[1], starts[3] - starts[2]) == (1, 2)
