@@ -36,12 +36,12 @@ import yaml
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.manifest import CorpusManifest, read_manifest
 from megatron_cpt.data.mixture import GROUPS, Corpus, GroupName, Mixture
+from megatron_cpt.data.mixture_checks import check_mixture
 from megatron_cpt.data.sampling.splitters import Group
 from megatron_cpt.data.stages import AlmrPart, MixtureStage
 from megatron_cpt.errors import InputError
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-MAX_TOKENS = 1 << 62
 TOKENS = "a number of tokens above 0, as 2_000_000_000 or 2B"
 STAGE_FIELDS = {"name", "tokens", "fraction", "almr", *GROUPS}
 
@@ -64,7 +64,7 @@ def load_mixture(path: str) -> Mixture:
         stages=tuple(stages),
         validation=tuple(reader.validation(fields.get("validation"))),
     )
-    _check(mixture)
+    check_mixture(mixture)
     return mixture
 
 
@@ -358,78 +358,3 @@ def _steps(path: str, place: str, steps: Any, share: Any) -> tuple[AlmrPart, ...
         )
     parts = [share(step[1], f"almr.steps[{i}]") for i, step in enumerate(steps)]
     return tuple(AlmrPart(begin or 0, almr, almr) for begin, almr in zip(begins, parts, strict=True))
-
-
-def _check(mixture: Mixture) -> None:
-    """What no single corpus can tell: enough text, one tokenizer, names, and nothing both trained on and validated with."""
-    _check_budgets(mixture)
-    for corpus in mixture.corpora + mixture.validation:
-        if corpus.num_samples(mixture.seq_length) < 1:
-            raise InputError(
-                f"{corpus.prefix}.bin has {corpus.data.num_tokens} tokens; one sample at seq_length "
-                f"{mixture.seq_length} takes {mixture.seq_length + 1}"
-            )
-        first, other = mixture.manifest.tokenizer, corpus.manifest.tokenizer
-        if other.fingerprint != first.fingerprint:
-            raise InputError(
-                f"{corpus.prefix}.json was made with tokenizer {other.name} ({other.path}, {other.vocab_size} tokens) but "
-                f"{mixture.corpora[0].prefix}.json with {first.name} ({first.path}, {first.vocab_size} tokens)"
-            )
-    names = [corpus.name for corpus in mixture.validation]  # what the metrics know them by
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{mixture.path}: two validation sets are named {name!r}; set different names")
-    for corpus in mixture.validation:
-        for training in mixture.corpora:
-            _check_apart(mixture.path, training, corpus)
-
-
-def _check_budgets(mixture: Mixture) -> None:
-    """What can be said of the stages' names and lengths whatever the run's."""
-    names = [stage.name for stage in mixture.stages]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{mixture.path}: two stages are named {name!r}; set different names")
-    tokens = sum(stage.tokens or 0 for stage in mixture.stages)
-    if tokens > MAX_TOKENS:
-        raise InputError(f"{mixture.path}: the stages have {float(tokens):g} tokens; use at most 2**62")
-    for stage in mixture.stages:
-        if stage.tokens is not None and stage.tokens < mixture.seq_length:
-            raise InputError(
-                f"{mixture.path}: stage {stage.name} has {stage.tokens} tokens; one sample takes {mixture.seq_length}"
-            )
-        begins = [part.begin_tokens for part in stage.almr]
-        if stage.tokens is not None and begins[-1] >= stage.tokens:
-            raise InputError(
-                f"{mixture.path}: stage {stage.name}: almr.steps has a step at {begins[-1]} tokens; the stage ends at "
-                f"{stage.tokens}"
-            )
-    fractions = [stage.fraction for stage in mixture.stages]
-    total = sum(fraction or 0 for fraction in fractions)
-    if total > 1 or (None not in fractions and total != 1):
-        raise InputError(
-            f"{mixture.path}: the fractions of the stages sum to {float(total):g}; use 1, or less and a last stage without "
-            f"a budget"
-        )
-    if total == 1 and None in fractions:
-        raise InputError(f"{mixture.path}: the fractions of the stages sum to 1, which leaves nothing for the others")
-
-
-def _check_apart(path: str, training: Corpus, validation: Corpus) -> None:
-    """InputError when two corpora share documents, as far as their manifests tell."""
-    if os.path.realpath(training.prefix) == os.path.realpath(validation.prefix):
-        raise InputError(f"{path}: {validation.prefix} is both a training corpus and a validation set")
-    ours, theirs = training.manifest, validation.manifest
-    if ours.files["bin"].sha256 == theirs.files["bin"].sha256:
-        raise InputError(f"{path}: {validation.prefix}.bin and {training.prefix}.bin, of a training corpus, are equal")
-    if ours.partition and theirs.partition:
-        (mine, count), (other, other_count) = ours.partition.split("/"), theirs.partition.split("/")
-        if mine != other and count == other_count:
-            return  # different parts of one input
-    read = {source.sha256: source.path for source in ours.sources if source.sha256 and source.documents}
-    for source in theirs.sources:
-        if source.sha256 in read and source.documents:
-            raise InputError(
-                f"{path}: validation set {validation.name} and training corpus {training.name} have documents in common: "
-                f"both were made from {read[source.sha256]}; use different files, or different partitions of one"
-            )
