@@ -22,7 +22,7 @@ class NotSupportedError(Exception):
 
 
 class FastTokenizer:
-    """Text -> ids with gigatoken. Keeps every distinct word it has met: see `resident_bytes` of `data.encoding`.
+    """Text -> ids with gigatoken. Keeps every distinct word it has met: see `CACHE_BYTES` of `data.encoding`.
 
     The text of special tokens is encoded as ordinary characters, as all tokenizers of this package do.
     """
