@@ -181,7 +181,7 @@ class _Reader:
         where = place if "almr" in stage else ""
         almr = _almr(path, where, stage.get("almr", above.get("almr")))
         groups = {
-            group: self._group(group, (place if group in stage else "") + group, stage.get(group, above.get(group)))
+            group: self._group((place if group in stage else "") + group, stage.get(group, above.get(group)))
             for group in GROUPS
         }
         shares = {
@@ -246,7 +246,7 @@ class _Reader:
             else:
                 yield place, None, entry
 
-    def _group(self, group: GroupName, where: str, entries: Any) -> Group | None:
+    def _group(self, where: str, entries: Any) -> Group | None:
         """A list as the splitters want it; the corpora in it are open already."""
         entries = [] if entries is None else entries
         given = ["weight" in entry for entry in entries]
@@ -258,7 +258,7 @@ class _Reader:
         for i, entry in enumerate(entries):
             place = f"{where}[{i}]"
             if "corpora" in entry:
-                inner = self._group(group, f"{place}.corpora", entry["corpora"])
+                inner = self._group(f"{place}.corpora", entry["corpora"])
                 assert inner is not None
                 members.append(inner)
                 tokens = sum(self.corpora[position].data.num_tokens for position in inner.corpora())

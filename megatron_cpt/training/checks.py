@@ -22,11 +22,10 @@ from megatron_cpt.tokenizer.base import token_bytes_sha256
 
 @dataclass(frozen=True)
 class RunData:
-    """The run's data: `run_samples` in all, of which `consumed_samples` were read before this start."""
+    """The run's data: `run_samples` in all, also those that were read before this start."""
 
     schedule: Schedule
     state: DataState
-    consumed_samples: int
     run_samples: int
 
     def ledger(self, mixture: Mixture) -> Ledger:
@@ -141,7 +140,7 @@ def check_data(config: RunConfig, mixture: Mixture, resume_from: str | None, com
         state = resume(saved, consumed, mixture, schedule, batch, data.accept_new_mixture)
     if not complete:
         check_limits(mixture, schedule, run_samples, state.offsets(mixture, schedule))
-    return RunData(schedule, state, consumed, run_samples)
+    return RunData(schedule, state, run_samples)
 
 
 def read_token_bytes(hf_folder: str, mixture: Mixture, vocab_size: int) -> np.ndarray:
