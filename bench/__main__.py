@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench import loader, preprocess
+from bench import loader, preprocess, train
 from bench.row import Row
 
-GROUPS = (preprocess, loader)
+GROUPS = (preprocess, loader, train)
 
 
 def main() -> None:

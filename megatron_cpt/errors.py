@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class ProcessDiedError(RuntimeError):
     """A helper process ended by itself: killed, or out of memory. Tools print it as one line and exit with status 1."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, though nothing is wrong with its input; all ranks know. One line, exit status 1."""

@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
+from forks import Forks
+from tiny_tokenizer import make_tiny_tokenizer
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-TRAINING_TEXT = [
-    "The quick brown fox jumps over the lazy dog. The dog sleeps, the fox runs away into the woods.",
-    "Continual pre-training teaches a language model a new language while it keeps what it knows.",
-    "持续预训练让语言模型学习一门新的语言，同时保留已经掌握的知识。今天天气很好，我们去公园散步。",
-    "In 2024 there were 365 days and 1 more; numbers like 3.14 and 1,000,000 are split by the tokenizer.",
-]
 
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Hugging Face tokenizer folder: byte-level BPE of 400 tokens, `<|endoftext|>` (id 0) both eos and bos."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    return make_tiny_tokenizer(tmp_path_factory.mktemp("tiny_tokenizer"))
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TRAINING_TEXT * 4, trainer)
-    folder: Path = tmp_path_factory.mktemp("tiny_tokenizer")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|endoftext|>",
-        "bos_token": "<|endoftext|>",
-        "model_max_length": 4096,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return str(folder)
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts runs of the training tool without importing everything for each."""
+    server = Forks()
+    yield server
+    server.close()

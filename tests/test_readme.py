@@ -31,7 +31,7 @@ def test_the_commands_of_the_readme(tmp_path: Path, tiny_tokenizer_dir: str) -> 
     (tmp_path / "pretrain.yaml").write_text(pretrain)
 
     blocks = re.findall(r"<!-- test -->\n```bash\n(.*?)```", README, flags=re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for command in "".join(blocks).splitlines():
         result = subprocess.run(

@@ -73,8 +73,8 @@ class Runs:
         }
         self.mixture = write_yaml(folder / "mixture.yaml", mixture)
 
-    def train(self, name: str, layout: Layout, *extra: str, check: bool = True) -> Path:
-        """Run (or resume) the training named `name` to its end; returns its folder. `result` is the finished process."""
+    def configure(self, name: str, layout: Layout) -> str:
+        """Write the configuration of the run `name`; returns its path."""
         save = self.folder / name
         config = {
             "mixture": self.mixture,
@@ -85,11 +85,19 @@ class Runs:
                 "pipeline_model_parallel_size": layout.pp,
                 "sequence_parallel": layout.sp,
             },
-            "optimizer": {"lr": 3e-3, "min_lr": 1e-4, "lr_warmup_iters": 2},
+            "optimizer": {
+                "lr": 3e-3,
+                "min_lr": 1e-4,
+            },
+            "lr": {"warmup_iters": 2},
         }
-        path = write_yaml(self.folder / f"{name}.yaml", config)
+        return write_yaml(self.folder / f"{name}.yaml", config)
+
+    def train(self, name: str, layout: Layout, *extra: str, check: bool = True) -> Path:
+        """Run (or resume) the training named `name` to its end; returns its folder. `result` is the finished process."""
+        path = self.configure(name, layout)
         self.result = run_tool("pretrain_cpt.py", "--config", path, *extra, processes=layout.processes, check=check)
-        return save
+        return self.folder / name
 
     def interrupted(self, finished: Path, name: str) -> Path:
         """A run folder as it was when `finished` had saved its first checkpoint and one step more was lost."""

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
 from megatron_cpt.evaluation.generate import complete
 from megatron_cpt.training.log import read_metrics
+from megatron_cpt.training.report import write_report
 
 PROMPTS = {"zh": "今年春节期间，", "en": "The capital of France is"}
 LANGUAGES = {"zh": "Chinese", "en": "English"}
@@ -107,40 +105,6 @@ def write_markdown(report: dict[str, Any], path: Path) -> None:
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-def plot(run: Path, report: dict[str, Any], path: Path) -> None:
-    """Training loss and learning rate on the left, bits per byte of each language over the run on the right."""
-    rows = read_metrics(str(run / "checkpoints"))
-    steps = [row for row in rows if "loss" in row]
-    iterations = [row["iteration"] for row in steps]
-    losses = [row["loss"] for row in steps]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    left.plot(iterations, losses, color="tab:blue", alpha=0.3)
-    left.plot(iterations, running_mean(losses, 8), color="tab:blue", label="training loss, mean of 8 steps")
-    left.set(xlabel="step", ylabel="loss (nats per token)", title="Training")
-    rate = left.twinx()
-    rate.plot(iterations, [row["lr"] for row in steps], color="tab:gray", linestyle="--", label="learning rate")
-    rate.set(ylabel="learning rate", ylim=(0, None))
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    left.legend(handles=[*left.get_lines()[1:], *rate.get_lines()], loc="lower left", fontsize="small")
-    evaluations = [row for row in rows if "validation" in row]
-    for (language, values), color in zip(report["bits_per_byte"].items(), ("tab:red", "tab:green"), strict=True):
-        right.plot(
-            [row["iteration"] for row in evaluations],
-            [row["validation"][language]["bits_per_byte"] for row in evaluations],
-            marker="o",
-            color=color,
-            label=f"{LANGUAGES[language]} {change(values)}",
-        )
-    right.set(title="Held-out text", xlabel="step", ylabel="bits per byte", ylim=(0, None))
-    right.legend(loc="lower left")
-    figure.savefig(path, dpi=130)
-
-
-def running_mean(values: list[float], width: int) -> list[float]:
-    """Mean of the last `width` values (of fewer at the start)."""
-    return [sum(values[max(0, i - width + 1) : i + 1]) / min(width, i + 1) for i in range(len(values))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -150,7 +114,7 @@ def main() -> None:
     run: Path = arguments.run
     report = collect(run)
     report["text"] = generations(run)
-    plot(run, report, run / "report.png")
+    shutil.copyfile(Path(write_report(str(run / "checkpoints"))).with_suffix(".png"), run / "report.png")
     report["wall_seconds"] = arguments.wall_seconds + time.perf_counter() - start
     (run / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_markdown(report, run / "report.md")

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.hf_weights import check_shapes, hf_from_megatron, megatron_from_hf
 from megatron_cpt.checkpoint.layout import (
-    appearing_folder,
     copy_hf_files,
     find_checkpoint,
     latest_checkpoint,
@@ -30,7 +30,7 @@ from megatron_cpt.checkpoint.layout import (
     write_json,
 )
 from megatron_cpt.checkpoint.save_load import dtype_of, load_checkpoint, save_checkpoint
-from megatron_cpt.config.run import ParallelConfig
+from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.build import build_model, transformer_config
 from megatron_cpt.model.llama import LlamaConfig, read_llama_config
@@ -123,7 +123,7 @@ def hf_to_megatron(config: HfToMegatron) -> str:
             assert not parameters, f"left uninitialised: {sorted(parameters)}"
             manifest = {"kind": "hf-to-megatron", "source": os.path.abspath(config.hf), "dtype": dtype}
             with working(f"writing {config.megatron}"):
-                return save_checkpoint(config.megatron, model, config.hf, manifest)
+                return save_checkpoint(config.megatron, [model], config.hf, manifest)
 
 
 def megatron_to_hf(config: MegatronToHf) -> str:
@@ -217,7 +217,7 @@ def megatron_tensors(folder: str) -> tuple[dict[str, torch.Tensor], str]:
     dtype = saved_dtype(folder)
     with single_process_model(llama, dtype) as model:
         with working(f"reading {folder}"):
-            load_checkpoint(folder, model)
+            load_checkpoint(folder, [model])
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         return {name: tensor.clone() for name, tensor in hf_from_megatron(parameters, llama)}, dtype
 

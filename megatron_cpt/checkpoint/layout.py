@@ -4,17 +4,16 @@ ROOT/latest_checkpointed_iteration.txt   "release" (converted weights) or an ite
 ROOT/release/  or  ROOT/iter_0000100/    one checkpoint, in megatron-core's torch_dist format
     .metadata metadata.json common.pt *.distcp
     hf/                                  config.json, generation config and tokenizer of the HF model
-    manifest.json                        what went in, versions
+    manifest.json                        what went in, versions, and the sizes of all other files; written last
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
+import re
 import shutil
-from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -39,6 +38,20 @@ def latest_checkpoint(root: str) -> str | None:
     Raises:
         InputError: the tracker names a checkpoint that is not there, or not complete
     """
+    name = tracked_name(root)
+    if name is None:
+        return None
+    folder = os.path.join(root, name)
+    check_complete(folder)
+    return folder
+
+
+def tracked_name(root: str) -> str | None:
+    """Folder name of the checkpoint that the tracker file names, or None if there is no such file.
+
+    Raises:
+        InputError: it says something else
+    """
     tracker = os.path.join(root, TRACKER)
     if not os.path.exists(tracker):
         return None
@@ -46,9 +59,42 @@ def latest_checkpoint(root: str) -> str | None:
         content = file.read().strip()
     if content != RELEASE and not content.isdigit():
         raise InputError(f"{tracker} says {content!r}; it should hold an iteration number or {RELEASE!r}")
-    folder = os.path.join(root, checkpoint_name(None if content == RELEASE else int(content)))
-    check_complete(folder)
-    return folder
+    return checkpoint_name(None if content == RELEASE else int(content))
+
+
+def newest_complete(root: str) -> tuple[str | None, list[str]]:
+    """The newest complete checkpoint below `root` (or None), and a sentence for each that was passed over.
+
+    A checkpoint gets its name when it is complete, so the tracker is not needed to find it: a run that was killed between
+    the two has saved it all the same. "release" comes after all checkpoints of training steps.
+    """
+    names = [name for _, name in sorted(iterations(root).items(), reverse=True)]
+    if os.path.isdir(os.path.join(root, RELEASE)):
+        names.append(RELEASE)
+    passed_over = []
+    try:
+        named = tracked_name(root)
+    except InputError as error:
+        passed_over.append(str(error))
+    else:
+        if named is not None and named not in names:
+            passed_over.append(f"{os.path.join(root, TRACKER)} names {named}, which is not there")
+    for name in names:
+        folder = os.path.join(root, name)
+        try:
+            check_complete(folder)
+        except InputError as error:
+            passed_over.append(str(error))
+            continue
+        return folder, passed_over
+    return None, passed_over
+
+
+def iterations(root: str) -> dict[int, str]:
+    """Iteration -> folder name of the checkpoints of training steps below `root`, complete or not."""
+    names = os.listdir(root) if os.path.isdir(root) else []
+    found = {int(match[1]): match[0] for name in names if (match := re.fullmatch(r"iter_(\d{7,})", name))}
+    return {iteration: name for iteration, name in found.items() if os.path.isdir(os.path.join(root, name))}
 
 
 def find_checkpoint(path: str) -> str:
@@ -65,10 +111,50 @@ def find_checkpoint(path: str) -> str:
 
 
 def check_complete(folder: str) -> None:
-    """Raise InputError if a file without which the checkpoint cannot be read is missing."""
+    """Raise InputError if a file is missing without which the checkpoint cannot be read, or is not as long as it was."""
     for name in ("metadata.json", ".metadata", "common.pt", "hf/config.json"):
         if not os.path.exists(os.path.join(folder, name)):
             raise InputError(f"checkpoint {folder} is not complete: {name} is missing")
+    manifest = os.path.join(folder, "manifest.json")
+    if not os.path.exists(manifest):
+        return  # of other software
+    for name, size in read_manifest(manifest).get("files", {}).items():
+        try:
+            found = os.path.getsize(os.path.join(folder, name))
+        except OSError:
+            raise InputError(f"checkpoint {folder} is not complete: {name} is missing") from None
+        if found != size:
+            raise InputError(f"checkpoint {folder} is not complete: {name} has {found} bytes, manifest.json says {size}")
+
+
+def is_complete(folder: str) -> bool:
+    """`check_complete` as a question."""
+    try:
+        check_complete(folder)
+    except InputError:
+        return False
+    return True
+
+
+def read_manifest(path: str) -> dict[str, Any]:
+    """A manifest.json.
+
+    Raises:
+        InputError: it cannot be read
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"checkpoint manifest {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint manifest {path} cannot be read: it holds no JSON object")
+    return content
+
+
+def is_of_a_run(folder: str) -> bool:
+    """Whether a checkpoint was saved by a run: it says how far that had come. Converted weights do not."""
+    return os.path.basename(os.path.abspath(folder)) != RELEASE
 
 
 def read_checkpoint_manifest(folder: str) -> dict[str, Any]:
@@ -78,12 +164,8 @@ def read_checkpoint_manifest(folder: str) -> dict[str, Any]:
         InputError: it is missing or lacks what a resume has to know
     """
     path = os.path.join(folder, "manifest.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            manifest = json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"checkpoint manifest {path} cannot be read: {error}") from error
-    for name in ("iteration", "consumed_samples", "optimizer", "data", "config"):
+    manifest = read_manifest(path)
+    for name in ("iteration", "consumed_samples", "optimizer", "data", "config", "training"):
         if name not in manifest:
             raise InputError(f"checkpoint manifest {path} has no field {name!r}")
     return manifest
@@ -92,6 +174,15 @@ def read_checkpoint_manifest(folder: str) -> dict[str, Any]:
 def write_tracker(root: str, iteration: int | None) -> None:
     """Publish a checkpoint as the newest one."""
     write_text(os.path.join(root, TRACKER), RELEASE if iteration is None else str(iteration))
+
+
+def fsync(path: str) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str, text: str) -> None:
@@ -120,35 +211,3 @@ def copy_hf_files(source: str, target: str) -> None:
     for name in sorted(os.listdir(source)):
         if name.endswith(NOT_WEIGHTS) and name not in WEIGHT_INDICES and os.path.isfile(os.path.join(source, name)):
             shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
-
-
-def remove_unfinished(root: str) -> None:
-    """Remove what saves that were killed have left below `root`."""
-    for name in os.listdir(root) if os.path.isdir(root) else []:
-        if name.startswith((".iter_", f".{RELEASE}")) and ".tmp" in name:
-            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
-
-
-def temporary_name(path: str) -> str:
-    """Where a folder is written before it appears under its own name."""
-    parent, name = os.path.split(os.path.abspath(path))
-    return os.path.join(parent, f".{name}.tmp")
-
-
-@contextlib.contextmanager
-def appearing_folder(path: str) -> Iterator[str]:
-    """A temporary folder beside `path` that takes its name when the block succeeds and vanishes when it fails."""
-    temporary = temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    try:
-        yield temporary
-        replaced = temporary + ".replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if os.path.exists(path):
-            os.rename(path, replaced)  # kept until the new one has its name
-        os.rename(temporary, path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from megatron_cpt.errors import InputError, ProcessDiedError
+from megatron_cpt.errors import InputError, ProcessDiedError, RunError
 
 Config = TypeVar("Config")
 
@@ -93,7 +93,7 @@ def build(parser: ArgumentParser, config_class: type[Config], namespace: Namespa
 
 def exit_on_input_error(call: Callable[[], Any]) -> None:
     """Call, print what comes back (the result's path); a usage or input error becomes one line on stderr and exit status 2
-    (1 for what went wrong by itself: a loss or gradient that is not finite, a process that was killed).
+    (1 for what went wrong by itself: losses that are not finite, a process that was killed).
 
     Under torchrun every rank finds the same mistake at about the same time, and all are ended as soon as one exits. So the
     first rank of a node reports it, and the others wait to be ended; one that is not has found something of its own.
@@ -103,11 +103,11 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
             setattr(sys, name, io.StringIO())
     try:
         result = call()
-    except (InputError, ArgumentError, OSError, FloatingPointError, ProcessDiedError) as error:
+    except (InputError, ArgumentError, OSError, RunError, ProcessDiedError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_FOR_FIRST_RANK)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(1 if isinstance(error, (FloatingPointError, ProcessDiedError)) else 2)
+        sys.exit(1 if isinstance(error, (RunError, ProcessDiedError)) else 2)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)
         sys.exit(130)

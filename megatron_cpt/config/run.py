@@ -10,58 +10,20 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_cpt.config.lr import LrConfig
+from megatron_cpt.config.parallel import ParallelConfig
+from megatron_cpt.config.require import at_most_one, require, require_at_least
 from megatron_cpt.errors import InputError
-
-
-def require(condition: bool, name: str, value: Any, wanted: str) -> None:
-    """Raise InputError "NAME is VALUE; use WANTED" unless the condition holds."""
-    if not condition:
-        raise InputError(f"{name} is {value}; use {wanted}")
-
-
-def require_at_least(config: Any, **bounds: float) -> None:
-    """Raise InputError for the first named field of `config` that is below its bound."""
-    for name, bound in bounds.items():
-        require(getattr(config, name) >= bound, name, getattr(config, name), f"{bound} or more")
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the model and the batch are spread over processes; data parallelism takes what remains."""
-
-    tensor_model_parallel_size: int = 1
-    """Processes that share each layer."""
-    pipeline_model_parallel_size: int = 1
-    """Processes that share the stack of layers."""
-    num_layers_in_first_pipeline_stage: int | None = None
-    """Layers of the first stage, when not an equal share: the last stage also has the output layer, which costs as much as
-    several layers when the vocabulary is large."""
-    sequence_parallel: bool = False
-    """Split norms and residuals along the sequence over the tensor-parallel processes."""
-
-    def __post_init__(self) -> None:
-        require_at_least(self, tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
-        first = self.num_layers_in_first_pipeline_stage
-        require(first is None or first > 0, "parallel.num_layers_in_first_pipeline_stage", first, "1 or more")
-        if first is not None and self.pipeline_model_parallel_size == 1:
-            raise InputError(
-                f"parallel.num_layers_in_first_pipeline_stage is {first} with pipeline_model_parallel_size 1; "
-                f"it needs 2 or more"
-            )
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise InputError("sequence_parallel is true with tensor_model_parallel_size 1; it needs 2 or more")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule: linear warm-up, then linear decay (the ALMR paper's schedule for CPT)."""
+    """AdamW."""
 
     lr: float = 1e-5
     """Highest learning rate."""
     min_lr: float = 0.0
-    """Learning rate of the last iteration."""
-    lr_warmup_iters: int = 0
-    """Iterations of linear warm-up."""
+    """Learning rate at the end of the run."""
     weight_decay: float = 0.01
     """Decoupled weight decay; none on norms and biases."""
     adam_beta1: float = 0.9
@@ -74,7 +36,7 @@ class OptimizerConfig:
     """Highest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, min_lr=0, lr_warmup_iters=0, weight_decay=0, clip_grad=0)
+        require_at_least(self, min_lr=0, weight_decay=0, clip_grad=0)
         require(0 < self.lr < float("inf"), "optimizer.lr", self.lr, "a number above 0")
         require(0 <= self.adam_beta1 < 1, "optimizer.adam_beta1", self.adam_beta1, "a number from 0 to below 1")
         require(0 <= self.adam_beta2 < 1, "optimizer.adam_beta2", self.adam_beta2, "a number from 0 to below 1")
@@ -85,10 +47,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Length, batch and arithmetic of the run."""
+    """Length, batch and arithmetic of the run. The length is given in one of three ways."""
 
-    train_iters: int
-    """Optimizer steps of the whole run, counted from the converted checkpoint."""
+    train_iters: int | None = None
+    """Optimizer steps of the whole run, from the checkpoint it began with; or give train_samples or train_tokens."""
+    train_samples: int | None = None
+    """Samples of the whole run, rounded up to whole steps."""
+    train_tokens: int | None = None
+    """Tokens of the whole run, rounded up to whole steps."""
     micro_batch_size: int = 1
     """Samples one model replica computes at once."""
     global_batch_size: int = 1
@@ -97,11 +63,23 @@ class TrainingConfig:
     """Fp32, or bf16 with fp32 main weights and gradients."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Torch's setting; "medium" lets fp32 products use bf16 units (AMX, tensor cores)."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """Matrix products in FP8; needs a GPU, Transformer Engine and params_dtype bf16."""
+    fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
+    """Scaling recipe of Transformer Engine."""
     seed: int = 1234
     """Of everything random but the data order, which has its own in the mixture."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, also on a GPU, where they are slower."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop this long after the start, to be there before a job's time limit."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, train_iters=1, micro_batch_size=1, global_batch_size=1)
+        if at_most_one("training", self, "train_iters", "train_samples", "train_tokens") is None:
+            raise InputError("the length of the run is not given; use training.train_iters, train_samples or train_tokens")
+        require_at_least(self, train_iters=1, train_samples=1, train_tokens=1, exit_duration_in_mins=0)
+        require_at_least(self, micro_batch_size=1, global_batch_size=1)
+        require(self.fp8 is None or self.params_dtype == "bf16", "training.params_dtype", self.params_dtype, "bf16 with fp8")
 
 
 @dataclass(frozen=True)
@@ -144,16 +122,92 @@ class CheckpointConfig:
     """Where the run starts from and where it leaves its results."""
 
     load: str
-    """Megatron checkpoint to start from (weights and model configuration), as convert_checkpoint.py writes it."""
+    """Megatron checkpoint to start from, or the folder of a run (its newest checkpoint)."""
     save: str
     """Folder of this run; if it holds a complete checkpoint the run resumes from it."""
+    load_state: Literal["weights", "all"] = "weights"
+    """Of `load`: only the weights, for a run that begins; or all, to go on in this folder where that run was (optimizer,
+    learning rate, position in the data)."""
     save_interval: int = 0
     """Optimizer steps between checkpoints; 0 saves only the last."""
     save_optim: bool = True
     """Save the optimizer's state too; without it a checkpoint can start another run but not resume this one."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on."""
+    keep_last: int | None = None
+    """Newest checkpoints to keep; older ones are deleted once a newer one is published. Default: all."""
+    keep_every: int | None = None
+    """Keep those of every so many steps, whatever keep_last says."""
+    save_retries: int = 3
+    """When a checkpoint cannot be written (disk full): further attempts before the run stops."""
+    save_retry_seconds: float = 60.0
+    """Time between these attempts; training goes on."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, save_interval=0)
+        require_at_least(self, save_interval=0, keep_last=1, keep_every=1, save_retries=0, save_retry_seconds=0)
+        if self.keep_every is not None and self.keep_last is None:
+            raise InputError("checkpoint.keep_every is given without keep_last, so every checkpoint is kept anyway")
+
+
+@dataclass(frozen=True)
+class TroubleConfig:
+    """What the run does when a step or a process goes wrong."""
+
+    max_skipped_steps: int = 3
+    """A step whose loss or gradient is not finite, or that is a spike, does not change the weights; after more than so many
+    in a row the run stops, with a checkpoint from before the first."""
+    spike_sigmas: float | None = None
+    """A loss this many standard deviations above the mean of the last spike_window steps is a spike."""
+    spike_window: int = 100
+    """Accepted steps that tell what is usual; nothing is a spike before as many were seen."""
+    spike_grad_norm: float | None = None
+    """A gradient norm above this is a spike."""
+    rerun_rejected_steps: bool = False
+    """Compute a step whose loss is not finite once more, and log whether the result is the same (megatron-core's rerun
+    machinery): another one points at a faulty device."""
+    check_weights_interval: int = 0
+    """Steps between checks that all data-parallel replicas hold the same weights; 0 never checks."""
+    heartbeat_seconds: float = 120.0
+    """A process that has shown no sign of life for so long is taken for dead and ends the run; 0 turns this off."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, max_skipped_steps=0, spike_window=2, check_weights_interval=0, heartbeat_seconds=0)
+        for name in ("spike_sigmas", "spike_grad_norm"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"trouble.{name}", value, "a number above 0")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What the run shows and records, beside metrics.jsonl and run.json."""
+
+    log_interval: int = 1
+    """Optimizer steps between log lines, where there is no terminal to draw a progress line on."""
+    tensorboard: bool = False
+    """Write event files to tensorboard/ in the run's folder."""
+    wandb_project: str | None = None
+    """Log to this project of Weights & Biases, with files under wandb/ in the run's folder."""
+    wandb_name: str | None = None
+    """Name of the run there; default: the name of the run's folder."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """Offline: only write files, for `wandb sync` later."""
+    profile_step_start: int | None = None
+    """First step that torch's profiler traces, into profile/ in the run's folder."""
+    profile_step_end: int | None = None
+    """Last step it traces. Default: the first."""
+    peak_tflops: float | None = None
+    """Dense bf16 TFLOP/s of one device, for MFU (model FLOPs utilisation). Default: known for common GPUs."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks it traces."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, log_interval=1, profile_step_start=1, profile_step_end=1)
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0, "logging.peak_tflops", self.peak_tflops, "a number above 0"
+        )
+        start, end = self.profile_step_start, self.profile_step_end
+        if end is not None and (start is None or end < start):
+            raise InputError(f"logging.profile_step_end is {end} with profile_step_start {start}; use that or a later step")
 
 
 @dataclass(frozen=True)
@@ -167,8 +221,10 @@ class RunConfig:
         data: see DataConfig
         parallel: see ParallelConfig
         optimizer: see OptimizerConfig
+        lr: see LrConfig
         validation: see ValidationConfig
-        log_interval: optimizer steps between log lines
+        trouble: see TroubleConfig
+        logging: see LoggingConfig
         check_only: check the configuration, print the data ledger and stop before any process group starts
         world_size: with check_only, the number of processes to check for
     """
@@ -179,19 +235,15 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr: LrConfig = field(default_factory=LrConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    log_interval: int = 1
+    trouble: TroubleConfig = field(default_factory=TroubleConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     check_only: bool = False
     world_size: int | None = None
 
     def __post_init__(self) -> None:
-        require_at_least(self, log_interval=1)
         require(self.world_size is None or self.world_size > 0, "world_size", self.world_size, "1 or more")
-        if self.optimizer.lr_warmup_iters >= self.training.train_iters:
-            raise InputError(
-                f"optimizer.lr_warmup_iters {self.optimizer.lr_warmup_iters} leaves no step to decay in: "
-                f"training.train_iters is {self.training.train_iters}"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, for YAML and JSON."""

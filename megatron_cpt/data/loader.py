@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,6 +20,7 @@ from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.mixture import Corpus
 
 T = TypeVar("T")
+STOP_POLL_SECONDS = 0.2
 Span = tuple[int, int]  # first token in the .bin, number of tokens
 
 
@@ -138,26 +141,59 @@ def pack(starts: Sequence[npt.NDArray[np.int64]], length: int) -> npt.NDArray[np
     return np.concatenate([*rows, [len(starts) * length]]).astype(np.int32)
 
 
-def prefetch(reads: Iterable[Callable[[], T]], threads: int, depth: int) -> Generator[T]:
+def prefetch(
+    reads: Iterable[Callable[[], T]], threads: int, depth: int, stopping: Callable[[], bool] = lambda: False
+) -> Generator[T | None]:
     """The results of `reads` in order; `threads` of them read ahead by up to `depth` results (0 threads: none does).
 
-    What a read raises is raised in its turn. Close the iterator to stop reading ahead.
+    What a read raises is raised in its turn. None comes in place of a result that is not there yet when `stopping` says so.
+    Close the iterator to stop reading ahead.
     """
     if threads == 0:
         for read in reads:
             yield read()
         return
     ahead: deque[Future[T]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+    todo: SimpleQueue[tuple[Future[T], Callable[[], T]] | None] = SimpleQueue()
+    # Not a ThreadPoolExecutor: the interpreter would wait at its end for a read that hangs.
+    readers = [Thread(target=_read_all, args=(todo,), name=f"reader-{n}", daemon=True) for n in range(threads)]
+    for reader in readers:
+        reader.start()
     try:
         for read in reads:
-            ahead.append(pool.submit(read))
+            ahead.append(Future())
+            todo.put((ahead[-1], read))
             if len(ahead) > depth:
-                yield ahead.popleft().result()
+                yield _result(ahead.popleft(), stopping)
         while ahead:
-            yield ahead.popleft().result()
+            yield _result(ahead.popleft(), stopping)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for future in ahead:
+            future.cancel()
+        for _ in readers:
+            todo.put(None)
+        for reader in readers:
+            reader.join(STOP_POLL_SECONDS)
+
+
+def _read_all(todo: SimpleQueue[tuple[Future[T], Callable[[], T]] | None]) -> None:
+    """What a reader thread does until it gets None."""
+    while (item := todo.get()) is not None:
+        future, read = item
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            future.set_result(read())
+        except BaseException as error:  # raised again where the result is asked for
+            future.set_exception(error)
+
+
+def _result(future: Future[T], stopping: Callable[[], bool]) -> T | None:
+    """The result, or None when `stopping` while it is waited for."""
+    while not wait([future], timeout=STOP_POLL_SECONDS).done:
+        if stopping():
+            return None
+    return future.result()
 
 
 class Waited(Iterator[T]):

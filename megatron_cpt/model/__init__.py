@@ -1,5 +1,4 @@
-"""HF LlamaConfig <-> megatron-core, and the GPTModel of this rank."""
+"""HF LlamaConfig <-> megatron-core, and the GPTModel of this rank.
 
-from megatron_cpt.platforms import prepare_platform
-
-prepare_platform()  # before any module of this room imports megatron
+Only `build` imports torch and megatron (and prepares the platform first); architecture, layouts and FLOPs do not.
+"""

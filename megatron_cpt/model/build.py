@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import (
@@ -12,13 +17,30 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_cpt.config.run import ParallelConfig
+from megatron_cpt.config.parallel import ParallelConfig
+from megatron_cpt.config.run import TrainingConfig
 from megatron_cpt.model.llama import LlamaConfig
-from megatron_cpt.platforms import Platform
+from megatron_cpt.platforms import Platform, current_platform
 from megatron_cpt.platforms.process_groups import Ranks
 
 
-def transformer_config(llama: LlamaConfig, parallel: ParallelConfig, params_dtype: torch.dtype) -> TransformerConfig:
+@dataclass(frozen=True)
+class Arithmetic:
+    """Settings of TransformerConfig that change how it computes, with its names."""
+
+    fp8: str | None = None
+    fp8_recipe: str = "delayed"
+    deterministic_mode: bool = False
+
+
+def arithmetic_of(training: TrainingConfig) -> Arithmetic:
+    """As a run's configuration asks for."""
+    return Arithmetic(training.fp8, training.fp8_recipe, training.deterministic)
+
+
+def transformer_config(
+    llama: LlamaConfig, parallel: ParallelConfig, params_dtype: torch.dtype, arithmetic: Arithmetic = Arithmetic()
+) -> TransformerConfig:
     """What megatron-core needs to know to build and train this architecture; no dropout anywhere, as in Llama."""
     return TransformerConfig(
         num_layers=llama.num_hidden_layers,
@@ -39,32 +61,73 @@ def transformer_config(llama: LlamaConfig, parallel: ParallelConfig, params_dtyp
         bf16=params_dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        # The interleaved schedule sends activations and gradients at the same time. Between two stages each is the other's
+        # next and previous, and in one batch of sends and receives megatron-core takes the one for the other.
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
+        **recompute(parallel),
+        **dataclasses.asdict(arithmetic),
         # Losses are sums; the gradient is divided once, by the targets that count in the whole global batch.
         calculate_per_token_loss=True,
         use_cpu_initialization=True,
         perform_initialization=False,  # the weights always come from a checkpoint
-        # Fused kernels come with Apex and Transformer Engine; without them these are the exact equivalents.
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        masked_softmax_fusion=False,  # of the unfused attention, which is not used
+        **current_platform().fusions(),
     )
 
 
-def build_model(
+def recompute(parallel: ParallelConfig) -> dict[str, Any]:
+    """What the backward pass computes again, with the defaults that ParallelConfig names."""
+    granularity = parallel.recompute_granularity
+    if granularity == "full":
+        return {
+            "recompute_granularity": granularity,
+            "recompute_method": parallel.recompute_method or "uniform",
+            "recompute_num_layers": parallel.recompute_num_layers or 1,
+        }
+    if granularity == "selective":
+        return {"recompute_granularity": granularity, "recompute_modules": parallel.recompute_modules or ["core_attn"]}
+    return {}
+
+
+def build_chunks(
     llama: LlamaConfig, config: TransformerConfig, seq_length: int, platform: Platform, ranks: Ranks
+) -> list[GPTModel]:
+    """The model chunks of this rank: several under the interleaved pipeline schedule, else one."""
+    virtual = config.virtual_pipeline_model_parallel_size
+    if virtual is None:
+        return [build_model(llama, config, seq_length, platform, ranks)]
+    return [build_model(llama, config, seq_length, platform, ranks, stage) for stage in range(virtual)]
+
+
+def build_model(
+    llama: LlamaConfig,
+    config: TransformerConfig,
+    seq_length: int,
+    platform: Platform,
+    ranks: Ranks,
+    vp_stage: int | None = None,
 ) -> GPTModel:
-    """The part of the model that this rank owns, with uninitialised weights. Needs megatron's process groups."""
+    """One chunk of the part of the model that this rank owns, with uninitialised weights. Needs megatron's process groups.
+
+    `vp_stage`: which chunk, under the interleaved pipeline schedule.
+    """
+    last_chunk = None if vp_stage is None else config.virtual_pipeline_model_parallel_size - 1
     model = GPTModel(
         config=config,
-        transformer_layer_spec=platform.block_spec(config),
+        transformer_layer_spec=platform.block_spec(config, vp_stage),
         vocab_size=llama.vocab_size,
         max_sequence_length=seq_length,
-        pre_process=ranks.is_first_stage,
-        post_process=ranks.is_last_stage,
+        pre_process=ranks.is_first_stage and vp_stage in (None, 0),
+        post_process=ranks.is_last_stage and vp_stage == last_chunk,
+        vp_stage=vp_stage,
         share_embeddings_and_output_weights=llama.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=llama.rope_theta,

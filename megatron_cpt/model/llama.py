@@ -1,4 +1,4 @@
-"""The Llama architecture, read from the config.json of a Hugging Face folder, and the layouts it can be split into."""
+"""The Llama architecture, read from the config.json of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cpt.config.run import ParallelConfig
 from megatron_cpt.errors import InputError
 
 
@@ -113,51 +112,3 @@ def _rope(path: str, fields: dict[str, Any]) -> tuple[float, RopeScaling | None]
     if missing:
         raise InputError(f"{path}: rope scaling 'llama3' has no {missing[0]}")
     return theta, RopeScaling(**{name: scaling[name] for name in names})
-
-
-def check_layout(llama: LlamaConfig, parallel: ParallelConfig, seq_length: int) -> None:
-    """Whether the model can be split this way; the error says which sizes would do."""
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
-        if getattr(llama, name) % tensor:
-            raise InputError(
-                f"{getattr(llama, name)} {name} are not divisible by tensor_model_parallel_size {tensor}; "
-                f"use {_or(_tensor_sizes(llama))}"
-            )
-    check_stages(llama.num_hidden_layers, pipeline, parallel.num_layers_in_first_pipeline_stage)
-    if parallel.sequence_parallel and seq_length % tensor:
-        raise InputError(
-            f"seq_length {seq_length} is not divisible by tensor_model_parallel_size {tensor}, which sequence_parallel needs"
-        )
-    if seq_length > llama.max_position_embeddings:
-        raise InputError(
-            f"seq_length {seq_length} is above the model's max_position_embeddings {llama.max_position_embeddings}"
-        )
-
-
-def check_stages(num_layers: int, pipeline: int, in_first_stage: int | None) -> None:
-    """Whether the layers can be dealt to the pipeline stages."""
-    if in_first_stage is None:
-        if num_layers % pipeline:
-            sizes = [size for size in range(1, num_layers + 1) if num_layers % size == 0]
-            raise InputError(
-                f"{num_layers} num_hidden_layers are not divisible by pipeline_model_parallel_size {pipeline}; "
-                f"use {_or(sizes)}"
-            )
-        return
-    rest, stages = num_layers - in_first_stage, pipeline - 1
-    if rest < stages or rest % stages:
-        raise InputError(
-            f"num_layers_in_first_pipeline_stage {in_first_stage} leaves {rest} of {num_layers} layers for {stages} more "
-            f"stages; leave a multiple of {stages}"
-        )
-
-
-def _tensor_sizes(llama: LlamaConfig) -> list[int]:
-    sizes = (llama.num_attention_heads, llama.num_key_value_heads, llama.vocab_size, llama.intermediate_size)
-    return [n for n in range(1, llama.num_key_value_heads + 1) if all(size % n == 0 for size in sizes)]
-
-
-def _or(values: list[int]) -> str:
-    *most, last = (str(value) for value in values)
-    return f"{', '.join(most)} or {last}" if most else last

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -10,7 +12,31 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_cpt.config.parallel import ParallelConfig
+    from megatron_cpt.config.run import TrainingConfig
     from megatron_cpt.data.loader import Batch
+
+
+FUSIONS = (
+    "gradient_accumulation_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "apply_rope_fusion",
+)
+
+
+def needs_transformer_engine(parallel: ParallelConfig, training: TrainingConfig, here: str) -> str | None:
+    """The first setting that only Transformer Engine on a GPU can do; `here`: why there is none."""
+    settings = {
+        "parallel.context_parallel_size": (parallel.context_parallel_size, 1),
+        "parallel.tp_comm_overlap": (parallel.tp_comm_overlap, False),
+        "training.fp8": (training.fp8, None),
+    }
+    for name, (value, without) in settings.items():
+        if value != without:
+            return f"{name} is {value}, which needs a GPU and Transformer Engine, and {here}; use {without}"
+    return None
 
 
 class Platform(Protocol):
@@ -28,8 +54,26 @@ class Platform(Protocol):
     def block_spec(self, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         """The transformer layers of this pipeline stage, as megatron-core wants them described."""
 
+    def refuses(self, parallel: ParallelConfig, training: TrainingConfig) -> str | None:
+        """Which setting this platform cannot do, and why; None: it can do them all."""
+
+    def fusions(self) -> dict[str, bool]:
+        """Which of TransformerConfig's fused computations to use, by its names."""
+
+    def monitored(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Gives what is to be called after each step, for a monitor outside the process that ends it when it hangs."""
+
     def page_locked(self, batch: Batch) -> Batch:
         """The same micro-batch in memory from which it can be copied to the device while something else is computed."""
 
     def peak_memory_bytes(self) -> int:
         """Highest memory use of this process so far: device memory on CUDA, resident memory on CPU."""
+
+    def device_name(self) -> str:
+        """The model of this process's device."""
+
+    def peak_tflops(self) -> float | None:
+        """Dense bf16 TFLOP/s of this process's device by its data sheet; None if that is not known."""
+
+    def library_versions(self) -> dict[str, str]:
+        """Versions of what this hardware needs beside the Python packages."""

@@ -6,9 +6,11 @@ that fails when megatron-core changes there. All are applied once, by `prepare()
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-import queue
+import os
+import platform
 import resource
 import sys
 import types
@@ -17,10 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_cpt.platforms.base import FUSIONS, needs_transformer_engine
+
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_cpt.config.parallel import ParallelConfig
+    from megatron_cpt.config.run import TrainingConfig
     from megatron_cpt.data.loader import Batch
 
 # Where megatron-core allocates with a literal device="cuda", and through which factories.
@@ -32,6 +38,7 @@ MODULES_WITH_LITERAL_CUDA = (
     "optimizer.grad_scaler",
     "optimizer.optimizer",
     "pipeline_parallel.schedules",
+    "rerun_state_machine",
     "utils",
 )
 FACTORIES = ("tensor", "empty", "empty_like", "zeros", "ones")
@@ -49,10 +56,13 @@ class CpuPlatform:
         answer_for_cuda_runtime()
         name_tensor_types_as_on_cuda()
         use_cpu_rng_state()
-        save_without_queue_server()
+        from megatron_cpt.platforms.everywhere import save_without_queue_server
         from megatron_cpt.platforms.fused_adam import install_fused_adam
+        from megatron_cpt.platforms.torch_layers import recompute_norms_without_fp8
 
         install_fused_adam()  # torch's AdamW cannot be saved and resharded by the distributed optimizer
+        recompute_norms_without_fp8()
+        save_without_queue_server()
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
@@ -62,12 +72,40 @@ class CpuPlatform:
 
         return torch_block_spec(config, vp_stage)
 
+    def refuses(self, parallel: ParallelConfig, training: TrainingConfig) -> str | None:
+        return needs_transformer_engine(parallel, training, "this run is on CPU")
+
+    def fusions(self) -> dict[str, bool]:
+        return dict.fromkeys(FUSIONS, False)
+
+    def monitored(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        return contextlib.nullcontext(lambda: None)
+
     def page_locked(self, batch: Batch) -> Batch:
         return batch
 
     def peak_memory_bytes(self) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+    def device_name(self) -> str:
+        return cpu_model()
+
+    def peak_tflops(self) -> float | None:
+        return None  # depends on cores, clock and vector units: no one number is right
+
+    def library_versions(self) -> dict[str, str]:
+        return {}
+
+
+def cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
+    """The processor's name; its architecture where the system does not tell."""
+    if os.path.exists(cpuinfo):
+        with open(cpuinfo, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def import_without_compiler() -> None:
@@ -123,6 +161,7 @@ def answer_for_cuda_runtime() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda new_state, device=None: torch.set_rng_state(new_state)
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
@@ -150,13 +189,3 @@ def use_cpu_rng_state() -> None:
         torch.set_rng_state(new_state)
 
     random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
-
-
-def save_without_queue_server() -> None:
-    """The checkpoint writer starts a manager process per rank, which imports torch, only to hand back its results.
-
-    A synchronous save hands them back within the process, so a plain queue does.
-    """
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
-
-    filesystem_async._results_queue = queue.Queue()

@@ -5,16 +5,51 @@ megatron-core takes FusedAdam from Transformer Engine or Apex by itself; only wh
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
+
+from megatron_cpt.platforms.base import FUSIONS, needs_transformer_engine
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    from megatron_cpt.config.parallel import ParallelConfig
+    from megatron_cpt.config.run import TrainingConfig
     from megatron_cpt.data.loader import Batch
+
+
+# Words of torch.cuda.get_device_name() -> dense bf16 TFLOP/s; the first that fits counts, so variants come before the rest.
+PEAK_TFLOPS = (
+    ("GB200", 2500.0),
+    ("B200", 2250.0),
+    ("H200 NVL", 835.0),
+    ("GH200", 989.0),
+    ("H200", 989.0),
+    ("H100 PCIE", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H800 PCIE", 756.0),
+    ("H800", 989.0),
+    ("H20", 148.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A40", 149.7),
+    ("A30", 165.0),
+    ("A10", 125.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+    ("RTX 5090", 209.5),
+    ("RTX 4090", 165.2),
+    ("RTX 3090", 71.0),
+)
+OTHER_DEVICES = {"MIG", "LAPTOP", "D", "TI", "MAX"}  # a part of a GPU, or another chip under the name of one listed
 
 
 def has_transformer_engine() -> bool:
@@ -29,6 +64,13 @@ class CudaPlatform:
     backend = "nccl"
 
     def prepare(self) -> None:
+        from megatron_cpt.platforms.everywhere import save_without_queue_server
+
+        save_without_queue_server()
+        if not has_transformer_engine():
+            from megatron_cpt.platforms.torch_layers import recompute_norms_without_fp8
+
+            recompute_norms_without_fp8()
         if not (has_transformer_engine() or importlib.util.find_spec("apex")):
             # torch's AdamW keeps its step count where the distributed optimizer cannot save it; ours keeps it where
             # Apex does.
@@ -51,6 +93,30 @@ class CudaPlatform:
             config, use_transformer_engine=True, normalization=config.normalization, vp_stage=vp_stage
         )
 
+    def refuses(self, parallel: ParallelConfig, training: TrainingConfig) -> str | None:
+        if has_transformer_engine():
+            return None
+        return needs_transformer_engine(parallel, training, "Transformer Engine is not installed")
+
+    def fusions(self) -> dict[str, bool]:
+        needs_te = ("gradient_accumulation_fusion", "apply_rope_fusion")
+        return {name: name not in needs_te or has_transformer_engine() for name in FUSIONS}
+
+    @contextlib.contextmanager
+    def monitored(self) -> Iterator[Callable[[], None]]:
+        # ft_launcher, of NVIDIA's resiliency extension, names its monitor's socket to the processes it starts
+        if "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ:
+            yield lambda: None
+            return
+        from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
+
+        client = RankMonitorClient()
+        client.init_workload_monitoring()
+        try:
+            yield client.send_heartbeat
+        finally:
+            client.shutdown_workload_monitoring()
+
     def page_locked(self, batch: Batch) -> Batch:
         arrays = (batch.tokens, batch.loss_mask, batch.cu_seqlens)
         # numpy's view keeps torch's page-locked tensor alive
@@ -58,3 +124,26 @@ class CudaPlatform:
 
     def peak_memory_bytes(self) -> int:
         return torch.cuda.max_memory_allocated()
+
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name()
+
+    def peak_tflops(self) -> float | None:
+        return known_peak_tflops(self.device_name())
+
+    def library_versions(self) -> dict[str, str]:
+        found = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        if torch.distributed.is_nccl_available():
+            found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
+        return {name: str(version) for name, version in found.items() if version}
+
+
+def known_peak_tflops(name: str) -> float | None:
+    """Dense bf16 TFLOP/s (no sparsity) of a GPU by its name, from the makers' data sheets; None for others."""
+    words = name.upper().replace("-", " ").replace("/", " ").split()
+    if OTHER_DEVICES.intersection(words):
+        return None
+    for model, peak in PEAK_TFLOPS:
+        if all(word in words for word in model.split()):
+            return peak
+    return None

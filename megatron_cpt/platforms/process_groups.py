@@ -6,11 +6,12 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_cpt.config.run import ParallelConfig
+from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.platforms import prepare_platform
 
 
@@ -26,7 +27,11 @@ class Ranks:
     pipeline_size: int
     data_rank: int
     data_size: int
+    context_rank: int
+    context_size: int
     device: torch.device
+    same_samples: dist.ProcessGroup | None
+    """Gloo group of the ranks that compute the same samples of the same stage (tensor and context parallel); None: alone."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -43,20 +48,91 @@ class Ranks:
         """Its stage has inputs to embed or targets to compare with."""
         return self.is_first_stage or self.is_last_stage
 
-    def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over data-parallel replicas of `values` as the last pipeline stages have them; the same on every rank.
+    @property
+    def first(self) -> bool:
+        """Speaks for the run."""
+        return self.rank == 0
 
-        `values` counts on the last stage only; tensor-parallel ranks there hold equal copies, so the first speaks.
+    def any_of_same_samples(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank of `same_samples`: on the host, so that no device has to be waited for."""
+        if self.same_samples is None:
+            return flag
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.same_samples)
+        return bool(value.item())
+
+    def gather(self, thing: Any) -> list[Any]:
+        """What each rank passed, in the order of ranks, on every rank; all ranks call this."""
+        things: list[Any] = [None] * self.world_size
+        dist.all_gather_object(things, thing)
+        return things
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank; all ranks call this."""
+        told = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told.item())
+
+    def sum_from_last_stage(self, values: torch.Tensor, *flags: bool) -> tuple[list[float], list[bool]]:
+        """Sums over data-parallel replicas of `values` as the last pipeline stages have them; the same on every rank.
+
+        `values` (1-D) counts on the last stage only; tensor-parallel ranks there hold equal copies, so the first speaks;
+        context-parallel ranks hold different parts of their samples, so all speak. `flags`: whether each is set on any rank.
         """
         if not (self.is_last_stage and self.tensor_rank == 0):
             values = torch.zeros_like(values)
-        dist.all_reduce(values)
-        return values
+        told = torch.cat([values, torch.tensor(flags, dtype=values.dtype, device=values.device)])
+        dist.all_reduce(told)
+        numbers = told.tolist()
+        return numbers[: len(values)], [number > 0 for number in numbers[len(values) :]]
+
+
+def job_store() -> dist.Store:
+    """What the processes of the job have found each other through: it also carries messages, without collectives."""
+    store: dist.Store = dist.distributed_c10d._get_default_store()
+    return store
 
 
 def launched_world_size() -> int:
     """Number of processes that torchrun (or srun with its variables) started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def gloo_groups_of_same_samples() -> dist.ProcessGroup | None:
+    """This rank's group of tensor x context parallel ranks, over gloo also where these talk NCCL; None if it is alone."""
+    from megatron.core import parallel_state
+
+    own = sorted(dist.get_process_group_ranks(parallel_state.get_tensor_and_context_parallel_group()))
+    if len(own) == 1:
+        return None
+    everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, own)
+    mine = None
+    for ranks in sorted({tuple(ranks) for ranks in everyone}):  # every process has to make every group
+        group = dist.new_group(list(ranks), backend="gloo")
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine
+
+
+def ranks_here(device: torch.device, same_samples: dist.ProcessGroup | None) -> Ranks:
+    """Where this process stands in megatron-core's groups."""
+    from megatron.core import parallel_state
+
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        device=device,
+        same_samples=same_samples,
+    )
 
 
 @contextlib.contextmanager
@@ -74,19 +150,14 @@ def process_groups(parallel: ParallelConfig, seed: int = 1234, alone: bool = Fal
     else:
         dist.init_process_group(platform.backend)
     try:
-        parallel_state.initialize_model_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-        tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        yield Ranks(
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
-            pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_size=parallel_state.get_data_parallel_world_size(),
-            device=device,
+        parallel_state.initialize_model_parallel(
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
         )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield ranks_here(device, gloo_groups_of_same_samples())
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

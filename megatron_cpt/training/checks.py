@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from megatron_cpt.checkpoint.layout import find_checkpoint, latest_checkpoint, read_checkpoint_manifest
+from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, newest_complete, read_checkpoint_manifest
+from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger
 from megatron_cpt.data.mixture import Mixture
@@ -15,9 +18,15 @@ from megatron_cpt.data.mixture_file import load_mixture
 from megatron_cpt.data.stages import Schedule
 from megatron_cpt.data.state import DataState, begin, resume
 from megatron_cpt.errors import InputError
-from megatron_cpt.model.llama import LlamaConfig, check_layout, read_llama_config
+from megatron_cpt.model.build import arithmetic_of, transformer_config
+from megatron_cpt.model.layout import check_layout, check_microbatches
+from megatron_cpt.model.llama import LlamaConfig, read_llama_config
+from megatron_cpt.platforms import current_platform
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.base import token_bytes_sha256
+from megatron_cpt.training.schedule import LearningRate, RunLength, continue_schedule, make_schedule, run_length
+from megatron_cpt.training.sinks import check_logging
+from megatron_cpt.training.trouble import History
 
 
 @dataclass(frozen=True)
@@ -35,26 +44,54 @@ class RunData:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint says beside weights and optimizer.
+
+    Attributes:
+        manifest: as a whole
+        history: see `History`
+        baseline: {validation set: {"loss", "bits_per_byte"}} before the first step of the run
+        evaluated: whether the evaluation that was due at its step was done
+    """
+
+    manifest: dict[str, Any]
+    history: History
+    baseline: dict[str, dict[str, float]]
+    evaluated: bool
+
+    @property
+    def has_all(self) -> bool:
+        """Whether only steps can be missing, not the evaluation after the last, in which a run may have been stopped."""
+        return self.evaluated or not self.manifest["optimizer"]
+
+
+@dataclass(frozen=True)
 class CheckedRun:
     """A configuration whose files exist and fit each other.
 
     Attributes:
         token_bytes: int64 [vocab_size of the model], UTF-8 bytes of text each id stands for (for bits per byte)
         start_from: checkpoint folder to load
-        resumes: whether that is a checkpoint of this very run (weights, optimizer and position) or only weights
+        resumed: what it says, when the run goes on where that was; None: only its weights are taken
         complete: there is nothing left to do
         data: the order of the samples and where the run is in it
+        length: where the run is and where it ends
+        schedule: the learning rate
+        notes: what the person who started it should know
     """
 
     config: RunConfig
     llama: LlamaConfig
     mixture: Mixture
     data: RunData
+    length: RunLength
+    schedule: LearningRate
     data_parallel_size: int
     token_bytes: np.ndarray
     start_from: str
-    resumes: bool
+    resumed: Resumed | None
     complete: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def hf_folder(self) -> str:
@@ -68,79 +105,137 @@ def check_run(config: RunConfig, world_size: int) -> CheckedRun:
     Raises:
         InputError: naming the value found and the values that would do
     """
-    resume_from = latest_checkpoint(config.checkpoint.save)
-    start_from = resume_from or find_checkpoint(config.checkpoint.load)
+    start_from, resumed = find_start(config)
     llama = read_llama_config(os.path.join(start_from, "hf"))
     mixture = load_mixture(config.mixture)
     check_layout(llama, config.parallel, mixture.seq_length)
+    data_parallel_size = check_batch(config, world_size)
+    check_engine(config, llama)
     vocab_size = mixture.manifest.tokenizer.vocab_size
     if vocab_size > llama.vocab_size:
         raise InputError(
             f"{mixture.path}: the corpora have token ids below {vocab_size} "
             f"(tokenizer {mixture.manifest.tokenizer.path}) but the model in {start_from} has {llama.vocab_size} embeddings"
         )
-    complete = resume_from is not None and is_complete(resume_from, config)
+    manifest = resumed.manifest if resumed else {"iteration": 0, "consumed_samples": 0}
+    length = run_length(config.training, mixture.seq_length, manifest["iteration"], manifest["consumed_samples"])
+    complete = resumed is not None and length.iteration >= length.train_iters and resumed.has_all
+    if resumed is not None and not complete:
+        check_can_resume(config, start_from, resumed.manifest)
     return CheckedRun(
+        notes=tuple(newest_complete(config.checkpoint.save)[1]),
         config=config,
         llama=llama,
         mixture=mixture,
-        data=check_data(config, mixture, resume_from, complete),
-        data_parallel_size=check_batch(config, world_size),
+        data=check_data(config, mixture, length, resumed, complete),
+        length=length,
+        schedule=check_schedule(config, mixture.seq_length, length, resumed, complete),
+        data_parallel_size=data_parallel_size,
         token_bytes=read_token_bytes(os.path.join(start_from, "hf"), mixture, llama.vocab_size),
         start_from=start_from,
-        resumes=resume_from is not None,
+        resumed=resumed,
         complete=complete,
     )
 
 
-def is_complete(checkpoint: str, config: RunConfig) -> bool:
-    """Whether a run's newest checkpoint is its last one.
+def find_start(config: RunConfig) -> tuple[str, Resumed | None]:
+    """The checkpoint to load, and what it says if the run goes on where that was.
 
     Raises:
-        InputError: there are steps left to do but the checkpoint cannot be resumed from
+        InputError: there is none; the folder belongs to another run; or all of a checkpoint is wanted that has only weights
     """
-    manifest = read_checkpoint_manifest(checkpoint)
-    began_with = manifest["config"]["checkpoint"]["load"]
-    if began_with != config.checkpoint.load:
+    settings = config.checkpoint
+    own, passed_over = newest_complete(settings.save)
+    if own is None and passed_over:
+        raise InputError(f"{passed_over[0]}; empty the folder to begin anew, or use another checkpoint.save")
+    if own is not None and is_of_a_run(own):
+        manifest = read_checkpoint_manifest(own)
+        began_with = manifest["config"]["checkpoint"]["load"]
+        if began_with != settings.load:
+            raise InputError(
+                f"checkpoint.load is {settings.load} but the run in {settings.save} began with {began_with}; "
+                f"use that, or another folder as checkpoint.save"
+            )
+        return own, resumed_from(manifest)
+    folder = find_checkpoint(settings.load)
+    if settings.load_state == "weights":
+        return folder, None
+    if not is_of_a_run(folder):
         raise InputError(
-            f"checkpoint.load is {config.checkpoint.load} but the run in {config.checkpoint.save} began with {began_with}; "
-            f"use that, or another folder as checkpoint.save"
+            f"checkpoint.load_state is all but {folder} holds converted weights, no checkpoint of a run; use weights"
         )
-    if manifest["iteration"] >= config.training.train_iters:
-        return True
+    return folder, resumed_from(read_checkpoint_manifest(folder))
+
+
+def resumed_from(manifest: dict[str, Any]) -> Resumed:
+    """A manifest's parts."""
+    state = manifest["training"]
+    return Resumed(manifest, History.from_json(state["history"]), state["baseline"], state["evaluated"])
+
+
+def check_can_resume(config: RunConfig, checkpoint: str, manifest: dict[str, Any]) -> None:
+    """InputError unless the checkpoint has an optimizer's state."""
     if not manifest["optimizer"]:
         raise InputError(
-            f"{checkpoint} holds no optimizer state (checkpoint.save_optim was false), so the run in "
-            f"{config.checkpoint.save} cannot resume; start another one from it: checkpoint.load {checkpoint}, and another "
-            f"folder as checkpoint.save"
+            f"{checkpoint} holds no optimizer state (checkpoint.save_optim was false), so the run cannot go on from it; "
+            f"start another one from its weights: checkpoint.load {checkpoint}, and another folder as checkpoint.save than "
+            f"{config.checkpoint.save}"
         )
-    return False
 
 
-def check_data(config: RunConfig, mixture: Mixture, resume_from: str | None, complete: bool) -> RunData:
+def check_schedule(
+    config: RunConfig, seq_length: int, length: RunLength, resumed: Resumed | None, complete: bool
+) -> LearningRate:
+    """The learning rate of what is left of the run.
+
+    Raises:
+        InputError: it does not fit into the run, or is not what the run's checkpoint was trained with
+    """
+    if resumed is None:
+        return make_schedule(config, seq_length, length)
+    saved = resumed.manifest["training"]["lr_schedule"]
+    if complete:  # no step will use it: no need to compare
+        return LearningRate(**saved)
+    return continue_schedule(saved, config, seq_length, length)
+
+
+def check_data(config: RunConfig, mixture: Mixture, length: RunLength, resumed: Resumed | None, complete: bool) -> RunData:
     """Where the run is in its data, and what it will read.
 
     Raises:
         InputError: it would read a corpus more often than allowed, or has read another mixture so far
     """
     batch, data = config.training.global_batch_size, config.data
-    iteration = consumed = 0
-    saved = None
-    if resume_from is not None:
-        manifest = read_checkpoint_manifest(resume_from)
-        iteration, consumed, saved = manifest["iteration"], manifest["consumed_samples"], manifest["data"]
-    run_samples = consumed + max(config.training.train_iters - iteration, 0) * batch
     if data.order == "megatron":
-        schedule = mixture.megatron_schedule(run_samples, max(data.num_workers, 1))
+        schedule = mixture.megatron_schedule(length.run_samples, max(data.num_workers, 1))
     else:
-        schedule = mixture.schedule(run_samples)
-    if saved is None or complete:  # nothing will be read: no need to compare
+        schedule = mixture.schedule(length.run_samples)
+    if resumed is None or complete:  # nothing was read, or nothing will be: no need to compare
         state = begin(mixture, schedule, batch)
     else:
-        state = resume(saved, consumed, mixture, schedule, batch, data.accept_new_mixture)
+        saved = resumed.manifest["data"]
+        state = resume(saved, length.consumed_samples, mixture, schedule, batch, data.accept_new_mixture)
     if not complete:
-        check_limits(mixture, schedule, run_samples, state.offsets(mixture, schedule))
-    return RunData(schedule, state, run_samples)
+        check_limits(mixture, schedule, length.run_samples, state.offsets(mixture, schedule))
+    return RunData(schedule, state, length.run_samples)
+
+
+def check_engine(config: RunConfig, llama: LlamaConfig) -> None:
+    """Whether what is installed on this machine, and megatron-core, can do what the configuration asks for.
+
+    Raises:
+        InputError: with megatron-core's words, where it is megatron-core that refuses
+    """
+    check_logging(config.logging)
+    refusal = current_platform().refuses(config.parallel, config.training)
+    if refusal is not None:
+        raise InputError(refusal)
+    if config.parallel.context_parallel_size > 1 and config.data.reset_attention_mask:
+        raise InputError("data.reset_attention_mask is true with context_parallel_size above 1; use one of them")
+    try:
+        transformer_config(llama, config.parallel, dtype_of(config.training.params_dtype), arithmetic_of(config.training))
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"megatron-core refuses this configuration: {error}") from error
 
 
 def read_token_bytes(hf_folder: str, mixture: Mixture, vocab_size: int) -> np.ndarray:
@@ -163,16 +258,20 @@ def read_token_bytes(hf_folder: str, mixture: Mixture, vocab_size: int) -> np.nd
 def check_batch(config: RunConfig, world_size: int) -> int:
     """Whether processes and batch come out even; returns the data-parallel size."""
     parallel, training = config.parallel, config.training
-    model_parallel = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if world_size % model_parallel:
-        raise InputError(
-            f"{world_size} processes cannot hold tensor_model_parallel_size {parallel.tensor_model_parallel_size} x "
-            f"pipeline_model_parallel_size {parallel.pipeline_model_parallel_size}; start a multiple of {model_parallel}"
-        )
-    data_parallel = world_size // model_parallel
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+    }
+    together = math.prod(sizes.values())
+    if world_size % together:
+        names = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        raise InputError(f"{world_size} processes cannot hold {names}; start a multiple of {together}")
+    data_parallel = world_size // together
     if training.global_batch_size % (training.micro_batch_size * data_parallel):
         raise InputError(
             f"global_batch_size {training.global_batch_size} is not divisible by micro_batch_size "
             f"{training.micro_batch_size} x data-parallel size {data_parallel}"
         )
+    check_microbatches(parallel, training.global_batch_size // (training.micro_batch_size * data_parallel))
     return data_parallel

@@ -1,100 +1,194 @@
-"""What a run shows and records, on its first rank: a progress bar or plain lines, metrics.jsonl, run.json, ledger.json."""
+"""What a run shows and records: the progress line, metrics.jsonl, run.json, ledger.json, status.json, the report at the end.
+
+The first rank shows and records; what the others print goes to files of their own. docs/watching.md says what lies where.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from typing import Any
+import sys
+import time
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from megatron_cpt.checkpoint.layout import write_json, write_text
+from megatron_cpt.checkpoint.layout import write_json
+from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.mixture_inspection import ledger_table
+from megatron_cpt.training.metrics_file import MetricsFile, finite, read_metrics
+from megatron_cpt.training.progress_line import RunProgress, TimeLeft, plain, step_parts
+from megatron_cpt.training.rank_output import output_to_file, rank_file
+from megatron_cpt.training.sinks import Sinks, Start
 from megatron_cpt.training.validation import ValidationResult
+from megatron_cpt.training.validation_table import figures, general_languages, validation_lines
+
+State = Literal["running", "stopped", "finished", "failed"]
 
 
 class RunLog:
-    """Writes to the run's folder and to the terminal; on other ranks than the first it does nothing.
+    """Writes to the run's folder and to the terminal, on the first rank; on the others only to their log files.
 
-    On a terminal one progress bar per phase (training, validation) is redrawn in place; elsewhere each step is a line.
+    On a terminal one line is redrawn in place; elsewhere there is a line every `log_interval` steps. A full disk does not
+    end a run here: rows of metrics wait until there is room.
+
+    Attributes:
+        live: a line is redrawn in place
+        error_stream: the real stderr, also where this rank's own goes to a file
+        progress: for tasks beside the training steps (add_task, advance, remove_task)
     """
 
-    def __init__(self, folder: str, active: bool) -> None:
+    def __init__(self, folder: str, config: LoggingConfig, rank: int) -> None:
         self.folder = folder
-        self.active = active
-        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-        self.metrics_path = os.path.join(folder, "metrics.jsonl")
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self.console,
-            disable=not (active and self.console.is_terminal),
-        )
+        self.config = config
+        self.rank = rank
+        self.first = rank == 0
+        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True, quiet=not self.first)
+        self.error_stream: TextIO = sys.stderr
+        self.live = self.first and self.console.is_terminal and not self.console.is_dumb_terminal
+        self.progress = RunProgress(self.console, self.live)
+        self.file = MetricsFile(folder)
+        self.time_left = TimeLeft()
+        self.sinks: Sinks | None = None
+        self.general: frozenset[str] = frozenset()
+        self.stack = ExitStack()
 
     def __enter__(self) -> RunLog:
+        if not self.first:
+            path = rank_file(self.folder, self.rank)
+            file, self.error_stream = self.stack.enter_context(output_to_file(path, self.rank))
+            self.console = Console(file=file, markup=False, highlight=False, soft_wrap=True)
         self.progress.start()
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.progress.stop()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self.progress.stop()  # first: it gives the terminal its cursor back
+            if self.sinks is not None:
+                self.sinks.close(failed=kind is not None)
+        finally:
+            self.stack.__exit__(kind, error, trace)
+            self.error_stream = sys.stderr
 
     def say(self, message: Any) -> None:
         """Print for the person watching."""
-        if self.active:
-            self.console.print(message)
+        self.console.print(message)
 
-    def start(self, run: dict[str, Any], ledger_json: dict[str, Any], ledger: Ledger, iteration: int) -> None:
-        """Record what is about to run; forget metrics of steps that a resume will do again."""
-        if not self.active:
+    def start(
+        self, run: dict[str, Any], ledger_json: dict[str, Any], ledger: Ledger, iteration: int, rates: list[dict[str, float]]
+    ) -> None:
+        """Record and show what is about to run, after `iteration` steps; forget metrics of steps that will be done again."""
+        self.general = general_languages(ledger)
+        if not self.first:
             return
         os.makedirs(self.folder, exist_ok=True)
-        write_json(os.path.join(self.folder, "run.json"), run)
-        self.ledger(ledger_json)
-        kept = [row for row in read_metrics(self.folder) if row["iteration"] <= iteration] if iteration else []
-        write_text(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_json(self._path("run.json"), run | {"starts": [*self._starts(iteration), this_start(iteration)]})
+        write_json(self._path("ledger.json"), ledger_json)
+        write_json(self._path("learning_rate.json"), rates)
+        last_recorded = max((row["iteration"] for row in read_metrics(self.folder)), default=-1)
+        self.file.keep_until(iteration)
+        self.sinks = Sinks(self.config, Start(self.folder, iteration, last_recorded, run), self.say)
         self.say(ledger_table(ledger))
+        self.say(learning_rate_lines(rates))
 
-    def ledger(self, ledger_json: dict[str, Any]) -> None:
-        """Replace ledger.json."""
-        if self.active:
-            write_json(os.path.join(self.folder, "ledger.json"), ledger_json)
+    def _starts(self, iteration: int) -> list[dict[str, Any]]:
+        """The earlier starts that led to this one."""
+        path = self._path("run.json")
+        if not iteration or not os.path.exists(path):
+            return []
+        with open(path, encoding="utf-8") as file:
+            earlier = json.load(file).get("starts", [])
+        return [start for start in earlier if start["iteration"] <= iteration]
+
+    def step(self, row: dict[str, Any], train_iters: int) -> None:
+        """Record and show one training step."""
+        if not self.first:
+            return
+        self.metrics(row)
+        if self.sinks is not None:
+            self.sinks.training(row)
+        self.time_left.step(row["seconds"])
+        left = self.time_left.seconds(train_iters - row["iteration"])
+        if row.get("skipped"):
+            self.say(f"step {row['iteration']:,} is skipped: {row['skipped']}")
+        if self.live:
+            self.progress.show(row, train_iters, left)
+        elif row["iteration"] % self.config.log_interval == 0 or row["iteration"] == train_iters:
+            self.say(plain(step_parts(row, train_iters, left)))
+
+    def validation(self, iteration: int, results: list[ValidationResult], baseline: dict[str, dict[str, Any]]) -> None:
+        """Record and show an evaluation, compared with `baseline`, that of step 0 ({}: unknown, or this is it)."""
+        if not self.first:
+            return
+        sets = figures(iteration, results, baseline)
+        self.metrics({"iteration": iteration, "validation": sets})
+        if self.sinks is not None:
+            self.sinks.validation(iteration, finite(sets))
+        width = self.console.width if self.live else None
+        self.say("\n".join(validation_lines(iteration, sets, self.general, width)))
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
-        if self.active:
-            with open(self.metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        if not self.first:
+            return
+        waited = bool(self.file.waiting)
+        try:
+            self.file.append(row)
+        except OSError as error:
+            if not waited:
+                self.say(f"{self.file.path} cannot be written, rows wait for a later step: {error}")
 
-    def step(self, row: dict[str, Any], train_iters: int) -> None:
-        """Show one training step on a plain line (a terminal has the progress bar)."""
-        if not self.console.is_terminal:
-            self.say(f"step {row['iteration']}/{train_iters} | {step_note(row)}")
+    def ledger(self, ledger_json: dict[str, Any]) -> None:
+        """Replace ledger.json."""
+        self._replace("ledger.json", ledger_json)
 
-    def validation(self, iteration: int, results: list[ValidationResult]) -> None:
-        """Show and record an evaluation."""
-        self.metrics({"iteration": iteration, "validation": {r.name: dataclasses.asdict(r) for r in results}})
-        for r in results:
-            self.say(f"validation at step {iteration} | {r.name} | loss {r.loss:.4f} | {r.bits_per_byte:.4f} bits per byte")
+    def status(self, state: State, iteration: int, train_iters: int, reason: str | None = None) -> None:
+        """Replace status.json, by which a launcher knows what to do with this run."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        status = {"state": state, "iteration": iteration, "train_iters": train_iters, "reason": reason, "time": now}
+        self._replace("status.json", status)
+
+    def finish(self) -> None:
+        """Write the report of the run so far."""
+        if not self.first or not os.path.exists(self._path("run.json")):
+            return
+        from megatron_cpt.training.report import write_report  # imports matplotlib, which no step needs
+
+        try:
+            self.file.flush()
+            self.say(f"report: {write_report(self.folder)}")
+        except OSError as error:  # the run's results are safe in its checkpoints
+            self.say(f"the report could not be written: {error}")
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def _replace(self, name: str, content: dict[str, Any]) -> None:
+        if not self.first:
+            return
+        try:
+            write_json(self._path(name), content)
+        except OSError as error:
+            self.say(f"{self._path(name)} could not be written: {error}")
 
 
-def step_note(row: dict[str, Any]) -> str:
-    """The numbers of one step in a few words."""
-    return (
-        f"loss {row['loss']:.4f} | lr {row['lr']:.3g} | grad norm {row['grad_norm']:.2f} | "
-        f"{row['tokens_per_second']:,.0f} tokens/s | ALMR {row['almr_realised']:.4f}"
-    )
+def this_start(iteration: int) -> dict[str, Any]:
+    """An entry of `starts` in run.json."""
+    return {"iteration": iteration, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
-def read_metrics(folder: str) -> list[dict[str, Any]]:
-    """All rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
-    path = os.path.join(folder, "metrics.jsonl")
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+def learning_rate_lines(rates: list[dict[str, float]]) -> Table:
+    """The learning rate of the first step, of the last and of some between."""
+    table = Table(title="learning rate", title_justify="left")
+    for name in ("step", "samples", "learning rate"):
+        table.add_column(name, justify="right")
+    for rate in rates:
+        table.add_row(f"{rate['iteration']:,.0f}", f"{rate['consumed_samples']:,.0f}", f"{rate['lr']:.4e}")
+    return table
+
+
+__all__ = ["RunLog", "State", "learning_rate_lines", "read_metrics"]

@@ -2,206 +2,229 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import sys
 import time
-from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 
-from megatron_cpt.checkpoint.layout import versions
-from megatron_cpt.checkpoint.save_load import Progress, dtype_of, load_checkpoint, save_checkpoint, unwrap
+from megatron_cpt.checkpoint.save_load import Progress, load_checkpoint
+from megatron_cpt.checkpoint.saver import Saver
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.loader import BatchShape, TrainingData, Waited, prefetch, run_microbatches, validation_samples
 from megatron_cpt.data.mixture_inspection import ledger_table
-from megatron_cpt.data.state import CorpusUse, almr_of
-from megatron_cpt.model.build import build_model, transformer_config
+from megatron_cpt.errors import RunError
 from megatron_cpt.platforms import current_platform
-from megatron_cpt.platforms.process_groups import Ranks, launched_world_size, process_groups
+from megatron_cpt.platforms.process_groups import job_store, launched_world_size, process_groups
+from megatron_cpt.training.building import build, unwrap, whole_parameters
 from megatron_cpt.training.checks import CheckedRun, check_run
-from megatron_cpt.training.log import RunLog, step_note
-from megatron_cpt.training.schedule import learning_rate
-from megatron_cpt.training.step import train_step
+from megatron_cpt.training.describe import run_facts
+from megatron_cpt.training.launch import duration, leave, only_run, prepare_arithmetic, telling_others
+from megatron_cpt.training.log import RunLog
+from megatron_cpt.training.profiling import profiling
+from megatron_cpt.training.records import layout, metrics_of_step, peak_memory, run_description, run_ledger, run_manifest
+from megatron_cpt.training.rerun import rerunning
+from megatron_cpt.training.schedule import learning_rate_table
+from megatron_cpt.training.state import RunContext, TrainState
+from megatron_cpt.training.step import StepResult, StepShape, train_step
+from megatron_cpt.training.stopping import StopRequestedError, Watch
+from megatron_cpt.training.trouble import check_replicas, unusual
 from megatron_cpt.training.validation import validate
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """What every part of the run needs: passed by argument, never global."""
-
-    run: CheckedRun
-    ranks: Ranks
-    log: RunLog
-
-    @property
-    def config(self) -> RunConfig:
-        return self.run.config
 
 
 def setup(config: RunConfig) -> str | None:
     """Check everything, then start the process groups and run; returns the folder of the run (on the first rank)."""
+    folder, first = config.checkpoint.save, os.environ.get("RANK", "0") == "0"
     if config.check_only:
         run = check_run(config, config.world_size or launched_world_size())
-        RunLog(config.checkpoint.save, active=True).say(ledger_table(run.data.ledger(run.mixture)))
+        RunLog(folder, config.logging, 0).say(ledger_table(run.data.ledger(run.mixture)))
         return None
-    run = check_run(config, launched_world_size())
-    first = os.environ.get("RANK", "0") == "0"
-    if run.complete:
-        RunLog(config.checkpoint.save, active=first).say(
-            f"{run.start_from} is the last checkpoint of this run: nothing to do"
-        )
-        return config.checkpoint.save if first else None
-    torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
-    torch.manual_seed(config.training.seed)
+    with Watch(folder, duration(config.training), launched_world_size()) as watch:
+        try:
+            run = check_run(config, launched_world_size())
+            if not run.complete:
+                with only_run(config, run.start_from) if first else contextlib.nullcontext():
+                    start(run, watch)
+            elif first:
+                RunLog(folder, config.logging, 0).say(f"{run.start_from} is the last checkpoint of this run: nothing to do")
+        except StopRequestedError:
+            if first:
+                print(f"stopped before the first step: {watch.requests.stop}", file=sys.stderr)
+    return folder if first else None
+
+
+def start(run: CheckedRun, watch: Watch) -> None:
+    """Start the process groups and run."""
+    config = run.config
+    prepare_arithmetic(config.training)
     with (
         process_groups(config.parallel, config.training.seed) as ranks,
-        RunLog(config.checkpoint.save, active=first) as log,
+        RunLog(config.checkpoint.save, config.logging, ranks.rank) as log,
     ):
-        main(RunContext(run, ranks, log))
-    return config.checkpoint.save if first else None
+        watch.share(job_store(), ranks.rank, ranks.world_size, config.trouble.heartbeat_seconds, log.error_stream)
+        with telling_others(watch, ranks.world_size, log.error_stream):
+            try:
+                main(RunContext(run, ranks, log, watch, Saver(config.checkpoint, log.say)))
+            except StopRequestedError:
+                watch.reason()
+                leave(watch)
+                raise
+            leave(watch)
 
 
 def main(context: RunContext) -> None:
     """Build, load, and run to the last iteration."""
-    run, ranks = context.run, context.ranks
-    context.log.say(f"{'resuming' if run.resumes else 'starting'} from {run.start_from}; {layout(ranks)}")
-    model, optimizer = build(context)
-    progress = Progress()
-    if run.resumes:
-        progress = load_checkpoint(run.start_from, unwrap(model), optimizer)
+    run, ranks, log = context.run, context.ranks, context.log
+    for note in run.notes:
+        log.say(f"passed over: {note}")
+    log.say(f"{'resuming' if run.resumed else 'starting'} from {run.start_from}; {layout(ranks)}")
+    chunks, optimizer = build(run.config, run.llama, run.mixture.seq_length, ranks)
+    state = TrainState(chunks, optimizer)
+    context.saver.prepare(unwrap(chunks), optimizer if run.config.checkpoint.save_optim else None)
+    stop_if_asked(context)
+    if run.resumed is not None:
+        state.progress = load_checkpoint(run.start_from, unwrap(chunks), optimizer)
+        state.history, state.baseline, state.evaluated = run.resumed.history, run.resumed.baseline, run.resumed.evaluated
     else:
-        load_checkpoint(run.start_from, unwrap(model))
+        load_checkpoint(run.start_from, unwrap(chunks))
         optimizer.reload_model_params()
-    context.log.start(
-        describe(context, progress), run_ledger(context, progress), run.data.ledger(run.mixture), progress.iteration
+    rates = learning_rate_table(run.schedule, run.length, run.config.training.global_batch_size)
+    log.start(
+        run_description(context) | run_facts(ranks.gather),
+        run_ledger(run, state.progress),
+        run.data.ledger(run.mixture),
+        run.length.iteration,
+        rates,
     )
-    fit(context, model, optimizer, progress)
+    log.status("running", run.length.iteration, run.length.train_iters)
+    context.watch.working()
+    stop_if_asked(context)
+    try:
+        fit(context, state)
+    except StopRequestedError:
+        stop(context, state, context.watch.reason())
+    except RunError as error:
+        log.status("failed", state.progress.iteration, run.length.train_iters, str(error))
+        log.finish()
+        raise
+    else:
+        context.saver.finish()
+        log.status("finished", state.progress.iteration, run.length.train_iters)
+    log.finish()
 
 
-def build(context: RunContext) -> tuple[DistributedDataParallel, MegatronOptimizer]:
-    """The model of this rank in megatron-core's DDP, and its distributed optimizer."""
-    run, config = context.run, context.config
-    params_dtype = dtype_of(config.training.params_dtype)
-    megatron_config = transformer_config(run.llama, config.parallel, params_dtype)
-    model = DistributedDataParallel(
-        megatron_config,
-        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-        build_model(run.llama, megatron_config, run.mixture.seq_length, current_platform(), context.ranks),
-    )
-    settings = config.optimizer
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            clip_grad=settings.clip_grad,
-            bf16=params_dtype == torch.bfloat16,
-            params_dtype=params_dtype,
-            use_distributed_optimizer=True,
-        ),
-        [model],
-    )
-    megatron_config.finalize_model_grads_func = finalize_model_grads
-    megatron_config.grad_scale_func = optimizer.scale_loss
-    return model, optimizer
+def stop_if_asked(context: RunContext) -> None:
+    """All ranks together: StopRequestedError if any was asked to stop during the start."""
+    if context.ranks.any(context.watch.requests.stopping()):
+        raise StopRequestedError
 
 
-def fit(context: RunContext, model: DistributedDataParallel, optimizer: MegatronOptimizer, progress: Progress) -> None:
-    """Train to the last iteration, evaluating and saving on the way and at the end."""
-    config, log = context.config, context.log
-    training, mixture = config.training, context.run.mixture
-    data, ranks = context.run.data, context.ranks
-    shape = BatchShape(training.micro_batch_size, training.global_batch_size, ranks.data_rank, ranks.data_size)
-    reader = TrainingData(
-        [corpus.data for corpus in mixture.corpora],
-        data.state.order(mixture, data.schedule),
-        config.data,
-        ranks.reads_tokens,
+def fit(context: RunContext, state: TrainState) -> None:
+    """Train to the last iteration, evaluating and saving on the way and at the end.
+
+    Raises:
+        StopRequestedError: the run was asked to stop; `state` is as after its last whole step
+        RunError: it cannot go on
+    """
+    run, config, log, ranks = context.run, context.config, context.log, context.ranks
+    training, requests = config.training, context.watch.requests
+    batch = BatchShape(training.micro_batch_size, training.global_batch_size, ranks.data_rank, ranks.data_size)
+    shape = StepShape(
+        batch.num_microbatches, training.micro_batch_size, run.mixture.seq_length, config.data.reset_attention_mask
     )
-    if progress.iteration == 0:
-        evaluate(context, model, 0)
-    steps = training.train_iters - progress.iteration
-    reads = run_microbatches(reader, progress.consumed_samples, shape, steps, current_platform().page_locked)
-    with closing(prefetch(reads, config.data.num_workers, config.data.prefetch)) as read:
-        batches = Waited(read)
-        task = log.progress.add_task("training", total=training.train_iters, completed=progress.iteration, note="")
-        while progress.iteration < training.train_iters:
+    if not state.evaluated:
+        evaluate(context, state, shape)
+        if state.progress.iteration == run.length.train_iters:  # it was stopped in its last evaluation
+            save(context, state, last=True)
+    order = run.data.state.order(run.mixture, run.data.schedule)
+    reader = TrainingData([corpus.data for corpus in run.mixture.corpora], order, config.data, ranks.reads_tokens)
+    steps = run.length.train_iters - state.progress.iteration
+    reads = run_microbatches(reader, state.progress.consumed_samples, batch, steps, current_platform().page_locked)
+    with (
+        closing(prefetch(reads, config.data.num_workers, config.data.prefetch, requests.stopping)) as read,
+        profiling(config.logging, ranks.rank, config.checkpoint.save, state.progress.iteration) as profiler,
+        current_platform().monitored() as alive,
+        rerunning(config.trouble.rerun_rejected_steps, batches := Waited(read)) as reruns,
+    ):
+        while state.progress.iteration < run.length.train_iters:
             start, waited = time.perf_counter(), batches.seconds
-            lr = learning_rate(progress.iteration, training.train_iters, config.optimizer)
+            after = Progress(state.progress.iteration + 1, state.progress.consumed_samples + training.global_batch_size)
+            lr = run.schedule.at(after.consumed_samples)
             result = train_step(
-                model,
-                optimizer,
-                batches,
-                shape.num_microbatches,
-                training.micro_batch_size,
-                mixture.seq_length,
+                state.chunks,
+                state.optimizer,
+                batches if reruns is None else reruns.batches,
+                shape,
                 lr,
                 config.optimizer,
                 ranks,
-                packed=config.data.reset_attention_mask,
+                requests,
+                reruns,
+                lambda loss, grad_norm: unusual(state.history, config.trouble, loss, grad_norm),
             )
-            progress = Progress(progress.iteration + 1, progress.consumed_samples + training.global_batch_size)
-            row = {
-                **dataclasses.asdict(progress),
-                **dataclasses.asdict(result),
-                "lr": lr,
-                "seconds": time.perf_counter() - start,
-                "data_seconds": batches.seconds - waited,
-                **data_metrics(context, progress),
-            }
-            row["tokens_per_second"] = training.global_batch_size * mixture.seq_length / row["seconds"]
-            log.metrics(row)
-            log.progress.update(task, completed=progress.iteration, note=step_note(row))
-            if progress.iteration % config.log_interval == 0:
-                log.step(row, training.train_iters)
-            finish_step(context, model, optimizer, progress)
-    log.metrics({"iteration": progress.iteration, "peak_memory_bytes": peak_memory(ranks)})
+            take(context, state, result, after)
+            seconds = time.perf_counter() - start
+            log.step(metrics_of_step(context, state, result, lr, seconds, batches.seconds - waited), run.length.train_iters)
+            give_up_if_too_many(context, state, result)
+            finish_step(context, state, shape, result)
+            profiler.step(state.progress.iteration)
+            alive()
+    log.metrics({"iteration": state.progress.iteration, "peak_memory_bytes": peak_memory(ranks)})
 
 
-def data_metrics(context: RunContext, progress: Progress) -> dict[str, Any]:
-    """What was read so far: tokens, by corpus too, and the realised ALMR."""
-    data, mixture = context.run.data, context.run.mixture
-    consumed = data.state.consumed(mixture, data.schedule, progress.consumed_samples)
-    return {
-        "consumed_tokens": progress.consumed_samples * mixture.seq_length,
-        "corpus_tokens": tokens_by_name(consumed, mixture.seq_length),
-        "almr_realised": almr_of(consumed),
-    }
+def take(context: RunContext, state: TrainState, result: StepResult, after: Progress) -> None:
+    """Note the outcome of a step."""
+    if result.rejected is None:
+        state.history = state.history.accepted(result.loss, context.config.trouble)
+    else:
+        state.history = state.history.rejected(state.progress)
+    state.progress = after
 
 
-def finish_step(
-    context: RunContext, model: DistributedDataParallel, optimizer: MegatronOptimizer, progress: Progress
-) -> None:
-    """Evaluate and save where the configuration asks for it, and always after the last step."""
-    config, iteration = context.config, progress.iteration
-    last = iteration == config.training.train_iters
-    if last or due(iteration, config.validation.eval_interval):
-        evaluate(context, model, iteration)
-    if last or due(iteration, config.checkpoint.save_interval):
-        start = time.perf_counter()
-        folder = save_checkpoint(
-            config.checkpoint.save,
-            unwrap(model),
-            context.run.hf_folder,
-            describe(context, progress),
-            optimizer if config.checkpoint.save_optim else None,
-            progress,
-        )
-        context.log.ledger(run_ledger(context, progress))
-        context.log.say(f"saved {folder} in {time.perf_counter() - start:.1f} s")
+def give_up_if_too_many(context: RunContext, state: TrainState, result: StepResult) -> None:
+    """Go on unless too many steps in a row did not change the weights.
+
+    Raises:
+        RunError: they did not; the newest checkpoint is as of before the first of them
+    """
+    most, skipped, before = context.config.trouble.max_skipped_steps, state.history.skipped, state.history.before
+    if before is None or skipped <= most:
+        return
+    iteration = state.progress.iteration
+    state.progress, state.history = before, dataclasses.replace(state.history, skipped=0, before=None)
+    save(context, state, last=True)
+    raise RunError(
+        f"{skipped} steps in a row did not change the weights (trouble.max_skipped_steps {most}); at step {iteration} "
+        f"{result.rejected}. The checkpoint of step {before.iteration} is from before"
+    )
+
+
+def finish_step(context: RunContext, state: TrainState, shape: StepShape, result: StepResult) -> None:
+    """Check, evaluate and save where the configuration or somebody asks for it, and always after the last step.
+
+    Raises:
+        StopRequestedError: somebody asked to stop
+    """
+    config, iteration = context.config, state.progress.iteration
+    last = iteration == context.run.length.train_iters
+    if due(iteration, config.trouble.check_weights_interval):
+        with whole_parameters(state.chunks):
+            check_replicas(state.chunks, iteration, context.ranks)
+    context.saver.poll()
+    state.evaluated = not (last or due(iteration, config.validation.eval_interval))
+    if result.stop and not last:
+        raise StopRequestedError
+    if not state.evaluated:
+        evaluate(context, state, shape)
+    asked = due(iteration, config.checkpoint.save_interval) or result.save or context.saver.retry_due()
+    # While steps are being skipped the newest checkpoint stays that of before the trouble.
+    if last or (asked and not state.history.skipped):
+        save(context, state, last)
+    if result.save:
+        context.watch.requests.save = False
 
 
 def due(iteration: int, interval: int) -> bool:
@@ -209,83 +232,55 @@ def due(iteration: int, interval: int) -> bool:
     return interval > 0 and iteration % interval == 0
 
 
-def evaluate(context: RunContext, model: DistributedDataParallel, iteration: int) -> None:
-    """Validate on every set of the mixture, if it has any."""
-    mixture, config = context.run.mixture, context.config
-    if not mixture.validation:
+def stop(context: RunContext, state: TrainState, reason: str) -> None:
+    """Save what has not been saved, and say why the run ends here."""
+    run, iteration = context.run, state.progress.iteration
+    context.log.say(f"stopping at step {iteration}/{run.length.train_iters}: {reason}")
+    context.saver.finish()
+    if iteration > run.length.iteration and context.saver.published != iteration:
+        save(context, state, last=True)
+    context.log.status("stopped", iteration, run.length.train_iters, reason)
+
+
+def save(context: RunContext, state: TrainState, last: bool = False) -> None:
+    """Write a checkpoint, in the background if the configuration says so and it is not the last."""
+    run, config = context.run, context.config
+    if context.saver.published == state.progress.iteration:
         return
-    token_bytes = torch.from_numpy(context.run.token_bytes).to(context.ranks.device)
-    samples = sum(validation_samples(c, mixture.seq_length, config.validation.eval_samples) for c in mixture.validation)
-    task = context.log.progress.add_task("validation", total=samples, note="")
-    results = validate(
-        model,
-        mixture.validation,
-        token_bytes,
-        mixture.seq_length,
-        config.training.micro_batch_size,
-        config.validation.eval_samples,
-        context.ranks,
-        config.data,
-        on_samples=lambda samples: context.log.progress.advance(task, samples),
-    )
-    context.log.progress.remove_task(task)
-    context.log.validation(iteration, results)
+    with whole_parameters(state.chunks):
+        optimizer = state.optimizer if config.checkpoint.save_optim else None
+        context.saver.save(
+            unwrap(state.chunks), optimizer, run.hf_folder, run_manifest(context, state), state.progress, last
+        )
+    context.log.ledger(run_ledger(run, state.progress))
 
 
-def tokens_by_name(consumed: Sequence[CorpusUse], seq_length: int) -> dict[str, int]:
-    """Tokens read of each corpus."""
-    tokens: dict[str, int] = {}
-    for use in consumed:
-        tokens[use.name] = tokens.get(use.name, 0) + use.samples * seq_length
-    return tokens
+def evaluate(context: RunContext, state: TrainState, shape: StepShape) -> None:
+    """Validate on every set of the mixture, if it has any.
 
-
-def run_ledger(context: RunContext, progress: Progress) -> dict[str, Any]:
-    """What ledger.json says: what the run will read and what it has read."""
-    data, mixture = context.run.data, context.run.mixture
-    consumed = data.state.consumed(mixture, data.schedule, progress.consumed_samples)
-    return {
-        "planned": dataclasses.asdict(data.ledger(mixture)),
-        "consumed": {
-            "samples": progress.consumed_samples,
-            "tokens": progress.consumed_samples * mixture.seq_length,
-            "almr_realised": almr_of(consumed),
-            "corpora": [dataclasses.asdict(use) for use in consumed],
-        },
-        "segments": [dataclasses.asdict(segment) for segment in data.state.segments],
-    }
-
-
-def describe(context: RunContext, progress: Progress) -> dict[str, Any]:
-    """What went into this run, for run.json and the manifest of its checkpoints."""
-    run, ranks = context.run, context.ranks
-    consumed = run.data.state.consumed(run.mixture, run.data.schedule, progress.consumed_samples)
-    return {
-        "kind": "pretrain",
-        "start_from": os.path.abspath(run.start_from),
-        "config": run.config.to_dict(),
-        "model": dataclasses.asdict(run.llama),
-        "layout": {
-            "tensor_model_parallel_size": ranks.tensor_size,
-            "pipeline_model_parallel_size": ranks.pipeline_size,
-            "data_parallel_size": ranks.data_size,
-            "sequence_parallel": run.config.parallel.sequence_parallel,
-            "world_size": ranks.world_size,
-            "device": ranks.device.type,
-        },
-        "data": run.data.state.to_json(consumed),
-        "tokenizer": dataclasses.asdict(run.mixture.manifest.tokenizer),
-        "versions": versions(),
-    }
-
-
-def layout(ranks: Ranks) -> str:
-    """The layout in Megatron's shorthand."""
-    return f"TP{ranks.tensor_size} x PP{ranks.pipeline_size} x DP{ranks.data_size} on {ranks.device.type}"
-
-
-def peak_memory(ranks: Ranks) -> int:
-    """Peak memory of all processes together, in bytes (each counts the libraries it shares with the others)."""
-    total = torch.tensor([current_platform().peak_memory_bytes()], dtype=torch.int64, device=ranks.device)
-    torch.distributed.all_reduce(total)
-    return int(total.item())
+    Raises:
+        StopRequestedError: somebody asked to stop; the evaluation is still due
+    """
+    mixture, config, log = context.run.mixture, context.config, context.log
+    if mixture.validation:
+        token_bytes = torch.from_numpy(context.run.token_bytes).to(context.ranks.device)
+        wanted = config.validation.eval_samples
+        samples = sum(validation_samples(corpus, mixture.seq_length, wanted) for corpus in mixture.validation)
+        task = log.progress.add_task("validation", total=samples, note="")
+        with whole_parameters(state.chunks):
+            results = validate(
+                state.chunks,
+                mixture.validation,
+                token_bytes,
+                shape,
+                wanted,
+                context.ranks,
+                config.data,
+                on_samples=lambda samples: log.progress.advance(task, samples),
+                stopping=context.watch.requests.stopping,
+            )
+        log.progress.remove_task(task)
+        if state.progress.iteration == 0:
+            state.baseline = {r.name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte} for r in results}
+        log.validation(state.progress.iteration, results, state.baseline)
+    state.evaluated = True

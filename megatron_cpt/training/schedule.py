@@ -1,19 +1,186 @@
-"""The learning rate, a pure function of the iteration: what was asked for is what is used."""
+"""The learning rate, a pure function of how much text was consumed: what was asked for is what is used.
+
+Everything is counted in samples, so a run may change its batch size and keep its curve.
+"""
 
 from __future__ import annotations
 
-from megatron_cpt.config.run import OptimizerConfig
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_cpt.config.run import RunConfig, TrainingConfig
+from megatron_cpt.errors import InputError
+
+TABLE_POINTS = 10  # between the first and the last step
 
 
-def learning_rate(iteration: int, train_iters: int, config: OptimizerConfig) -> float:
-    """Learning rate of the step number `iteration` (the first is 0).
+@dataclass(frozen=True)
+class LearningRate:
+    """One schedule. Positions are in samples of the run.
 
-    Linear warm-up over `lr_warmup_iters` steps, the last of which has `lr`; then linear decay, reaching `min_lr` at step
-    `train_iters - 1`.
+    Attributes:
+        start: where the schedule begins
+        end: where it has decayed to `min_lr`
+        warmup: samples of warm-up
+        decay: samples of decay at the end (WSD only)
+        first_step: samples of the first step, which already has the full rate if there is no longer warm-up
     """
-    if iteration < config.lr_warmup_iters:
-        return config.lr * (iteration + 1) / config.lr_warmup_iters
-    first = max(config.lr_warmup_iters - 1, 0)  # the step that has the full rate
-    decay_steps = train_iters - 1 - first
-    progress = (iteration - first) / decay_steps if decay_steps else 0.0
-    return config.lr + (config.min_lr - config.lr) * min(progress, 1.0)
+
+    decay_style: str
+    lr: float
+    min_lr: float
+    warmup: int
+    wsd_decay_style: str | None
+    decay: int | None
+    start: int
+    end: int
+    first_step: int
+
+    def at(self, consumed_samples: int) -> float:
+        """The rate of the step that brings the run to `consumed_samples`.
+
+        Linear warm-up: consumed / warmup of the rate. The decay's progress p runs from 0, at the end of the warm-up (WSD:
+        `decay` samples before the end), to 1 at the end: rate = min_lr + (lr - min_lr) f(p), with f = 1 - p (linear),
+        (1 + cos pi p) / 2 (cosine), 1 - sqrt p (minus_sqrt), 2^(1-p) - 1 (exponential, as in Megatron-LM).
+        """
+        position, length = consumed_samples - self.start, self.end - self.start
+        if position < self.warmup:
+            return self.lr * position / self.warmup
+        peak = max(self.warmup, self.first_step)
+        style, begin = self.decay_style, peak
+        if style == "WSD":
+            assert self.decay is not None
+            assert self.wsd_decay_style is not None
+            style, begin = self.wsd_decay_style, max(length - self.decay, peak)
+        if style == "constant" or position <= begin:
+            return self.lr
+        progress = min((position - begin) / (length - begin), 1.0) if length > begin else 1.0
+        return self.min_lr + (self.lr - self.min_lr) * remaining(style, progress)
+
+    def settings(self) -> dict[str, Any]:
+        """What makes it another schedule if it differs."""
+        return {name: value for name, value in asdict(self).items() if name not in ("start", "first_step")}
+
+
+def remaining(style: str, progress: float) -> float:
+    """The part of the way from min_lr to lr that is left: 1 at progress 0, 0 at progress 1."""
+    if style == "linear":
+        return 1.0 - progress
+    if style == "cosine":
+        return (1.0 + math.cos(math.pi * progress)) / 2.0
+    if style == "minus_sqrt":
+        return 1.0 - math.sqrt(progress)
+    if style == "exponential":
+        return 2.0 * 0.5**progress - 1.0
+    raise ValueError(f"decay style {style!r}")
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """Where a run is and where it ends.
+
+    Attributes:
+        iteration, consumed_samples: as of the checkpoint it resumes from; 0 at the beginning
+        train_iters: number of its last step
+        run_samples: samples after that
+        end: samples that were asked for; the last step may go a little beyond
+    """
+
+    iteration: int
+    consumed_samples: int
+    train_iters: int
+    run_samples: int
+    end: int
+
+
+def run_length(training: TrainingConfig, seq_length: int, iteration: int = 0, consumed_samples: int = 0) -> RunLength:
+    """The end of a run that is at `iteration`, from what the configuration gives: steps, samples or tokens."""
+    batch = training.global_batch_size
+    if training.train_iters is not None:
+        steps = max(training.train_iters - iteration, 0)
+        end = consumed_samples + steps * batch
+    else:
+        samples, tokens = training.train_samples, training.train_tokens
+        end = samples if samples is not None else math.ceil((tokens or 0) / seq_length)
+        steps = max(math.ceil((end - consumed_samples) / batch), 0)
+    return RunLength(iteration, consumed_samples, iteration + steps, consumed_samples + steps * batch, end)
+
+
+def make_schedule(config: RunConfig, seq_length: int, length: RunLength, start: int = 0) -> LearningRate:
+    """The configuration's schedule over `start` to the end of the run.
+
+    Raises:
+        InputError: warm-up and decay do not fit into it
+    """
+    batch, lr = config.training.global_batch_size, config.lr
+    warmup = _in_samples(lr.warmup_iters, lr.warmup_samples, lr.warmup_tokens, batch, seq_length) or 0
+    decay = None
+    available = length.end - start
+    if lr.decay_style == "WSD":
+        decay = _in_samples(lr.wsd_decay_iters, lr.wsd_decay_samples, lr.wsd_decay_tokens, batch, seq_length)
+        decay = math.ceil(available / 10) if decay is None else decay
+    if warmup and warmup >= available:
+        raise InputError(
+            f"lr.warmup_{_unit(config)} leaves nothing to decay in: warm-up takes {warmup} samples, the schedule "
+            f"{available} (global_batch_size {batch})"
+        )
+    if decay and warmup + decay > available:
+        raise InputError(
+            f"warm-up of {warmup} and decay of {decay} samples do not fit into the schedule's {available} samples"
+        )
+    return LearningRate(
+        decay_style=lr.decay_style,
+        lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        warmup=warmup,
+        wsd_decay_style=lr.wsd_decay_style if decay is not None else None,
+        decay=decay,
+        start=start,
+        end=length.end,
+        first_step=batch,
+    )
+
+
+def continue_schedule(saved: Mapping[str, Any], config: RunConfig, seq_length: int, length: RunLength) -> LearningRate:
+    """The schedule of a run that goes on after a checkpoint whose schedule was `saved` (`asdict` of a LearningRate).
+
+    Raises:
+        InputError: the configuration's is another one and does not say how to go on
+    """
+    before = LearningRate(**saved)
+    same_origin = make_schedule(config, seq_length, length, before.start)
+    if same_origin.settings() == before.settings():
+        return before
+    if config.lr.on_continue == "continue":
+        return same_origin
+    if config.lr.on_continue == "restart":
+        return make_schedule(config, seq_length, length, length.consumed_samples)
+    now = same_origin.settings()
+    changed = [f"{name} was {old} and is {now[name]}" for name, old in before.settings().items() if old != now[name]]
+    raise InputError(
+        f"{config.checkpoint.save}: the learning-rate schedule is not the one of the run's checkpoint (in samples: "
+        f"{'; '.join(changed)}); lr.on_continue restart warms up and decays anew from here, continue goes on where the new "
+        f"schedule would be by now"
+    )
+
+
+def learning_rate_table(schedule: LearningRate, length: RunLength, batch: int) -> list[dict[str, float]]:
+    """First and last step of what is left of the run and 10 points between: iteration, consumed_samples, lr."""
+    first, last = length.iteration + 1, length.train_iters
+    steps = sorted({first + (last - first) * i // (TABLE_POINTS + 1) for i in range(TABLE_POINTS + 2)})
+    consumed = {step: length.consumed_samples + (step - length.iteration) * batch for step in steps if step <= last}
+    return [{"iteration": step, "consumed_samples": n, "lr": schedule.at(n)} for step, n in consumed.items()]
+
+
+def _in_samples(iters: int | None, samples: int | None, tokens: int | None, batch: int, seq_length: int) -> int | None:
+    if iters is not None:
+        return iters * batch
+    if tokens is not None:
+        return math.ceil(tokens / seq_length)
+    return samples
+
+
+def _unit(config: RunConfig) -> str:
+    return next(unit for unit in ("iters", "samples", "tokens") if getattr(config.lr, f"warmup_{unit}") is not None)

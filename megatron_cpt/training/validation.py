@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -13,7 +14,8 @@ from megatron_cpt.config.run import DataConfig
 from megatron_cpt.data.loader import BatchShape, validation_microbatches, validation_samples
 from megatron_cpt.data.mixture import Corpus
 from megatron_cpt.platforms.process_groups import Ranks
-from megatron_cpt.training.step import run_schedule
+from megatron_cpt.training.step import StepShape, never, run_schedule
+from megatron_cpt.training.stopping import StopRequestedError
 
 ROUNDS_PER_CALL = 8  # micro-batches sent through the pipeline between two updates of the progress bar
 
@@ -37,64 +39,78 @@ class ValidationResult:
     tokens: int
     text_bytes: int
 
+    @property
+    def perplexity(self) -> float:
+        """Per token: compares only where the tokenizer is the same."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
 
 @torch.no_grad()
 def validate(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     corpora: tuple[Corpus, ...],
     token_bytes: torch.Tensor,
-    seq_length: int,
-    micro_batch_size: int,
+    shape: StepShape,
     eval_samples: int | None,
     ranks: Ranks,
     data: DataConfig,
     on_samples: Callable[[int], None] = lambda samples: None,
+    stopping: Callable[[], bool] = never,
 ) -> list[ValidationResult]:
     """Evaluate each set on the whole (or its first `eval_samples` samples); the same numbers for every layout.
 
     Args:
         token_bytes: int64 [vocab_size], UTF-8 bytes each token id stands for, 0 for special tokens
+        shape: of a training step; num_microbatches does not matter
         on_samples: told how many samples were evaluated since the last call
+
+    Raises:
+        StopRequestedError: `stopping` said so on the way
     """
-
-    def sums(losses: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        losses = losses.double() * mask.double()
-        text_bytes = token_bytes[targets] * mask.long()
-        report = [
-            losses.sum(),
-            losses[text_bytes > 0].sum(),
-            mask.double().sum(),
-            text_bytes.sum().double(),
-        ]
-        return losses.sum(), torch.stack(report)
-
-    model.eval()
+    sums = partial(sums_to_report, token_bytes)
+    for chunk in chunks:
+        chunk.eval()
     results = []
     for corpus in corpora:
-        samples = validation_samples(corpus, seq_length, eval_samples)
-        per_round = micro_batch_size * ranks.data_size
-        rounds = math.ceil(samples / per_round)
-        shape = BatchShape(micro_batch_size, rounds * per_round, ranks.data_rank, ranks.data_size)
-        batches = validation_microbatches(corpus, seq_length, samples, shape, data, ranks.reads_tokens)
-        report = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-        for start in range(0, rounds, ROUNDS_PER_CALL):
-            count = min(ROUNDS_PER_CALL, rounds - start)
-            part = run_schedule(
-                model,
-                batches,
-                count,
-                micro_batch_size,
-                seq_length,
-                ranks,
-                sums,
-                forward_only=True,
-                packed=data.reset_attention_mask,
-            )
-            report = report if part is None else report + part
-            on_samples(min(count * per_round, samples - start * per_round))
-        loss, text_loss, tokens, text_bytes = ranks.sum_from_last_stage(report).tolist()
-        mean = loss / tokens if tokens else float("nan")  # with eod_mask_loss, of documents of one token none counts
-        bits_per_byte = text_loss / math.log(2) / text_bytes if text_bytes else float("nan")
-        results.append(ValidationResult(corpus.name, corpus.language, mean, bits_per_byte, int(tokens), int(text_bytes)))
-    model.train()
+        samples = validation_samples(corpus, shape.seq_length, eval_samples)
+        per_round = shape.micro_batch_size * ranks.data_size
+        # The interleaved schedule takes a multiple of the pipeline's stages; what is too much is masked.
+        rounds = round_up(math.ceil(samples / per_round), ranks.pipeline_size if len(chunks) > 1 else 1)
+        per_call = round_up(ROUNDS_PER_CALL, ranks.pipeline_size)
+        batch = BatchShape(shape.micro_batch_size, rounds * per_round, ranks.data_rank, ranks.data_size)
+        batches = validation_microbatches(corpus, shape.seq_length, samples, batch, data, ranks.reads_tokens)
+        report, skipped = torch.zeros(4, dtype=torch.float64, device=ranks.device), False
+        for start in range(0, rounds, per_call):
+            call = replace(shape, num_microbatches=min(per_call, rounds - start))
+            part, left_out = run_schedule(chunks, batches, call, ranks, sums, forward_only=True, stopping=stopping)
+            report, skipped = report if part is None else report + part, skipped or left_out
+            on_samples(max(min(call.num_microbatches * per_round, samples - start * per_round), 0))
+        totals, (any_skipped,) = ranks.sum_from_last_stage(report, skipped)
+        if any_skipped:
+            raise StopRequestedError
+        results.append(result_of(corpus, *totals))
+    for chunk in chunks:
+        chunk.train()
     return results
+
+
+def sums_to_report(
+    token_bytes: torch.Tensor, losses: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of all targets that count, loss of those that stand for text, number of the former, bytes of the latter."""
+    losses = losses.double() * mask.double()
+    text_bytes = token_bytes[targets] * mask.long()
+    report = [losses.sum(), losses[text_bytes > 0].sum(), mask.double().sum(), text_bytes.sum().double()]
+    return losses.sum(), torch.stack(report)
+
+
+def result_of(corpus: Corpus, loss: float, text_loss: float, tokens: float, text_bytes: float) -> ValidationResult:
+    """From the sums over all ranks."""
+    mean = loss / tokens if tokens else math.nan  # with eod_mask_loss, of documents of one token none counts
+    bits_per_byte = text_loss / math.log(2) / text_bytes if text_bytes else math.nan
+    return ValidationResult(corpus.name, corpus.language, mean, bits_per_byte, int(tokens), int(text_bytes))
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-number // multiple) * multiple

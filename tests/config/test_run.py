@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
+from megatron_cpt.config.lr import LrConfig
+from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import (
     CheckpointConfig,
     DataConfig,
+    LoggingConfig,
     OptimizerConfig,
-    ParallelConfig,
     RunConfig,
     TrainingConfig,
+    TroubleConfig,
     ValidationConfig,
 )
 from megatron_cpt.errors import InputError
@@ -38,7 +41,6 @@ def make(config_class: type, **settings: Any) -> Any:
         (ParallelConfig, "pipeline_model_parallel_size", [0, -1], [1, 4]),
         (OptimizerConfig, "lr", [0.0, -1e-5, NAN, INF], [1e-12, 1.0]),
         (OptimizerConfig, "min_lr", [-1e-9, NAN], [0.0, 1e-5]),
-        (OptimizerConfig, "lr_warmup_iters", [-1], [0, 1000]),
         (OptimizerConfig, "weight_decay", [-0.1, NAN], [0.0, 0.1]),
         (OptimizerConfig, "adam_beta1", [-0.1, 1.0, 1.5, NAN], [0.0, 0.9]),
         (OptimizerConfig, "adam_beta2", [-0.1, 1.0, 1.5, NAN], [0.0, 0.999]),
@@ -50,7 +52,23 @@ def make(config_class: type, **settings: Any) -> Any:
         (ValidationConfig, "eval_interval", [-1], [0, 100]),
         (ValidationConfig, "eval_samples", [0, -1], [None, 1]),
         (CheckpointConfig, "save_interval", [-1], [0, 100]),
-        (RunConfig, "log_interval", [0, -1], [1, 10]),
+        (ParallelConfig, "context_parallel_size", [0], [1, 2]),
+        (TrainingConfig, "exit_duration_in_mins", [-1.0, NAN], [None, 0.5]),
+        (LrConfig, "warmup_iters", [-1], [None, 0, 1000]),
+        (LrConfig, "warmup_samples", [-1], [None, 0]),
+        (LrConfig, "warmup_tokens", [-1], [None, 10**12]),
+        (CheckpointConfig, "keep_last", [0, -1], [None, 1]),
+        (CheckpointConfig, "save_retries", [-1], [0, 3]),
+        (CheckpointConfig, "save_retry_seconds", [-1.0, NAN], [0.0]),
+        (TroubleConfig, "max_skipped_steps", [-1], [0, 5]),
+        (TroubleConfig, "spike_sigmas", [0.0, -1.0, NAN], [None, 6.0]),
+        (TroubleConfig, "spike_grad_norm", [0.0, NAN], [None, 10.0]),
+        (TroubleConfig, "spike_window", [1, 0], [2, 100]),
+        (TroubleConfig, "check_weights_interval", [-1], [0, 100]),
+        (TroubleConfig, "heartbeat_seconds", [-1.0], [0.0, 60.0]),
+        (LoggingConfig, "log_interval", [0, -1], [1, 10]),
+        (LoggingConfig, "profile_step_start", [0], [None, 3]),
+        (LoggingConfig, "peak_tflops", [0.0, -1.0, NAN], [None, 989.0]),
         (RunConfig, "world_size", [0, -8], [None, 1, 64]),
     ],
 )
@@ -87,12 +105,55 @@ def test_layers_in_the_first_stage() -> None:
     assert config.num_layers_in_first_pipeline_stage == 3
 
 
-@pytest.mark.parametrize("warmup", [10, 11])
-def test_warm_up_leaves_a_step_to_decay_in(warmup: int) -> None:
-    wanted = rf"optimizer\.lr_warmup_iters {warmup} leaves no step to decay in: training\.train_iters is 10"
-    with pytest.raises(InputError, match=wanted):
-        make(RunConfig, optimizer=OptimizerConfig(lr_warmup_iters=warmup))
-    assert make(RunConfig, optimizer=OptimizerConfig(lr_warmup_iters=9)).optimizer.lr_warmup_iters == 9
+@pytest.mark.parametrize(
+    ("config_class", "settings", "message"),
+    [
+        (
+            TrainingConfig,
+            {"train_iters": None},
+            r"length of the run is not given; use training\.train_iters, train_samples or",
+        ),
+        (
+            TrainingConfig,
+            {"train_tokens": 5},
+            r"training\.train_iters and training\.train_tokens are both given; use one of train_iters, train_samples",
+        ),
+        (TrainingConfig, {"fp8": "hybrid"}, r"training\.params_dtype is fp32; use bf16 with fp8"),
+        (LrConfig, {"warmup_iters": 1, "warmup_tokens": 1}, r"lr\.warmup_iters and lr\.warmup_tokens are both given"),
+        (LrConfig, {"wsd_decay_iters": 1}, "wsd_decay_iters is given with decay_style linear; it needs WSD"),
+        (CheckpointConfig, {"keep_every": 10}, "keep_every is given without keep_last"),
+        (LoggingConfig, {"profile_step_end": 3}, "profile_step_end is 3 with profile_step_start None"),
+        (
+            ParallelConfig,
+            {"virtual_pipeline_model_parallel_size": 2},
+            "is 2 with pipeline_model_parallel_size 1; it needs 2",
+        ),
+        (ParallelConfig, {"overlap_param_gather": True}, "overlap_param_gather is true without overlap_grad_reduce"),
+        (ParallelConfig, {"tp_comm_overlap": True}, "tp_comm_overlap is true without sequence_parallel"),
+        (
+            ParallelConfig,
+            {"recompute_num_layers": 2},
+            "recompute_num_layers is 2 with recompute_granularity None; it needs full",
+        ),
+        (
+            ParallelConfig,
+            {"recompute_granularity": "full", "recompute_modules": ["mlp"]},
+            "recompute_modules is .* with recompute_granularity full; it needs selective",
+        ),
+        (
+            ParallelConfig,
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_layers_in_last_pipeline_stage": 1,
+                "pipeline_model_parallel_layout": "Et|tL",
+            },
+            "num_layers_in_last_pipeline_stage and parallel.pipeline_model_parallel_layout are both given",
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together(config_class: type, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make(config_class, **settings)
 
 
 def test_configurations_are_frozen() -> None:
@@ -103,6 +164,9 @@ def test_configurations_are_frozen() -> None:
         TrainingConfig,
         ValidationConfig,
         CheckpointConfig,
+        LrConfig,
+        TroubleConfig,
+        LoggingConfig,
         RunConfig,
     ):
         config = make(config_class)
@@ -112,7 +176,7 @@ def test_configurations_are_frozen() -> None:
 
 
 def test_to_dict_is_plain_and_complete() -> None:
-    config = make(RunConfig, parallel=ParallelConfig(2, 3, sequence_parallel=True))
+    config = make(RunConfig, parallel=ParallelConfig(2, 3, sequence_parallel=True, recompute_granularity="full"))
     plain = json.loads(json.dumps(config.to_dict()))
     assert plain == config.to_dict()
     assert plain["parallel"] | {"tensor_model_parallel_size": 2, "sequence_parallel": True} == plain["parallel"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,12 @@ def test_one_corpus(prefix: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert wanted in shown
 
 
-def test_several_corpora(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inspect_data(InspectConfig([prefix, foreign(tmp_path, [1, 2, 3, 4])]))
+def test_several_corpora(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # long names are folded
+    foreign(tmp_path, [1, 2, 3, 4])
+    inspect_data(InspectConfig([os.path.relpath(prefix), "foreign"]))
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split()[-1] == "-"  # no manifest, no tokenizer
     assert lines[-1].split()[0] == "4"  # documents of both

@@ -28,7 +28,7 @@ def test_losses_and_logits_equal_transformers(variant: str, tmp_path: Path, tiny
         expected_logits = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32)(inputs).logits
         expected_loss = torch.nn.functional.cross_entropy(expected_logits.flatten(0, 1), targets.flatten())
         with single_process_model(read_llama_config(hf), "float32") as model:
-            load_checkpoint(checkpoint, model)
+            load_checkpoint(checkpoint, [model])
             position_ids = torch.arange(SEQ_LENGTH).expand(3, -1)
             logits = model(inputs, position_ids, None)
             loss = model(inputs, position_ids, None, labels=targets).mean()

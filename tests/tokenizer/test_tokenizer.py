@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_cpt.errors import InputError
@@ -82,6 +82,7 @@ def test_token_bytes_add_up(tokenizer: Tokenizer) -> None:
         assert sizes[tokenizer.encode(text)].sum() == len(text.encode()) + (dummy_prefix if text else 0)
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_byte_level_bytes_are_exact_for_any_text(tiny_tokenizer_dir: str, rank_file: str, text: str) -> None:
     for path in (tiny_tokenizer_dir, rank_file):

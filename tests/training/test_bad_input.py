@@ -184,7 +184,12 @@ CASES: dict[str, Case] = {
         1,
         [RELEASE, "not complete", ".metadata is missing"],
     ),
-    "incomplete run to resume": (half_a_run, [], 1, ["out/iter_0000100", "not complete"]),
+    "incomplete run to resume": (
+        half_a_run,
+        [],
+        1,
+        ["names iter_0000100, which is not there", "empty the folder to begin anew"],
+    ),
     "no tokenizer in the checkpoint": (
         lambda f: (f / RELEASE / "hf" / "tokenizer.json").unlink(),
         [],
@@ -197,7 +202,7 @@ CASES: dict[str, Case] = {
 def test_the_files_are_good(folder: Path) -> None:
     """Otherwise the cases below would prove little."""
     run = check(folder)
-    assert (run.data_parallel_size, run.resumes) == (1, False)
+    assert (run.data_parallel_size, run.resumed) == (1, None)
     assert run.start_from == str(folder / "megatron" / "release")
     assert run.token_bytes.shape == (400,)
     assert run.token_bytes[0] == 0

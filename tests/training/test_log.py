@@ -1,31 +1,235 @@
-"""What a run shows: names are text, whatever is in them."""
+"""What a run shows and records."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
+import logging
+import multiprocessing
+import os
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
+from tiny_logs import BASELINE, record, results, start, step_row
 
+from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.training.log import RunLog, read_metrics
+from megatron_cpt.training.metrics_file import MetricsFile, validation_baseline
 from megatron_cpt.training.validation import ValidationResult
 
 
 def test_names_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "[x]run"
     folder.mkdir()
-    with RunLog(str(folder), active=True) as log:
-        log.validation(3, [ValidationResult("zh [/b]", "zh", 2.5, 1.25, 100, 200)])
+    with RunLog(str(folder), LoggingConfig(), 0) as log:
+        log.validation(3, [ValidationResult("zh [/b]", "zh", 2.5, 1.25, 100, 200)], {})
         log.say(f"saved {folder}")
     shown = capsys.readouterr().err
-    assert "validation at step 3 | zh [/b] | loss 2.5000 | 1.2500 bits per byte" in shown
+    assert "zh [/b]  zh        2.5000" in shown
     assert f"saved {folder}" in shown
     assert read_metrics(str(folder))[0]["validation"]["zh [/b]"]["loss"] == 2.5
 
 
-def test_other_ranks_say_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunLog(str(tmp_path / "run"), active=False) as log:
-        log.say("something")
-        log.metrics({"iteration": 1})
-        log.ledger({})
-    assert capsys.readouterr().err == ""
-    assert not (tmp_path / "run").exists()
+def test_a_start_records_the_run_and_shows_ledger_and_learning_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(str(tmp_path / "run"), LoggingConfig(), 0) as log:
+        start(log)
+    names = ("run.json", "ledger.json", "learning_rate.json")
+    run, ledger, rates = (json.loads((tmp_path / "run" / name).read_text()) for name in names)
+    assert run["config"] == {"seed": 1}
+    assert ledger["planned"]["almr_asked"] == 0.5
+    assert [rate["lr"] for rate in rates] == [1e-4, 1e-5]
+    shown = capsys.readouterr().err
+    assert "ALMR asked 0.5000" in shown
+    assert "1.0000e-05" in shown
+
+
+def test_steps_are_recorded_and_shown_every_log_interval_and_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path, 1, 20, LoggingConfig(log_interval=8))
+    assert [row["iteration"] for row in read_metrics(str(tmp_path)) if "loss" in row] == list(range(1, 21))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert [line.split(" | ")[0] for line in lines] == ["step 8/20", "step 16/20", "step 20/20"]
+    for shown in (
+        "loss 3.9200",
+        "lr 1.00e-04",
+        "grad norm 1.50",
+        "1,234 tok/s",
+        "617/device",
+        "41.2/38.9%",
+        "ALMR 0.5000",
+        " left",
+    ):
+        assert shown in lines[0]
+
+
+def test_a_skipped_step_is_named_whatever_the_interval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(str(tmp_path), LoggingConfig(log_interval=8), 0) as log:
+        start(log)
+        log.step(step_row(1, loss=float("nan"), grad_norm=float("inf"), skipped="loss is nan"), 20)
+    assert "step 1 is skipped: loss is nan" in capsys.readouterr().err
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (row["loss"], row["grad_norm"], row["skipped"]) == (None, None, "loss is nan")
+
+
+def test_validation_says_what_was_gained_and_what_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(str(tmp_path), LoggingConfig(), 0) as log:
+        start(log)
+        log.validation(0, results(), {})
+        log.validation(7, results(0.9), validation_baseline(str(tmp_path)))
+    shown = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    assert "zh zh 4.0000 54.60 2.0000" in shown
+    assert "zh zh 3.6000 -10.0 % 36.60 1.8000 -10.0 % gain" in shown
+    assert "en en 2.2222 +11.1 % 9.23 1.1111 +11.1 % forgetting" in shown
+    first, last = (row["validation"] for row in read_metrics(str(tmp_path)))
+    assert first["zh"]["bits_per_byte_change"] == 0.0
+    assert last["en"]["bits_per_byte_change"] == pytest.approx(1 / 0.9 - 1)
+    assert last["zh"]["loss_change"] == pytest.approx(-0.1)
+    assert last["zh"]["perplexity"] == pytest.approx(36.598, rel=1e-4)
+
+
+def test_a_set_that_step_0_did_not_have_has_no_change(tmp_path: Path) -> None:
+    with RunLog(str(tmp_path), LoggingConfig(), 0) as log:
+        log.validation(7, [ValidationResult("new", "zh", 2.0, 1.0, 1, 1)], BASELINE)
+    assert read_metrics(str(tmp_path))[0]["validation"]["new"]["bits_per_byte_change"] is None
+
+
+def test_a_resume_forgets_the_steps_it_does_again_and_a_line_cut_off(tmp_path: Path) -> None:
+    record(tmp_path, 1, 9)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 10, "lo')  # a kill in the middle of a write
+    assert read_metrics(str(tmp_path))[-1]["iteration"] == 9
+    record(tmp_path, 6, 8)
+    rows = read_metrics(str(tmp_path))
+    assert [row["iteration"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["iteration"] for row in rows if "validation" in row] == [0, 8]
+    assert validation_baseline(str(tmp_path))["zh"]["loss"] == 4.0
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert [start["iteration"] for start in starts] == [0, 5]
+
+
+def test_a_run_that_begins_anew_forgets_all(tmp_path: Path) -> None:
+    record(tmp_path, 1, 3)
+    record(tmp_path, 1, 2)
+    assert [row["iteration"] for row in read_metrics(str(tmp_path))] == [0, 1, 2, 2]
+    assert len(json.loads((tmp_path / "run.json").read_text())["starts"]) == 1
+
+
+def test_each_row_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[bytes] = []
+
+    def recording(*arguments: Any, **options: Any) -> Recorder:
+        return Recorder(io.FileIO(arguments[0], arguments[1]), writes)
+
+    monkeypatch.setattr("builtins.open", recording)
+    MetricsFile(str(tmp_path)).append(step_row(1))
+    assert [text.count(b"\n") for text in writes] == [1]
+    assert writes[0].endswith(b"\n")
+
+
+class Recorder:
+    """A file whose writes are listed."""
+
+    def __init__(self, file: io.IOBase, writes: list[bytes]) -> None:
+        self.file, self.writes = file, writes
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, text: bytes) -> int:
+        self.writes.append(text)
+        return len(text)
+
+
+def test_rows_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(str(tmp_path), LoggingConfig(), 0) as log:
+        start(log)
+        path, log.file.path = log.file.path, "/dev/full"
+        log.step(step_row(1), 20)
+        log.step(step_row(2), 20)
+        log.file.path = path
+        log.step(step_row(3), 20)
+    assert [row["iteration"] for row in read_metrics(str(tmp_path))] == [1, 2, 3]
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_status_is_for_launchers(tmp_path: Path) -> None:
+    with RunLog(str(tmp_path), LoggingConfig(), 0) as log:
+        log.status("stopped", 7, 20, "SIGTERM")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["iteration"], status["train_iters"], status["reason"]) == ("stopped", 7, 20, "SIGTERM")
+
+
+def test_without_entering_it_only_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    RunLog(str(tmp_path / "run"), LoggingConfig(), 0).say("something")
+    RunLog(str(tmp_path / "other"), LoggingConfig(), 1).say("nothing")
+    assert capsys.readouterr().err == "something\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def other_rank(folder: str, stdout: int, stderr: int) -> None:
+    """What a rank other than the first does, in a process of its own."""
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    handler = logging.StreamHandler()  # holds the stderr of now
+    with RunLog(folder, LoggingConfig(tensorboard=True), 1) as log:
+        start(log)
+        log.step(step_row(1), 2)
+        log.validation(1, results(), {})
+        log.status("running", 1, 2)
+        log.finish()
+        log.say("said")
+        print("printed")
+        print("warned", file=sys.stderr)
+        logging.getLogger("x").addHandler(handler)
+        logging.getLogger("x").warning("logged")
+        os.write(2, b"from C\n")
+        print("heard", file=log.error_stream)
+        raise RuntimeError("fatal")
+
+
+def test_other_ranks_write_to_their_own_file_but_fatal_errors_are_seen(tmp_path: Path) -> None:
+    with open(tmp_path / "out", "wb") as out, open(tmp_path / "err", "wb") as err:
+        process = multiprocessing.get_context("fork").Process(
+            target=other_rank, args=(str(tmp_path / "run"), out.fileno(), err.fileno())
+        )
+        process.start()
+        process.join(60)
+    assert process.exitcode == 1
+    written = (tmp_path / "run" / "logs" / "rank_00001.log").read_text()
+    for text in ("rank 1 on", "said", "printed", "warned", "logged", "from C", "RuntimeError: fatal"):
+        assert text in written
+    seen = (tmp_path / "err").read_text()
+    assert "heard" in seen
+    assert seen.rstrip().endswith("RuntimeError: fatal")
+    assert (tmp_path / "out").read_text() == ""
+    for text in ("said", "printed", "warned", "logged", "from C"):
+        assert text not in seen.split("Traceback")[0]
+    assert os.listdir(tmp_path / "run") == ["logs"]
+
+
+def test_an_exception_leaves_the_terminal_clean(tmp_path: Path) -> None:
+    log = RunLog(str(tmp_path), LoggingConfig(), 0)
+    terminal = io.StringIO()
+    log.console = Console(file=terminal, force_terminal=True, width=100)
+    log.progress = type(log.progress)(log.console, True)
+    log.live = True
+    with contextlib.suppress(KeyboardInterrupt), log:
+        start(log)
+        log.step(step_row(1), 20)
+        raise KeyboardInterrupt
+    shown = terminal.getvalue()
+    assert "step 1/20" in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is shown again
+    assert shown.endswith(("\n", "\x1b[?25h"))

@@ -13,14 +13,14 @@ from tiny_models import VARIANTS, make_tiny_llama
 
 import megatron_cpt.training  # noqa: F401  (prepares the platform)
 from megatron_cpt.checkpoint.convert import HfToMegatron, hf_to_megatron
-from megatron_cpt.checkpoint.save_load import load_checkpoint, unwrap
+from megatron_cpt.checkpoint.save_load import load_checkpoint
 from megatron_cpt.config.run import OptimizerConfig, ParallelConfig
 from megatron_cpt.data.loader import Batch
 from megatron_cpt.model.build import build_model, transformer_config
 from megatron_cpt.model.llama import read_llama_config
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import Ranks, process_groups
-from megatron_cpt.training.step import packed_seq_params, run_schedule, summed_loss, train_step
+from megatron_cpt.training.step import StepShape, packed_seq_params, run_schedule, summed_loss, train_step
 
 SEQ_LENGTH = 48  # beyond original_max_position_embeddings, so that rope scaling matters
 # Where documents begin in the inputs of the samples of a micro-batch, and the inputs' end.
@@ -42,16 +42,9 @@ class Trainer:
     def run(self, batches: list[Batch], seq_length: int) -> tuple[float, float, dict[str, torch.Tensor]]:
         """Summed loss, counted targets and the gradient of their quotient."""
         self.model.zero_grad_buffer()
-        report = run_schedule(
-            self.model,
-            iter(batches),
-            len(batches),
-            len(batches[0].tokens),
-            seq_length,
-            self.ranks,
-            summed_loss,
-            packed=batches[0].cu_seqlens is not None,
-        )
+        shape = StepShape(len(batches), len(batches[0].tokens), seq_length, batches[0].cu_seqlens is not None)
+        report, _ = run_schedule([self.model], iter(batches), shape, self.ranks, summed_loss)
+        assert report is not None
         loss, targets = report.tolist()
         return loss, targets, {name: p.main_grad.double() for name, p in self.model.named_parameters()}
 
@@ -84,7 +77,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str) -
             DistributedDataParallelConfig(grad_reduce_in_fp32=True),
             build_model(llama, config, SEQ_LENGTH, current_platform(), ranks),
         )
-        load_checkpoint(checkpoint, unwrap(model))
+        load_checkpoint(checkpoint, [model.module])
         yield Trainer(model, ranks)
 
 
@@ -143,7 +136,7 @@ def test_every_counted_target_of_the_global_batch_weighs_the_same(trainer: Train
 def test_without_masks_it_is_the_mean_over_all_targets(trainer: Trainer) -> None:
     batches = [unpacked(make_packed(PACKS["two samples"], False, seed)) for seed in (1, 2)]
     loss, targets, gradient = trainer.run(batches, SEQ_LENGTH)
-    module = unwrap(trainer.model)
+    module = trainer.model.module
     tokens = torch.from_numpy(np.concatenate([batch.tokens for batch in batches]))
     mean = module(tokens[:, :-1].contiguous(), None, None, labels=tokens[:, 1:].contiguous()).mean()
     expected = dict(zip(gradient, torch.autograd.grad(mean, list(module.parameters())), strict=True))
@@ -160,7 +153,7 @@ def test_a_target_that_does_not_count_changes_nothing(trainer: Trainer) -> None:
     assert all(torch.equal(gradient[name], other_gradient[name]) for name in gradient)
 
 
-def test_a_step_in_which_nothing_counts_is_refused(trainer: Trainer) -> None:
+def test_a_step_in_which_nothing_counts_changes_nothing(trainer: Trainer) -> None:
     class Optimizer:
         param_groups: tuple[dict[str, float], ...] = ()
 
@@ -168,8 +161,9 @@ def test_a_step_in_which_nothing_counts_is_refused(trainer: Trainer) -> None:
             pass
 
     batch = make_packed(PACKS["one token each"], True)
-    with pytest.raises(FloatingPointError, match="no target of the global batch counts in the loss"):
-        train_step(trainer.model, Optimizer(), iter([batch]), 1, 1, SEQ_LENGTH, 1e-3, OptimizerConfig(), trainer.ranks, True)
+    shape = StepShape(1, 1, SEQ_LENGTH, packed=True)
+    result = train_step([trainer.model], Optimizer(), iter([batch]), shape, 1e-3, OptimizerConfig(), trainer.ranks)
+    assert result.rejected == "no target of the global batch counts"
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -177,7 +171,7 @@ def test_batches_that_are_not_as_said_are_refused(trainer: Trainer, packed: bool
     batch = make_packed(PACKS["one sample"], True)
     batch = unpacked(batch) if packed else batch
     with pytest.raises(ValueError, match=f"packed is {packed} but a batch came with"):
-        run_schedule(trainer.model, iter([batch]), 1, 1, SEQ_LENGTH, trainer.ranks, summed_loss, packed=packed)
+        run_schedule([trainer.model], iter([batch]), StepShape(1, 1, SEQ_LENGTH, packed), trainer.ranks, summed_loss)
 
 
 def test_positions_restart_with_each_document(trainer: Trainer) -> None:
@@ -185,7 +179,7 @@ def test_positions_restart_with_each_document(trainer: Trainer) -> None:
     batch = make_packed([0, 24, 48], True)
     inputs = torch.from_numpy(batch.tokens[:, :-1])
     inputs[:, 24:] = inputs[:, :24]
-    module = unwrap(trainer.model)
+    module = trainer.model.module
     queries: list[torch.Tensor] = []
     attention = module.decoder.layers[0].self_attention.core_attention
     hook = attention.register_forward_pre_hook(lambda _, arguments: queries.append(arguments[0].detach()))

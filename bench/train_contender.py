@@ -1,0 +1,193 @@
+"""One contender of bench/train.py: python -m bench.train_contender KIND FOLDER SEQ_LENGTH MICRO_BATCH GLOBAL_BATCH.
+
+Takes a step for each line on stdin and says how long it took. FOLDER holds hf/, megatron/ and mixture.yaml; all contenders
+train the same model on the same samples in fp32 with AdamW and clipping, the loss averaged over the global batch.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LR, WEIGHT_DECAY, BETAS, CLIP = 1e-5, 0.01, (0.9, 0.95), 1.0
+MANY = 100_000  # steps: the harness ends the process
+
+
+class Gate:
+    """Called once in each step of a contender's loop, at the same place: says how long that took, and waits."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+
+    def __call__(self) -> None:
+        seconds = 0.0 if self.since is None else time.perf_counter() - self.since
+        print(f"seconds {seconds}", flush=True)
+        if not sys.stdin.readline():
+            sys.exit()
+        self.since = time.perf_counter()
+
+
+def ours(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> None:
+    """tools/pretrain_cpt.py's function; the gate is where it logs a step."""
+    from megatron_cpt.config.run import CheckpointConfig, OptimizerConfig, RunConfig, TrainingConfig
+    from megatron_cpt.training.log import RunLog
+    from megatron_cpt.training.pretrain import setup
+
+    class Gated(RunLog):
+        def step(self, row: dict[str, Any], train_iters: int) -> None:
+            super().step(row, train_iters)
+            gate()
+
+    import megatron_cpt.training.pretrain as pretrain
+
+    pretrain.RunLog = Gated  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as save:
+        setup(
+            RunConfig(
+                mixture=str(folder / "mixture.yaml"),
+                checkpoint=CheckpointConfig(load=str(folder / "megatron"), save=save),
+                training=TrainingConfig(MANY, micro_batch_size=micro, global_batch_size=batch),
+                optimizer=OptimizerConfig(lr=LR, weight_decay=WEIGHT_DECAY, adam_beta1=BETAS[0], adam_beta2=BETAS[1]),
+            )
+        )
+
+
+def bare(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> None:
+    """megatron-core's forward-backward function and optimizer step on batches that are there already."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_cpt.checkpoint.save_load import load_checkpoint
+    from megatron_cpt.config.run import CheckpointConfig, RunConfig, TrainingConfig
+    from megatron_cpt.platforms.process_groups import process_groups
+    from megatron_cpt.training.building import build, unwrap
+    from megatron_cpt.training.checks import check_run
+
+    with tempfile.TemporaryDirectory() as save:
+        config = RunConfig(
+            mixture=str(folder / "mixture.yaml"),
+            checkpoint=CheckpointConfig(load=str(folder / "megatron"), save=save),
+            training=TrainingConfig(MANY, micro_batch_size=micro, global_batch_size=batch),
+        )
+        run = check_run(config, 1)
+    with process_groups(config.parallel, 1) as ranks:
+        chunks, optimizer = build(config, run.llama, seq_length, ranks)
+        load_checkpoint(run.start_from, unwrap(chunks)[0])
+        optimizer.reload_model_params()
+        steps = batches(folder, micro, batch)
+
+        def forward(iterator: Iterator[Any], module: Any) -> Any:
+            tokens = next(iterator)
+            output = module(tokens[:, :-1].contiguous(), None, None, labels=tokens[:, 1:].contiguous())
+
+            def loss(losses: Any) -> Any:
+                total = losses.float().sum()
+                import torch
+
+                return total, torch.tensor(losses.numel(), dtype=torch.int), {"loss": total.detach()}
+
+            return output, loss
+
+        while True:
+            microbatches = next(steps)
+            gate()
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = LR
+            get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=iter(microbatches),
+                model=chunks,
+                num_microbatches=len(microbatches),
+                seq_length=seq_length,
+                micro_batch_size=micro,
+                forward_only=False,
+            )
+            optimizer.step()
+
+
+def transformers_loop(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> None:
+    """What one writes by hand: transformers' model and loss, torch's fused AdamW, gradient accumulation, clipping."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), LR, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    for microbatches in batches(folder, micro, batch):
+        gate()
+        for tokens in microbatches:
+            # One token more than the context, as the model drops the last prediction itself.
+            (model(input_ids=tokens, labels=tokens).loss / len(microbatches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trainer(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> None:
+    """The HF Trainer with its defaults."""
+    import torch
+    from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    class Samples(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            for microbatches in batches(folder, micro, batch):
+                for tokens in microbatches:
+                    for row in tokens:
+                        yield {"input_ids": row, "labels": row}
+
+    class AtTheGate(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            gate()
+
+    with tempfile.TemporaryDirectory() as output:
+        Trainer(
+            model=LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32),
+            args=TrainingArguments(
+                output_dir=output,
+                max_steps=MANY,
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=batch // micro,
+                learning_rate=LR,
+                weight_decay=WEIGHT_DECAY,
+                adam_beta2=BETAS[1],
+                max_grad_norm=CLIP,
+                lr_scheduler_type="constant",
+                save_strategy="no",
+                report_to=[],
+                logging_steps=1,
+                use_cpu=True,
+            ),
+            train_dataset=Samples(),
+            callbacks=[AtTheGate()],
+        ).train()
+
+
+def batches(folder: Path, micro: int, batch: int) -> Iterator[list[Any]]:
+    """The micro-batches of each step, int64 [micro, seq_length + 1], in the order in which our run reads them."""
+    import torch
+
+    from megatron_cpt.config.run import DataConfig
+    from megatron_cpt.data.loader import BatchShape, TrainingData
+    from megatron_cpt.data.mixture_file import load_mixture
+    from megatron_cpt.data.state import begin
+
+    mixture = load_mixture(str(folder / "mixture.yaml"))
+    schedule = mixture.schedule(MANY * batch)
+    order = begin(mixture, schedule, batch).order(mixture, schedule)
+    data = TrainingData([corpus.data for corpus in mixture.corpora], order, DataConfig())
+    for step in range(MANY):
+        yield [torch.from_numpy(read().tokens) for read in data.microbatches(step * batch, BatchShape(micro, batch, 0, 1))]
+
+
+CONTENDERS = {"ours": ours, "bare": bare, "transformers": transformers_loop, "trainer": trainer}
+
+
+if __name__ == "__main__":
+    kind, folder, *numbers = sys.argv[1:]
+    CONTENDERS[kind](Path(folder), *map(int, numbers), Gate())

@@ -1,0 +1,77 @@
+"""Folders that appear whole under their name, and vanish whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+
+from megatron_cpt.checkpoint.layout import RELEASE, fsync, is_complete, iterations
+
+
+def temporary_name(path: str) -> str:
+    """Where a folder is written before it appears under its own name."""
+    parent, name = os.path.split(os.path.abspath(path))
+    return os.path.join(parent, f".{name}.tmp")
+
+
+def publish_folder(temporary: str, path: str) -> None:
+    """Give a folder whose files are on disk its name, in place of what has that name."""
+    fsync(temporary)
+    replaced = temporary_name(path) + ".replaced"
+    shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.exists(path):
+        os.rename(path, replaced)  # kept until the new one has its name
+    os.rename(temporary, path)
+    fsync(os.path.dirname(os.path.abspath(path)))
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def appearing_folder(path: str) -> Iterator[str]:
+    """A temporary folder beside `path` that takes its name when the block succeeds and vanishes when it fails."""
+    temporary = temporary_name(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    try:
+        yield temporary
+        publish_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def remove_unfinished(root: str) -> None:
+    """Remove what saves and deletions that were killed have left below `root`."""
+    for name in os.listdir(root) if os.path.isdir(root) else []:
+        if name.startswith((".iter_", f".{RELEASE}")) and ".tmp" in name:
+            shutil.rmtree(os.path.join(root, name), ignore_errors=True)
+
+
+def to_delete(root: str, keep_last: int, keep_every: int | None, started_from: str) -> list[str]:
+    """Checkpoints of training steps that retention does not keep.
+
+    It keeps the newest `keep_last` complete ones, those at multiples of `keep_every`, and the one the run started from.
+    """
+    found = {iteration: os.path.join(root, name) for iteration, name in iterations(root).items()}
+    complete = [iteration for iteration in sorted(found, reverse=True) if is_complete(found[iteration])]
+    kept = set(complete[:keep_last])
+    if not complete:
+        return []
+    return [
+        folder
+        for iteration, folder in sorted(found.items())
+        if iteration not in kept
+        and iteration < complete[0]
+        and not (keep_every and iteration % keep_every == 0)
+        and os.path.realpath(folder) != os.path.realpath(started_from)
+    ]
+
+
+def hide(folder: str) -> str:
+    """Rename a checkpoint so that it no longer counts; returns the name under which it can be deleted in peace."""
+    hidden = temporary_name(folder) + ".deleted"
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    return hidden

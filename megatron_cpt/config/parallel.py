@@ -1,0 +1,92 @@
+"""How a model and a batch are spread over processes, and what is computed twice to save memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_cpt.config.require import require, require_at_least
+from megatron_cpt.errors import InputError
+
+RecomputeModule = Literal["core_attn", "mlp", "layernorm"]
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are spread over processes; data parallelism takes what remains."""
+
+    tensor_model_parallel_size: int = 1
+    """Processes that share each layer."""
+    pipeline_model_parallel_size: int = 1
+    """Processes that share the stack of layers."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks in each pipeline stage (interleaved schedule): a smaller pipeline bubble for more communication."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers of the first stage, when not an equal share."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Layers of the last stage, when not an equal share: it also has the output layer, which costs as much as several
+    layers when the vocabulary is large."""
+    pipeline_model_parallel_layout: str | None = None
+    """What each stage holds, in megatron-core's notation: Et*3|t*4|t*4|t*3L (E embedding, t layer, L loss)."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence over the tensor-parallel processes."""
+    context_parallel_size: int = 1
+    """Processes that share each sample's sequence; needs a GPU and Transformer Engine."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel processes while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass begins; needs overlap_grad_reduce."""
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel communication with matrix products; needs a GPU, Transformer Engine and sequence_parallel."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """What the backward pass computes again instead of keeping: whole layers, or the parts named in recompute_modules."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With full: groups of recompute_num_layers layers each ("uniform"), or only the first recompute_num_layers layers of a
+    stage ("block"). Default: uniform."""
+    recompute_num_layers: int | None = None
+    """With full: see recompute_method. Default: 1."""
+    recompute_modules: list[RecomputeModule] | None = None
+    """With selective: what to compute again. Default: core_attn."""
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            self,
+            tensor_model_parallel_size=1,
+            pipeline_model_parallel_size=1,
+            virtual_pipeline_model_parallel_size=2,
+            context_parallel_size=1,
+            recompute_num_layers=1,
+        )
+        self._check_stages()
+        self._check_recompute()
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise InputError("sequence_parallel is true with tensor_model_parallel_size 1; it needs 2 or more")
+        if self.tp_comm_overlap and not self.sequence_parallel:
+            raise InputError("parallel.tp_comm_overlap is true without sequence_parallel, which it needs")
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise InputError("parallel.overlap_param_gather is true without overlap_grad_reduce, which it needs")
+
+    def _check_stages(self) -> None:
+        uneven = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        for name in uneven:
+            layers = getattr(self, name)
+            require(layers is None or layers > 0, f"parallel.{name}", layers, "1 or more")
+        for name in (*uneven, "virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"):
+            if getattr(self, name) is not None and self.pipeline_model_parallel_size == 1:
+                raise InputError(
+                    f"parallel.{name} is {getattr(self, name)} with pipeline_model_parallel_size 1; it needs 2 or more"
+                )
+        if self.pipeline_model_parallel_layout is not None:
+            for name in uneven:
+                if getattr(self, name) is not None:
+                    raise InputError(f"parallel.{name} and parallel.pipeline_model_parallel_layout are both given; use one")
+
+    def _check_recompute(self) -> None:
+        full = ("recompute_method", "recompute_num_layers")
+        for names, granularity in ((full, "full"), (("recompute_modules",), "selective")):
+            for name in names:
+                if getattr(self, name) is not None and self.recompute_granularity != granularity:
+                    raise InputError(
+                        f"parallel.{name} is {getattr(self, name)} with recompute_granularity {self.recompute_granularity}; "
+                        f"it needs {granularity}"
+                    )

@@ -1,0 +1,32 @@
+"""What every part of a configuration uses to say no."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_cpt.errors import InputError
+
+
+def require(condition: bool, name: str, value: Any, wanted: str) -> None:
+    """Raise InputError "NAME is VALUE; use WANTED" unless the condition holds."""
+    if not condition:
+        raise InputError(f"{name} is {value}; use {wanted}")
+
+
+def require_at_least(config: Any, **bounds: float) -> None:
+    """Raise InputError for the first named field of `config` that is below its bound; None (not given) is fine."""
+    for name, bound in bounds.items():
+        value = getattr(config, name)
+        require(value is None or value >= bound, name, value, f"{bound} or more")
+
+
+def at_most_one(section: str, config: Any, *names: str) -> str | None:
+    """The one of these fields that is given, None if none is.
+
+    Raises:
+        InputError: more than one is given
+    """
+    given = [name for name in names if getattr(config, name) is not None]
+    if len(given) > 1:
+        raise InputError(f"{section}.{given[0]} and {section}.{given[1]} are both given; use one of {', '.join(names)}")
+    return given[0] if given else None

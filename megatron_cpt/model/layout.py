@@ -1,0 +1,95 @@
+"""The layouts that a model can be split into; errors say which numbers would do."""
+
+from __future__ import annotations
+
+from megatron_cpt.config.parallel import ParallelConfig
+from megatron_cpt.errors import InputError
+from megatron_cpt.model.llama import LlamaConfig
+
+
+def check_layout(llama: LlamaConfig, parallel: ParallelConfig, seq_length: int) -> None:
+    """Raise InputError unless the model and its samples can be split this way."""
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
+        if getattr(llama, name) % tensor:
+            raise InputError(
+                f"{getattr(llama, name)} {name} are not divisible by tensor_model_parallel_size {tensor}; "
+                f"use {_or(_tensor_sizes(llama))}"
+            )
+    if parallel.pipeline_model_parallel_layout is None:
+        check_recomputation(parallel, layers_of_stages(llama.num_hidden_layers, parallel))
+    if parallel.sequence_parallel and seq_length % tensor:
+        raise InputError(
+            f"seq_length {seq_length} is not divisible by tensor_model_parallel_size {tensor}, which sequence_parallel needs"
+        )
+    if seq_length % (2 * context) and context > 1:
+        raise InputError(f"seq_length {seq_length} is not divisible by 2 x context_parallel_size {context}")
+    if seq_length > llama.max_position_embeddings:
+        raise InputError(
+            f"seq_length {seq_length} is above the model's max_position_embeddings {llama.max_position_embeddings}"
+        )
+
+
+def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> list[int]:
+    """Layers of each pipeline stage.
+
+    Raises:
+        InputError: they cannot be dealt to the stages, or a stage's to its model chunks
+    """
+    stages = parallel.pipeline_model_parallel_size
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    given = {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
+    given = {name: value for name, value in given.items() if value is not None}
+    middle, rest = stages - len(given), num_layers - sum(value for value in given.values() if value)
+    if not given and num_layers % stages:
+        sizes = [size for size in range(1, num_layers + 1) if num_layers % size == 0]
+        raise InputError(
+            f"{num_layers} num_hidden_layers are not divisible by pipeline_model_parallel_size {stages}; use {_or(sizes)}"
+        )
+    if rest < middle or (rest % middle if middle else rest):
+        names = " and ".join(f"{name} {value}" for name, value in given.items())
+        wanted = f"a multiple of {middle}" if middle else "none"
+        raise InputError(f"{names} leave {rest} of {num_layers} layers for {middle} more stages; leave {wanted}")
+    layers = [rest // middle] * middle if middle else []
+    layers = ([first] if first is not None else []) + layers + ([last] if last is not None else [])
+    virtual = parallel.virtual_pipeline_model_parallel_size or 1
+    for stage, count in enumerate(layers):
+        if count % virtual:
+            sizes = [size for size in range(1, count + 1) if all(n % size == 0 for n in layers)]
+            raise InputError(
+                f"the {count} layers of pipeline stage {stage} are not divisible by virtual_pipeline_model_parallel_size "
+                f"{virtual}; use {_or(sizes[1:]) if sizes[1:] else 'none'}"
+            )
+    return layers
+
+
+def check_recomputation(parallel: ParallelConfig, layers: list[int]) -> None:
+    """Raise InputError unless groups of layers to recompute come out even: megatron-core would walk past a chunk's end."""
+    number, virtual = parallel.recompute_num_layers or 1, parallel.virtual_pipeline_model_parallel_size or 1
+    if parallel.recompute_granularity != "full" or parallel.recompute_method == "block":
+        return
+    for count in layers:
+        if (count // virtual) % number:
+            raise InputError(
+                f"the {count // virtual} layers of a model chunk are not divisible by recompute_num_layers {number}"
+            )
+
+
+def check_microbatches(parallel: ParallelConfig, num_microbatches: int) -> None:
+    """Raise InputError unless the interleaved schedule can deal out this number of micro-batches."""
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.virtual_pipeline_model_parallel_size is not None and num_microbatches % stages:
+        raise InputError(
+            f"{num_microbatches} micro-batches of a step (global_batch_size / micro_batch_size / data-parallel size) are "
+            f"not divisible by pipeline_model_parallel_size {stages}, which virtual_pipeline_model_parallel_size needs"
+        )
+
+
+def _tensor_sizes(llama: LlamaConfig) -> list[int]:
+    sizes = (llama.num_attention_heads, llama.num_key_value_heads, llama.vocab_size, llama.intermediate_size)
+    return [n for n in range(1, llama.num_key_value_heads + 1) if all(size % n == 0 for size in sizes)]
+
+
+def _or(values: list[int]) -> str:
+    *most, last = (str(value) for value in values)
+    return f"{', '.join(most)} or {last}" if most else last

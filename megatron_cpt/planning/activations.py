@@ -1,0 +1,138 @@
+"""Bytes that one micro-batch leaves on a rank for its backward pass.
+
+The accounting is that of Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), for
+what megatron-core saves of a Llama layer with our settings: RMSNorm, rotary embedding and SwiGLU as separate operations,
+flash attention, grouped queries, no dropout, no biases. Each storage counts once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from megatron_cpt.planning.layouts import Chunk, Job, Layout, chunks_of_stage
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a layer's tensors are made of, on one rank.
+
+    Attributes:
+        tokens: of a micro-batch
+        local_tokens: tokens that norms and residuals see: a share under sequence parallelism
+        query, key, ffn, vocab: width of this rank's share of the query heads, of the key (or value) heads, of the MLP, of
+            the vocabulary
+    """
+
+    tokens: int
+    local_tokens: int
+    hidden: int
+    query: int
+    key: int
+    heads: int
+    ffn: int
+    vocab: int
+
+
+def sizes(job: Job, layout: Layout) -> Sizes:
+    llama, tensor = job.llama, layout.tensor
+    tokens = layout.micro_batch_size * job.seq_length
+    return Sizes(
+        tokens=tokens,
+        local_tokens=tokens // tensor if layout.parallel.sequence_parallel else tokens,
+        hidden=llama.hidden_size,
+        query=llama.num_attention_heads * llama.head_dim // tensor,
+        key=llama.num_key_value_heads * llama.head_dim // tensor,
+        heads=llama.num_attention_heads // tensor,
+        ffn=llama.intermediate_size // tensor,
+        vocab=llama.vocab_size // tensor,
+    )
+
+
+def layer_bytes(job: Job, layout: Layout, recomputed: frozenset[str] = frozenset()) -> dict[str, int]:
+    """Saved for the backward pass of one layer, by part; `recomputed`: of core_attn, mlp, layernorm."""
+    n, element = sizes(job, layout), job.element_bytes
+    residual = n.local_tokens * n.hidden * element
+    norms = 2 * (residual + 4 * n.local_tokens)  # input, and fp32 reciprocal of the root mean square
+    if "layernorm" not in recomputed:
+        norms += 2 * residual  # outputs: inputs of linear_qkv and linear_fc1
+    rotary = 4 * job.seq_length * job.llama.head_dim * element  # cosine and sine, for queries and for keys
+    # The output of linear_qkv, of which the values are a view; queries and keys after rotation; what linear_proj reads.
+    attention = n.tokens * (2 * n.query + 3 * n.key + n.query) * element + rotary
+    # Log of the sum of exponentials, fp32; or, recomputed, the kind of mask, a tensor of one number.
+    attention += 4 if "core_attn" in recomputed else 4 * n.tokens * n.heads
+    # linear_fc1's gate and value, a copy of the value (megatron-core adds an offset of 0), SiLU of the gate, their product.
+    mlp = 0 if "mlp" in recomputed else 3 * n.tokens * n.ffn * element
+    return {"norms": norms, "attention": attention, "mlp": mlp}
+
+
+def recomputed_modules(layout: Layout) -> frozenset[str]:
+    """Of selective recomputation; megatron-core's default is core_attn."""
+    if layout.parallel.recompute_granularity != "selective":
+        return frozenset()
+    return frozenset(layout.parallel.recompute_modules or ["core_attn"])
+
+
+def fully_recomputed(layout: Layout, layers: int) -> tuple[int, int]:
+    """Of a chunk's layers under full recomputation: groups whose input is kept, layers in them."""
+    if layout.parallel.recompute_granularity != "full":
+        return 0, 0
+    number = layout.parallel.recompute_num_layers or 1
+    if layout.parallel.recompute_method == "block":
+        return min(number, layers), min(number, layers)
+    return -(-layers // number), layers
+
+
+def chunk_bytes(job: Job, layout: Layout, chunk: Chunk) -> dict[str, int]:
+    """Saved for the backward pass of one micro-batch through a model chunk, by part."""
+    n, element = sizes(job, layout), job.element_bytes
+    groups, recomputed = fully_recomputed(layout, chunk.layers)
+    saved = layer_bytes(job, layout, recomputed_modules(layout))
+    parts = {name: (chunk.layers - recomputed) * size for name, size in saved.items()}
+    parts["layer inputs"] = groups * n.local_tokens * n.hidden * element
+    if groups:
+        parts["layer inputs"] += 4 * job.seq_length * job.llama.head_dim  # rotary angles, fp32, shared by the groups
+    # Token ids, and under tensor parallelism which of them this rank's part of the vocabulary does not have.
+    parts["embedding"] = n.tokens * (8 + (layout.tensor > 1)) if chunk.has_embedding else 0
+    parts["output"] = 0
+    if chunk.has_output:
+        # Final norm, input of the output layer, and the fp32 probabilities of this rank's part of the vocabulary.
+        parts["output"] = 2 * n.local_tokens * n.hidden * element + 4 * n.local_tokens
+        parts["output"] += n.tokens * (4 * n.vocab + 9)  # with masks and ids of the targets
+    return parts
+
+
+def microbatches_in_flight(layout: Layout, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at most, in units of the whole stage.
+
+    1F1B: one for each stage from this one on. Interleaved (Narayanan et al., "Efficient Large-Scale Language Model Training
+    on GPU Clusters Using Megatron-LM", 2021): 2 (p - stage - 1) + (v - 1) p chunks run ahead, and one more is in work.
+    """
+    pipeline, virtual = layout.pipeline, layout.virtual
+    if virtual == 1:
+        return min(pipeline - stage, layout.num_microbatches)
+    chunks = 2 * (pipeline - stage - 1) + (virtual - 1) * pipeline + 1
+    return min(chunks, layout.num_microbatches * virtual) / virtual
+
+
+def stage_bytes(job: Job, layout: Layout, stage: int) -> dict[str, int]:
+    """Saved on a stage at the fullest moment, by part. Logits and probabilities exist for one micro-batch at a time."""
+    parts: dict[str, float] = {}
+    in_flight = microbatches_in_flight(layout, stage)
+    for chunk, number in Counter(chunks_of_stage(job.llama, layout, stage)).items():
+        for name, size in chunk_bytes(job, layout, chunk).items():
+            parts[name] = parts.get(name, 0) + number * size * (1 if name == "output" else in_flight)
+    return {name: int(size) for name, size in parts.items()}
+
+
+def working_bytes(job: Job, layout: Layout, stage: int) -> int:
+    """Held for a moment: gradients within a layer, the gathered input, a recomputed layer; on the last stage the logits."""
+    n, element = sizes(job, layout), job.element_bytes
+    layer = (n.tokens * (n.hidden + 3 * n.ffn) + 2 * n.local_tokens * n.hidden) * element
+    full = layer_bytes(job, layout)
+    if layout.parallel.recompute_granularity == "full":
+        number = 1 if layout.parallel.recompute_method == "block" else layout.parallel.recompute_num_layers or 1
+        layer += number * sum(full.values())
+    layer += sum(full[{"mlp": "mlp", "core_attn": "attention"}[m]] for m in recomputed_modules(layout) if m != "layernorm")
+    logits = n.tokens * n.vocab * 2 if element == 2 else 0  # beside the fp32 copy, which is among the saved
+    return max(layer, logits if stage == layout.pipeline - 1 else 0)

@@ -1,0 +1,62 @@
+"""Memory of the fullest rank, by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_cpt.planning.activations import stage_bytes, working_bytes
+from megatron_cpt.planning.layouts import Job, Layout
+from megatron_cpt.planning.weights import state_bytes
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank of a pipeline stage at the fullest moment; they add up to `total`.
+
+    Attributes:
+        weights, gradients, optimizer: see StateBytes
+        fp8_weights: FP8 copies of the weights and of their transposes (an estimate: Transformer Engine keeps both on Hopper)
+        activations: of all micro-batches in flight, by part
+        working: what is held for a moment
+        overhead: CUDA context, NCCL, workspaces; and fragmentation
+    """
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    fp8_weights: int
+    activations: dict[str, int]
+    working: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        state = self.weights + self.gradients + self.optimizer + self.fp8_weights
+        return state + sum(self.activations.values()) + self.working + self.overhead
+
+
+def memory_of_stage(job: Job, layout: Layout, stage: int, overhead_gib: float, fragmentation: float) -> Memory:
+    """See Memory; `fragmentation` is a share of activations and working memory."""
+    state = state_bytes(job, layout, stage)
+    activations = stage_bytes(job, layout, stage)
+    working = working_bytes(job, layout, stage)
+    moving = sum(activations.values()) + working
+    return Memory(
+        stage=stage,
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        fp8_weights=2 * state.parameters if job.fp8 else 0,
+        activations=activations,
+        working=working,
+        overhead=int(overhead_gib * GIB + fragmentation * moving),
+    )
+
+
+def fullest(job: Job, layout: Layout, overhead_gib: float, fragmentation: float) -> Memory:
+    """The stage that needs most: the first (most micro-batches in flight), the one after an uneven first, or the last."""
+    stages = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}
+    return max((memory_of_stage(job, layout, s, overhead_gib, fragmentation) for s in sorted(stages)), key=lambda m: m.total)

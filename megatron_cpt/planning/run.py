@@ -1,0 +1,120 @@
+"""What the command does: a plan, or one rank of it simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.model.flops import flops_per_token
+from megatron_cpt.planning.activations import chunk_bytes
+from megatron_cpt.planning.config import PlanConfig
+from megatron_cpt.planning.layouts import Job, Layout, check, chunks_of_stage
+from megatron_cpt.planning.report import show, to_json, write_json
+from megatron_cpt.planning.search import make_job, make_parallel, plan
+from megatron_cpt.planning.weights import state_bytes
+
+if TYPE_CHECKING:
+    from megatron_cpt.planning.simulate import Simulation
+
+
+def run(config: PlanConfig) -> str | None:
+    """Print a plan or a simulation; returns the path of the JSON file, if one is asked for."""
+    console = Console()
+    if config.simulate is not None:
+        content = run_simulation(config, config.simulate, console)
+    else:
+        result = plan(config)
+        show(result, console)
+        content = to_json(result)
+    if config.json is not None:
+        write_json(config.json, content)
+    return config.json
+
+
+def simulated_layout(config: PlanConfig, job: Job) -> Layout:
+    """The layout that the configuration names.
+
+    Raises:
+        InputError: the job cannot be spread this way
+    """
+    tensor, pipeline = config.tensor_model_parallel_size or 1, config.pipeline_model_parallel_size or 1
+    if config.devices % (tensor * pipeline):
+        raise InputError(f"{config.devices} devices are not divisible by {tensor} x {pipeline}")
+    data, micro_batch = config.devices // (tensor * pipeline), config.micro_batch_size or 1
+    virtual = config.virtual_pipeline_model_parallel_size or 1
+    parallel = make_parallel(config, job, tensor, pipeline, virtual, config.recompute_granularity)
+    layout = Layout(parallel, data, micro_batch, config.global_batch_size // (data * micro_batch))
+    check(job, layout)
+    return layout
+
+
+def run_simulation(config: PlanConfig, rank: int, console: Console) -> dict[str, Any]:
+    """Simulate a rank and print it beside the plan's numbers."""
+    job = make_job(config)
+    layout = simulated_layout(config, job)
+    from megatron_cpt.planning.simulate import simulate  # imports torch and megatron, which takes seconds
+
+    result = simulate(job, layout, rank)
+    console.print(
+        f"{config.model}, rank {rank} of {layout.devices}: tensor rank {result.tensor_rank} of {layout.tensor}, pipeline "
+        f"rank {result.pipeline_rank} of {layout.pipeline}, data rank {result.data_rank} of {layout.data_parallel_size}; "
+        f"micro batch {layout.micro_batch_size} x {job.seq_length} tokens",
+        highlight=False,
+    )
+    console.print(comparison(job, layout, result))
+    console.print(traffic_table(result))
+    fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    for name in ("microbatch_traffic", "step_traffic"):
+        fields[name] = [
+            {"kind": kind, "group_size": size} | dataclasses.asdict(traffic)
+            for (kind, size), traffic in fields[name].items()
+        ]
+    return {"config": dataclasses.asdict(config), "simulation": fields}
+
+
+def planned_flops(job: Job, layout: Layout, stage: int) -> float:
+    """Of one micro-batch on one rank of a stage, recomputation left out: its share of `flops_per_token`."""
+    llama, tokens = job.llama, layout.micro_batch_size * job.seq_length
+    layers = sum(chunk.layers for chunk in chunks_of_stage(llama, layout, stage))
+    without_output = dataclasses.replace(llama, vocab_size=0)
+    flops = flops_per_token(without_output, job.seq_length, causal=False) * layers / llama.num_hidden_layers
+    if stage == layout.pipeline - 1:
+        flops += 6.0 * llama.hidden_size * llama.vocab_size
+    return flops * tokens / layout.tensor
+
+
+def comparison(job: Job, layout: Layout, result: Simulation) -> Table:
+    """Simulated and planned, side by side."""
+    stage = result.pipeline_rank
+    state = state_bytes(job, layout, stage, result.data_rank)
+    activations = sum(sum(chunk_bytes(job, layout, chunk).values()) for chunk in chunks_of_stage(job.llama, layout, stage))
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("simulated", justify="right", no_wrap=True)
+    table.add_column("planned", justify="right", no_wrap=True)
+    rows: list[tuple[str, float, float]] = [
+        ("parameters", result.parameters, state.parameters),
+        ("weights, bytes", result.weights, state.weights),
+        ("gradients, bytes", result.gradients, state.gradients),
+        ("optimizer states, bytes", result.optimizer, state.optimizer),
+        ("activations of a micro-batch, bytes", result.activations, activations),
+        ("FLOPs of a micro-batch", result.flops, planned_flops(job, layout, stage)),
+    ]
+    for name, simulated, planned in rows:
+        table.add_row(name, f"{simulated:,.0f}", f"{planned:,.0f}")
+    return table
+
+
+def traffic_table(result: Simulation) -> Table:
+    """Collectives of one micro-batch and of the end of a step."""
+    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
+    for heading in ("collectives", "kind", "ranks", "number", "bytes"):
+        table.add_column(heading, justify="left" if heading in ("collectives", "kind") else "right", no_wrap=True)
+    for when, traffics in (("of a micro-batch", result.microbatch_traffic), ("of a step's end", result.step_traffic)):
+        for (kind, size), traffic in sorted(traffics.items()):
+            table.add_row(when, kind, str(size), f"{traffic.count:,}", f"{traffic.bytes:,}")
+    return table

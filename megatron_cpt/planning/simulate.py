@@ -1,0 +1,185 @@
+"""One rank of the real job, built by the code that trains, with fake tensors and a fake process group."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.model.build import build_model, transformer_config
+from megatron_cpt.planning.collectives import CollectiveCounter, Traffic
+from megatron_cpt.planning.layouts import Job, Layout
+from megatron_cpt.platforms import current_platform
+from megatron_cpt.platforms.fake_cluster import fake_rank
+from megatron_cpt.platforms.process_groups import Ranks
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # isort: skip
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What one rank holds and does.
+
+    Attributes:
+        parameters: elements
+        weights, gradients, optimizer: bytes of buffers and states, padding included
+        activations: bytes saved for the backward pass of one micro-batch, each storage once, parameters left out
+        flops: of forward and backward pass of one micro-batch (a multiply-add is two), as torch counts them
+        microbatch_traffic, step_traffic: collectives of one micro-batch, and of the end of a step, by (kind, group size)
+    """
+
+    rank: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    flops: int
+    microbatch_traffic: dict[tuple[str, int], Traffic]
+    step_traffic: dict[tuple[str, int], Traffic]
+
+
+def simulate(job: Job, layout: Layout, rank: int) -> Simulation:
+    """Build rank `rank` of `layout` and run one micro-batch forward and backward.
+
+    Raises:
+        InputError: no such rank, or the interleaved pipeline schedule
+    """
+    if not 0 <= rank < layout.devices:
+        raise InputError(f"simulate is {rank}; use a rank from 0 to {layout.devices - 1}")
+    if layout.virtual > 1:
+        raise InputError("simulate takes no virtual_pipeline_model_parallel_size: it runs one model chunk")
+    dtype = torch.bfloat16 if job.params_dtype == "bf16" else torch.float32
+    with warnings.catch_warnings(), fake_rank(layout.parallel, rank, layout.devices) as ranks:
+        warnings.simplefilter("ignore")
+        config = transformer_config(job.llama, layout.parallel, dtype)
+        config.bias_activation_fusion = True  # as on a GPU: it keeps 3 x the MLP's width per token instead of 5
+        model = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=layout.parallel.overlap_grad_reduce,  # decides the buckets
+            ),
+            build_model(job.llama, config, job.seq_length, current_platform(), ranks),
+        )
+        optimizer = build_optimizer(model, dtype)
+        with model.no_sync(), CollectiveCounter() as microbatch, counted_flops() as flops:
+            activations = run_microbatch(model, job, layout, ranks, dtype)
+        with CollectiveCounter() as step:
+            if layout.parallel.overlap_grad_reduce:
+                model.start_grad_sync()
+            finalize_model_grads([model])
+            model.start_param_sync(force_sync=True)
+        buffers = model.buffers
+        return Simulation(
+            rank=rank,
+            tensor_rank=ranks.tensor_rank,
+            pipeline_rank=ranks.pipeline_rank,
+            data_rank=ranks.data_rank,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            weights=sum(buffer.param_data.nbytes for buffer in buffers),
+            gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
+            optimizer=optimizer_bytes(optimizer),
+            activations=activations,
+            flops=flops.get_total_flops(),
+            microbatch_traffic=microbatch.traffic,
+            step_traffic=step.traffic,
+        )
+
+
+def counted_flops() -> FlopCounterMode:
+    """torch's counter, which does not know the attention of CPUs.
+
+    Attention counts in full, not half for being causal, and its backward pass as twice the forward, whatever the kernel
+    computes again: model FLOPs, as `flops_per_token(causal=False)`.
+    """
+
+    def forward(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+        batch, heads, length, dim = query
+        return 4 * batch * heads * length * key[-2] * dim
+
+    def backward(gradient: torch.Size, query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * forward(query, key, key)
+
+    aten = torch.ops.aten
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: forward,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        },
+    )
+
+
+def build_optimizer(model: DistributedDataParallel, dtype: torch.dtype) -> Any:
+    """megatron-core's distributed optimizer with its states, as after a first step."""
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=1e-5,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        [model],
+        use_gloo_process_groups=False,
+    )
+    for part in optimizer.chained_optimizers:
+        inner = part.optimizer
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        inner.step()
+        inner.zero_grad()
+    return optimizer
+
+
+def optimizer_bytes(optimizer: Any) -> int:
+    """Bytes of moments, and of the fp32 main weights where there are any, each storage once."""
+    total = 0
+    for part in optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            total += sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
+        for group in part.shard_fp32_from_float16_groups:
+            total += sum(parameter.nbytes for parameter in group if parameter is not None)
+    return total
+
+
+def run_microbatch(model: DistributedDataParallel, job: Job, layout: Layout, ranks: Ranks, dtype: torch.dtype) -> int:
+    """One micro-batch forward and backward; returns the bytes kept in between."""
+    batch, seq_length = layout.micro_batch_size, job.seq_length
+    tokens = torch.zeros(batch, seq_length, dtype=torch.long)
+    if not ranks.is_first_stage:
+        local = seq_length // layout.tensor if layout.parallel.sequence_parallel else seq_length
+        model.module.set_input_tensor(torch.zeros(local, batch, job.llama.hidden_size, dtype=dtype, requires_grad=True))
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with saved_storages() as storages:
+        output = model(tokens, None, None, labels=tokens if ranks.is_last_stage else None)
+    activations = sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+    output.backward(torch.ones_like(output))
+    return activations
+
+
+@contextlib.contextmanager
+def saved_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
+    """The storages that autograd saves for the backward pass of what runs in the block."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage  # kept, so that no other storage takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages

@@ -1,0 +1,240 @@
+"""How long an optimizer step takes: matrix products, elementwise operations, communication, the pipeline's bubble.
+
+A model of first-order effects. Matrix products and attention run at a fitted share of the device's peak
+(`Device.matmul_efficiency`), plus the time to move their operands, so small ones are slower per operation. Everything else
+is bytes over a bandwidth. What overlaps is said in each function. docs/planning.md compares it with published runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_cpt.model.flops import flops_per_token
+from megatron_cpt.planning.activations import Sizes, fully_recomputed, recomputed_modules, sizes
+from megatron_cpt.planning.hardware import ATTENTION_EFFICIENCY, HIDDEN_BY_TP_OVERLAP, MEMORY_EFFICIENCY, Cluster, Device
+from megatron_cpt.planning.layouts import Chunk, Job, Layout, chunks_of_stage
+from megatron_cpt.planning.weights import GRADIENT_BYTES, state_bytes
+
+FORWARD, BACKWARD = 1.0, 2.0  # a backward pass has two matrix products for each of the forward pass
+ATTENTION_BACKWARD = 2.5  # flash attention's backward pass also computes the scores again
+SEND_LATENCY = 2e-5  # seconds, of a message to another node
+LOSS_BYTES = 50  # of memory traffic per logit: conversion to fp32, maximum, exponentials, sum, gradient, each its own pass
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Rates of one device for a job, per second."""
+
+    matmul_flops: float
+    attention_flops: float
+    memory_bytes: float
+
+    def matmul(self, rows: int, columns: int, depth: int, element: int) -> float:
+        """Seconds of [rows, depth] x [depth, columns]."""
+        operands = rows * depth + depth * columns + rows * columns
+        return 2.0 * rows * columns * depth / self.matmul_flops + element * operands / self.memory_bytes
+
+
+def peak_flops(job: Job, device: Device) -> float:
+    """Operations per second that MFU is a share of: FP8 where the job uses it; fp32 jobs count TF32, half of bf16."""
+    if job.fp8:
+        return (device.fp8_tflops or device.bf16_tflops) * 1e12
+    return device.bf16_tflops * 1e12 * (1.0 if job.params_dtype == "bf16" else 0.5)
+
+
+def speed(job: Job, device: Device) -> Speed:
+    bf16 = peak_flops(Job(job.llama, job.seq_length, job.global_batch_size, job.params_dtype), device)
+    matmul = device.fp8_efficiency * peak_flops(job, device) if job.fp8 else device.matmul_efficiency * bf16
+    return Speed(
+        matmul,
+        ATTENTION_EFFICIENCY * device.matmul_efficiency * bf16,  # attention stays in bf16
+        MEMORY_EFFICIENCY * device.memory_gb_per_s * 1e9,
+    )
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Seconds of one layer's forward pass for one micro-batch on one device, without communication."""
+
+    attention: float
+    mlp: float
+    projections: float
+    elementwise: float
+
+    def forward(self) -> float:
+        return self.attention + self.mlp + self.projections + self.elementwise
+
+    def backward(self, recomputed: frozenset[str] = frozenset()) -> float:
+        again = self.mlp * ("mlp" in recomputed) + self.attention * ("core_attn" in recomputed)
+        return BACKWARD * (self.mlp + self.projections + self.elementwise) + ATTENTION_BACKWARD * self.attention + again
+
+
+def layer_time(job: Job, layout: Layout, device: Device) -> LayerTime:
+    n, rate = sizes(job, layout), speed(job, device)
+    element = 1 if job.fp8 else job.element_bytes
+    mlp = rate.matmul(n.tokens, 2 * n.ffn, n.hidden, element) + rate.matmul(n.tokens, n.hidden, n.ffn, element)
+    projections = rate.matmul(n.tokens, n.query + 2 * n.key, n.hidden, element)
+    projections += rate.matmul(n.tokens, n.hidden, n.query, element)
+    causal = 0.5
+    attention = causal * 4.0 * n.tokens * job.seq_length * n.query / rate.attention_flops
+    # Two norms (read, write), two residual additions (read twice, write), rotary embedding, SwiGLU.
+    elements = 10 * n.local_tokens * n.hidden + n.tokens * (4 * (n.query + n.key) + 5 * n.ffn)
+    return LayerTime(attention, mlp, projections, elements * job.element_bytes / rate.memory_bytes)
+
+
+def tensor_parallel_time(job: Job, layout: Layout, cluster: Cluster) -> float:
+    """Seconds of communication in one layer's forward pass; the backward pass has as much (Korthikanti et al., 2022).
+
+    Two all-gathers and two reduce-scatters of the hidden states under sequence parallelism, two all-reduces (each as much as
+    both) without. The all-gathers that backward needs for weight gradients are hidden behind the input gradients.
+    """
+    tensor, n = layout.tensor, sizes(job, layout)
+    if tensor == 1:
+        return 0.0
+    sent = 4 * n.tokens * n.hidden * job.element_bytes * (tensor - 1) / tensor
+    exposed = 1.0 - HIDDEN_BY_TP_OVERLAP if layout.parallel.tp_comm_overlap else 1.0
+    return exposed * sent / cluster.bandwidth(tensor)
+
+
+def output_time(job: Job, layout: Layout, device: Device, n: Sizes) -> float:
+    """Seconds of output layer and loss, forward and backward; in bf16 also where the layers run in FP8."""
+    rate = speed(Job(job.llama, job.seq_length, job.global_batch_size, job.params_dtype), device)
+    products = 3 * rate.matmul(n.tokens, n.vocab, n.hidden, job.element_bytes)
+    return products + LOSS_BYTES * n.tokens * n.vocab / rate.memory_bytes
+
+
+def chunk_time(job: Job, layout: Layout, cluster: Cluster, chunk: Chunk) -> tuple[float, float]:
+    """Seconds that a model chunk takes for one micro-batch: the forward pass, and both passes."""
+    layer, tp = layer_time(job, layout, cluster.device), tensor_parallel_time(job, layout, cluster)
+    _, again = fully_recomputed(layout, chunk.layers)
+    forward = chunk.layers * (layer.forward() + tp)
+    modules = recomputed_modules(layout)
+    tp_again = tp / 2 if "mlp" in modules else 0.0
+    backward = chunk.layers * (layer.backward(modules) + tp + tp_again) + again * (layer.forward() + tp)
+    if chunk.has_output:
+        output = output_time(job, layout, cluster.device, sizes(job, layout))
+        forward, backward = forward + output / 3, backward + output * 2 / 3
+    return forward, forward + backward
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by what they go to; they add up to `total`.
+
+    Attributes:
+        compute: the busiest stage's share of all micro-batches, tensor-parallel communication left out
+        tensor_parallel, pipeline, data_parallel: communication that nothing hides
+        bubble: waiting for other stages
+        optimizer: gradient norm and update
+    """
+
+    compute: float
+    tensor_parallel: float
+    pipeline: float
+    bubble: float
+    data_parallel: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tensor_parallel + self.pipeline + self.bubble + self.data_parallel + self.optimizer
+
+
+def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
+    """Seconds of one optimizer step.
+
+    All micro-batches on the busiest stage, and the bubble: the other stages' time for one micro-batch, divided by the number
+    of model chunks under the interleaved schedule (Narayanan et al., 2021: (p - 1) / (v m) of the rest for equal stages).
+    """
+    stages = {stage: chunks_of_stage(job.llama, layout, stage) for stage in differing_stages(layout)}
+    times = {chunk: chunk_time(job, layout, cluster, chunk) for chunks in stages.values() for chunk in set(chunks)}
+    one = {stage: sum(times[chunk][1] for chunk in chunks) for stage, chunks in stages.items()}
+    busiest = max(one, key=lambda stage: one[stage])
+    # The stages between the second and the last are like the second.
+    all_stages = sum(one.values()) + (layout.pipeline - len(one)) * one[min(1, layout.pipeline - 1)]
+    chunks = stages[busiest]
+    passes: float = 2 * sum(c.layers for c in chunks) + sum(fully_recomputed(layout, c.layers)[1] for c in chunks)
+    if "mlp" in recomputed_modules(layout):
+        passes += sum(c.layers for c in chunks) / 2  # one of a layer's two pairs of collectives
+    tp = layout.num_microbatches * passes * tensor_parallel_time(job, layout, cluster)
+    gather, scatter, update = data_parallel_time(job, layout, cluster, busiest)
+    if layout.fully_sharded:
+        exposed = layout.num_microbatches * max(0.0, 2 * gather + scatter - one[busiest])
+    else:
+        # Behind the last backward and the first forward pass; of an interleaved schedule, behind those of all chunks.
+        forward = sum(times[chunk][0] for chunk in chunks)
+        exposed = max(0.0, scatter - (one[busiest] - forward) * layout.parallel.overlap_grad_reduce)
+        exposed += max(0.0, gather - forward * layout.parallel.overlap_param_gather)
+    return StepTime(
+        compute=layout.num_microbatches * one[busiest] - tp,
+        tensor_parallel=tp,
+        pipeline=pipeline_time(job, layout, cluster, one[busiest] / layout.virtual),
+        bubble=(all_stages - one[busiest]) / layout.virtual,
+        data_parallel=exposed,
+        optimizer=update,
+    )
+
+
+def differing_stages(layout: Layout) -> list[int]:
+    """The first stage, one in the middle, and the last."""
+    return sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
+
+
+def pipeline_time(job: Job, layout: Layout, cluster: Cluster, chunk_seconds: float) -> float:
+    """Seconds of sending activations on and gradients back that nothing hides.
+
+    In 1F1B all of it; interleaved, what a chunk's computation (`chunk_seconds`, both passes) is too short for, and the sends
+    that fill the pipeline.
+    """
+    if layout.pipeline == 1:
+        return 0.0
+    n = sizes(job, layout)
+    neighbours = layout.devices // layout.pipeline + 1  # stages are that far apart in the order of ranks
+    transfer = 2 * (n.local_tokens * n.hidden * job.element_bytes / cluster.bandwidth(neighbours) + SEND_LATENCY)
+    if layout.virtual == 1:
+        return layout.num_microbatches * transfer
+    exposed = max(0.0, transfer - chunk_seconds)
+    return layout.num_microbatches * layout.virtual * exposed + (layout.pipeline - 1) * transfer
+
+
+def data_parallel_time(job: Job, layout: Layout, cluster: Cluster, stage: int) -> tuple[float, float, float]:
+    """Seconds of gathering parameters, of reduce-scattering fp32 gradients, and of the distributed optimizer's update."""
+    state, size = state_bytes(job, layout, stage), layout.data_parallel_size
+    elements = state.parameters
+    share = (size - 1) / size
+    bandwidth = cluster.bandwidth_of_every(layout.tensor, size)
+    gather = elements * job.element_bytes * share / bandwidth
+    scatter = elements * (job.element_bytes if layout.fully_sharded else GRADIENT_BYTES) * share / bandwidth
+    memory = MEMORY_EFFICIENCY * cluster.device.memory_gb_per_s * 1e9
+    # Read gradient, main weight and moments and write the latter three; and clear and scale the gradient buffer.
+    update = elements / size * (7 * 4 + job.element_bytes) / memory + 3 * state.gradients / memory
+    return gather, scatter, update
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What a step's time means.
+
+    Attributes:
+        mfu: of the peak, with all of attention counted (torchtitan's formula)
+        mfu_causal: with half of it (Megatron-LM's)
+        bubble: share of the step spent waiting for other stages
+    """
+
+    step: StepTime
+    tokens_per_second: float
+    tokens_per_second_per_device: float
+    mfu: float
+    mfu_causal: float
+    bubble: float
+
+
+def throughput(job: Job, layout: Layout, cluster: Cluster) -> Throughput:
+    step = step_time(job, layout, cluster)
+    tokens = job.global_batch_size * job.seq_length / step.total
+    per_device = tokens / layout.devices
+    peak = peak_flops(job, cluster.device)
+    full, causal = (flops_per_token(job.llama, job.seq_length, causal) for causal in (False, True))
+    return Throughput(
+        step, tokens, per_device, per_device * full / peak, per_device * causal / peak, step.bubble / step.total
+    )

@@ -1,0 +1,78 @@
+"""Around a run: what keeps other runs out of its folder, and how its ranks start and leave together."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import TextIO
+
+import torch
+
+from megatron_cpt.config.run import RunConfig, TrainingConfig
+from megatron_cpt.errors import InputError, RunError
+from megatron_cpt.training.checks import find_start
+from megatron_cpt.training.stopping import StopRequestedError, Watch
+
+
+def leave(watch: Watch) -> None:
+    """The store that ranks talk through goes with the first of them that leaves: by then none may listen any more."""
+    watch.close()
+    torch.distributed.barrier()
+
+
+def duration(training: TrainingConfig) -> float | None:
+    """Seconds after which the run stops by itself."""
+    minutes = training.exit_duration_in_mins
+    return None if minutes is None else 60.0 * minutes
+
+
+@contextlib.contextmanager
+def only_run(config: RunConfig, start_from: str) -> Iterator[None]:
+    """Keep other runs out of the run's folder while the block runs.
+
+    Raises:
+        InputError: another one is under way in it, or has just saved a newer checkpoint than `start_from`
+    """
+    folder = config.checkpoint.save
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "run.lock")
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        except OSError as error:
+            raise InputError(
+                f"another run is under way in {folder} (it holds {path}); use another checkpoint.save"
+            ) from error
+        if find_start(config)[0] != start_from:
+            raise InputError(f"another run has just saved a checkpoint in {folder}; start again to go on from it")
+        yield
+
+
+@contextlib.contextmanager
+def telling_others(watch: Watch, world_size: int, error_stream: TextIO) -> Iterator[None]:
+    """If this rank fails alone, say so at once: the others would wait for it in a collective until that times out."""
+    try:
+        yield
+    except (RunError, StopRequestedError, KeyboardInterrupt):
+        raise  # all ranks know
+    except BaseException as error:
+        if world_size == 1:
+            raise
+        for stream in {error_stream, sys.stderr}:  # the latter is a file on ranks other than the first
+            traceback.print_exc(file=stream)
+        watch.failed(error)
+        os._exit(1)  # process groups cannot be left in good order while others wait in them
+
+
+def prepare_arithmetic(training: TrainingConfig) -> None:
+    """Settings of torch that hold for the whole process."""
+    torch.set_float32_matmul_precision(training.float32_matmul_precision)
+    torch.manual_seed(training.seed)
+    if training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")  # the order of a sum depends on the algorithm
+        torch.use_deterministic_algorithms(True)

@@ -1,0 +1,51 @@
+"""What the parts of a run pass to each other: what stays (RunContext) and what changes (TrainState)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_cpt.checkpoint.save_load import Progress
+from megatron_cpt.checkpoint.saver import Saver
+from megatron_cpt.config.run import RunConfig
+from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.training.checks import CheckedRun
+from megatron_cpt.training.log import RunLog
+from megatron_cpt.training.stopping import Watch
+from megatron_cpt.training.trouble import History
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every part of the run needs: passed by argument, never global."""
+
+    run: CheckedRun
+    ranks: Ranks
+    log: RunLog
+    watch: Watch
+    saver: Saver
+
+    @property
+    def config(self) -> RunConfig:
+        """As the user gave it."""
+        return self.run.config
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint restores.
+
+    Attributes:
+        chunks: model chunks of this rank
+        baseline: {validation set: {"loss", "bits_per_byte"}} before the first step
+        evaluated: whether the evaluation that was due at this step was done
+    """
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    progress: Progress = field(default_factory=Progress)
+    history: History = field(default_factory=History)
+    baseline: dict[str, dict[str, float]] = field(default_factory=dict)
+    evaluated: bool = False

@@ -1,0 +1,115 @@
+"""What counts as a checkpoint, and which one is the newest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_cpt.checkpoint.folders import hide, remove_unfinished, to_delete
+from megatron_cpt.checkpoint.layout import check_complete, checkpoint_name, newest_complete, write_tracker
+from megatron_cpt.errors import InputError
+
+FILES = {"metadata.json": 2, ".metadata": 30, "common.pt": 40, "hf/config.json": 5, "__0_0.distcp": 1000}
+
+
+def make(root: Path, iteration: int | None) -> Path:
+    """A folder that looks like a checkpoint."""
+    folder = root / checkpoint_name(iteration)
+    (folder / "hf").mkdir(parents=True)
+    for name, size in FILES.items():
+        (folder / name).write_bytes(b"x" * size)
+    (folder / "manifest.json").write_text(json.dumps({"files": FILES}))
+    return folder
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_and_cut_files_are_found(name: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, 7)
+    check_complete(str(folder))
+    (folder / name).write_bytes(b"x" * (FILES[name] - 1))
+    with pytest.raises(InputError, match=f"{name} has {FILES[name] - 1} bytes, manifest.json says {FILES[name]}"):
+        check_complete(str(folder))
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=f"is not complete: {name} is missing"):
+        check_complete(str(folder))
+
+
+def test_a_manifest_that_cannot_be_read_is_not_complete(tmp_path: Path) -> None:
+    folder = make(tmp_path, 7)
+    (folder / "manifest.json").write_text("[")
+    with pytest.raises(InputError, match="cannot be read"):
+        check_complete(str(folder))
+    (folder / "manifest.json").unlink()  # as other software leaves it
+    check_complete(str(folder))
+
+
+def test_the_newest_complete_one_counts_whatever_the_tracker_says(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    assert newest_complete(root) == (None, [])
+    assert newest_complete(root + "/nowhere") == (None, [])
+    make(tmp_path, None)
+    assert newest_complete(root) == (f"{root}/release", [])
+    for iteration in (10, 20, 30):
+        make(tmp_path, iteration)
+    write_tracker(root, 20)  # killed between the rename and the tracker
+    assert newest_complete(root) == (f"{root}/iter_0000030", [])
+    (tmp_path / "iter_0000030" / "common.pt").unlink()
+    (tmp_path / "iter_0000020" / "__0_0.distcp").write_bytes(b"")
+    folder, passed_over = newest_complete(root)
+    assert folder == f"{root}/iter_0000010"
+    assert [line.split(" is not complete: ")[0] for line in passed_over] == [
+        f"checkpoint {root}/iter_0000030",
+        f"checkpoint {root}/iter_0000020",
+    ]
+
+
+def test_a_tracker_that_names_nothing_is_mentioned(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    make(tmp_path, 10)
+    write_tracker(root, 40)
+    assert newest_complete(root) == (
+        f"{root}/iter_0000010",
+        [f"{root}/latest_checkpointed_iteration.txt names iter_0000040, which is not there"],
+    )
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("soon\n")
+    folder, passed_over = newest_complete(root)
+    assert folder == f"{root}/iter_0000010"
+    assert "says 'soon'" in passed_over[0]
+
+
+def test_unfinished_folders_do_not_count_and_are_removed(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    make(tmp_path, 10)
+    make(tmp_path, 20).rename(tmp_path / ".iter_0000020.tmp")
+    hide(str(make(tmp_path, 5)))
+    assert newest_complete(root) == (f"{root}/iter_0000010", [])
+    remove_unfinished(root)
+    assert [path.name for path in tmp_path.iterdir()] == ["iter_0000010"]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "started_from", "gone"),
+    [
+        (1, None, "release", [10, 20, 25, 30]),
+        (3, None, "release", [10, 20]),
+        (1, 20, "release", [10, 25, 30]),
+        (2, 10, "release", [25]),
+        (1, None, "iter_0000010", [20, 25, 30]),
+        (9, None, "release", []),
+    ],
+)
+def test_retention(keep_last: int, keep_every: int | None, started_from: str, gone: list[int], tmp_path: Path) -> None:
+    for iteration in (None, 10, 20, 25, 30, 40):
+        make(tmp_path, iteration)
+    doomed = to_delete(str(tmp_path), keep_last, keep_every, str(tmp_path / started_from))
+    assert doomed == [str(tmp_path / checkpoint_name(iteration)) for iteration in gone]
+
+
+def test_retention_counts_complete_ones_only(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30, 40):
+        make(tmp_path, iteration)
+    for iteration in (20, 40):
+        (tmp_path / checkpoint_name(iteration) / "common.pt").unlink()
+    assert to_delete(str(tmp_path), 2, None, "elsewhere") == [str(tmp_path / "iter_0000020")]

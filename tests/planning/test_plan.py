@@ -1,0 +1,286 @@
+"""Plans: published throughput, the layouts of the paper, invariants, and the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from tiny_models import ROOT, make_tiny_llama, run_tool
+
+from megatron_cpt.config.parallel import ParallelConfig
+from megatron_cpt.errors import InputError
+from megatron_cpt.planning.activations import chunk_bytes, microbatches_in_flight
+from megatron_cpt.planning.config import PlanConfig
+from megatron_cpt.planning.hardware import DEVICES, Cluster, find_device
+from megatron_cpt.planning.layouts import Chunk, Job, Layout, layers_of_stages
+from megatron_cpt.planning.memory import GIB, fullest
+from megatron_cpt.planning.presets import MODELS, find_model
+from megatron_cpt.planning.published import PUBLISHED, Published
+from megatron_cpt.planning.report import show
+from megatron_cpt.planning.search import Plan, make_candidate, plan
+from megatron_cpt.planning.timing import throughput
+
+PAGE = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+FITTED_CONSTANTS = 4  # matrix products on A100, on H100 in bf16 and in FP8; what tp_comm_overlap hides
+
+
+def estimate(point: Published) -> float:
+    return throughput(point.job, point.layout, point.cluster).tokens_per_second_per_device
+
+
+@pytest.mark.parametrize("point", PUBLISHED, ids=lambda p: f"{p.model}-{p.device}-{p.tokens_per_second_per_device:g}")
+def test_published_throughput(point: Published) -> None:
+    assert estimate(point) == pytest.approx(point.tokens_per_second_per_device, rel=0.25)
+
+
+def test_the_fit_has_far_fewer_constants_than_points() -> None:
+    assert len(PUBLISHED) >= 4 * FITTED_CONSTANTS
+    efficiencies = {(device.matmul_efficiency, device.fp8_efficiency) for device in DEVICES.values()}
+    assert len({x for pair in efficiencies for x in pair if x}) == FITTED_CONSTANTS - 1
+    errors = [math.log(estimate(point) / point.tokens_per_second_per_device) for point in PUBLISHED]
+    assert sum(map(abs, errors)) / len(errors) < 0.10
+
+
+def find(tokens_per_second: float) -> Published:
+    (point,) = (point for point in PUBLISHED if point.tokens_per_second_per_device == tokens_per_second)
+    return point
+
+
+def with_efficiencies(point: Published, **efficiencies: float) -> float:
+    device = dataclasses.replace(point.cluster.device, **efficiencies)
+    result = throughput(point.job, point.layout, Cluster(device, point.devices))
+    return result.tokens_per_second_per_device / point.tokens_per_second_per_device
+
+
+def test_one_row_for_each_efficiency_predicts_the_others() -> None:
+    """Held out: fitted to one published row each, the efficiencies give all others."""
+
+    def fit(point: Published, name: str, **others: float) -> float:
+        low, high = 0.2, 1.0
+        while high - low > 1e-4:
+            middle = (low + high) / 2
+            low, high = (middle, high) if with_efficiencies(point, **{name: middle}, **others) < 1 else (low, middle)
+        return low
+
+    h100, a100 = fit(find(6667), "matmul_efficiency"), fit(find(4641), "matmul_efficiency")
+    fp8 = fit(find(14451), "fp8_efficiency", matmul_efficiency=h100)
+    for point in PUBLISHED:
+        matmul = h100 if point.device == "h100" else a100
+        ratio = with_efficiencies(point, matmul_efficiency=matmul, fp8_efficiency=fp8)
+        assert ratio == pytest.approx(1, abs=0.25), point
+
+
+def test_the_page_has_the_table() -> None:
+    for point in PUBLISHED:
+        ratio = estimate(point) / point.tokens_per_second_per_device
+        assert f"| {point.tokens_per_second_per_device:,.0f} | {estimate(point):,.0f} | {ratio:.2f} |" in PAGE
+
+
+@pytest.mark.parametrize(("model", "devices", "tensor", "pipeline"), [("8B", 32, 2, 1), ("70B", 128, 8, 2)])
+def test_the_layouts_of_the_paper_fit(model: str, devices: int, tensor: int, pipeline: int) -> None:
+    config = PlanConfig(
+        model,
+        devices,
+        "a100-80g",
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=1,
+        micro_batch_size=4,
+    )
+    (found,) = plan(config).feasible
+    assert found.memory.total < 79.2 * GIB
+    assert found.layout.parallel.recompute_granularity is None
+    assert f"{found.memory.total / GIB:.1f}" in PAGE
+    assert 0.3 < found.throughput.mfu < 0.65
+
+
+def test_a_model_that_does_not_fit_says_how_much_is_missing() -> None:
+    result = plan(PlanConfig("70B", 8, "a100-80g"))
+    assert not result.feasible
+    reasons = dict(result.infeasible)
+    expected = "152.5 GiB of 79.2 GiB with all recomputed: 147.9 state, 0.4 activations, 4.2 other"
+    assert reasons["TP8 PP1 DP1 MB1+"] == expected
+
+
+def test_reasons_are_grouped() -> None:
+    reasons = plan(PlanConfig("70B", 128, "a100-80g")).infeasible
+    assert len(reasons) < 25
+    assert ("TP16", "8 num_key_value_heads are not divisible by tensor_model_parallel_size 16; use 1, 2, 4 or 8") in reasons
+    assert dict(plan(PlanConfig("8B", 7)).infeasible)["TP2"] == "7 devices are not divisible by 2"
+
+
+def test_in_flight() -> None:
+    def layout(virtual: int | None, microbatches: int) -> Layout:
+        parallel = ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=virtual)
+        return Layout(parallel, 1, 1, microbatches)
+
+    assert [microbatches_in_flight(layout(None, 8), stage) for stage in range(4)] == [4, 3, 2, 1]
+    assert microbatches_in_flight(layout(None, 2), 0) == 2
+    assert microbatches_in_flight(layout(5, 8), 0) == 4 * (1 + 3 / (4 * 5))  # Korthikanti et al., equation 5
+    assert microbatches_in_flight(layout(5, 2), 0) == 2
+
+
+def test_bubble_of_equal_stages() -> None:
+    """(p - 1) / (v m) of the rest, without the output layer, which makes the last stage longer."""
+    llama = MODELS["8B"].__class__(**(vars(MODELS["8B"]) | {"vocab_size": 8}))
+    for virtual in (None, 2, 4):
+        parallel = ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=virtual)
+        step = throughput(Job(llama, 2048, 16), Layout(parallel, 1, 1, 16), Cluster(find_device("h100"), 4)).step
+        assert step.bubble / step.compute == pytest.approx(3 / ((virtual or 1) * 16), rel=0.01)
+
+
+LAYOUTS = st.builds(
+    lambda tensor, pipeline, micro_batch, granularity: (
+        ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            sequence_parallel=tensor > 1,
+            recompute_granularity=granularity,
+        ),
+        micro_batch,
+    ),
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([None, "selective", "full"]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    LAYOUTS,
+    st.sampled_from(["1B", "8B", "70B"]),
+    st.sampled_from(list(DEVICES)),
+    st.sampled_from([1, 2, 8, 32]),
+    st.sampled_from([512, 8192]),
+)
+def test_invariants(layout: tuple[ParallelConfig, int], model: str, device: str, data: int, seq_length: int) -> None:
+    parallel, micro_batch = layout
+    microbatches = 8
+    config = PlanConfig(model, 8, device)
+
+    def candidate(size: int):
+        job = Job(MODELS[model], seq_length, size * micro_batch * microbatches)
+        it = Layout(parallel, size, micro_batch, microbatches)
+        return make_candidate(config, job, Cluster(find_device(device), it.devices), it)
+
+    one, more = candidate(data), candidate(2 * data)
+    padding = 2**24  # buckets end at a multiple of the data-parallel size
+    assert more.memory.total <= one.memory.total + padding
+    for it in (one, more):
+        assert 0 < it.throughput.mfu_causal <= it.throughput.mfu < 1
+        assert 0 <= it.throughput.bubble < 1
+        assert it.throughput.tokens_per_second > 0
+        assert min(vars(it.throughput.step).values()) >= 0
+    assert more.throughput.tokens_per_second <= 2.001 * one.throughput.tokens_per_second or data == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(LAYOUTS, st.sampled_from(["1B", "8B", "70B"]))
+def test_recomputation_saves_memory(layout: tuple[ParallelConfig, int], model: str) -> None:
+    parallel, micro_batch = layout
+    job = Job(MODELS[model], 2048, 256)
+
+    def saved(granularity: str | None) -> int:
+        changed = ParallelConfig(**(vars(parallel) | {"recompute_granularity": granularity}))
+        return sum(chunk_bytes(job, Layout(changed, 1, micro_batch, 1), Chunk(4, False, False)).values())
+
+    assert saved("full") < saved("selective") <= saved(None)
+
+
+def test_memory_adds_up() -> None:
+    layout = Layout(ParallelConfig(), 8, 1, 4)
+    memory = fullest(Job(MODELS["1B"], 2048, 32, fp8=True), layout, 4.0, 0.05)
+    parts = memory.weights + memory.gradients + memory.optimizer + memory.fp8_weights + memory.working + memory.overhead
+    assert memory.total == parts + sum(memory.activations.values())
+    assert memory.overhead >= 4 * GIB
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+@pytest.mark.parametrize("config", [PlanConfig("405B", 1024, "h100", seq_length=8192, fp8=True), PlanConfig("8B", 32)])
+def test_the_table_is_as_wide_as_the_terminal(width: int, config: PlanConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    show(plan(config), Console(width=width))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    rows = [line for line in lines if line.startswith("TP ")]
+    assert len(rows) == 1
+    assert all(name in rows[0] for name in ("GiB", "bubble", "step s", "/device", "MFU", "causal", "days"))
+    assert "…" not in "\n".join(lines)
+
+
+def test_the_command(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    path = tmp_path / "plan.json"
+    folder = make_tiny_llama(tmp_path / "hf", tiny_tokenizer_dir)
+    arguments = (folder, "--devices", "4", "--seq_length", "64", "--global_batch_size", "8", "--json", str(path))
+    result = run_tool("plan_run.py", *arguments)
+    assert result.stdout.splitlines()[-1] == str(path)
+    content = json.loads(path.read_text())
+    speeds = [layout["tokens_per_second"] for layout in content["layouts"]]
+    assert speeds == sorted(speeds, reverse=True)
+    for layout in content["layouts"]:
+        assert layout["step_seconds"]["total"] == pytest.approx(
+            sum(seconds for name, seconds in layout["step_seconds"].items() if name != "total")
+        )
+    result = run_tool("plan_run.py", *arguments, "--simulate", "3", "--tensor_model_parallel_size", "2")
+    simulation = json.loads(path.read_text())["simulation"]
+    assert f"{simulation['activations']:,}" in result.stdout
+    kinds = {(row["kind"], row["group_size"]) for row in simulation["step_traffic"]}
+    assert {("reduce-scatter", 2), ("all-gather", 2)} <= kinds
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["9B", "--devices", "8"], "model is '9B'; use 1B, 3B, 8B, 70B, 405B, or a Hugging Face or Megatron"),
+        (["8B", "--devices", "8", "--device", "v100"], "device is 'v100'; use a100-40g, a100-80g, h100, h200, b200"),
+        (["8B", "--devices", "8", "--device", "a100-80g", "--fp8"], "fp8 is true but device a100-80g has no FP8 units"),
+        (["8B", "--devices", "0"], "devices is 0; use 1 or more"),
+        (["8B", "--devices", "1", "--seq_length", "200000"], "seq_length 200000 is above the model's max_position"),
+        (["8B", "--devices", "1", "--matmul_efficiency", "2"], "matmul_efficiency is 2.0; use a number above 0, up to 1"),
+        (["8B", "--devices", "12", "--simulate", "0", "--tensor_model_parallel_size", "8"], "12 devices are not divisible"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments: list[str], message: str) -> None:
+    result = run_tool("plan_run.py", *arguments, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert message in result.stderr
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = "import sys; import megatron_cpt.planning.run as r; r.plan(r.PlanConfig('8B', 8)); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
+
+
+def test_models_and_devices_by_any_case() -> None:
+    assert find_model("70b") is MODELS["70B"]
+    assert find_device("H100", memory_gib=64).memory_gib == 64
+    with pytest.raises(InputError, match="recompute_granularity is None; use selective with recompute_modules"):
+        PlanConfig("8B", 8, recompute_modules=["mlp"])
+
+
+def test_stages_of_a_model_whose_layers_do_not_divide() -> None:
+    result = plan(PlanConfig("405B", 1024, seq_length=8192, pipeline_model_parallel_size=8, micro_batch_size=1))
+    parallel = result.feasible[0].layout.parallel
+    assert layers_of_stages(126, parallel) == [14] + [16] * 7
+
+
+def by_speed(result: Plan, key: Callable) -> list:
+    return [key(candidate.layout) for candidate in result.feasible]
+
+
+def test_a_fixed_size_is_kept() -> None:
+    result = plan(PlanConfig("8B", 16, tensor_model_parallel_size=4, micro_batch_size=2))
+    assert set(by_speed(result, lambda layout: (layout.tensor, layout.micro_batch_size))) == {(4, 2)}
+    for granularity, expected in (("none", None), ("selective", "selective"), ("full", "full")):
+        result = plan(PlanConfig("8B", 16, recompute_granularity=granularity))
+        assert set(by_speed(result, lambda layout: layout.parallel.recompute_granularity)) == {expected}

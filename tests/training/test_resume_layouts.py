@@ -1,0 +1,153 @@
+"""A run that is saved in one layout goes on in another as if nothing had happened; in the same layout, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forks import Forks
+from layout_cases import BF16, FP32, Case
+from metrics_rows import clockless
+from tiny_models import VARIANTS, read_rows
+from tiny_runs import SAVE_INTERVAL, Layout, Runs
+
+from megatron_cpt.checkpoint.convert import Verify, verify
+
+STEPS = 4
+SINGLE = Case()
+PLAIN = Case(pp=2)
+INTERLEAVED = Case(pp=2, virtual=2)
+REDUCE_AND_GATHER = ("--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true")
+
+
+class Trainer:
+    """Runs to the end in one layout (once for each), and on from their first checkpoint in another."""
+
+    def __init__(self, runs: Runs, forks: Forks) -> None:
+        self.runs, self.forks = runs, forks
+        self.finished: dict[Case, Path] = {}
+
+    def run(self, case: Case, name: str, *extra: str) -> Path:
+        argv = ["--config", self.runs.configure(name, Layout()), f"--training.train_iters={STEPS}", *case.arguments, *extra]
+        log = self.runs.folder / f"{name}.log"
+        self.forks.start(argv, log, case.processes).finish()
+        return self.runs.folder / name
+
+    def whole(self, case: Case) -> Path:
+        """The undisturbed run."""
+        if case not in self.finished:
+            self.finished[case] = self.run(case, f"whole-{case}")
+        return self.finished[case]
+
+    def resumed(self, saved: Case, case: Case, *extra: str) -> Path:
+        """A run in `case` from the first checkpoint of that in `saved`, which had come one step further."""
+        name = "-".join([f"{saved}-then-{case}", *(word.split("=")[-1] for word in extra)])
+        self.runs.interrupted(self.whole(saved), name)
+        return self.run(case, name, *extra)
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str, forks: Forks) -> Trainer:
+    return Trainer(Runs(tmp_path_factory.mktemp("resume"), tiny_tokenizer_dir, **VARIANTS["tied"]), forks)
+
+
+def steps(folder: Path) -> dict[int, dict[str, Any]]:
+    """The rows of steps by iteration, without what depends on the clock."""
+    rows = [row for row in clockless(folder) if "loss" in row]
+    assert [row["iteration"] for row in rows] == list(range(1, len(rows) + 1))
+    return {row["iteration"]: row for row in rows}
+
+
+def assert_goes_on(resumed: Path, whole: Path, tolerance: dict[str, float]) -> None:
+    """Equal until the checkpoint; then within the tolerance."""
+    found, wanted = steps(resumed), steps(whole)
+    assert len(found) == len(wanted) == STEPS
+    for iteration, row in wanted.items():
+        for key in ("consumed_samples", "lr", "skipped", "corpus_tokens"):
+            assert found[iteration][key] == row[key], (iteration, key)
+        for key, relative in tolerance.items():
+            relative = relative if iteration > SAVE_INTERVAL else 0
+            assert found[iteration][key] == pytest.approx(row[key], rel=relative, abs=0), (iteration, key)
+    (before,), (after,) = (
+        [row["validation"] for row in read_rows(f) if row.get("validation")][-1:] for f in (resumed, whole)
+    )
+    for name, result in after.items():
+        assert before[name]["tokens"] == result["tokens"]
+        assert before[name]["loss"] == pytest.approx(result["loss"], rel=tolerance["loss"], abs=0)
+
+
+PAIRS = [
+    (INTERLEAVED, PLAIN),
+    (PLAIN, INTERLEAVED),
+    (INTERLEAVED, SINGLE),
+    (SINGLE, INTERLEAVED),
+    (Case(tp=2, sp=True), PLAIN),
+    (PLAIN, Case(dp=2)),
+    (Case(dp=2), Case(tp=2)),
+    (Case(tp=2, pp=2), Case(dp=2, recompute="full")),
+    (Case(dp=2, extra=REDUCE_AND_GATHER), Case(pp=4)),
+    (Case(pp=2, extra=("--parallel.num_layers_in_first_pipeline_stage=3",)), replace(INTERLEAVED, dp=2)),
+    (Case(dp=2, dtype="bf16"), Case(tp=2, dtype="bf16")),
+    (replace(INTERLEAVED, dtype="bf16"), Case(dp=2, dtype="bf16")),
+    (Case(pp=2, packed=True), Case(dp=2, packed=True)),
+]
+
+
+@pytest.mark.parametrize(("saved", "case"), PAIRS, ids=str)
+def test_resume_in_another_layout(trainer: Trainer, saved: Case, case: Case) -> None:
+    tolerance = BF16 if case.dtype == "bf16" else FP32
+    assert_goes_on(trainer.resumed(saved, case), trainer.whole(saved), tolerance)
+
+
+SAME = [
+    SINGLE,
+    INTERLEAVED,
+    Case(dp=2, extra=REDUCE_AND_GATHER),
+    Case(tp=2, sp=True, dp=2),
+    Case(dp=2, dtype="bf16"),
+    replace(INTERLEAVED, dtype="bf16", dp=2, extra=REDUCE_AND_GATHER),
+]
+
+
+@pytest.mark.parametrize("case", SAME, ids=str)
+def test_resume_in_the_same_layout_is_bit_equal(trainer: Trainer, case: Case) -> None:
+    resumed, whole = trainer.resumed(case, case), trainer.whole(case)
+    assert steps(resumed) == steps(whole)
+    assert "tensors equal" in verify(Verify(str(resumed), str(whole)))
+
+
+SAMPLES = ("--training.global_batch_size=4", "--training.train_iters=null", "--training.train_samples=32")
+
+
+@pytest.mark.parametrize("choice", ["continue", "restart"])
+def test_another_global_batch_size_and_layout(trainer: Trainer, choice: str) -> None:
+    """Two steps of 8 samples, then four of 4 in three layouts: the same text, the same learning rates, the same losses."""
+    go_on = (*SAMPLES, f"--lr.on_continue={choice}")
+    folders = [trainer.resumed(Case(dp=2), case, *go_on) for case in (Case(dp=2), Case(tp=2), INTERLEAVED)]
+    wanted = steps(folders[0])
+    assert [row["consumed_samples"] for row in wanted.values()] == [8, 16, 20, 24, 28, 32]
+    schedule = json.loads((folders[0] / "iter_0000006" / "manifest.json").read_text())["training"]["lr_schedule"]
+    if choice == "restart":  # 8 samples of warm-up, then 8 of decay, from sample 16 on
+        assert [row["lr"] for row in wanted.values()][2:] == pytest.approx([1.5e-3, 3e-3, 1.55e-3, 1e-4], rel=1e-9)
+    else:  # 8 samples of warm-up, then 24 of decay, from the beginning
+        decayed = [1e-4 + 2.9e-3 * (32 - n) / 24 for n in (20, 24, 28, 32)]
+        assert [row["lr"] for row in wanted.values()][2:] == pytest.approx(decayed, rel=1e-9)
+    assert schedule["start"] == (16 if choice == "restart" else 0)
+    for folder in folders[1:]:
+        for iteration, row in steps(folder).items():
+            for key in ("consumed_samples", "lr", "corpus_tokens"):
+                assert row[key] == wanted[iteration][key], (iteration, key)
+            for key, relative in FP32.items():
+                assert row[key] == pytest.approx(wanted[iteration][key], rel=relative, abs=0), (iteration, key)
+
+
+def test_another_batch_size_without_a_word_on_the_learning_rate_is_refused(trainer: Trainer) -> None:
+    name = "refused"
+    trainer.runs.interrupted(trainer.whole(SINGLE), name)
+    argv = ["--config", trainer.runs.configure(name, Layout()), *SAMPLES]
+    job = trainer.forks.start(argv, trainer.runs.folder / f"{name}.log")
+    assert job.wait() == [2]
+    assert "lr.on_continue" in job.text()

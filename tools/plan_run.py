@@ -1,0 +1,11 @@
+"""Plan a training run: memory, step time and days of every layout on a cluster, or one rank of it simulated.
+
+python tools/plan_run.py 70B --devices 128 --device a100-80g --seq_length 2048 --global_batch_size 256
+"""
+
+from megatron_cpt.config.cli import run_tool
+from megatron_cpt.planning.config import PlanConfig
+from megatron_cpt.planning.run import run
+
+if __name__ == "__main__":
+    run_tool(run, PlanConfig, "Plan a training run on a cluster.", positional="model")
