@@ -21,9 +21,10 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 quickstart: setup
 	examples/quickstart/quickstart.sh
 
-# One thread for each process: the tests start up to eight.
+# One thread for each process, and two tests at a time: some start eight processes.
+WORKERS ?= 2
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -117,7 +117,9 @@ def free_port() -> int:
 
 def serve() -> None:
     """Answer questions until there are no more; runs as the server's main."""
-    import megatron_cpt.training.pretrain  # noqa: F401  (this takes the seconds)
+
+    import megatron_cpt.training.pretrain
+    import megatron_cpt.training.report  # noqa: F401
     from megatron_cpt.tokenizer import load_tokenizer  # noqa: F401
 
     codes: dict[int, int | None] = {}

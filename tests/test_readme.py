@@ -40,6 +40,7 @@ def test_the_commands_of_the_readme(tmp_path: Path, tiny_tokenizer_dir: str) -> 
         assert result.returncode == 0, f"{command}\n{result.stderr[-4000:]}"
     rows = [json.loads(line) for line in (tmp_path / "checkpoints/run/metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows if "loss" in row] == list(range(1, 11))
+    assert (tmp_path / "checkpoints/run/report.png").exists()
     assert result.stdout.startswith("The quick brown fox")
 
 

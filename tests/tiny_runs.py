@@ -90,6 +90,7 @@ class Runs:
                 "min_lr": 1e-4,
             },
             "lr": {"warmup_iters": 2},
+            "logging": {"report": False},
         }
         return write_yaml(self.folder / f"{name}.yaml", config)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cpt.evaluation.generate import complete
-from megatron_cpt.training.log import read_metrics
+from megatron_cpt.training.metrics_file import read_metrics
 from megatron_cpt.training.report import write_report
 
 PROMPTS = {"zh": "今年春节期间，", "en": "The capital of France is"}

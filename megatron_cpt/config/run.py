@@ -183,6 +183,8 @@ class LoggingConfig:
 
     log_interval: int = 1
     """Optimizer steps between log lines, where there is no terminal to draw a progress line on."""
+    report: bool = True
+    """Write report.md and report.png when the run ends or stops, which takes a second."""
     tensorboard: bool = False
     """Write event files to tensorboard/ in the run's folder."""
     wandb_project: str | None = None

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_cpt.config.run import OptimizerConfig
 from megatron_cpt.errors import InputError
-from megatron_cpt.model.build import build_model, transformer_config
+from megatron_cpt.model.build import build_chunks, transformer_config
 from megatron_cpt.planning.collectives import CollectiveCounter, Traffic
 from megatron_cpt.planning.layouts import Job, Layout
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.fake_cluster import fake_rank
-from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.training.building import in_ddp, optimizer_config
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # isort: skip
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads  # isort: skip
+from megatron.core.optimizer import get_megatron_optimizer  # isort: skip
 
 
 @dataclass(frozen=True)
@@ -52,42 +53,40 @@ class Simulation:
 def simulate(job: Job, layout: Layout, rank: int) -> Simulation:
     """Build rank `rank` of `layout` and run one micro-batch forward and backward.
 
+    With several model chunks (the interleaved pipeline) each takes the micro-batch in its turn.
+
     Raises:
-        InputError: no such rank, or the interleaved pipeline schedule
+        InputError: no such rank
     """
     if not 0 <= rank < layout.devices:
         raise InputError(f"simulate is {rank}; use a rank from 0 to {layout.devices - 1}")
-    if layout.virtual > 1:
-        raise InputError("simulate takes no virtual_pipeline_model_parallel_size: it runs one model chunk")
     dtype = torch.bfloat16 if job.params_dtype == "bf16" else torch.float32
     with warnings.catch_warnings(), fake_rank(layout.parallel, rank, layout.devices) as ranks:
         warnings.simplefilter("ignore")
         config = transformer_config(job.llama, layout.parallel, dtype)
         config.bias_activation_fusion = True  # as on a GPU: it keeps 3 x the MLP's width per token instead of 5
-        model = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=True,
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=layout.parallel.overlap_grad_reduce,  # decides the buckets
-            ),
-            build_model(job.llama, config, job.seq_length, current_platform(), ranks),
-        )
-        optimizer = build_optimizer(model, dtype)
-        with model.no_sync(), CollectiveCounter() as microbatch, counted_flops() as flops:
-            activations = run_microbatch(model, job, layout, ranks, dtype)
+        models = build_chunks(job.llama, config, job.seq_length, current_platform(), ranks)
+        chunks = in_ddp(models, config, layout.parallel)
+        optimizer = build_optimizer(chunks, dtype)
+        with contextlib.ExitStack() as stack:
+            for chunk in chunks:
+                stack.enter_context(chunk.no_sync())
+            microbatch, flops = stack.enter_context(CollectiveCounter()), stack.enter_context(counted_flops())
+            activations = sum(run_microbatch(chunk, job, layout, dtype) for chunk in chunks)
         with CollectiveCounter() as step:
-            if layout.parallel.overlap_grad_reduce:
-                model.start_grad_sync()
-            finalize_model_grads([model])
-            model.start_param_sync(force_sync=True)
-        buffers = model.buffers
+            for chunk in chunks:
+                if layout.parallel.overlap_grad_reduce:
+                    chunk.start_grad_sync()
+            finalize_model_grads(chunks)
+            for chunk in chunks:
+                chunk.start_param_sync(force_sync=True)
+        buffers = [buffer for chunk in chunks for buffer in chunk.buffers]
         return Simulation(
             rank=rank,
             tensor_rank=ranks.tensor_rank,
             pipeline_rank=ranks.pipeline_rank,
             data_rank=ranks.data_rank,
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            parameters=sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()),
             weights=sum(buffer.param_data.nbytes for buffer in buffers),
             gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
             optimizer=optimizer_bytes(optimizer),
@@ -122,19 +121,10 @@ def counted_flops() -> FlopCounterMode:
     )
 
 
-def build_optimizer(model: DistributedDataParallel, dtype: torch.dtype) -> Any:
+def build_optimizer(chunks: Sequence[DistributedDataParallel], dtype: torch.dtype) -> Any:
     """megatron-core's distributed optimizer with its states, as after a first step."""
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=1e-5,
-            bf16=dtype == torch.bfloat16,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-        ),
-        [model],
-        use_gloo_process_groups=False,
-    )
+    settings = optimizer_config(OptimizerConfig(), dtype, overlap_param_gather=False)
+    optimizer = get_megatron_optimizer(settings, list(chunks), use_gloo_process_groups=False)
     for part in optimizer.chained_optimizers:
         inner = part.optimizer
         for group in inner.param_groups:
@@ -156,16 +146,16 @@ def optimizer_bytes(optimizer: Any) -> int:
     return total
 
 
-def run_microbatch(model: DistributedDataParallel, job: Job, layout: Layout, ranks: Ranks, dtype: torch.dtype) -> int:
-    """One micro-batch forward and backward; returns the bytes kept in between."""
-    batch, seq_length = layout.micro_batch_size, job.seq_length
+def run_microbatch(chunk: DistributedDataParallel, job: Job, layout: Layout, dtype: torch.dtype) -> int:
+    """One micro-batch forward and backward through a model chunk; returns the bytes kept in between."""
+    batch, seq_length, model = layout.micro_batch_size, job.seq_length, chunk.module
     tokens = torch.zeros(batch, seq_length, dtype=torch.long)
-    if not ranks.is_first_stage:
+    if not model.pre_process:
         local = seq_length // layout.tensor if layout.parallel.sequence_parallel else seq_length
-        model.module.set_input_tensor(torch.zeros(local, batch, job.llama.hidden_size, dtype=dtype, requires_grad=True))
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        model.set_input_tensor(torch.zeros(local, batch, job.llama.hidden_size, dtype=dtype, requires_grad=True))
+    own = {parameter.untyped_storage()._cdata for parameter in chunk.parameters()}
     with saved_storages() as storages:
-        output = model(tokens, None, None, labels=tokens if ranks.is_last_stage else None)
+        output = chunk(tokens, None, None, labels=tokens if model.post_process else None)
     activations = sum(storage.nbytes() for key, storage in storages.items() if key not in own)
     output.backward(torch.ones_like(output))
     return activations

@@ -14,8 +14,10 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.checkpoint.save_load import dtype_of
+from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import OptimizerConfig, RunConfig
 from megatron_cpt.model.build import arithmetic_of, build_chunks, transformer_config
 from megatron_cpt.model.llama import LlamaConfig
@@ -29,17 +31,7 @@ def build(
     """Model chunks (one, unless the pipeline is interleaved) with uninitialised weights, and their optimizer."""
     params_dtype, parallel = dtype_of(config.training.params_dtype), config.parallel
     engine = transformer_config(llama, parallel, params_dtype, arithmetic_of(config.training))
-    settings = DistributedDataParallelConfig(
-        use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-    )
-    chunks = [
-        # Chunks after the first have no buckets of their own: their reductions overlap with the other chunks' passes.
-        DistributedDataParallel(engine, settings, chunk, disable_bucketing=place > 0)
-        for place, chunk in enumerate(build_chunks(llama, engine, seq_length, current_platform(), ranks))
-    ]
+    chunks = in_ddp(build_chunks(llama, engine, seq_length, current_platform(), ranks), engine, parallel)
     optimizer = get_megatron_optimizer(
         optimizer_config(config.optimizer, params_dtype, parallel.overlap_param_gather), chunks
     )
@@ -48,6 +40,20 @@ def build(
     if parallel.overlap_grad_reduce:
         engine.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
     return chunks, optimizer
+
+
+def in_ddp(models: Sequence[GPTModel], engine: TransformerConfig, parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """megatron-core's wrapper with its gradient buffers, for the distributed optimizer, around each model chunk."""
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    # Chunks after the first have no buckets of their own: their reductions overlap with the other chunks' passes.
+    return [
+        DistributedDataParallel(engine, settings, model, disable_bucketing=place > 0) for place, model in enumerate(models)
+    ]
 
 
 def optimizer_config(

@@ -153,14 +153,15 @@ class RunLog:
         self._replace("status.json", status)
 
     def finish(self) -> None:
-        """Write the report of the run so far."""
+        """Write what waits of the metrics, and the report of the run so far if it is wanted."""
         if not self.first or not os.path.exists(self._path("run.json")):
             return
-        from megatron_cpt.training.report import write_report  # imports matplotlib, which no step needs
-
         try:
             self.file.flush()
-            self.say(f"report: {write_report(self.folder)}")
+            if self.config.report:
+                from megatron_cpt.training.report import write_report  # imports matplotlib, which no step needs
+
+                self.say(f"report: {write_report(self.folder)}")
         except OSError as error:  # the run's results are safe in its checkpoints
             self.say(f"the report could not be written: {error}")
 
@@ -189,6 +190,3 @@ def learning_rate_lines(rates: list[dict[str, float]]) -> Table:
     for rate in rates:
         table.add_row(f"{rate['iteration']:,.0f}", f"{rate['consumed_samples']:,.0f}", f"{rate['lr']:.4e}")
     return table
-
-
-__all__ = ["RunLog", "State", "learning_rate_lines", "read_metrics"]

@@ -1,4 +1,7 @@
-"""The same run under every parallel layout, and resumed in the same and in another one. Real tools, gloo, torchrun."""
+"""Runs as a user starts them, with torchrun where they have several processes.
+
+Every layout is trained in test_matrix.py, and resumed in another one in test_resume_layouts.py.
+"""
 
 from __future__ import annotations
 
@@ -52,23 +55,13 @@ def test_the_single_run_learns(single: Path) -> None:
         assert after[language]["bits_per_byte"] < before[language]["bits_per_byte"]
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [Layout(pp=4), Layout(tp=2, pp=2, dp=2)],  # more of them in test_matrix.py
-    ids=str,
-)
-def test_every_layout_trains_alike(runs: Runs, single: Path, layout: Layout) -> None:
-    folder = runs.train(f"layout-{layout}", layout)
-    assert_equal_within(folder, single, relative=1e-5)
+def test_tp2_dp2_trains_alike(single: Path, tp2dp2: Path) -> None:
+    assert_equal_within(tp2dp2, single, relative=1e-5)
     for iteration, expected in validations(single).items():
-        for name, result in validations(folder)[iteration].items():
+        for name, result in validations(tp2dp2)[iteration].items():
             assert result["loss"] == pytest.approx(expected[name]["loss"], rel=1e-5)
             assert result["text_bytes"] == expected[name]["text_bytes"]
             assert result["tokens"] == expected[name]["tokens"]
-
-
-def test_tp2_dp2_trains_alike(single: Path, tp2dp2: Path) -> None:
-    assert_equal_within(tp2dp2, single, relative=1e-5)
 
 
 def test_resume_in_the_same_layout_is_bit_equal(runs: Runs, tp2dp2: Path) -> None:
@@ -78,25 +71,11 @@ def test_resume_in_the_same_layout_is_bit_equal(runs: Runs, tp2dp2: Path) -> Non
     assert "tensors equal" in verify(Verify(str(save), str(tp2dp2)))
 
 
-@pytest.mark.parametrize("layout", [Layout(pp=2, dp=2), Layout()], ids=str)
-def test_resume_in_another_layout(runs: Runs, tp2dp2: Path, layout: Layout) -> None:
+def test_resume_in_another_layout(runs: Runs, tp2dp2: Path) -> None:
+    layout = Layout(pp=2)
     save = runs.interrupted(tp2dp2, f"resume-{layout}")
     runs.train(f"resume-{layout}", layout)
     assert_equal_within(save, tp2dp2, relative=1e-5, first=SAVE_INTERVAL + 1)
-
-
-def test_untied_model_under_tp2_pp2(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
-    runs = Runs(tmp_path, tiny_tokenizer_dir, **VARIANTS["llama3_rope"])
-    single = runs.train("single", Layout())
-    assert_equal_within(runs.train("parallel", Layout(tp=2, pp=2)), single, relative=1e-5)
-
-
-def test_bf16_trains_close_to_fp32(runs: Runs, single: Path) -> None:
-    folder = runs.train("bf16", Layout(tp=2), "--training.params_dtype", "bf16")
-    for iteration, (loss, _) in steps(folder).items():
-        assert loss == pytest.approx(steps(single)[iteration][0], rel=1e-2)
-    final = json.loads((folder / f"iter_{STEPS:07d}" / "manifest.json").read_text())
-    assert final["config"]["training"]["params_dtype"] == "bf16"
 
 
 def test_a_finished_run_says_so_and_one_without_optimizer_cannot_resume(runs: Runs) -> None:

@@ -17,8 +17,8 @@ from rich.console import Console
 from tiny_logs import BASELINE, record, results, start, step_row
 
 from megatron_cpt.config.run import LoggingConfig
-from megatron_cpt.training.log import RunLog, read_metrics
-from megatron_cpt.training.metrics_file import MetricsFile, validation_baseline
+from megatron_cpt.training.log import RunLog
+from megatron_cpt.training.metrics_file import MetricsFile, read_metrics, validation_baseline
 from megatron_cpt.training.validation import ValidationResult
 
 

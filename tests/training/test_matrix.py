@@ -25,8 +25,6 @@ from layout_cases import BF16, Case
 from tiny_models import VARIANTS, read_rows
 from tiny_runs import Layout, Runs
 
-pytestmark = pytest.mark.slow  # minutes of runs with up to eight processes
-
 STEPS = 3
 Tolerance = Callable[[int], dict[str, float]]  # of a step's losses and gradient norms, relative
 
@@ -140,6 +138,13 @@ def test_it_trains_like_a_single_process(reference: Reference, case: Case) -> No
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_other_ways_to_split_and_to_overlap(reference: Reference, case: Case) -> None:
     assert_alike(reference.train(case, str(case)), reference.rows_of_single_process(case), case.tolerance)
+
+
+def test_a_model_with_an_output_layer_of_its_own(tmp_path: Path, tiny_tokenizer_dir: str, forks: Forks) -> None:
+    """Llama-3's shape: untied, and rotary frequencies that are scaled."""
+    untied = Reference(Runs(tmp_path, tiny_tokenizer_dir, **VARIANTS["llama3_rope"]), forks)
+    for case in (Case(tp=2, pp=2), Case(tp=2, sp=True, pp=2, virtual=2)):
+        assert_alike(untied.train(case, str(case)), untied.rows_of_single_process(case), case.tolerance)
 
 
 def test_bf16_is_close_to_fp32(reference: Reference) -> None:

@@ -115,6 +115,15 @@ def test_a_run_that_stopped_before_its_first_step(tmp_path: Path) -> None:
     assert "Step 0 → step 0, of 1 evaluations" in report(tmp_path)
 
 
+def test_no_report_where_none_is_wanted(tmp_path: Path) -> None:
+    with RunLog(str(tmp_path), LoggingConfig(report=False), 0) as log:
+        start(log)
+        log.validation(0, results(), {})
+        log.finish()
+    assert (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "report.md").exists()
+
+
 def test_names_may_be_anything(tmp_path: Path) -> None:
     names = ("_hidden", "$x^{", "中文|集", "<b>*a*")
     with RunLog(str(tmp_path), LoggingConfig(), 0) as log:
