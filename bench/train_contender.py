@@ -75,7 +75,7 @@ def bare(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> N
         run = check_run(config, 1)
     with process_groups(config.parallel, 1) as ranks:
         chunks, optimizer = build(config, run.llama, seq_length, ranks)
-        load_checkpoint(run.start_from, unwrap(chunks)[0])
+        load_checkpoint(run.start_from, unwrap(chunks))
         optimizer.reload_model_params()
         steps = batches(folder, micro, batch)
 

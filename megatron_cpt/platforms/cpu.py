@@ -1,7 +1,8 @@
 """CPU: the same megatron-core code paths under gloo, so that a laptop and CI run real TP x PP x DP.
 
-megatron-core 0.16 assumes CUDA in a handful of places. Each function below mends one of them, says why, and has a test
-that fails when megatron-core changes there. All are applied once, by `prepare()`, and only on CPU.
+megatron-core 0.16 assumes CUDA in a handful of places, and takes detours in others that cost time on a CPU only. Each
+function below mends one of them, says why, and has a test that fails when megatron-core changes there. All are applied once,
+by `prepare()`, and only on CPU.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class CpuPlatform:
         answer_for_cuda_runtime()
         name_tensor_types_as_on_cuda()
         use_cpu_rng_state()
+        leave_out_collectives_of_one()
+        scale_gradients_in_place()
+        find_largest_logits_without_their_places()
         from megatron_cpt.platforms.everywhere import save_without_queue_server
         from megatron_cpt.platforms.fused_adam import install_fused_adam
         from megatron_cpt.platforms.torch_layers import recompute_norms_without_fp8
@@ -189,3 +193,47 @@ def use_cpu_rng_state() -> None:
         torch.set_rng_state(new_state)
 
     random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
+
+
+def leave_out_collectives_of_one() -> None:
+    """Without data parallelism gloo copies all parameters and gradients onto themselves in every step."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+
+
+def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective that does nothing in a group of one whose output is its input."""
+
+    @functools.wraps(collective)
+    def run(output: torch.Tensor, values: torch.Tensor, *, group: Any, **kwargs: Any) -> Any:
+        if group.size() == 1 and output.is_set_to(values):
+            return None
+        return collective(output, values, group=group, **kwargs)
+
+    return run
+
+
+def scale_gradients_in_place() -> None:
+    """Without Apex and Transformer Engine, clipping makes a scaled copy of each gradient and copies it back."""
+    import megatron.core.optimizer.clip_grads as clip_grads
+
+    def scale(chunk_size: int, overflow: Any, tensor_lists: list[list[torch.Tensor]], factor: float) -> None:
+        values, results = tensor_lists
+        if values is not results:
+            raise ValueError("expected to scale in place")
+        torch._foreach_mul_(results, factor)
+
+    clip_grads.multi_tensor_scale_impl = scale
+
+
+def find_largest_logits_without_their_places() -> None:
+    """The cross-entropy subtracts each token's largest logit; torch.max also says where it is, which takes much longer."""
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+
+    def calculate_logits_max(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = logits.float()
+        return logits, logits.amax(dim=-1)
+
+    VocabParallelCrossEntropy.calculate_logits_max = staticmethod(calculate_logits_max)

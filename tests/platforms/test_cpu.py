@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -61,6 +62,49 @@ def test_optimizers_sort_parameters_by_cuda_type_names() -> None:
     assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
     assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
     assert torch.zeros(1).type(torch.float64).dtype == torch.float64
+
+
+def test_a_group_of_one_moves_nothing() -> None:
+    import megatron.core.distributed.param_and_grad_buffer as buffers
+
+    assert buffers.dist_all_gather_func.__wrapped__ is torch.distributed.all_gather_into_tensor
+    assert buffers.dist_reduce_scatter_func.__wrapped__ is torch.distributed.reduce_scatter_tensor
+    moved = []
+    collective = cpu.unless_alone(lambda output, values, group, **_: moved.append(group.size()))
+    buffer = torch.arange(6.0)
+    with process_groups(ParallelConfig()):
+        group = torch.distributed.group.WORLD
+        collective(buffer, buffer.view(1, -1)[0], group=group)
+        assert moved == []
+        collective(buffer[:3], buffer[3:], group=group)
+        assert moved == [1]  # elsewhere: it has to be copied
+        other = torch.zeros(3)
+        buffers.dist_all_gather_func(other, buffer[3:], group=group, async_op=False)
+        assert other.tolist() == [3.0, 4.0, 5.0]
+
+
+def test_gradients_are_scaled_where_they_are() -> None:
+    import megatron.core.optimizer.clip_grads as clip_grads
+    from megatron.core.utils import local_multi_tensor_scale
+
+    assert "src * scale" in inspect.getsource(local_multi_tensor_scale), "no copy any more: drop the adaptation"
+    ours, theirs = ([torch.tensor([1.0, -3.0]), torch.tensor([0.1])] for _ in range(2))
+    clip_grads.multi_tensor_applier(clip_grads.multi_tensor_scale_impl, None, [ours, ours], 0.3)
+    local_multi_tensor_scale(0, None, [theirs, theirs], 0.3)
+    assert all(map(torch.equal, ours, theirs))
+    with pytest.raises(ValueError, match="in place"):
+        clip_grads.multi_tensor_scale_impl(0, None, [ours, theirs], 0.3)
+
+
+def test_largest_logits_are_megatrons() -> None:
+    source = Path(str(import_module("megatron.core.tensor_parallel.cross_entropy").__file__)).read_text()
+    assert "torch.max(vocab_parallel_logits, dim=-1)[0]" in source, "another way now: drop the adaptation"
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+
+    logits = torch.randn(3, 2, 50, dtype=torch.bfloat16)
+    found, largest = VocabParallelCrossEntropy.calculate_logits_max(logits)
+    assert found.dtype == torch.float32
+    assert torch.equal(largest, logits.float().max(dim=-1)[0])
 
 
 def test_rng_tracker_forks_torchs_generator() -> None:
