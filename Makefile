@@ -21,7 +21,8 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 quickstart: setup
 	examples/quickstart/quickstart.sh
 
-# One thread for each process, and two tests at a time: some start eight processes.
+# One thread for each process, and two tests at a time: some start eight processes. File by file, in order: some tests in
+# tests/data count their process's children, and the server of tests/forks.py, which tests/training starts, would be one.
 WORKERS ?= 2
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder

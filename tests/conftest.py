@@ -12,11 +12,6 @@ from tiny_tokenizer import make_tiny_tokenizer
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take minutes come first: whoever works through them in parallel ends together."""
-    items.sort(key=lambda item: "training" not in item.path.parts)
-
-
 @pytest.fixture(scope="session")
 def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Hugging Face tokenizer folder: byte-level BPE of 400 tokens, `<|endoftext|>` (id 0) both eos and bos."""
