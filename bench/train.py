@@ -168,19 +168,11 @@ def save_blocks() -> Iterator[Row]:
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
         command = [sys.executable, "tools/pretrain_cpt.py", "--mixture", f"{source}/mixture.yaml"]
         command += ["--checkpoint.load", f"{source}/megatron", "--checkpoint.save", folder, "--training.train_iters", "13"]
-        command += [
-            "--training.global_batch_size",
-            "2",
-            "--checkpoint.async_save",
-            "true",
-            "--checkpoint.save_interval",
-            "3",
-        ]
-        command += ["--checkpoint.keep_last", "1"]
+        command += ["--training.global_batch_size", "2", "--checkpoint.async_save", "true"]
+        command += ["--checkpoint.save_interval", "3", "--checkpoint.keep_last", "1"]
         said = run(command).output
-    blocked = [float(found) for found in re.findall(r"training waited ([0-9.]+) s", said)][
-        :-1
-    ]  # the last is not asynchronous
+    waits = [float(found) for found in re.findall(r"training waited ([0-9.]+) s", said)]
+    blocked = waits[:-1]  # the last is not asynchronous
     if not blocked:
         sys.exit(f"error: no save was seen: {said[-3000:]}")
     yield compare("train save", "s", max(blocked), 1.0, "the limit, SmolLM2-135M with optimizer", 1.0, "most")
