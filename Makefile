@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart test test-slow test-gpu sanitize cuda bench lint type format clean
+.PHONY: setup quickstart test test-matrix test-slow test-gpu sanitize cuda bench lint type format clean
 
 setup: $(READY)
 
@@ -26,6 +26,10 @@ quickstart: setup
 WORKERS ?= 2
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# All 108 layouts, recomputations and precisions; those that `make test` leaves out.
+test-matrix: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load tests/training/test_matrix.py
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

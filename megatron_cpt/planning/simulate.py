@@ -71,8 +71,12 @@ def simulate(job: Job, layout: Layout, rank: int) -> Simulation:
         with contextlib.ExitStack() as stack:
             for chunk in chunks:
                 stack.enter_context(chunk.no_sync())
+            activations = sum(saved_bytes(chunk, job, layout, dtype) for chunk in chunks)
             microbatch, flops = stack.enter_context(CollectiveCounter()), stack.enter_context(counted_flops())
-            activations = sum(run_microbatch(chunk, job, layout, dtype) for chunk in chunks)
+            for chunk in chunks:
+                chunk.zero_grad_buffer()
+                output = forward(chunk, job, layout, dtype)
+                output.backward(torch.ones_like(output))
         with CollectiveCounter() as step:
             for chunk in chunks:
                 if layout.parallel.overlap_grad_reduce:
@@ -146,19 +150,26 @@ def optimizer_bytes(optimizer: Any) -> int:
     return total
 
 
-def run_microbatch(chunk: DistributedDataParallel, job: Job, layout: Layout, dtype: torch.dtype) -> int:
-    """One micro-batch forward and backward through a model chunk; returns the bytes kept in between."""
+def forward(chunk: DistributedDataParallel, job: Job, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """A model chunk's losses or hidden states of one micro-batch."""
     batch, seq_length, model = layout.micro_batch_size, job.seq_length, chunk.module
     tokens = torch.zeros(batch, seq_length, dtype=torch.long)
     if not model.pre_process:
         local = seq_length // layout.tensor if layout.parallel.sequence_parallel else seq_length
         model.set_input_tensor(torch.zeros(local, batch, job.llama.hidden_size, dtype=dtype, requires_grad=True))
+    return chunk(tokens, None, None, labels=tokens if model.post_process else None)
+
+
+def saved_bytes(chunk: DistributedDataParallel, job: Job, layout: Layout, dtype: torch.dtype) -> int:
+    """Bytes that one micro-batch keeps for its backward pass, which is not run.
+
+    A weight that has been through the hooks that see them is an alias, without the attributes by which megatron-core's fused
+    gradients are summed.
+    """
     own = {parameter.untyped_storage()._cdata for parameter in chunk.parameters()}
     with saved_storages() as storages:
-        output = chunk(tokens, None, None, labels=tokens if model.post_process else None)
-    activations = sum(storage.nbytes() for key, storage in storages.items() if key not in own)
-    output.backward(torch.ones_like(output))
-    return activations
+        output = forward(chunk, job, layout, dtype)  # noqa: F841  (alive until the bytes are counted)
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
 
 
 @contextlib.contextmanager

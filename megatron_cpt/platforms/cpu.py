@@ -60,6 +60,7 @@ class CpuPlatform:
         leave_out_collectives_of_one()
         scale_gradients_in_place()
         find_largest_logits_without_their_places()
+        add_weight_gradients_where_they_are_summed()
         from megatron_cpt.platforms.everywhere import save_without_queue_server
         from megatron_cpt.platforms.fused_adam import install_fused_adam
         from megatron_cpt.platforms.torch_layers import recompute_norms_without_fp8
@@ -80,7 +81,7 @@ class CpuPlatform:
         return needs_transformer_engine(parallel, training, "this run is on CPU")
 
     def fusions(self) -> dict[str, bool]:
-        return dict.fromkeys(FUSIONS, False)
+        return dict.fromkeys(FUSIONS, False) | {"gradient_accumulation_fusion": True}
 
     def monitored(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
         return contextlib.nullcontext(lambda: None)
@@ -237,3 +238,21 @@ def find_largest_logits_without_their_places() -> None:
         return logits, logits.amax(dim=-1)
 
     VocabParallelCrossEntropy.calculate_logits_max = staticmethod(calculate_logits_max)
+
+
+def add_weight_gradients_where_they_are_summed() -> None:
+    """Apex's kernel that adds a micro-batch's weight gradient to their sum as it computes it; megatron-core needs its name.
+
+    Otherwise each gradient gets memory of its own first.
+    """
+    import megatron.core.tensor_parallel.layers as layers
+
+    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        """inputs [tokens, in], grad_output [tokens, out], main_grad fp32 [out, in]"""
+        if inputs.dtype == main_grad.dtype:
+            torch.addmm(main_grad, grad_output.t(), inputs, out=main_grad)  # torch's FLOP counter knows no addmm_
+        else:
+            main_grad.add_(grad_output.t() @ inputs)
+
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
+    layers._grad_accum_fusion_available = True

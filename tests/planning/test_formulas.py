@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron)
 import numpy as np
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-import megatron_cpt.training  # noqa: F401  (prepares the platform)
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import OptimizerConfig as Settings
 from megatron_cpt.data.loader import Batch

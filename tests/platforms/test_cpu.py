@@ -107,6 +107,17 @@ def test_largest_logits_are_megatrons() -> None:
     assert torch.equal(largest, logits.float().max(dim=-1)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_are_added_to_their_sum(dtype: torch.dtype) -> None:
+    import megatron.core.tensor_parallel.layers as layers
+
+    assert "import fused_weight_gradient_mlp_cuda" in inspect.getsource(layers), "another name now"
+    inputs, grad_output, total = torch.randn(7, 3).to(dtype), torch.randn(7, 5).to(dtype), torch.ones(5, 3)
+    expected = 1 + grad_output.float().t() @ inputs.float()
+    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(inputs, grad_output, total)
+    assert torch.allclose(total, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=2e-2)
+
+
 def test_rng_tracker_forks_torchs_generator() -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
