@@ -1,12 +1,12 @@
 """The training loop against a plain transformers + torch loop, the HF Trainer and megatron-core's bare step.
 
-All contenders of a row are alive at the same time, each in a process of its own, but take their steps in turn: whatever
-else the machine does, it does to all of them. A step is the time from one look at the clock to the next in the
-contender's own loop, so everything its loop does is in it.
+All contenders of a row are alive at the same time, each in a process of its own, but take turns of three steps: whatever
+else the machine does, it does to all of them. The first step of a turn does not count, as after a pause caches are cold. A
+step is the time from one look at the clock to the next in the contender's own loop, so everything its loop does is in it.
 
 Settings, by environment variable:
     BENCH_CACHE     where inputs are kept (SmolLM2-135M and its text, from PyPI)
-    BENCH_STEPS     rounds that count (default 12)
+    BENCH_STEPS     steps that count (default 12)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NAMES = (
 )
 FOLDERS = {TINY: "tiny", SMALL: "small"}
 BATCH = {TINY: (256, 2, 4), SMALL: (256, 1, 2)}  # seq_length, micro batch, global batch
-WARM_UP, STEPS = 3, int(os.environ.get("BENCH_STEPS", "12"))
+TURN, WARM_UP, STEPS = 3, 3, int(os.environ.get("BENCH_STEPS", "12"))
 
 
 def rows(wanted: str) -> Iterator[Row]:
@@ -64,7 +64,7 @@ def rows(wanted: str) -> Iterator[Row]:
 
 
 def against_peers(model: str, kinds: Sequence[str], names: dict[str, str]) -> Iterator[Row]:
-    """Tokens per second against each peer: the median over the rounds of the ratio within a round."""
+    """Tokens per second against each peer: the median of the ratios of steps of the same turn."""
     seconds = in_turn(model, ["ours", *kinds])
     seq_length, _, batch = BATCH[model]
     for kind in kinds:
@@ -74,16 +74,16 @@ def against_peers(model: str, kinds: Sequence[str], names: dict[str, str]) -> It
 
 
 def in_turn(model: str, kinds: Sequence[str], threads: int | None = None) -> dict[str, list[float]]:
-    """Seconds of every step that counts, by contender."""
+    """Seconds of every step that counts, by contender; the same place in each list is the same turn."""
     with ExitStack() as stack:
         contenders = {kind: stack.enter_context(Contender(model, kind, threads)) for kind in kinds}
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for number in range(WARM_UP + STEPS):
+        for number in range(1 + -(-STEPS // (TURN - 1))):
             order = list(kinds)[number % len(kinds) :] + list(kinds)[: number % len(kinds)]
             for kind in order:
-                taken = contenders[kind].step()
-                if number >= WARM_UP:
-                    seconds[kind].append(taken)
+                taken = [contenders[kind].step() for _ in range(TURN)]
+                if number > 0:
+                    seconds[kind] += taken[1:]
         return seconds
 
 

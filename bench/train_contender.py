@@ -122,11 +122,16 @@ def transformers_loop(folder: Path, seq_length: int, micro: int, batch: int, gat
     for microbatches in batches(folder, micro, batch):
         gate()
         for tokens in microbatches:
-            # One token more than the context, as the model drops the last prediction itself.
-            (model(input_ids=tokens, labels=tokens).loss / len(microbatches)).backward()
+            (model(**inputs(tokens)).loss / len(microbatches)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def inputs(tokens: Any) -> dict[str, Any]:
+    """What transformers' models take for the targets that ours are given: not one token more or less."""
+    targets = tokens[..., 1:].contiguous()
+    return {"input_ids": tokens[..., :-1], "labels": targets, "shift_labels": targets}
 
 
 def trainer(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> None:
@@ -138,8 +143,7 @@ def trainer(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -
         def __iter__(self) -> Iterator[dict[str, Any]]:
             for microbatches in batches(folder, micro, batch):
                 for tokens in microbatches:
-                    for row in tokens:
-                        yield {"input_ids": row, "labels": row}
+                    yield from map(inputs, tokens)
 
     class AtTheGate(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:

@@ -1,8 +1,8 @@
 """Bytes that one micro-batch leaves on a rank for its backward pass.
 
 The accounting is that of Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), for
-what megatron-core saves of a Llama layer with our settings: RMSNorm, rotary embedding and SwiGLU as separate operations,
-flash attention, grouped queries, no dropout, no biases. Each storage counts once.
+what megatron-core saves of a Llama layer with our settings: RMSNorm apart from the linear layers, fused rotary embedding and
+SwiGLU, flash attention, grouped queries, no dropout, no biases. Each storage counts once.
 """
 
 from __future__ import annotations
@@ -56,12 +56,11 @@ def layer_bytes(job: Job, layout: Layout, recomputed: frozenset[str] = frozenset
     norms = 2 * (residual + 4 * n.local_tokens)  # input, and fp32 reciprocal of the root mean square
     if "layernorm" not in recomputed:
         norms += 2 * residual  # outputs: inputs of linear_qkv and linear_fc1
-    rotary = 4 * job.seq_length * job.llama.head_dim * element  # cosine and sine, for queries and for keys
     # The output of linear_qkv, of which the values are a view; queries and keys after rotation; what linear_proj reads.
-    attention = n.tokens * (2 * n.query + 3 * n.key + n.query) * element + rotary
+    attention = n.tokens * (2 * n.query + 3 * n.key + n.query) * element
     # Log of the sum of exponentials, fp32; or, recomputed, the kind of mask, a tensor of one number.
     attention += 4 if "core_attn" in recomputed else 4 * n.tokens * n.heads
-    # linear_fc1's gate and value, a copy of the value (megatron-core adds an offset of 0), SiLU of the gate, their product.
+    # linear_fc1's gate and value, and what linear_fc2 reads.
     mlp = 0 if "mlp" in recomputed else 3 * n.tokens * n.ffn * element
     return {"norms": norms, "attention": attention, "mlp": mlp}
 
@@ -90,8 +89,7 @@ def chunk_bytes(job: Job, layout: Layout, chunk: Chunk) -> dict[str, int]:
     saved = layer_bytes(job, layout, recomputed_modules(layout))
     parts = {name: (chunk.layers - recomputed) * size for name, size in saved.items()}
     parts["layer inputs"] = groups * n.local_tokens * n.hidden * element
-    if groups:
-        parts["layer inputs"] += 4 * job.seq_length * job.llama.head_dim  # rotary angles, fp32, shared by the groups
+    parts["rotary angles"] = 4 * job.seq_length * job.llama.head_dim if chunk.layers else 0  # fp32, shared by the layers
     # Token ids, and under tensor parallelism which of them this rank's part of the vocabulary does not have.
     parts["embedding"] = n.tokens * (8 + (layout.tensor > 1)) if chunk.has_embedding else 0
     parts["output"] = 0

@@ -64,7 +64,6 @@ def simulate(job: Job, layout: Layout, rank: int) -> Simulation:
     with warnings.catch_warnings(), fake_rank(layout.parallel, rank, layout.devices) as ranks:
         warnings.simplefilter("ignore")
         config = transformer_config(job.llama, layout.parallel, dtype)
-        config.bias_activation_fusion = True  # as on a GPU: it keeps 3 x the MLP's width per token instead of 5
         models = build_chunks(job.llama, config, job.seq_length, current_platform(), ranks)
         chunks = in_ddp(models, config, layout.parallel)
         optimizer = build_optimizer(chunks, dtype)

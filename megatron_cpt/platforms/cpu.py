@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 import platform
 import resource
@@ -61,6 +62,9 @@ class CpuPlatform:
         scale_gradients_in_place()
         find_largest_logits_without_their_places()
         add_weight_gradients_where_they_are_summed()
+        add_embedding_gradients_where_they_are_summed()
+        rotate_in_one_function()
+        write_gradients_of_swiglu_once()
         from megatron_cpt.platforms.everywhere import save_without_queue_server
         from megatron_cpt.platforms.fused_adam import install_fused_adam
         from megatron_cpt.platforms.torch_layers import recompute_norms_without_fp8
@@ -81,7 +85,7 @@ class CpuPlatform:
         return needs_transformer_engine(parallel, training, "this run is on CPU")
 
     def fusions(self) -> dict[str, bool]:
-        return dict.fromkeys(FUSIONS, False) | {"gradient_accumulation_fusion": True}
+        return {name: name in ("gradient_accumulation_fusion", "bias_activation_fusion") for name in FUSIONS}
 
     def monitored(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
         return contextlib.nullcontext(lambda: None)
@@ -197,8 +201,16 @@ def use_cpu_rng_state() -> None:
 
 
 def leave_out_collectives_of_one() -> None:
-    """Without data parallelism gloo copies all parameters and gradients onto themselves in every step."""
+    """Without data parallelism gloo copies all parameters and gradients onto themselves in every step.
+
+    And what a checkpoint gathers, more than 32 kB, it copies with a second set of OpenMP threads. With more of them than
+    processors, OpenMP puts them all to sleep between operations, for the rest of the run.
+    """
     import megatron.core.distributed.param_and_grad_buffer as buffers
+    import torch.distributed.distributed_c10d as distributed_c10d
+
+    for name in ("all_gather", "gather"):  # of which those of objects are made
+        setattr(distributed_c10d, name, copied_if_alone(getattr(distributed_c10d, name)))
 
     buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
     buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
@@ -214,6 +226,21 @@ def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
         return collective(output, values, group=group, **kwargs)
 
     return run
+
+
+def copied_if_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A gathering collective that in a group of one copies on the thread that calls it."""
+
+    @functools.wraps(collective)
+    def gather(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(collective).bind(*args, **kwargs).arguments
+        results = given.get("tensor_list", given.get("gather_list"))
+        if torch.distributed.get_world_size(given.get("group")) > 1 or given.get("async_op") or results is None:
+            return collective(*args, **kwargs)
+        results[0].copy_(given["tensor"])
+        return None
+
+    return gather
 
 
 def scale_gradients_in_place() -> None:
@@ -256,3 +283,92 @@ def add_weight_gradients_where_they_are_summed() -> None:
 
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
     layers._grad_accum_fusion_available = True
+
+
+def add_embedding_gradients_where_they_are_summed() -> None:
+    """torch makes each micro-batch's gradient of the whole embedding, nearly all zeros, which is then added to their sum.
+
+    If the output layer has the same weight, megatron-core fills one more tensor of that size with zeros for autograd to add
+    to it. Only the rows that were looked up have something to add.
+    """
+    import megatron.core.tensor_parallel.layers as layers
+
+    class Embedding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            ctx.weight = weight  # itself, for its attributes
+            ctx.save_for_backward(ids)
+            return torch.nn.functional.embedding(ids, weight)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+            weight, (ids,) = ctx.weight, ctx.saved_tensors
+            weight.main_grad.index_add_(0, ids.flatten(), grad_output.flatten(0, -2).to(weight.main_grad.dtype))
+            weight.grad_added_to_main_grad = True
+            # The hook on the gradient wants one, and takes nothing from it; the output layer gives it for a shared weight.
+            return (None if hasattr(weight, "zero_out_wgrad") else torch.empty_like(weight)), None
+
+    def embedding(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """ids [b, s], weight [words, h] -> [b, s, h]"""
+        if not (torch.is_grad_enabled() and hasattr(weight, "main_grad")):
+            return torch.nn.functional.embedding(ids, weight)
+        if hasattr(weight, "zero_out_wgrad"):
+            weight.zero_out_wgrad = False
+        return Embedding.apply(weight, ids)
+
+    layers.F = types.SimpleNamespace(embedding=embedding)
+
+
+def rotate_in_one_function() -> None:
+    """The rotary embedding as a product, a half turned round, another product and a sum leaves each for autograd to undo.
+
+    The gradient of a rotation is the rotation by the opposite angles.
+    """
+    import megatron.core.models.common.embeddings.rope_utils as rope_utils
+
+    step_by_step = rope_utils._apply_rotary_pos_emb_bshd
+
+    class Rotation(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(angles)
+            return rotated(values, angles, 1)
+
+        @staticmethod
+        def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+            (angles,) = ctx.saved_tensors
+            return rotated(grad_output, angles, -1), None
+
+    @functools.wraps(step_by_step)
+    def apply(t: torch.Tensor, freqs: torch.Tensor, *args: Any, mscale: float = 1.0, **options: Any) -> torch.Tensor:
+        if t.shape[-1] != freqs.shape[-1] or mscale != 1 or any(args) or any(options.values()):
+            return step_by_step(t, freqs, *args, mscale=mscale, **options)
+        return Rotation.apply(t, freqs)
+
+    rope_utils._apply_rotary_pos_emb_bshd = apply
+
+
+def rotated(values: torch.Tensor, angles: torch.Tensor, sense: int) -> torch.Tensor:
+    """values [s, b, heads, dim], angles [s, 1, 1, dim] whose halves are the same, sense 1 or -1 -> [s, b, heads, dim]"""
+    angles = angles.chunk(2, dim=-1)[0]
+    cosine, sine = angles.cos().to(values.dtype), angles.sin().to(values.dtype)
+    result = torch.empty_like(values, memory_format=torch.contiguous_format)
+    (first, second), (new_first, new_second) = values.chunk(2, dim=-1), result.chunk(2, dim=-1)
+    torch.mul(first, cosine, out=new_first).addcmul_(second, sine, value=-sense)
+    torch.mul(second, cosine, out=new_second).addcmul_(first, sine, value=sense)
+    return result
+
+
+def write_gradients_of_swiglu_once() -> None:
+    """megatron-core's fused SwiGLU, without a compiler to fuse it, takes a dozen tensors and copies two of them."""
+    import megatron.core.fusions.fused_bias_swiglu as fused_bias_swiglu
+
+    def swiglu_back(g: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """g [..., h], gates and values y [..., 2h] -> the gradient of y"""
+        result = torch.empty_like(y)
+        (gate, value), (grad_gate, grad_value) = y.chunk(2, dim=-1), result.chunk(2, dim=-1)
+        torch.mul(g, torch.nn.functional.silu(gate), out=grad_value)
+        torch.ops.aten.silu_backward.grad_input(g * value, gate, grad_input=grad_gate)
+        return result
+
+    fused_bias_swiglu.swiglu_back = swiglu_back

@@ -118,6 +118,109 @@ def test_weight_gradients_are_added_to_their_sum(dtype: torch.dtype) -> None:
     assert torch.allclose(total, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize(("dtype", "tied"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+def test_embedding_gradients_are_added_to_their_sum(dtype: torch.dtype, tied: bool) -> None:
+    import megatron.core.tensor_parallel.layers as layers
+
+    source = inspect.getsource(layers)
+    assert set(re.findall(r"\bF\.\w+", source)) == {"F.embedding"}, "F is used for something else now"
+    assert 'if getattr(weight, "zero_out_wgrad", False)' in source, "shared weights are handled in another way now"
+    ids, weight = torch.tensor([[3, 1, 3], [0, 3, 1]]), torch.nn.Parameter(torch.randn(5, 4, dtype=dtype))
+    expected = 1 + torch.autograd.grad(torch.nn.functional.embedding(ids, weight).square().sum(), weight)[0].float()
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(5, 4), False  # type: ignore[attr-defined]
+    if tied:
+        weight.zero_out_wgrad = True  # type: ignore[attr-defined]
+    output = layers.F.embedding(ids, weight)
+    assert torch.equal(output, weight[ids])
+    output.square().sum().backward()
+    assert torch.allclose(weight.main_grad, expected, rtol=1e-6 if dtype == torch.float32 else 2e-2)  # type: ignore[attr-defined]
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    # For a shared weight the output layer gives the gradient that the hook waits for, and it need not be zeros any more.
+    assert (weight.grad is None) == tied
+    assert not getattr(weight, "zero_out_wgrad", False)
+
+
+def test_embeddings_outside_of_training_are_torchs() -> None:
+    import megatron.core.tensor_parallel.layers as layers
+
+    ids, weight = torch.tensor([2, 0]), torch.nn.Parameter(torch.randn(3, 4))
+    layers.F.embedding(ids, weight).sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.tensor([1.0, 0.0, 1.0])[:, None].expand(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_is_megatrons(dtype: torch.dtype) -> None:
+    import megatron.core.models.common.embeddings.rope_utils as rope_utils
+
+    apply = rope_utils._apply_rotary_pos_emb_bshd
+    step_by_step = inspect.unwrap(apply)
+    assert "torch.cat((t, t_pass), dim=-1)" in inspect.getsource(step_by_step), "another way now: look at it"
+    angles = torch.rand(7, 1, 1, 3).repeat(1, 1, 1, 2) * 9
+    wide = torch.randn(7, 2, 3, 10, dtype=dtype)
+    wanted = torch.randn(7, 2, 3, 6, dtype=dtype)
+    results = []
+    for rotate in (apply, step_by_step):
+        values = wide.clone().requires_grad_()
+        rotated = rotate(values[..., 2:8], angles)  # a view, as queries and keys are
+        rotated.backward(wanted)
+        assert values.grad is not None
+        results.append((rotated.float(), values.grad.float()))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6 if dtype == torch.float32 else 3e-2)
+
+
+def test_other_rotations_are_left_to_megatron() -> None:
+    import megatron.core.models.common.embeddings.rope_utils as rope_utils
+
+    angles, values = torch.rand(7, 1, 1, 4), torch.randn(7, 2, 3, 8)
+    partly = rope_utils._apply_rotary_pos_emb_bshd(values, angles)
+    assert torch.equal(partly[..., 4:], values[..., 4:])
+    interleaved = rope_utils._apply_rotary_pos_emb_bshd(values[..., :4], angles, rotary_interleaved=True)
+    assert not torch.allclose(interleaved, partly[..., :4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_and_its_gradient(dtype: torch.dtype) -> None:
+    from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+    values, wanted = torch.randn(5, 2, 6, dtype=dtype, requires_grad=True), torch.randn(5, 2, 3, dtype=dtype)
+    gate, value = values.chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * value
+    (gradient,) = torch.autograd.grad(expected, values, wanted)
+    output = bias_swiglu_impl(values, None)
+    output.backward(wanted)
+    assert torch.equal(output, expected)
+    assert torch.allclose(values.grad, gradient, atol=1e-6 if dtype == torch.float32 else 3e-2)
+
+
+def test_objects_are_gathered_alone_as_in_a_group() -> None:
+    with process_groups(ParallelConfig()):
+        found: list[object] = [None]
+        torch.distributed.all_gather_object(found, {"a": list(range(40_000))})
+        assert found == [{"a": list(range(40_000))}]
+        torch.distributed.gather_object("b" * 40_000, found, dst=0)
+        assert found == ["b" * 40_000]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
+def test_gathering_alone_starts_no_openmp_threads() -> None:
+    program = """
+import os
+import torch
+from megatron_cpt.config.parallel import ParallelConfig
+from megatron_cpt.platforms.process_groups import process_groups
+torch.set_num_threads(2)
+with process_groups(ParallelConfig()):
+    torch.ones(100_000) + 1  # starts those of this thread
+    before = len(os.listdir("/proc/self/task"))
+    torch.distributed.all_gather_object([None], b"0" * 100_000)
+    torch.distributed.gather_object(b"0" * 100_000, [None], dst=0)
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+    assert python(program) == "0"
+
+
 def test_rng_tracker_forks_torchs_generator() -> None:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
