@@ -28,6 +28,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "llama3_rope": {"tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE},
     "wide_heads": {"tie_word_embeddings": False, "head_dim": 32},  # heads * head_dim != hidden_size
+    "biases": {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    "attention_bias": {"tie_word_embeddings": True, "attention_bias": True},
+    "mlp_bias": {"tie_word_embeddings": False, "mlp_bias": True},
+    "odd_vocabulary": {"tie_word_embeddings": False, "vocab_size": 401},
 }
 
 

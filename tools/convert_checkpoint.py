@@ -4,7 +4,7 @@ import os
 
 os.environ["MEGATRON_CPT_PLATFORM"] = "cpu"  # conversion needs no GPU, and must not depend on one
 
-from megatron_cpt.checkpoint import convert
+from megatron_cpt.checkpoint import convert, verify
 from megatron_cpt.config.cli import run_subcommands
 
 if __name__ == "__main__":
@@ -12,7 +12,7 @@ if __name__ == "__main__":
         {
             "hf-to-megatron": (convert.hf_to_megatron, convert.HfToMegatron),
             "megatron-to-hf": (convert.megatron_to_hf, convert.MegatronToHf),
-            "verify": (convert.verify, convert.Verify),
+            "verify": (verify.verify, verify.Verify),
         },
         "Convert Llama checkpoints between Hugging Face and Megatron, or compare two of them.",
     )

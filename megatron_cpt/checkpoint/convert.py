@@ -1,77 +1,49 @@
-"""HF safetensors folder <-> Megatron torch_dist checkpoint.
-
-The whole model is held in memory once (a later version streams it); everything runs on CPU, in one process.
-"""
+"""HF folder <-> Megatron torch_dist checkpoint, file by file, one tensor in memory at a time; no GPU, no process group."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from rich.console import Console
-from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_cpt.checkpoint.folders import appearing_folder
-from megatron_cpt.checkpoint.hf_weights import check_shapes, hf_from_megatron, megatron_from_hf
+from megatron_cpt.checkpoint.archives import check_archives
+from megatron_cpt.checkpoint.conversion import JOB, FileJob, fingerprint, remove_markers, resumable_folder, write_files
+from megatron_cpt.checkpoint.hf_files import HfTensors, Shard, TensorInfo, plan_shards, weight_files, write_safetensors
+from megatron_cpt.checkpoint.hf_weights import Piece, check_shapes, extra_states, pieces_of
 from megatron_cpt.checkpoint.layout import (
+    checkpoint_name,
     copy_hf_files,
     find_checkpoint,
     latest_checkpoint,
+    sync_files,
     versions,
     write_json,
+    write_tracker,
 )
-from megatron_cpt.checkpoint.save_load import dtype_of, load_checkpoint, save_checkpoint
-from megatron_cpt.config.parallel import ParallelConfig
+from megatron_cpt.checkpoint.megatron_weights import MegatronTensors
+from megatron_cpt.checkpoint.save_load import dtype_of
+from megatron_cpt.checkpoint.torch_dist import (
+    TorchDistReader,
+    distcp_name,
+    metadata_of,
+    plan_of,
+    split,
+    write_distcp,
+    write_metadata,
+)
 from megatron_cpt.errors import InputError
-from megatron_cpt.model.build import build_model, transformer_config
 from megatron_cpt.model.llama import LlamaConfig, read_llama_config
-from megatron_cpt.platforms import current_platform
-from megatron_cpt.platforms.process_groups import process_groups
 
-Item = TypeVar("Item")
-
-
-class HfTensors(Mapping[str, torch.Tensor]):
-    """The tensors of a HF folder, read from its .safetensors files (memory-mapped) when asked for."""
-
-    def __init__(self, folder: str, stack: contextlib.ExitStack) -> None:
-        names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-        if not names:
-            raise InputError(f"{folder} holds no .safetensors file")
-        self._files: dict[str, Any] = {}
-        for name in names:
-            path = os.path.join(folder, name)
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"{path} cannot be read: {error}") from error
-            self._files |= dict.fromkeys(file.keys(), file)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._files.items()}
-
-    def dtypes(self) -> dict[str, str]:
-        names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-        found = {name: file.get_slice(name).get_dtype() for name, file in self._files.items()}
-        return {name: names.get(dtype, dtype) for name, dtype in found.items()}
+Dtype = Literal["keep", "float32", "bfloat16", "float16"]
+FILE_BYTES = 2 << 30  # of a .distcp file: what a killed conversion has to do again, and what processes share out
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -79,69 +51,163 @@ class HfToMegatron:
     """Convert a Hugging Face Llama checkpoint into a Megatron checkpoint (torch_dist, loads in any layout)."""
 
     hf: str
-    """HF folder: config.json, *.safetensors, tokenizer."""
+    """HF folder: config.json, *.safetensors (or pytorch_model*.bin), tokenizer."""
     megatron: str
     """Folder to write; the checkpoint goes into its subfolder "release"."""
+    dtype: Dtype = "keep"
+    """Of the written weights; keep wants all tensors to have one dtype."""
+    num_workers: int = 2
+    """Processes that write files at the same time."""
     overwrite: bool = False
 
 
 @dataclass(frozen=True)
 class MegatronToHf:
-    """Convert a Megatron checkpoint of this project into a Hugging Face folder."""
+    """Convert a Megatron checkpoint into a Hugging Face folder."""
 
     megatron: str
     """Checkpoint folder, or the folder of a run (its newest checkpoint)."""
     hf: str
     """Folder to write."""
-    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    dtype: Dtype = "keep"
     """Of the written weights; keep leaves them as they were trained."""
+    max_shard_size: str = "5GB"
+    """Of a .safetensors file."""
+    num_workers: int = 2
+    """Processes that write files at the same time."""
     overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Compare two checkpoints (HF folders or Megatron checkpoints, in any mix) tensor by tensor, bit by bit."""
-
-    a: str
-    """One checkpoint."""
-    b: str
 
 
 def hf_to_megatron(config: HfToMegatron) -> str:
     """Run the conversion; returns the checkpoint's folder."""
     llama = read_llama_config(config.hf)
+    check_workers(config.num_workers)
     if latest_or_none(config.megatron) and not config.overwrite:
         raise InputError(f"{config.megatron} already holds a checkpoint; use --overwrite true to replace it")
-    with contextlib.ExitStack() as stack:
-        tensors = HfTensors(config.hf, stack)
-        check_shapes(tensors.shapes(), llama, config.hf)
-        dtype = one_dtype(tensors, config.hf)
-        with single_process_model(llama, dtype) as model:
-            parameters = dict(model.named_parameters())
-            for name, tensor in showing(megatron_from_hf(tensors, llama), "reading", len(parameters)):
-                parameters.pop(name).data.copy_(tensor)
-            assert not parameters, f"left uninitialised: {sorted(parameters)}"
-            manifest = {"kind": "hf-to-megatron", "source": os.path.abspath(config.hf), "dtype": dtype}
-            with working(f"writing {config.megatron}"):
-                return save_checkpoint(config.megatron, [model], config.hf, manifest)
+    tensors = HfTensors(config.hf)
+    check_shapes(tensors.shapes(), llama, config.hf)
+    dtype = config.dtype if config.dtype != "keep" else one_dtype(tensors)
+    pieces = {(piece.chunk.key, piece.chunk.offset): piece for piece in pieces_of(llama, dtype_of(dtype))}
+    chunks = [piece.chunk for piece in pieces.values()]
+    extra = extra_states(llama)
+    plans = [plan_of(part, () if number else extra) for number, part in enumerate(split(chunks, FILE_BYTES))]
+    make = partial(make_chunk, pieces, tensors, llama)
+    folder = os.path.join(config.megatron, checkpoint_name(None))
+    manifest = {"kind": "hf-to-megatron", "source": os.path.abspath(config.hf), "dtype": dtype}
+    identity = manifest | {"files": fingerprint(config.hf, ["config.json", *weight_files(config.hf)])} | versions()
+    with resumable_folder(folder, identity) as path:
+        jobs = []
+        for number, part in enumerate(split(chunks, FILE_BYTES)):
+            write = partial(write_checked_distcp, path, plans, number, make)
+            jobs.append(FileJob(distcp_name(number), sum(chunk.bytes for chunk in part), write))
+        results: list[list[WriteResult]] = write_files(path, jobs, config.num_workers, "converting")
+        remove_markers(path, jobs)
+        write_metadata(path, metadata_of(chunks, extra), results)
+        finish_megatron(path, config.hf, dtype, manifest)
+    write_tracker(config.megatron, None)
+    return folder
+
+
+def make_chunk(
+    pieces: Mapping[tuple[str, tuple[int, ...]], Piece],
+    tensors: HfTensors,
+    llama: LlamaConfig,
+    key: str,
+    offset: tuple[int, ...],
+) -> torch.Tensor:
+    """One chunk of the Megatron checkpoint.
+
+    Raises:
+        InputError: it holds numbers that are not finite
+    """
+    piece = pieces[key, offset]
+    tensor = piece.make(tensors, llama)
+    check_finite(tensor, f"{tensors.folder}: tensor {' or '.join(piece.sources)}")
+    return tensor.to(piece.chunk.dtype).contiguous()
+
+
+def write_checked_distcp(
+    folder: str,
+    plans: Sequence[Any],
+    number: int,
+    make: Callable[[str, tuple[int, ...]], torch.Tensor],
+    path: str,
+    written: Callable[[int], None],
+) -> list[WriteResult]:
+    """Write one file of a Megatron checkpoint and compare it with its checksums."""
+    results = write_distcp(folder, plans, number, make, written)
+    check_archives(path, [(result.storage_data.offset, result.storage_data.length) for result in results])
+    return results
+
+
+def finish_megatron(folder: str, hf: str, dtype: str, manifest: dict[str, Any]) -> None:
+    """Everything in a checkpoint's folder that is not a tensor."""
+    torch.save({"checkpoint_version": 3.0}, os.path.join(folder, "common.pt"))
+    save_config(CheckpointingConfig("torch_dist", 1), folder)
+    copy_hf_files(hf, os.path.join(folder, "hf"))
+    set_dtype(os.path.join(folder, "hf", "config.json"), dtype)
+    sizes = {name: size for name, size in sync_files(folder).items() if name != JOB}
+    write_json(
+        os.path.join(folder, "manifest.json"), manifest | {"optimizer": False, "versions": versions(), "files": sizes}
+    )
 
 
 def megatron_to_hf(config: MegatronToHf) -> str:
     """Run the conversion; returns the HF folder."""
     folder = find_checkpoint(config.megatron)
+    check_workers(config.num_workers)
     check_replaceable(config.hf, config.overwrite)
-    tensors, dtype = megatron_tensors(folder)
-    if config.dtype != "keep":
-        dtype = config.dtype
-        tensors = {name: tensor.to(dtype_of(dtype)) for name, tensor in tensors.items()}
-    with appearing_folder(config.hf) as path:
+    tensors = open_megatron(folder)
+    found = str(tensors.dtype("model.embed_tokens.weight")).removeprefix("torch.")
+    dtype = config.dtype if config.dtype != "keep" else found
+    infos = {name: TensorInfo(shape, dtype) for name, shape in tensors.shapes().items()}
+    shards, index = plan_shards(infos, config.max_shard_size)
+    source = {"kind": "megatron-to-hf", "source": os.path.abspath(folder), "dtype": dtype}
+    names = sorted(name for name in os.listdir(folder) if name.endswith((".distcp", ".metadata")))
+    identity = source | {"max_shard_size": config.max_shard_size, "files": fingerprint(folder, names)} | versions()
+    with resumable_folder(config.hf, identity) as path:
+        jobs = [shard_job(shard, infos, tensors) for shard in shards]
+        write_files(path, jobs, config.num_workers, "converting")
+        remove_markers(path, jobs)
+        if index is not None:
+            write_json(os.path.join(path, "model.safetensors.index.json"), index)
         copy_hf_files(os.path.join(folder, "hf"), path)
         set_dtype(os.path.join(path, "config.json"), dtype)
-        with working(f"writing {config.hf}"):
-            save_torch_state_dict(tensors, path)
-        source = {"kind": "megatron-to-hf", "source": os.path.abspath(folder), "dtype": dtype, "versions": versions()}
-        write_json(os.path.join(path, "manifest.json"), source)
+        write_json(os.path.join(path, "manifest.json"), source | {"versions": versions()})
+        sync_files(path)
     return config.hf
+
+
+def shard_job(shard: Shard, infos: Mapping[str, TensorInfo], tensors: MegatronTensors) -> FileJob:
+    """Writes one .safetensors file."""
+    own = {name: infos[name] for name in shard.tensors}
+
+    def make(name: str) -> torch.Tensor:
+        tensor = tensors[name]
+        check_finite(tensor, f"{tensors.folder}: tensor {name}")
+        return tensor.to(dtype_of(own[name].dtype))
+
+    def write(path: str, written: Callable[[int], None]) -> None:
+        write_safetensors(path, own, make, written)
+
+    return FileJob(shard.name, sum(info.bytes for info in own.values()), write)
+
+
+def open_megatron(folder: str) -> MegatronTensors:
+    """The weights of a Megatron checkpoint under HF's names."""
+    return MegatronTensors(TorchDistReader(folder), read_llama_config(os.path.join(folder, "hf")))
+
+
+def check_workers(num_workers: int) -> None:
+    """Raise InputError unless it is a number of processes."""
+    if num_workers < 1:
+        raise InputError(f"num_workers is {num_workers}; use 1 or more")
+
+
+def check_finite(tensor: torch.Tensor, what: str) -> None:
+    """Raise InputError if a number is NaN or infinite: such a model cannot be trained or used."""
+    if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in tensor.aminmax()):
+        raise InputError(f"{what} holds numbers that are not finite (NaN or infinity)")
 
 
 def check_replaceable(folder: str, overwrite: bool) -> None:
@@ -166,88 +232,16 @@ def check_replaceable(folder: str, overwrite: bool) -> None:
         raise InputError(f"{folder} is not empty: it holds an earlier conversion; use --overwrite true to replace it")
 
 
-def verify(config: Verify) -> str:
-    """Compare; returns a line that says how many tensors are equal.
-
-    Raises:
-        InputError: naming the first tensor that differs, and how
-    """
-    with contextlib.ExitStack() as stack:
-        a, b = (open_checkpoint(path, stack) for path in (config.a, config.b))
-        if set(a) != set(b):
-            name = sorted(set(a) ^ set(b))[0]
-            raise InputError(f"tensor {name} is only in {config.a if name in a else config.b}")
-        for name in showing(a, "comparing", len(a)):
-            x, y = a[name], b[name]
-            if (x.dtype, x.shape) != (y.dtype, y.shape):
-                raise InputError(f"tensor {name}: {x.dtype} {list(x.shape)} against {y.dtype} {list(y.shape)}")
-            if not torch.equal(as_bytes(x), as_bytes(y)):
-                difference = (x.double() - y.double()).abs().max().item()
-                raise InputError(f"tensor {name} differs by up to {difference:.3g}")
-        return f"{len(a)} tensors equal, bit by bit"
-
-
-def showing(items: Iterable[Item], description: str, total: int) -> Iterable[Item]:
-    """The items, with a progress bar when stderr is a terminal."""
-    console = Console(stderr=True)
-    return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
-
-
-def working(description: str) -> contextlib.AbstractContextManager[Any]:
-    """A spinner, when stderr is a terminal, around work whose end is not known."""
-    console = Console(stderr=True)
-    return console.status(description) if console.is_terminal else contextlib.nullcontext()
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of a tensor, so that NaN equals NaN and 0.0 does not equal -0.0."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def open_checkpoint(path: str, stack: contextlib.ExitStack) -> Mapping[str, torch.Tensor]:
-    """Tensors with HF names, of a HF folder or a Megatron checkpoint."""
-    if os.path.exists(os.path.join(path, "config.json")):
-        return HfTensors(path, stack)
-    return megatron_tensors(find_checkpoint(path))[0]
-
-
-def megatron_tensors(folder: str) -> tuple[dict[str, torch.Tensor], str]:
-    """All weights of a Megatron checkpoint under HF's names, and the dtype they were saved in."""
-    llama = read_llama_config(os.path.join(folder, "hf"))
-    dtype = saved_dtype(folder)
-    with single_process_model(llama, dtype) as model:
-        with working(f"reading {folder}"):
-            load_checkpoint(folder, [model])
-        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        return {name: tensor.clone() for name, tensor in hf_from_megatron(parameters, llama)}, dtype
-
-
-def saved_dtype(folder: str) -> str:
-    """dtype of the weights in a Megatron checkpoint, from its metadata."""
-    embedding = FileSystemReader(folder).read_metadata().state_dict_metadata["embedding.word_embeddings.weight"]
-    assert isinstance(embedding, TensorStorageMetadata)
-    return str(embedding.properties.dtype).removeprefix("torch.")
-
-
-@contextlib.contextmanager
-def single_process_model(llama: LlamaConfig, dtype: str) -> Iterator[Any]:
-    """The whole model on CPU, uninitialised, within a process group of one."""
-    parallel = ParallelConfig()
-    with process_groups(parallel, alone=True) as ranks:
-        config = transformer_config(llama, parallel, dtype_of(dtype))
-        yield build_model(llama, config, llama.max_position_embeddings, current_platform(), ranks)
-
-
-def one_dtype(tensors: HfTensors, folder: str) -> str:
-    """The dtype all tensors share; Megatron's model has one."""
-    dtypes = tensors.dtypes()
-    first = next(iter(dtypes))
-    for name, dtype in dtypes.items():
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise InputError(f"{folder}: tensor {name} is {dtype}; use float32, bfloat16 or float16")
-        if dtype != dtypes[first]:
-            raise InputError(f"{folder}: tensor {name} is {dtype} but {first} is {dtypes[first]}; use one dtype")
-    return dtypes[first]
+def one_dtype(tensors: HfTensors) -> str:
+    """The dtype all tensors share: a Megatron checkpoint has one for the same weight of all layers."""
+    first, *_ = tensors.infos
+    for name, info in tensors.infos.items():
+        if info.dtype not in DTYPES:
+            raise InputError(f"{tensors.folder}: tensor {name} is {info.dtype}; use {', '.join(DTYPES)}")
+        if info.dtype != tensors.infos[first].dtype:
+            both = f"tensor {name} is {info.dtype} but {first} is {tensors.infos[first].dtype}"
+            raise InputError(f"{tensors.folder}: {both}; use one dtype, or give --dtype")
+    return tensors.infos[first].dtype
 
 
 def set_dtype(path: str, dtype: str) -> None:

@@ -1,108 +1,77 @@
-"""The names and shapes of Llama's weights in Hugging Face and in megatron-core (unsplit, TP1 x PP1).
+"""Llama's weights in Hugging Face and in Megatron's checkpoints: names, shapes, and who is a part of whom.
 
 Megatron joins what HF keeps apart: linear_qkv holds, for each group of query heads, its queries, its key and its value;
-linear_fc1 holds the gate, then the up projection. Only rows move, no number changes.
+linear_fc1 holds the gate, then the up projection. Only rows move, no number changes. A checkpoint has one tensor for all
+layers, [layers, ...], in chunks of one layer; norms have the names that Transformer Engine's layers give them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
+from megatron_cpt.checkpoint.torch_dist import Chunk
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import LlamaConfig
 
-# HF's name below "model.layers.N." -> Megatron's below "decoder.layers.N.", in a model of torch layers. (In a checkpoint
-# the norms have the names that Transformer Engine gives them; megatron-core renames them on the way.)
-LAYER_NAMES = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
-    "post_attention_layernorm.weight": "pre_mlp_layernorm.weight",
-    "mlp.down_proj.weight": "mlp.linear_fc2.weight",
-}
+LAYERS = "decoder.layers."
+QKV, FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+# HF's name -> Megatron's, of what is the same in both: outside the layers, and below "model.layers.N."
 MODEL_NAMES = {
-    "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+    "model.embed_tokens.weight": EMBEDDING,
     "model.norm.weight": "decoder.final_layernorm.weight",
+    "lm_head.weight": OUTPUT,
 }
-OUTPUT_NAMES = {"lm_head.weight": "output_layer.weight"}
-
-
-def model_names(llama: LlamaConfig) -> dict[str, str]:
-    """HF -> Megatron names outside the layers; with tied embeddings the output layer is the embedding."""
-    return MODEL_NAMES if llama.tie_word_embeddings else MODEL_NAMES | OUTPUT_NAMES
-
-
-def join_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, llama: LlamaConfig) -> torch.Tensor:
-    """[heads * dim, h], [groups * dim, h], [groups * dim, h] -> [(heads + 2 * groups) * dim, h], group by group."""
-    groups, columns = llama.num_key_value_heads, q.shape[1]
-    parts = [x.reshape(groups, -1, columns) for x in (q, k, v)]
-    return torch.cat(parts, dim=1).reshape(-1, columns)
-
-
-def split_qkv(qkv: torch.Tensor, llama: LlamaConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inverse of `join_qkv`."""
-    groups, columns = llama.num_key_value_heads, qkv.shape[1]
-    rows = [llama.num_attention_heads // groups * llama.head_dim, llama.head_dim, llama.head_dim]
-    q, k, v = qkv.reshape(groups, -1, columns).split(rows, dim=1)
-    return q.reshape(-1, columns), k.reshape(-1, columns), v.reshape(-1, columns)
-
-
-def megatron_from_hf(hf: Mapping[str, torch.Tensor], llama: LlamaConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """HF tensors -> (Megatron name, tensor), one at a time, each HF tensor read once."""
-    for hf_name, name in model_names(llama).items():
-        yield name, hf[hf_name]
-    for layer in range(llama.num_hidden_layers):
-        source, target = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-        for hf_name, name in LAYER_NAMES.items():
-            yield target + name, hf[source + hf_name]
-        q, k, v = (hf[f"{source}self_attn.{x}_proj.weight"] for x in "qkv")
-        yield target + "self_attention.linear_qkv.weight", join_qkv(q, k, v, llama)
-        gate, up = hf[source + "mlp.gate_proj.weight"], hf[source + "mlp.up_proj.weight"]
-        yield target + "mlp.linear_fc1.weight", torch.cat([gate, up])
-
-
-def hf_from_megatron(megatron: Mapping[str, torch.Tensor], llama: LlamaConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """The inverse of `megatron_from_hf`: Megatron tensors -> (HF name, tensor)."""
-    for hf_name, name in model_names(llama).items():
-        yield hf_name, megatron[name]
-    for layer in range(llama.num_hidden_layers):
-        source, target = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for hf_name, name in LAYER_NAMES.items():
-            yield target + hf_name, megatron[source + name]
-        qkv = split_qkv(megatron[source + "self_attention.linear_qkv.weight"], llama)
-        for x, weight in zip("qkv", qkv, strict=True):
-            yield f"{target}self_attn.{x}_proj.weight", weight
-        gate, up = megatron[source + "mlp.linear_fc1.weight"].chunk(2)
-        yield target + "mlp.gate_proj.weight", gate
-        yield target + "mlp.up_proj.weight", up
+LAYER_NAMES = {
+    "input_layernorm.weight": f"{QKV}.layer_norm_weight",
+    "self_attn.o_proj.weight": "self_attention.linear_proj.weight",
+    "self_attn.o_proj.bias": "self_attention.linear_proj.bias",
+    "post_attention_layernorm.weight": f"{FC1}.layer_norm_weight",
+    "mlp.down_proj.weight": "mlp.linear_fc2.weight",
+    "mlp.down_proj.bias": "mlp.linear_fc2.bias",
+}
+# ... and of what is joined, with its place in the whole
+JOINED_NAMES = {
+    f"self_attn.{x}_proj.{kind}": (f"{QKV}.{kind}", i) for i, x in enumerate("qkv") for kind in ("weight", "bias")
+}
+JOINED_NAMES |= {
+    f"mlp.{x}_proj.{kind}": (f"{FC1}.{kind}", i) for i, x in enumerate(("gate", "up")) for kind in ("weight", "bias")
+}
+# Megatron's names of norms in models without Transformer Engine
+OTHER_NAMES = {
+    f"{QKV}.layer_norm_weight": "input_layernorm.weight",
+    f"{FC1}.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+WITH_EXTRA_STATE = ("self_attention.linear_proj", QKV, FC1, "mlp.linear_fc2")
 
 
 def hf_shapes(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor a HF checkpoint of this architecture holds, with its shape."""
+    """Every tensor a HF checkpoint of this architecture holds, with its shape, in transformers' order."""
     hidden, ffn = llama.hidden_size, llama.intermediate_size
     queries, keys = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (llama.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (llama.vocab_size, hidden)}
+    projections = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
     }
+    for layer in range(llama.num_hidden_layers):
+        below = f"model.layers.{layer}."
+        for name, shape in projections.items():
+            shapes[f"{below}{name}.weight"] = shape
+            if llama.attention_bias if name.startswith("self_attn") else llama.mlp_bias:
+                shapes[f"{below}{name}.bias"] = shape[:1]
+        shapes |= {below + "input_layernorm.weight": (hidden,), below + "post_attention_layernorm.weight": (hidden,)}
+    shapes["model.norm.weight"] = (hidden,)
     if not llama.tie_word_embeddings:
         shapes["lm_head.weight"] = (llama.vocab_size, hidden)
-    for layer in range(llama.num_hidden_layers):
-        shapes |= {
-            f"model.layers.{layer}.{name}": shape
-            for name, shape in {
-                "input_layernorm.weight": (hidden,),
-                "self_attn.q_proj.weight": (queries, hidden),
-                "self_attn.k_proj.weight": (keys, hidden),
-                "self_attn.v_proj.weight": (keys, hidden),
-                "self_attn.o_proj.weight": (hidden, queries),
-                "post_attention_layernorm.weight": (hidden,),
-                "mlp.gate_proj.weight": (ffn, hidden),
-                "mlp.up_proj.weight": (ffn, hidden),
-                "mlp.down_proj.weight": (hidden, ffn),
-            }.items()
-        }
     return shapes
 
 
@@ -112,8 +81,74 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], llama: LlamaConfig, where
     for name, shape in wanted.items():
         if name not in found:
             raise InputError(f"{where}: tensor {name} is missing")
-        if tuple(found[name]) != shape:
+        if found[name] != shape:
             raise InputError(f"{where}: tensor {name} has shape {list(found[name])}; config.json asks for {list(shape)}")
-    extra = sorted(set(found) - set(wanted))
-    if extra:
-        raise InputError(f"{where}: tensor {extra[0]} does not belong to this architecture")
+    for name in found:
+        if name not in wanted and not name.endswith("rotary_emb.inv_freq"):  # computed, but saved by old versions
+            raise InputError(f"{where}: tensor {name} does not belong to this architecture")
+
+
+def join_qkv(parts: list[torch.Tensor], llama: LlamaConfig) -> torch.Tensor:
+    """Queries [heads * dim, ...], keys and values [groups * dim, ...] -> all in one, group by group."""
+    groups, columns = llama.num_key_value_heads, parts[0].shape[1:]
+    return torch.cat([part.reshape(groups, -1, *columns) for part in parts], dim=1).reshape(-1, *columns)
+
+
+def split_qkv(qkv: torch.Tensor, llama: LlamaConfig) -> list[torch.Tensor]:
+    """The inverse of `join_qkv`."""
+    groups, columns = llama.num_key_value_heads, qkv.shape[1:]
+    rows = [llama.num_attention_heads // groups * llama.head_dim, llama.head_dim, llama.head_dim]
+    return [part.reshape(-1, *columns) for part in qkv.reshape(groups, -1, *columns).split(rows, dim=1)]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A chunk of a Megatron checkpoint and the HF tensors that it is made of: one, or queries, keys and values."""
+
+    chunk: Chunk
+    sources: tuple[str, ...]
+
+    def make(self, hf: Mapping[str, torch.Tensor], llama: LlamaConfig) -> torch.Tensor:
+        """The chunk's numbers, in the dtype of the sources."""
+        parts = [hf[name] for name in self.sources]
+        return (parts[0] if len(parts) == 1 else join_qkv(parts, llama)).reshape(self.chunk.shape)
+
+
+def pieces_of(llama: LlamaConfig, dtype: torch.dtype) -> list[Piece]:
+    """Everything a Megatron checkpoint of this architecture holds, in the chunks in which megatron-core would save it."""
+    shapes, layers = hf_shapes(llama), llama.num_hidden_layers
+    pieces = []
+    for name, key in MODEL_NAMES.items():
+        if name in shapes:
+            whole = shapes[name]
+            pieces.append(Piece(Chunk(key, whole, (0,) * len(whole), whole, dtype), (name,)))
+    places: list[tuple[tuple[int, int], tuple[int], tuple[str, ...]]]  # first layer and row, rows, sources
+    for layer in range(layers):
+        below = f"model.layers.{layer}."
+        joined: dict[str, list[str]] = {}
+        for name in (name.removeprefix(below) for name in shapes if name.startswith(below)):
+            key = JOINED_NAMES[name][0] if name in JOINED_NAMES else LAYER_NAMES[name]
+            joined.setdefault(key, []).append(below + name)
+        for key, sources in joined.items():
+            rows = [shapes[source][0] for source in sources]
+            columns = shapes[sources[0]][1:]
+            whole = (layers, sum(rows), *columns)
+            if key.startswith(FC1):  # a chunk for each part
+                places = [
+                    ((layer, sum(rows[:i])), (row,), (source,))
+                    for i, (row, source) in enumerate(zip(rows, sources, strict=True))
+                ]
+            else:
+                places = [((layer, 0), (sum(rows),), (*sources,))]
+            for start, length, parts in places:
+                chunk = Chunk(LAYERS + key, whole, (*start, *(0 for _ in columns)), (1, *length, *columns), dtype)
+                pieces.append(Piece(chunk, parts))
+    return pieces
+
+
+def extra_states(llama: LlamaConfig) -> list[str]:
+    """Keys of the states that megatron-core looks for beside the weights; they are empty without FP8."""
+    layers = llama.num_hidden_layers
+    return [
+        f"{LAYERS}{module}._extra_state/shard_{layer}_{layers}" for layer in range(layers) for module in WITH_EXTRA_STATE
+    ]

@@ -185,6 +185,17 @@ def fsync(path: str) -> None:
         os.close(descriptor)
 
 
+def sync_files(folder: str) -> dict[str, int]:
+    """Force all files below a folder to disk; their sizes by name relative to it."""
+    sizes = {}
+    for parent, _, names in os.walk(folder):
+        for path in (os.path.join(parent, name) for name in names):
+            fsync(path)
+            sizes[os.path.relpath(path, folder)] = os.path.getsize(path)
+        fsync(parent)
+    return dict(sorted(sizes.items()))
+
+
 def write_text(path: str, text: str) -> None:
     """Write a file so that it appears whole or not at all."""
     with open(path + ".tmp", "w", encoding="utf-8") as file:

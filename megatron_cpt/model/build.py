@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.config.parallel import ParallelConfig
@@ -53,7 +56,7 @@ def transformer_config(
         layernorm_epsilon=llama.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+        add_bias_linear=llama.attention_bias or llama.mlp_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=params_dtype,
@@ -120,10 +123,13 @@ def build_model(
     `vp_stage`: which chunk, under the interleaved pipeline schedule.
     """
     last_chunk = None if vp_stage is None else config.virtual_pipeline_model_parallel_size - 1
+    spec = platform.block_spec(config, vp_stage)
+    leave_out_biases(spec, llama)
+    vocab_size = llama.padded_vocab_size(config.tensor_model_parallel_size)
     model = GPTModel(
         config=config,
-        transformer_layer_spec=platform.block_spec(config, vp_stage),
-        vocab_size=llama.vocab_size,
+        transformer_layer_spec=spec,
+        vocab_size=vocab_size,
         max_sequence_length=seq_length,
         pre_process=ranks.is_first_stage and vp_stage in (None, 0),
         post_process=ranks.is_last_stage and vp_stage == last_chunk,
@@ -143,7 +149,41 @@ def build_model(
             original_max_position_embeddings=scaling.original_max_position_embeddings,
         )
     mark_tensor_parallel(model)
+    if model.post_process and vocab_size > llama.vocab_size:
+        rows = vocab_size // config.tensor_model_parallel_size
+        model.output_layer.register_forward_hook(without_padding(llama.vocab_size - ranks.tensor_rank * rows))
     return model.to(ranks.device)
+
+
+def without_padding(used: int) -> Callable[..., None]:
+    """A hook on this rank's output layer that gives the logits from row `used` on no probability, and no gradient."""
+
+    def hook(module: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+        output[0][..., max(used, 0) :].fill_(float("-inf"))
+
+    return hook
+
+
+def leave_out_biases(spec: TransformerBlockSubmodules, llama: LlamaConfig) -> None:
+    """megatron-core has one setting for the biases of attention and MLP; Llama has one for each."""
+    if llama.attention_bias == llama.mlp_bias:
+        return
+    for layer in spec.layer_specs:
+        part = layer.submodules.mlp if llama.attention_bias else layer.submodules.self_attention
+        for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
+            linear = getattr(part.submodules, name, None)
+            if linear is not None:
+                setattr(part.submodules, name, without_bias(linear))
+
+
+@functools.cache
+def without_bias(linear: type) -> type:
+    """A linear layer that has no bias whatever it is told."""
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        linear.__init__(self, *args, **options | {"bias": False})  # type: ignore[misc]
+
+    return type(linear.__name__, (linear,), {"__init__": init})
 
 
 def mark_tensor_parallel(model: GPTModel) -> None:
@@ -155,5 +195,6 @@ def mark_tensor_parallel(model: GPTModel) -> None:
     split_dim = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if type(module) in split_dim and weight is not None and not hasattr(weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=split_dim[type(module)], stride=1)
+        for kind, dim in split_dim.items():
+            if isinstance(module, kind) and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)

@@ -10,7 +10,7 @@ from megatron_cpt.model.llama import LlamaConfig
 def check_layout(llama: LlamaConfig, parallel: ParallelConfig, seq_length: int) -> None:
     """Raise InputError unless the model and its samples can be split this way."""
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    for name in ("num_attention_heads", "num_key_value_heads", "vocab_size", "intermediate_size"):
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(llama, name) % tensor:
             raise InputError(
                 f"{getattr(llama, name)} {name} are not divisible by tensor_model_parallel_size {tensor}; "
@@ -86,7 +86,7 @@ def check_microbatches(parallel: ParallelConfig, num_microbatches: int) -> None:
 
 
 def _tensor_sizes(llama: LlamaConfig) -> list[int]:
-    sizes = (llama.num_attention_heads, llama.num_key_value_heads, llama.vocab_size, llama.intermediate_size)
+    sizes = (llama.num_attention_heads, llama.num_key_value_heads, llama.intermediate_size)
     return [n for n in range(1, llama.num_key_value_heads + 1) if all(size % n == 0 for size in sizes)]
 
 

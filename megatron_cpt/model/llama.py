@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass
@@ -37,15 +38,48 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
     dtype: str  # of the saved weights: float32, bfloat16 or float16
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
+        """Rows of the embedding and the output layer when they are split: the last ones may be padding."""
+        return -(-self.vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
 
 
 # Fields with one value that we compute; anything else would silently be another model.
 ONLY = {
     "model_type": "llama",
     "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
     "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+}
+# Fields that change nothing here: what we read, what initialises or describes, and what is for generation or other tasks.
+KNOWN = {field.name for field in dataclasses.fields(LlamaConfig)} | {
+    "architectures",
+    "chunk_size_feed_forward",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "is_llama_config",
+    "label2id",
+    "max_length",
+    "max_sequence_length",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pretraining_tp",
+    "problem_type",
+    "return_dict",
+    "rope_parameters",
+    "temperature",
+    "top_p",
+    "torch_dtype",
+    "transformers.js_config",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
 }
 
 
@@ -60,6 +94,10 @@ def read_llama_config(folder: str) -> LlamaConfig:
     for name, value in ONLY.items():
         if fields.get(name, value) != value:
             raise InputError(f"{path}: {name} is {fields[name]!r}; supported is {value!r}")
+    _check_known(path, fields)
+    for name in ("attention_bias", "mlp_bias"):
+        if not isinstance(fields.get(name, False), bool):
+            raise InputError(f"{path}: {name} is {fields[name]!r}; use true or false")
     for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         if not isinstance(fields.get(name), int) or fields[name] < 1:
             raise InputError(f"{path}: {name} is {fields.get(name)!r}; use a whole number above 0")
@@ -82,7 +120,23 @@ def read_llama_config(folder: str) -> LlamaConfig:
         rope_scaling=rope_scaling,
         tie_word_embeddings=fields.get("tie_word_embeddings", False),
         dtype=fields.get("dtype") or fields.get("torch_dtype") or "float32",
+        attention_bias=fields.get("attention_bias", False),
+        mlp_bias=fields.get("mlp_bias", False),
     )
+
+
+def _check_known(path: str, fields: dict[str, Any]) -> None:
+    """Raise InputError for a field that may change the computation in a way that we do not know."""
+    if "quantization_config" in fields:
+        raise InputError(f"{path}: the weights are quantized (quantization_config); use the model in bf16, fp16 or fp32")
+    architectures = fields.get("architectures") or ["LlamaForCausalLM"]
+    if architectures != ["LlamaForCausalLM"]:
+        raise InputError(f"{path}: architectures is {architectures}; supported is ['LlamaForCausalLM']")
+    for name, value in fields.items():
+        harmless = name in KNOWN or name in ONLY or name.startswith("_") or name.endswith("_token_id")
+        if not harmless and value is not None and value is not False:
+            unknown = f"{name} is {value!r}, a field that is not known here"
+            raise InputError(f"{path}: {unknown}; remove it if the model computes the same without it")
 
 
 def _read_json(path: str) -> dict[str, Any]:

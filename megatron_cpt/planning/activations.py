@@ -45,7 +45,7 @@ def sizes(job: Job, layout: Layout) -> Sizes:
         key=llama.num_key_value_heads * llama.head_dim // tensor,
         heads=llama.num_attention_heads // tensor,
         ffn=llama.intermediate_size // tensor,
-        vocab=llama.vocab_size // tensor,
+        vocab=llama.padded_vocab_size(tensor) // tensor,
     )
 
 

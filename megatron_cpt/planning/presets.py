@@ -48,5 +48,10 @@ def find_model(name: str) -> LlamaConfig:
         raise InputError(f"model is {name!r}; use {', '.join(MODELS)}, or a Hugging Face or Megatron checkpoint folder")
     for folder in (name, os.path.join(name, "hf"), os.path.join(name, "release", "hf")):
         if os.path.exists(os.path.join(folder, "config.json")):
-            return read_llama_config(folder)
+            llama = read_llama_config(folder)
+            if llama.attention_bias or llama.mlp_bias:
+                raise InputError(
+                    f"{folder}/config.json: the model has biases, which the estimates leave out; plan it without"
+                )
+            return llama
     raise InputError(f"model {name}: neither config.json nor hf/config.json is there")

@@ -83,7 +83,7 @@ def planned_flops(job: Job, layout: Layout, stage: int) -> float:
     without_output = dataclasses.replace(llama, vocab_size=0)
     flops = flops_per_token(without_output, job.seq_length, causal=False) * layers / llama.num_hidden_layers
     if stage == layout.pipeline - 1:
-        flops += 6.0 * llama.hidden_size * llama.vocab_size
+        flops += 6.0 * llama.hidden_size * llama.padded_vocab_size(layout.tensor)
     return flops * tokens / layout.tensor
 
 

@@ -42,7 +42,7 @@ def parameters_of_chunk(llama: LlamaConfig, tensor: int, pipeline: int, chunk: C
     """The parameters of one tensor-parallel rank, in the order of the module."""
     hidden, ffn = llama.hidden_size, llama.intermediate_size
     query, key = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
-    vocabulary = llama.vocab_size // tensor * hidden
+    vocabulary = llama.padded_vocab_size(tensor) // tensor * hidden
     twice = llama.tie_word_embeddings and pipeline > 1  # the first and the last stage have a copy each
     parameters = [Parameter("embedding", vocabulary, twice)] if chunk.has_embedding else []
     for _ in range(chunk.layers):

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VARIANTS, make_tiny_llama, run_tool
+from tiny_models import ROOT, VARIANTS, make_tiny_llama, run_tool
 
+from megatron_cpt.checkpoint import convert
+from megatron_cpt.checkpoint.conversion import resumable_folder
 from megatron_cpt.checkpoint.convert import (
     HfToMegatron,
     MegatronToHf,
-    Verify,
     hf_to_megatron,
     megatron_to_hf,
-    verify,
 )
+from megatron_cpt.checkpoint.verify import DifferentError, Verify, verify
 from megatron_cpt.errors import InputError
 
 
@@ -50,7 +56,7 @@ def test_verify_finds_one_changed_number(hf: Path, tmp_path: Path) -> None:
     tensors = load_file(hf / "model.safetensors")
     tensors["model.layers.2.mlp.up_proj.weight"][3, 5] += 1e-3
     save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"model\.layers\.2\.mlp\.up_proj\.weight differs by up to 0\.001"):
+    with pytest.raises(DifferentError, match=r"model\.layers\.2\.mlp\.up_proj\.weight differs by up to 0\.001"):
         verify(Verify(str(hf), str(tmp_path / "megatron")))
 
 
@@ -129,3 +135,151 @@ def test_the_tool_exits_with_two_and_one_line(tmp_path: Path) -> None:
     result = run_tool("convert_checkpoint.py", "hf-to-megatron", "--hf", "nowhere", "--megatron", str(tmp_path), check=False)
     assert result.returncode == 2
     assert result.stderr.strip() == "error: model configuration nowhere/config.json: No such file or directory"
+
+
+def kill_after_first_file(command: list[str], folder: Path) -> None:
+    """Run a conversion, and kill -9 it as soon as one of its files is complete."""
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *command], cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(".*.done")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+
+
+# The tool, with files of two or three chunks, and half a second for each file.
+SLOW = """
+import runpy, sys, time
+from megatron_cpt.checkpoint import conversion, convert
+convert.FILE_BYTES = 200_000
+write_some = conversion._write_some
+def slowly(folder, jobs, meter, number):
+    for job in jobs:
+        write_some(folder, [job], meter, number)
+        time.sleep(0.5)
+conversion._write_some = slowly
+sys.argv[0] = "tools/convert_checkpoint.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(
+    direction: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "FILE_BYTES", 200_000)
+
+    def command(name: str) -> list[str]:
+        if direction == "hf-to-megatron":
+            return [direction, "--hf", str(hf), "--megatron", str(tmp_path / name), "--num_workers", "1"]
+        megatron = ["--megatron", str(tmp_path / "source"), "--max_shard_size", "200KB"]
+        return [direction, *megatron, "--hf", str(tmp_path / name), "--num_workers", "1"]
+
+    def run(name: str) -> Path:
+        if direction == "hf-to-megatron":
+            return Path(hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / name), num_workers=1)))
+        return Path(megatron_to_hf(MegatronToHf(str(tmp_path / "source"), str(tmp_path / name), "keep", "200KB", 1)))
+
+    hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "source")))
+    whole = run("whole")
+    unfinished = tmp_path / "killed" / ".release.tmp" if direction == "hf-to-megatron" else tmp_path / ".killed.tmp"
+    kill_after_first_file(command("killed"), unfinished)
+    done = {path.name.removeprefix(".").removesuffix(".done") for path in unfinished.glob(".*.done")}
+    before = {name: (unfinished / name).stat().st_mtime_ns for name in done}
+    assert 0 < len(done) < len(list(whole.glob("*.distcp" if direction == "hf-to-megatron" else "*.safetensors")))
+    again = run("killed")
+    assert {name: (again / name).stat().st_mtime_ns for name in done} == before, "a complete file was written again"
+    names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(again)) for path in again.rglob("*") if path.is_file())
+    for name in names:
+        assert (whole / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_a_changed_source_begins_the_conversion_anew(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    megatron = tmp_path / "megatron"
+    kill_after_first_file(["hf-to-megatron", "--hf", str(hf), "--megatron", str(megatron)], megatron / ".release.tmp")
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= 2
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(HfToMegatron(str(hf), str(megatron)))
+    assert "tensors equal" in verify(Verify(str(hf), str(megatron)))
+
+
+def test_two_conversions_to_the_same_place_are_refused(hf: Path, tmp_path: Path) -> None:
+    with (
+        resumable_folder(str(tmp_path / "megatron" / "release"), {}),
+        pytest.raises(InputError, match="is being written by another process"),
+    ):
+        hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(hf: Path, tmp_path: Path, value: float) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][2, 3] = value
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.layers\.1\.self_attn\.k_proj\.weight .*not finite"):
+        hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_shards_are_those_of_transformers(hf: Path, tmp_path: Path) -> None:
+    """The same bytes as transformers' own files, sharded or not."""
+    from transformers import LlamaForCausalLM
+
+    hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    for size in ("200KB", "5GB"):
+        theirs, ours = tmp_path / f"theirs{size}", tmp_path / f"ours{size}"
+        model.save_pretrained(theirs, max_shard_size=size)
+        megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(ours), max_shard_size=size))
+        names = sorted(path.name for path in theirs.glob("model*"))
+        assert names == sorted(path.name for path in ours.glob("model*"))
+        for name in names:
+            if name.endswith(".safetensors"):
+                assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+        assert "tensors equal" in verify(Verify(str(hf), str(ours)))
+
+
+def test_several_files_and_torch_files(hf: Path, tmp_path: Path) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    (hf / "model.safetensors").unlink()
+    names = sorted(tensors)
+    torch.save({name: tensors[name] for name in names[:9]}, hf / "pytorch_model-00001-of-00002.bin")
+    torch.save({name: tensors[name] for name in names[9:]}, hf / "pytorch_model-00002-of-00002.bin")
+    files = {name: f"pytorch_model-0000{1 + (i >= 9)}-of-00002.bin" for i, name in enumerate(names)}
+    (hf / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    assert "tensors equal" in verify(Verify(str(hf), str(tmp_path / "megatron")))
+    (hf / "pytorch_model-00002-of-00002.bin").rename(hf / "elsewhere")
+    with pytest.raises(InputError, match=r"pytorch_model-00002-of-00002\.bin is missing; pytorch_model\.bin\.index\.json"):
+        hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron2")))
+    torch.save({"a": subprocess.Popen}, hf / "pytorch_model-00002-of-00002.bin")
+    with pytest.raises(InputError, match=r"pytorch_model-00002-of-00002\.bin cannot be read: Weights only load failed"):
+        hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron2")))
+
+
+def test_logits(hf: Path, tmp_path: Path) -> None:
+    megatron = str(tmp_path / "megatron")
+    hf_to_megatron(HfToMegatron(str(hf), megatron))
+    said = verify(Verify(str(hf), megatron, logits=True))
+    assert re.search(r"tensors equal, bit by bit; logits of \d+ tokens .* top-1 agreement 100\.00%", said), said
+    megatron_to_hf(MegatronToHf(megatron, str(tmp_path / "bf16"), dtype="bfloat16"))
+    compare = Verify(str(tmp_path / "bf16"), megatron, tensors=False, logits=True)
+    with pytest.raises(DifferentError, match=r"largest difference .* \(tolerance 0\.001\)"):
+        verify(compare)
+    assert "top-1 agreement" in verify(replace(compare, tolerance=0.5))
+
+
+def test_dtype_of_the_megatron_checkpoint(hf: Path, tmp_path: Path) -> None:
+    """Also the way out of a folder whose tensors have several dtypes."""
+    tensors = load_file(hf / "model.safetensors")
+    mixed = {name: tensor.half() if tensor.ndim == 1 else tensor for name, tensor in tensors.items()}
+    save_file(mixed, hf / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron"), dtype="bfloat16"))
+    assert json.loads((tmp_path / "megatron" / "release" / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+    back = megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
+    for name, tensor in load_file(Path(back) / "model.safetensors").items():
+        assert torch.equal(tensor, mixed[name].bfloat16()), name

@@ -39,10 +39,10 @@ def test_heads() -> None:
 
 
 def test_vocabulary_and_feed_forward() -> None:
-    """Sizes offered divide everything, not only what was found first."""
+    """The vocabulary is padded; sizes offered divide everything else, not only what was found first."""
     odd = replace(LLAMA_3_1_8B, vocab_size=128258)
-    message = refusal(odd, tensor_model_parallel_size=4)
-    assert message == "128258 vocab_size are not divisible by tensor_model_parallel_size 4; use 1 or 2"
+    check_layout(odd, ParallelConfig(4), 2048)
+    assert [odd.padded_vocab_size(tensor) for tensor in (1, 2, 4, 8)] == [128258, 128258, 128260, 128264]
     message = refusal(replace(odd, intermediate_size=14337), tensor_model_parallel_size=2)
     assert message == "14337 intermediate_size are not divisible by tensor_model_parallel_size 2; use 1"
 

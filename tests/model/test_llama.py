@@ -89,15 +89,43 @@ def test_head_dim_of_its_own_and_tied_embeddings(tmp_path: Path) -> None:
     [
         ("model_type", "mistral", "'llama'"),
         ("hidden_act", "gelu", "'silu'"),
-        ("attention_bias", True, "False"),
-        ("mlp_bias", True, "False"),
         ("attention_dropout", 0.1, "0.0"),
+        ("partial_rotary_factor", 0.5, "1.0"),
+        ("architectures", ["LlamaForSequenceClassification"], "['LlamaForCausalLM']"),
     ],
 )
 def test_another_computation_is_refused(tmp_path: Path, field: str, value: Any, supported: str) -> None:
     with pytest.raises(InputError) as caught:
         read(tmp_path, OLD | {field: value})
     assert str(caught.value) == f"{tmp_path}/config.json: {field} is {value!r}; supported is {supported}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("residual_multiplier", 0.22), ("use_qk_norm", True), ("auto_map", {"AutoModel": "x.Y"})]
+)
+def test_fields_that_nobody_knows_are_refused_unless_they_are_off(tmp_path: Path, field: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"{field} is .*, a field that is not known here"):
+        read(tmp_path, OLD | {field: value})
+    assert read(tmp_path, OLD | {field: None}) == LLAMA_3_1_8B
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the weights are quantized"):
+        read(tmp_path, OLD | {"quantization_config": {"quant_method": "gptq"}})
+
+
+def test_every_field_that_transformers_writes_is_known(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    fields = transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 5e5}).to_dict()
+    assert read(tmp_path, fields | {"dtype": "bfloat16", "architectures": ["LlamaForCausalLM"]}).rope_theta == 5e5
+
+
+def test_biases(tmp_path: Path) -> None:
+    assert read(tmp_path, OLD | {"attention_bias": True, "mlp_bias": True}) == replace(
+        LLAMA_3_1_8B, attention_bias=True, mlp_bias=True
+    )
+    with pytest.raises(InputError, match="mlp_bias is 'yes'; use true or false"):
+        read(tmp_path, OLD | {"mlp_bias": "yes"})
 
 
 @pytest.mark.parametrize(

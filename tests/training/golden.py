@@ -25,7 +25,7 @@ from tiny_runs import Runs
 from tiny_tokenizer import make_tiny_tokenizer
 
 import megatron_cpt.training  # noqa: F401  (prepares the platform)
-from megatron_cpt.checkpoint.convert import megatron_tensors
+from megatron_cpt.checkpoint.convert import open_megatron
 from megatron_cpt.config.lr import LrConfig
 from megatron_cpt.config.run import (
     CheckpointConfig,
@@ -73,7 +73,7 @@ def compute() -> dict[str, Values]:
 def checksums(folder: Path) -> Values:
     """Of the text, as token ids, and of the weights the runs begin with."""
     text = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.bin"))}
-    tensors, _ = megatron_tensors(str(folder / "megatron" / "release"))
+    tensors = open_megatron(str(folder / "megatron" / "release"))
     weights = hashlib.sha256()
     for name in sorted(tensors):
         weights.update(name.encode() + tensors[name].contiguous().numpy().tobytes())

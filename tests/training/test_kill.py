@@ -22,7 +22,7 @@ from metrics_rows import clockless, newest
 from tiny_models import VARIANTS
 from tiny_runs import Layout, Runs
 
-from megatron_cpt.checkpoint.convert import Verify, verify
+from megatron_cpt.checkpoint.verify import Verify, verify
 from megatron_cpt.training.metrics_file import read_metrics
 
 STEPS = 20

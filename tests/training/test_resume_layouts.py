@@ -14,7 +14,7 @@ from metrics_rows import clockless
 from tiny_models import VARIANTS, read_rows
 from tiny_runs import SAVE_INTERVAL, Layout, Runs
 
-from megatron_cpt.checkpoint.convert import Verify, verify
+from megatron_cpt.checkpoint.verify import Verify, verify
 
 STEPS = 4
 SINGLE = Case()

@@ -24,7 +24,7 @@ from tampering import sign_of, signs
 from tiny_models import VARIANTS
 from tiny_runs import Layout, Runs
 
-from megatron_cpt.checkpoint.convert import Verify, verify
+from megatron_cpt.checkpoint.verify import Verify, verify
 
 STEPS, MICROBATCHES = 4, 16
 SETTINGS = (

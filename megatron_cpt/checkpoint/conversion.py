@@ -1,0 +1,204 @@
+"""A folder that several processes fill file by file, that appears whole, and that goes on where a killed attempt stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import pickle
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_cpt.checkpoint.background import Worker, WorkerError
+from megatron_cpt.checkpoint.folders import publish_folder, temporary_name
+from megatron_cpt.checkpoint.restricted import StrictUnpickler
+from megatron_cpt.errors import InputError
+
+JOB = ".job.json"
+SECONDS_BETWEEN_LOOKS = 0.05
+SECONDS_BETWEEN_LINES = 60.0
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """One file to write: `write(path, written)` writes it, forces it to disk, and tells `written` the bytes as they come.
+
+    What it returns has to be made of plain values and dataclasses of torch.
+    """
+
+    name: str
+    bytes: int
+    write: Callable[[str, Callable[[int], None]], Any]
+
+
+@contextlib.contextmanager
+def resumable_folder(path: str, identity: dict[str, Any]) -> Iterator[str]:
+    """A temporary folder beside `path` that takes its name when the block succeeds.
+
+    It vanishes when the block fails. When the process is killed or interrupted it stays, and the next call with the same
+    `identity` (what goes in, and how) finds it as it was; with another one it begins anew.
+
+    Raises:
+        InputError: another process is at it
+    """
+    temporary = temporary_name(path)
+    parent = os.path.dirname(temporary)
+    parent_is_ours = not os.path.exists(parent)
+    os.makedirs(temporary, exist_ok=True)
+    try:
+        with _locked(os.path.join(temporary, JOB), path) as job:
+            if job.read() != json.dumps(identity):
+                _empty(temporary)
+                job.truncate(0)
+                job.write(json.dumps(identity))
+                job.flush()
+            yield temporary
+            os.remove(job.name)
+            publish_folder(temporary, path)
+    except BusyError:
+        raise
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if parent_is_ours:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                os.rmdir(parent)
+        raise
+
+
+class BusyError(InputError):
+    """Another process is writing what this one was asked to write."""
+
+
+@contextlib.contextmanager
+def _locked(path: str, what: str) -> Iterator[TextIO]:
+    """A file that only one process has at a time, at its beginning."""
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            there = os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        except BlockingIOError:
+            there = False
+        if not there:
+            raise BusyError(f"{what} is being written by another process")
+        file.seek(0)
+        yield file
+
+
+def _empty(folder: str) -> None:
+    """Remove everything but the description of the job."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        elif name != JOB:
+            os.remove(path)
+
+
+def fingerprint(folder: str, names: Sequence[str]) -> dict[str, list[int]]:
+    """Sizes and times of change of files: whether they are still the same."""
+    stats = {name: os.stat(os.path.join(folder, name)) for name in names}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def write_files(folder: str, jobs: Sequence[FileJob], num_workers: int, description: str) -> list[Any]:
+    """Write the files that are not there yet, in forked processes; what each job returned, now or in an earlier attempt.
+
+    Raises:
+        InputError: a job failed; its text says how
+    """
+    todo = [job for job in jobs if not os.path.exists(_marker(folder, job))]
+    count = min(num_workers, len(todo))
+    workers: list[Worker[None]] = []
+    with _Meter(description, sum(job.bytes for job in jobs), sum(job.bytes for job in todo), count) as meter:
+        try:
+            for number in range(count):
+                workers.append(Worker(partial(_write_some, folder, todo[number::count], meter, number)))
+            while any(worker.running() for worker in workers):
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                meter.show()
+                for worker in workers:
+                    if not worker.running():
+                        worker.result()
+            for worker in workers:
+                worker.result()
+        except WorkerError as error:
+            raise InputError(str(error).removeprefix("InputError: ")) from error
+        finally:
+            for worker in workers:
+                worker.kill()
+    return [_take_result(folder, job) for job in jobs]
+
+
+def _write_some(folder: str, jobs: Sequence[FileJob], meter: _Meter, number: int) -> None:
+    for job in jobs:
+        result = job.write(os.path.join(folder, job.name), partial(meter.advance, number))
+        with open(_marker(folder, job) + ".tmp", "wb") as file:
+            pickle.dump(result, file)
+        os.replace(file.name, _marker(folder, job))
+
+
+def _marker(folder: str, job: FileJob) -> str:
+    """Is there when the file is complete; holds what the job returned."""
+    return os.path.join(folder, f".{job.name}.done")
+
+
+def _take_result(folder: str, job: FileJob) -> Any:
+    with open(_marker(folder, job), "rb") as file:
+        result = StrictUnpickler(file).load()
+    return result
+
+
+def remove_markers(folder: str, jobs: Sequence[FileJob]) -> None:
+    """The folder is about to be published."""
+    for job in jobs:
+        os.remove(_marker(folder, job))
+
+
+class _Meter:
+    """Bytes written by all processes: a bar on a terminal, a line every minute elsewhere."""
+
+    def __init__(self, description: str, total: int, todo: int, processes: int) -> None:
+        self._description, self._total, self._before = description, total, total - todo
+        self._counts = np.frombuffer(mmap.mmap(-1, 8 * max(processes, 1)), np.int64)  # shared with the forked processes
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
+        self._task = self._bar.add_task(description, total=total, completed=self._before)
+        self._said = time.monotonic()
+
+    def __enter__(self) -> _Meter:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.stop()
+
+    def advance(self, number: int, count: int) -> None:
+        """Called by process `number`."""
+        self._counts[number] += count
+
+    def show(self) -> None:
+        """Called by the parent."""
+        done = self._before + int(self._counts.sum())
+        self._bar.update(self._task, completed=done, refresh=True)
+        now = time.monotonic()
+        if self._bar.disable and now - self._said > SECONDS_BETWEEN_LINES:
+            self._said = now
+            print(f"{self._description}: {done / 1e9:.1f} of {self._total / 1e9:.1f} GB", file=sys.stderr, flush=True)

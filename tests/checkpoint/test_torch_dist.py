@@ -1,0 +1,131 @@
+"""What the converter writes is what megatron-core would write, chunk by chunk; damage is found, pickles run nothing."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VARIANTS, make_tiny_llama
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from megatron_cpt.checkpoint.convert import HfToMegatron, hf_to_megatron, open_megatron
+from megatron_cpt.checkpoint.hf_files import HfTensors
+from megatron_cpt.checkpoint.restricted import Opaque, load_metadata, load_settings
+from megatron_cpt.checkpoint.save_load import load_checkpoint, save_checkpoint
+from megatron_cpt.checkpoint.torch_dist import Region, TorchDistReader
+from megatron_cpt.checkpoint.verify import single_process_model
+from megatron_cpt.errors import InputError
+from megatron_cpt.model.llama import read_llama_config
+
+
+def described(metadata: Metadata) -> dict[str, Any]:
+    """Everything that .metadata says of the tensors."""
+    return {
+        key: "bytes"
+        if isinstance(entry, BytesStorageMetadata)
+        else (entry.size, entry.properties.dtype, sorted((tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks))
+        for key, entry in metadata.state_dict_metadata.items()
+    }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_checkpoint_is_that_of_megatron_core(variant: str, tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    """Names, shapes, chunks, dtypes, and that megatron-core loads it and writes the same numbers."""
+    hf = make_tiny_llama(tmp_path / "hf", tiny_tokenizer_dir, torch.bfloat16, **VARIANTS[variant])
+    ours = hf_to_megatron(HfToMegatron(hf, str(tmp_path / "ours")))
+    with single_process_model(read_llama_config(hf), "bfloat16") as model:
+        load_checkpoint(ours, [model])
+        theirs = save_checkpoint(str(tmp_path / "theirs"), [model], hf, {"kind": "test"})
+    assert described(load_metadata(f"{ours}/.metadata")) == described(FileSystemReader(theirs).read_metadata())
+    a, b = open_megatron(ours), open_megatron(theirs)
+    for name, tensor in HfTensors(hf).items():
+        assert torch.equal(a[name], tensor), name
+        assert torch.equal(b[name], tensor), name
+
+
+@pytest.fixture
+def converted(tmp_path: Path, tiny_tokenizer_dir: str) -> Path:
+    hf = make_tiny_llama(tmp_path / "hf", tiny_tokenizer_dir)
+    return Path(hf_to_megatron(HfToMegatron(hf, str(tmp_path / "megatron"))))
+
+
+def test_any_box_of_a_tensor_can_be_read(converted: Path) -> None:
+    reader = TorchDistReader(str(converted))
+    key = "decoder.layers.mlp.linear_fc1.weight"  # two chunks in each layer
+    whole = reader.read(Region(key, (0, 0, 0), reader.shape(key)))
+    for offset, shape in (((1, 100, 3), (2, 150, 40)), ((0, 159, 0), (4, 2, 64)), ((2, 0, 0), (1, 160, 64))):
+        box = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+        assert torch.equal(reader.read(Region(key, offset, shape)), whole[box])
+
+
+def read_all(folder: Path) -> None:
+    for tensor in open_megatron(str(folder)).values():
+        assert tensor.numel()
+
+
+def test_a_changed_bit_is_found(converted: Path) -> None:
+    read_all(converted)
+    path = converted / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"__0_0\.distcp is damaged at byte \d+, in tensor .*: wrong checksum"):
+        read_all(converted)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"is damaged at byte \d+, in tensor .*: the file ends at byte"):
+        read_all(converted)
+    path.unlink()
+    with pytest.raises(InputError, match=r"__0_0\.distcp cannot be read: No such file"):
+        read_all(converted)
+
+
+def test_missing_and_foreign_tensors(converted: Path, tmp_path: Path) -> None:
+    def changed(change: Any) -> None:
+        metadata = load_metadata(str(converted / ".metadata"))
+        change(metadata)
+        (converted / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    entries = load_metadata(str(converted / ".metadata")).state_dict_metadata
+    norm = "decoder.final_layernorm.weight"
+    changed(lambda m: m.state_dict_metadata.pop(norm))
+    with pytest.raises(InputError, match=f"tensor {re.escape(norm)} is missing"):
+        read_all(converted)
+    changed(lambda m: m.state_dict_metadata.update({norm: entries[norm], "decoder.layers.gate.weight": entries[norm]}))
+    with pytest.raises(InputError, match=r"tensor decoder\.layers\.gate\.weight does not belong"):
+        read_all(converted)
+    changed(lambda m: m.state_dict_metadata.pop("decoder.layers.gate.weight"))
+    changed(lambda m: m.state_dict_metadata["output_layer.weight"].chunks.clear())
+    with pytest.raises(InputError, match=r"output_layer\.weight is not complete"):
+        read_all(converted)
+
+
+class Bomb:
+    """Unpickling it runs a command."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_unpickling_runs_nothing(converted: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "ran"
+    metadata = load_metadata(str(converted / ".metadata"))
+    metadata.planner_data = Bomb(trace)
+    (converted / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError, match=r"it names posix\.system, which a checkpoint has no need of"):
+        read_all(converted)
+    settings = {"args": Namespace(num_layers=2, dtype=torch.bfloat16, act=torch.nn.functional.silu), "bomb": Bomb(trace)}
+    torch.save(settings | {"weight": torch.ones(3)}, tmp_path / "common.pt")
+    found = load_settings(str(tmp_path / "common.pt"))
+    assert (found["args"].num_layers, found["args"].dtype) == (2, torch.bfloat16)
+    assert isinstance(found["bomb"], Opaque)
+    assert not trace.exists()
