@@ -13,5 +13,9 @@ class ProcessDiedError(RuntimeError):
     """A helper process ended by itself: killed, or out of memory. Tools print it as one line and exit with status 1."""
 
 
+class StopRequestedError(Exception):
+    """The run is asked to stop and what was under way has been given up; nothing has changed."""
+
+
 class RunError(RuntimeError):
     """A run cannot go on, though nothing is wrong with its input; all ranks know. One line, exit status 1."""

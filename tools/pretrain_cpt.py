@@ -3,9 +3,24 @@
 torchrun --nproc_per_node 2 tools/pretrain_cpt.py --config run.yaml --optimizer.lr 1e-5
 """
 
-from megatron_cpt.config.cli import run_tool
-from megatron_cpt.config.run import RunConfig
-from megatron_cpt.training.pretrain import setup
+import os
+import signal
+import sys
+
+
+def stop_at_once(number: int, frame: object) -> None:
+    """A signal that comes while the libraries are imported: there is nothing to save, and no process waits for this one."""
+    print(f"stopped before the first step: {signal.Signals(number).name}", file=sys.stderr, flush=True)
+    os._exit(0)
+
 
 if __name__ == "__main__":  # the checkpoint writer starts processes: an unguarded main would run again in each
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # among several, the launcher ends them all
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, stop_at_once)
+
+    from megatron_cpt.config.cli import run_tool
+    from megatron_cpt.config.run import RunConfig
+    from megatron_cpt.training.pretrain import setup
+
     run_tool(setup, RunConfig, "Continue the pre-training of a Llama model on a mixture of corpora.")

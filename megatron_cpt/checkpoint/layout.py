@@ -98,15 +98,15 @@ def iterations(root: str) -> dict[int, str]:
 
 
 def find_checkpoint(path: str) -> str:
-    """A checkpoint folder, given itself or the folder of a run (its newest checkpoint)."""
+    """A checkpoint folder, given itself or the folder of a run (its newest complete checkpoint)."""
     if not os.path.isdir(path):
         raise InputError(f"checkpoint {path}: no such folder")
     if os.path.exists(os.path.join(path, "metadata.json")):
         check_complete(path)
         return path
-    folder = latest_checkpoint(path)
+    folder, passed_over = newest_complete(path)
     if folder is None:
-        raise InputError(f"{path} holds no Megatron checkpoint: neither metadata.json nor {TRACKER} is there")
+        raise InputError(passed_over[0] if passed_over else f"{path} holds no Megatron checkpoint")
     return folder
 
 
@@ -168,6 +168,9 @@ def read_checkpoint_manifest(folder: str) -> dict[str, Any]:
     for name in ("iteration", "consumed_samples", "optimizer", "data", "config", "training"):
         if name not in manifest:
             raise InputError(f"checkpoint manifest {path} has no field {name!r}")
+    for name in ("lr_schedule", "history", "baseline", "evaluated"):
+        if name not in manifest["training"]:
+            raise InputError(f"checkpoint manifest {path} has no field 'training.{name}'")
     return manifest
 
 

@@ -8,9 +8,12 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cpt.checkpoint.attempt import CheckpointError, save_checkpoint
+from megatron_cpt.checkpoint.background import error_text
 from megatron_cpt.checkpoint.state import Progress, chunk_names, restore_rng, state_to_load
+from megatron_cpt.errors import InputError, StopRequestedError
 
 __all__ = ["CheckpointError", "Progress", "dtype_of", "load_checkpoint", "save_checkpoint"]
 
@@ -21,9 +24,21 @@ def load_checkpoint(folder: str, chunks: Sequence[GPTModel], optimizer: Megatron
     With `optimizer` it loads the whole state of the run: the optimizer's, and that of the random number generators if they
     were saved in the same layout (otherwise they are left as they are). Weights are converted to the dtype of the model.
     Returns how far the run that saved it had come.
+
+    Raises:
+        InputError: it does not fit or is damaged
     """
-    common = dist_checkpointing.load_common_state_dict(folder)
-    loaded = dist_checkpointing.load(state_to_load(chunks, optimizer, common.get("rng_name")), folder)
+    try:
+        common = dist_checkpointing.load_common_state_dict(folder)
+        loaded = dist_checkpointing.load(state_to_load(chunks, optimizer, common.get("rng_name")), folder)
+    except StopRequestedError:
+        raise
+    except (Exception, CheckpointException) as error:  # there is no one name for what a damaged file leads to
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        if isinstance(causes[0], StopRequestedError):
+            raise causes[0] from error
+        advice = "if its files are damaged, move it away to go on from the one before"
+        raise InputError(f"checkpoint {folder} cannot be read ({error_text(causes[0])}); {advice}") from error
     for name, chunk in zip(chunk_names(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     if optimizer is not None:

@@ -15,6 +15,8 @@ from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.require import at_most_one, require, require_at_least
 from megatron_cpt.errors import InputError
 
+MOST_THREADS = 256  # of a process
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -75,6 +77,7 @@ class TrainingConfig:
     """Save and stop this long after the start, to be there before a job's time limit."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**63, "training.seed", self.seed, "0 to 2**63 - 1")
         if at_most_one("training", self, "train_iters", "train_samples", "train_tokens") is None:
             raise InputError("the length of the run is not given; use training.train_iters, train_samples or train_tokens")
         require_at_least(self, train_iters=1, train_samples=1, train_tokens=1, exit_duration_in_mins=0)
@@ -101,6 +104,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, num_workers=0, prefetch=1)
+        require(self.num_workers <= MOST_THREADS, "data.num_workers", self.num_workers, f"at most {MOST_THREADS}")
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,10 @@ class TroubleConfig:
     """A process that has shown no sign of life for so long is taken for dead and ends the run; 0 turns this off."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, max_skipped_steps=0, spike_window=2, check_weights_interval=0, heartbeat_seconds=0)
+        require_at_least(self, max_skipped_steps=0, spike_window=2, check_weights_interval=0)
+        # Processes tell each other twice a second that they live.
+        seconds = self.heartbeat_seconds
+        require(seconds == 0 or seconds >= 2, "trouble.heartbeat_seconds", seconds, "2 or more, or 0")
         for name in ("spike_sigmas", "spike_grad_norm"):
             value = getattr(self, name)
             require(value is None or value > 0, f"trouble.{name}", value, "a number above 0")

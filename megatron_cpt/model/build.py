@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -25,6 +26,17 @@ from megatron_cpt.config.run import TrainingConfig
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.platforms import Platform, current_platform
 from megatron_cpt.platforms.process_groups import Ranks
+
+__all__ = [
+    "Arithmetic",
+    "LayerType",
+    "TransformerConfig",
+    "arithmetic_of",
+    "build_chunks",
+    "build_model",
+    "mark_tensor_parallel",
+    "transformer_config",
+]
 
 
 @dataclass(frozen=True)

@@ -64,15 +64,16 @@ def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> list[int]:
 
 
 def check_recomputation(parallel: ParallelConfig, layers: list[int]) -> None:
-    """Raise InputError unless groups of layers to recompute come out even: megatron-core would walk past a chunk's end."""
-    number, virtual = parallel.recompute_num_layers or 1, parallel.virtual_pipeline_model_parallel_size or 1
-    if parallel.recompute_granularity != "full" or parallel.recompute_method == "block":
-        return
+    """Raise InputError unless groups of layers to recompute come out even in every model chunk."""
     for count in layers:
-        if (count // virtual) % number:
-            raise InputError(
-                f"the {count // virtual} layers of a model chunk are not divisible by recompute_num_layers {number}"
-            )
+        check_recomputed_chunk(parallel, count // (parallel.virtual_pipeline_model_parallel_size or 1))
+
+
+def check_recomputed_chunk(parallel: ParallelConfig, layers: int) -> None:
+    """Raise InputError unless groups of layers to recompute come out even: megatron-core would walk past a chunk's end."""
+    number = parallel.recompute_num_layers or 1
+    if parallel.recompute_granularity == "full" and parallel.recompute_method != "block" and layers % number:
+        raise InputError(f"the {layers} layers of a model chunk are not divisible by recompute_num_layers {number}")
 
 
 def check_microbatches(parallel: ParallelConfig, num_microbatches: int) -> None:

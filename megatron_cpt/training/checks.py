@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, newest_complete, read_checkpoint_manifest
 from megatron_cpt.checkpoint.save_load import dtype_of
+from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger
 from megatron_cpt.data.mixture import Mixture
@@ -18,8 +19,8 @@ from megatron_cpt.data.mixture_file import load_mixture
 from megatron_cpt.data.stages import Schedule
 from megatron_cpt.data.state import DataState, begin, resume
 from megatron_cpt.errors import InputError
-from megatron_cpt.model.build import arithmetic_of, transformer_config
-from megatron_cpt.model.layout import check_layout, check_microbatches
+from megatron_cpt.model.build import LayerType, TransformerConfig, arithmetic_of, transformer_config
+from megatron_cpt.model.layout import check_layout, check_microbatches, check_recomputed_chunk
 from megatron_cpt.model.llama import LlamaConfig, read_llama_config
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.tokenizer import load_tokenizer
@@ -122,6 +123,13 @@ def check_run(config: RunConfig, world_size: int) -> CheckedRun:
     complete = resumed is not None and length.iteration >= length.train_iters and resumed.has_all
     if resumed is not None and not complete:
         check_can_resume(config, start_from, resumed.manifest)
+    if not complete:
+        check_profile(config, length.train_iters, world_size)
+    if complete and not is_own(config, start_from):
+        raise InputError(
+            f"checkpoint.load {start_from} is of step {length.iteration} and the run ends with step {length.train_iters}: "
+            f"there is nothing left to do; make it longer"
+        )
     return CheckedRun(
         notes=tuple(newest_complete(config.checkpoint.save)[1]),
         config=config,
@@ -151,7 +159,7 @@ def find_start(config: RunConfig) -> tuple[str, Resumed | None]:
     if own is not None and is_of_a_run(own):
         manifest = read_checkpoint_manifest(own)
         began_with = manifest["config"]["checkpoint"]["load"]
-        if began_with != settings.load:
+        if os.path.realpath(began_with) != os.path.realpath(settings.load):
             raise InputError(
                 f"checkpoint.load is {settings.load} but the run in {settings.save} began with {began_with}; "
                 f"use that, or another folder as checkpoint.save"
@@ -167,10 +175,24 @@ def find_start(config: RunConfig) -> tuple[str, Resumed | None]:
     return folder, resumed_from(read_checkpoint_manifest(folder))
 
 
+def is_own(config: RunConfig, start_from: str) -> bool:
+    """Whether a checkpoint lies in the run's own folder: the run goes on, it is not a fork."""
+    return os.path.dirname(os.path.realpath(start_from)) == os.path.realpath(config.checkpoint.save)
+
+
 def resumed_from(manifest: dict[str, Any]) -> Resumed:
     """A manifest's parts."""
     state = manifest["training"]
     return Resumed(manifest, History.from_json(state["history"]), state["baseline"], state["evaluated"])
+
+
+def check_profile(config: RunConfig, train_iters: int, world_size: int) -> None:
+    """InputError if the profiler would wait for a step or a rank that never comes."""
+    first, ranks = config.logging.profile_step_start, config.logging.profile_ranks
+    if first is not None and first > train_iters:
+        raise InputError(f"logging.profile_step_start is {first} but the run ends with step {train_iters}")
+    if first is not None and max(ranks) >= world_size:
+        raise InputError(f"logging.profile_ranks has {max(ranks)} but the processes are 0 to {world_size - 1}")
 
 
 def check_can_resume(config: RunConfig, checkpoint: str, manifest: dict[str, Any]) -> None:
@@ -233,9 +255,31 @@ def check_engine(config: RunConfig, llama: LlamaConfig) -> None:
     if config.parallel.context_parallel_size > 1 and config.data.reset_attention_mask:
         raise InputError("data.reset_attention_mask is true with context_parallel_size above 1; use one of them")
     try:
-        transformer_config(llama, config.parallel, dtype_of(config.training.params_dtype), arithmetic_of(config.training))
+        engine = transformer_config(
+            llama, config.parallel, dtype_of(config.training.params_dtype), arithmetic_of(config.training)
+        )
     except (AssertionError, ValueError) as error:
         raise InputError(f"megatron-core refuses this configuration: {error}") from error
+    if config.parallel.pipeline_model_parallel_layout is not None:
+        check_pipeline_layout(config.parallel, engine)
+
+
+def check_pipeline_layout(parallel: ParallelConfig, engine: TransformerConfig) -> None:
+    """What only megatron-core's reading of pipeline_model_parallel_layout tells.
+
+    Raises:
+        InputError: it has more or fewer parts than the settings, or recomputation does not come out even in one
+    """
+    stages = engine.pipeline_model_parallel_layout.layout  # of each stage, of each model chunk, the layers
+    chunks = len(stages[0])
+    if chunks != (parallel.virtual_pipeline_model_parallel_size or 1):
+        raise InputError(
+            f"parallel.pipeline_model_parallel_layout has {len(stages) * chunks} parts for pipeline_model_parallel_size "
+            f"{len(stages)}; give virtual_pipeline_model_parallel_size {chunks}"
+        )
+    for stage in stages:
+        for chunk in stage:
+            check_recomputed_chunk(parallel, sum(layer == LayerType.decoder for layer in chunk))
 
 
 def read_token_bytes(hf_folder: str, mixture: Mixture, vocab_size: int) -> np.ndarray:

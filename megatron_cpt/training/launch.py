@@ -7,7 +7,7 @@ import fcntl
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 import torch
@@ -53,14 +53,18 @@ def only_run(config: RunConfig, start_from: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def telling_others(watch: Watch, world_size: int, error_stream: TextIO) -> Iterator[None]:
-    """If this rank fails alone, say so at once: the others would wait for it in a collective until that times out."""
+def telling_others(watch: Watch, world_size: int, error_stream: TextIO, failed: Callable[[str], None]) -> Iterator[None]:
+    """If this rank fails alone, say so at once: the others would wait for it in a collective until that times out.
+
+    `failed` notes the reason of any end that is not one of a run's own.
+    """
     try:
         yield
-    except (RunError, StopRequestedError, KeyboardInterrupt):
+    except (RunError, StopRequestedError):
         raise  # all ranks know
     except BaseException as error:
-        if world_size == 1:
+        failed(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"))
+        if world_size == 1 or isinstance(error, KeyboardInterrupt):
             raise
         for stream in {error_stream, sys.stderr}:  # the latter is a file on ranks other than the first
             traceback.print_exc(file=stream)

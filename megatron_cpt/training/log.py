@@ -27,6 +27,7 @@ from megatron_cpt.training.sinks import Sinks, Start
 from megatron_cpt.training.validation import ValidationResult
 from megatron_cpt.training.validation_table import figures, general_languages, validation_lines
 
+SECONDS_BETWEEN_STATUS = 30.0
 State = Literal["running", "stopped", "finished", "failed"]
 
 
@@ -56,6 +57,8 @@ class RunLog:
         self.sinks: Sinks | None = None
         self.general: frozenset[str] = frozenset()
         self.stack = ExitStack()
+        self._position: tuple[int, int] | None = None  # (iteration, train_iters) while the run is under way
+        self._said_status = 0.0
 
     def __enter__(self) -> RunLog:
         if not self.first:
@@ -90,7 +93,8 @@ class RunLog:
         write_json(self._path("ledger.json"), ledger_json)
         write_json(self._path("learning_rate.json"), rates)
         last_recorded = max((row["iteration"] for row in read_metrics(self.folder)), default=-1)
-        self.file.keep_until(iteration)
+        for problem in self.file.keep_until(iteration):
+            self.say(problem)
         self.sinks = Sinks(self.config, Start(self.folder, iteration, last_recorded, run), self.say)
         self.say(ledger_table(ledger))
         self.say(learning_rate_lines(rates))
@@ -100,15 +104,21 @@ class RunLog:
         path = self._path("run.json")
         if not iteration or not os.path.exists(path):
             return []
-        with open(path, encoding="utf-8") as file:
-            earlier = json.load(file).get("starts", [])
-        return [start for start in earlier if start["iteration"] <= iteration]
+        try:
+            with open(path, encoding="utf-8") as file:
+                return [start for start in json.load(file)["starts"] if start["iteration"] <= iteration]
+        except (ValueError, KeyError, TypeError) as error:  # a record is no reason not to go on
+            self.say(f"{path} cannot be read, earlier starts are forgotten: {error}")
+            return []
 
     def step(self, row: dict[str, Any], train_iters: int) -> None:
         """Record and show one training step."""
         if not self.first:
             return
         self.metrics(row)
+        self._position = (row["iteration"], train_iters)
+        if time.monotonic() - self._said_status > SECONDS_BETWEEN_STATUS:
+            self.status("running", *self._position)
         if self.sinks is not None:
             self.sinks.training(row)
         self.time_left.step(row["seconds"])
@@ -148,9 +158,37 @@ class RunLog:
 
     def status(self, state: State, iteration: int, train_iters: int, reason: str | None = None) -> None:
         """Replace status.json, by which a launcher knows what to do with this run."""
+        self._position, self._said_status = (iteration, train_iters) if state == "running" else None, time.monotonic()
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         status = {"state": state, "iteration": iteration, "train_iters": train_iters, "reason": reason, "time": now}
         self._replace("status.json", status)
+
+    def failed(self, reason: str) -> None:
+        """The process is about to end with an error: say so in status.json, if it says that the run is under way."""
+        if self._position is not None:
+            self.status("failed", *self._position, reason)
+
+    def stopped_early(self, reason: str | None) -> None:
+        """The run was asked to stop before it did anything: status.json says so, with the steps that it had."""
+        earlier = self._status()
+        if earlier is not None:
+            self.status("stopped", earlier["iteration"], earlier["train_iters"], reason)
+
+    def ended_before(self, iteration: int, train_iters: int) -> None:
+        """The run has nothing left to do: what a kill after its last checkpoint has left out is made up for."""
+        earlier = self._status()
+        if earlier is not None and earlier["state"] != "finished":
+            self.status("finished", iteration, train_iters)
+            self.finish()
+
+    def _status(self) -> dict[str, Any] | None:
+        """status.json, None if there is none that can be read."""
+        try:
+            with open(self._path("status.json"), encoding="utf-8") as file:
+                status = json.load(file)
+        except (OSError, ValueError):
+            return None
+        return status if isinstance(status, dict) and {"state", "iteration", "train_iters"} <= set(status) else None
 
     def finish(self) -> None:
         """Write what waits of the metrics, and the report of the run so far if it is wanted."""

@@ -1,7 +1,8 @@
 """metrics.jsonl, the truth about a run: one JSON object per line, each written by a single call.
 
-A kill can leave one last line cut off; reading leaves it out and the next start removes it. What is not a finite number is
-null in the file, so that every JSON reader takes it.
+A kill can leave one last line cut off; reading leaves it out and the next start removes it, as it does with lines that are
+damaged otherwise: a record is no reason not to go on. What is not a finite number is null in the file, so that every JSON
+reader takes it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,15 @@ class MetricsFile:
             while self.waiting:
                 self.waiting = self.waiting[file.write(self.waiting) :]
 
-    def keep_until(self, iteration: int) -> None:
-        """Forget the rows of later steps, which a resume will do again, and a line cut off; at 0 forget all."""
-        rows = read_rows(self.path) if iteration else []
+    def keep_until(self, iteration: int) -> list[str]:
+        """Forget the rows of later steps, which a resume will do again, and lines cut off or damaged; at 0 forget all.
+
+        Returns a sentence for each damaged line.
+        """
+        parsed = [parse(text) for text in read_lines(self.path)] if iteration else []
+        rows = [row for row in parsed if row is not None]
         write_text(self.path, "".join(line(row) for row in rows if row["iteration"] <= iteration))
+        return [f"{self.path}: line {n} cannot be read and is left out" for n, row in enumerate(parsed, 1) if row is None]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -54,12 +60,26 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_rows(path: str) -> list[dict[str, Any]]:
-    """All rows of a metrics file, none if there is no file; a last line cut off by a kill is left out."""
+def read_lines(path: str) -> list[bytes]:
+    """The whole lines of a file, none if there is no file; a last one cut off by a kill is left out."""
     if not os.path.exists(path):
         return []
     with open(path, "rb") as file:
-        return [json.loads(text) for text in file if text.endswith(b"\n")]
+        return [text for text in file if text.endswith(b"\n")]
+
+
+def parse(text: bytes) -> dict[str, Any] | None:
+    """The row in a line, None if it is damaged."""
+    try:
+        row = json.loads(text)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("iteration"), int) else None
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """All rows of a metrics file that can be read."""
+    return [row for text in read_lines(path) if (row := parse(text)) is not None]
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:

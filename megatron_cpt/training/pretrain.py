@@ -49,10 +49,13 @@ def setup(config: RunConfig) -> str | None:
                 with only_run(config, run.start_from) if first else contextlib.nullcontext():
                     start(run, watch)
             elif first:
-                RunLog(folder, config.logging, 0).say(f"{run.start_from} is the last checkpoint of this run: nothing to do")
+                log = RunLog(folder, config.logging, 0)
+                log.say(f"{run.start_from} is the last checkpoint of this run: nothing to do")
+                log.ended_before(run.length.iteration, run.length.train_iters)
         except StopRequestedError:
             if first:
                 print(f"stopped before the first step: {watch.requests.stop}", file=sys.stderr)
+                RunLog(folder, config.logging, 0).stopped_early(watch.requests.stop)
     return folder if first else None
 
 
@@ -64,8 +67,9 @@ def start(run: CheckedRun, watch: Watch) -> None:
         process_groups(config.parallel, config.training.seed) as ranks,
         RunLog(config.checkpoint.save, config.logging, ranks.rank) as log,
     ):
-        watch.share(job_store(), ranks.rank, ranks.world_size, config.trouble.heartbeat_seconds, log.error_stream)
-        with telling_others(watch, ranks.world_size, log.error_stream):
+        heartbeat = config.trouble.heartbeat_seconds
+        watch.share(job_store(), ranks.rank, ranks.world_size, heartbeat, log.error_stream, log.failed)
+        with telling_others(watch, ranks.world_size, log.error_stream, log.failed):
             try:
                 main(RunContext(run, ranks, log, watch, Saver(config.checkpoint, log.say)))
             except StopRequestedError:
@@ -219,6 +223,7 @@ def finish_step(context: RunContext, state: TrainState, shape: StepShape, result
         raise StopRequestedError
     if not state.evaluated:
         evaluate(context, state, shape)
+        context.log.status("running", iteration, context.run.length.train_iters)
     asked = due(iteration, config.checkpoint.save_interval) or result.save or context.saver.retry_due()
     # While steps are being skipped the newest checkpoint stays that of before the trouble.
     if last or (asked and not state.history.skipped):
@@ -253,6 +258,7 @@ def save(context: RunContext, state: TrainState, last: bool = False) -> None:
             unwrap(state.chunks), optimizer, run.hf_folder, run_manifest(context, state), state.progress, last
         )
     context.log.ledger(run_ledger(run, state.progress))
+    context.log.status("running", state.progress.iteration, run.length.train_iters)
 
 
 def evaluate(context: RunContext, state: TrainState, shape: StepShape) -> None:

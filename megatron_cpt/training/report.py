@@ -72,7 +72,10 @@ def read_json(path: str) -> dict[str, Any]:
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8") as file:
-        return dict(json.load(file))
+        try:
+            return dict(json.load(file))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def write_report(folder: str) -> str:
@@ -133,7 +136,8 @@ def facts(recorded: Recorded) -> list[tuple[str, str]]:
     if recorded.status:
         status = recorded.status
         reason = f": {status['reason']}" if status.get("reason") else ""
-        found.append(("state", f"{status['state']} at step {status['iteration']:,} of {status['train_iters']:,}{reason}"))
+        iteration = max([status["iteration"], *(row["iteration"] for row in steps[-1:])])  # it is not written in every step
+        found.append(("state", f"{status['state']} at step {iteration:,} of {status['train_iters']:,}{reason}"))
     if "start_from" in run:
         found.append(("started from", run["start_from"]))
     if isinstance(run.get("layout"), dict):

@@ -12,21 +12,20 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import TextIO
 
 import torch.distributed as dist
 
-from megatron_cpt.errors import ProcessDiedError
+from megatron_cpt.errors import ProcessDiedError, StopRequestedError
+
+__all__ = ["ProcessDiedError", "Requests", "StopRequestedError", "Watch"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOP_FILE, SAVE_FILE = "stop_now", "save_now"
 POLL_SECONDS = 0.5
-
-
-class StopRequestedError(Exception):
-    """The run is asked to stop and what was under way has been given up; nothing has changed."""
 
 
 @dataclass
@@ -62,6 +61,8 @@ class Watch:
         self._peers: Peers | None = None
         self._answered = 0.0  # when the store last did
         self._handlers: dict[signal.Signals, object] = {}
+        self._on_death: Callable[[str], None] = lambda reason: None
+        self._complained: set[str] = set()
 
     def __enter__(self) -> Watch:
         for number in SIGNALS:
@@ -74,12 +75,21 @@ class Watch:
             self._starting = False  # one exception is enough
             raise StopRequestedError
 
-    def share(self, store: dist.Store, rank: int, world_size: int, heartbeat_seconds: float, error_stream: TextIO) -> None:
+    def share(
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        heartbeat_seconds: float,
+        error_stream: TextIO,
+        on_death: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         """From now on requests reach all ranks, and a rank that shows no sign of life ends the run.
 
-        `error_stream`: where people look for errors, whatever stderr is meanwhile.
+        `error_stream`: where people look for errors, whatever stderr is meanwhile; `on_death`: called with the reason before
+        this process ends for another one's sake.
         """
-        self._error_stream = error_stream
+        self._error_stream, self._on_death = error_stream, on_death
         self._peers = Peers(
             store.clone(),  # type: ignore[attr-defined]  # missing in torch's stub
             rank,
@@ -103,6 +113,7 @@ class Watch:
         """The main thread may be in a collective that never ends: there is nothing to wait for."""
         rank = self._peers.rank if self._peers is not None else 0
         print(f"error: rank {rank} stops: {reason}", file=self._error_stream, flush=True)
+        self._on_death(str(reason))
         os._exit(1)
 
     def working(self) -> None:
@@ -155,25 +166,33 @@ class Watch:
 
     def _look_around(self) -> None:
         """Files and the time limit: one rank looks, and tells."""
-        if took(os.path.join(self._folder, SAVE_FILE)):
+        if self._took(SAVE_FILE):
             self.requests.save = True
-        if took(os.path.join(self._folder, STOP_FILE)):
+        if self._took(STOP_FILE):
             self.requests.stop = self.requests.stop or f"the file {STOP_FILE}"
         if self._deadline is not None and time.monotonic() > self._deadline:
             self.requests.stop = self.requests.stop or "the time limit (training.exit_duration_in_mins)"
+
+    def _took(self, name: str) -> bool:
+        """Whether a file was there; it is not any more: one request, one answer.
+
+        What cannot be removed (no permission, a folder, a file system that is away for a moment) is no request.
+        """
+        try:
+            os.unlink(os.path.join(self._folder, name))
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if str(error) not in self._complained:
+                self._complained.add(str(error))
+                print(f"{name} is not obeyed, as it cannot be removed: {error}", file=self._error_stream, flush=True)
+            return False
+        return True
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-
-
-def took(path: str) -> bool:
-    """Whether a file was there; it is not any more: one request, one answer."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-        return True
-    return False
 
 
 class Peers:

@@ -65,7 +65,7 @@ def make(config_class: type, **settings: Any) -> Any:
         (TroubleConfig, "spike_grad_norm", [0.0, NAN], [None, 10.0]),
         (TroubleConfig, "spike_window", [1, 0], [2, 100]),
         (TroubleConfig, "check_weights_interval", [-1], [0, 100]),
-        (TroubleConfig, "heartbeat_seconds", [-1.0], [0.0, 60.0]),
+        (TroubleConfig, "heartbeat_seconds", [-1.0, 0.5], [0.0, 2.0, 60.0]),
         (LoggingConfig, "log_interval", [0, -1], [1, 10]),
         (LoggingConfig, "profile_step_start", [0], [None, 3]),
         (LoggingConfig, "peak_tflops", [0.0, -1.0, NAN], [None, 989.0]),

@@ -167,16 +167,43 @@ CASES: dict[str, Case] = {
         ["checkpoint", "run/megatron", "no such folder"],
     ),
     "no checkpoint in the folder": (
-        lambda f: (f / "megatron" / "latest_checkpointed_iteration.txt").unlink(),
+        lambda f: [shutil.rmtree(f / RELEASE), (f / "megatron" / "latest_checkpointed_iteration.txt").unlink()],
         [],
         1,
-        ["run/megatron holds no Megatron checkpoint", "latest_checkpointed_iteration.txt"],
+        ["run/megatron holds no Megatron checkpoint"],
     ),
-    "tracker": (
-        lambda f: (f / "megatron" / "latest_checkpointed_iteration.txt").write_text("newest"),
+    "tracker of a checkpoint that is gone": (
+        lambda f: shutil.rmtree(f / RELEASE),
         [],
         1,
-        ["latest_checkpointed_iteration.txt", "'newest'", "'release'"],
+        ["latest_checkpointed_iteration.txt names release, which is not there"],
+    ),
+    "profile of a step that never comes": (
+        lambda f: None,
+        ["--logging.profile_step_start", "100"],
+        1,
+        ["logging.profile_step_start is 100", "ends with step"],
+    ),
+    "profile of a rank that is not there": (
+        lambda f: None,
+        ["--logging.profile_step_start", "1", "--logging.profile_ranks", "[0,7]"],
+        1,
+        ["logging.profile_ranks has 7", "0 to 0"],
+    ),
+    "more parts than stages": (
+        lambda f: None,
+        ["--parallel.pipeline_model_parallel_size", "2", "--parallel.pipeline_model_parallel_layout", "Et|t|t|tL"],
+        2,
+        ["has 4 parts for pipeline_model_parallel_size 2", "give virtual_pipeline_model_parallel_size 2"],
+    ),
+    "recomputation in a pipeline layout": (
+        lambda f: None,
+        [
+            *("--parallel.pipeline_model_parallel_size", "2", "--parallel.pipeline_model_parallel_layout", "Etttt|L"),
+            *("--parallel.recompute_granularity", "full", "--parallel.recompute_num_layers", "3"),
+        ],
+        2,
+        ["the 4 layers of a model chunk are not divisible by recompute_num_layers 3"],
     ),
     "incomplete checkpoint": (
         lambda f: (f / RELEASE / ".metadata").unlink(),
@@ -209,6 +236,15 @@ def test_the_files_are_good(folder: Path) -> None:
     assert run.token_bytes.sum() > 300
     layout = ["--parallel.tensor_model_parallel_size", "2", "--parallel.pipeline_model_parallel_size", "2"]
     assert check(folder, *layout, "--training.micro_batch_size", "4", world_size=8).data_parallel_size == 2
+
+
+def test_the_tracker_alone_does_not_decide(folder: Path) -> None:
+    """A checkpoint has its name when it is complete, also if the tracker was not written or says something else."""
+    tracker = folder / "megatron" / "latest_checkpointed_iteration.txt"
+    tracker.write_text("newest")
+    assert check(folder).start_from == str(folder / "megatron" / "release")
+    tracker.unlink()
+    assert check(folder).start_from == str(folder / "megatron" / "release")
 
 
 def test_embeddings_without_tokens_are_fine(folder: Path) -> None:

@@ -166,3 +166,33 @@ def test_ledger_and_realised_almr_are_recorded(single: Path) -> None:
         if "loss" in row:
             assert abs(row["almr_realised"] * row["consumed_samples"] - 0.33 * row["consumed_samples"]) <= 0.5
             assert sum(row["corpus_tokens"].values()) == row["consumed_tokens"]
+
+
+def test_a_fork_goes_on_and_one_of_a_finished_run_is_refused(runs: Runs, single: Path) -> None:
+    """As does a run's folder that is named in another way; status.json of the fork says how it ended."""
+    fork = ("--checkpoint.load", f"{single}/../single", "--checkpoint.load_state", "all")
+    runs.train("fork", Layout(), *fork, check=False)
+    assert runs.result.returncode == 2
+    assert f"is of step {STEPS} and the run ends with step {STEPS}: there is nothing left to do" in runs.result.stderr
+    longer = (f"--training.train_iters={STEPS + 1}", "--lr.on_continue=continue")
+    folder = runs.train("fork", Layout(), *fork, *longer)
+    assert sorted(steps(folder)) == [STEPS + 1]
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    (folder / "status.json").write_text(json.dumps({"state": "running", "iteration": 0, "train_iters": STEPS + 1}))
+    runs.train("fork", Layout(), "--checkpoint.load", str(single), "--checkpoint.load_state", "all", *longer)
+    assert "nothing to do" in runs.result.stderr
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_damaged_checkpoint_is_named(runs: Runs, single: Path) -> None:
+    save = runs.interrupted(single, "damaged")
+    path = next((save / f"iter_{SAVE_INTERVAL:07d}").glob("*.distcp"))
+    content = bytearray(path.read_bytes())
+    for place in range(0, len(content), 64):
+        content[place] ^= 255
+    path.write_bytes(content)
+    runs.train("damaged", Layout(), check=False)
+    assert runs.result.returncode == 2
+    assert runs.result.stderr.count("error: ") == 1
+    assert f"iter_{SAVE_INTERVAL:07d} cannot be read (" in runs.result.stderr
+    assert "move it away to go on from the one before" in runs.result.stderr

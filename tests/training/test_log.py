@@ -233,3 +233,39 @@ def test_an_exception_leaves_the_terminal_clean(tmp_path: Path) -> None:
     assert "step 1/20" in shown
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is shown again
     assert shown.endswith(("\n", "\x1b[?25h"))
+
+
+def test_a_damaged_line_does_not_stop_a_resume(tmp_path: Path) -> None:
+    file = MetricsFile(str(tmp_path))
+    for iteration in (1, 2, 3):
+        file.append({"iteration": iteration, "loss": 1.0})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join([lines[0], "xx" + lines[1], "[1, 2]", lines[2]]) + "\n")
+    assert [row["iteration"] for row in read_metrics(str(tmp_path))] == [1, 3]
+    said = file.keep_until(3)
+    assert [text.split("metrics.jsonl: ")[1] for text in said] == [
+        f"line {n} cannot be read and is left out" for n in (2, 3)
+    ]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [lines[0], lines[2]]
+
+
+def test_status_says_how_a_run_ended(tmp_path: Path) -> None:
+    def state() -> tuple[str, int, str | None]:
+        status = json.loads((tmp_path / "status.json").read_text())
+        return status["state"], status["iteration"], status["reason"]
+
+    log = RunLog(str(tmp_path), LoggingConfig(), 0)
+    log.failed("too early to tell anybody")
+    assert not (tmp_path / "status.json").exists()
+    log.status("running", 3, 10)
+    log.failed("OSError: the disk is gone")
+    assert state() == ("failed", 3, "OSError: the disk is gone")
+    log.status("stopped", 4, 10, "SIGTERM")
+    log.failed("something after the end")
+    assert state() == ("stopped", 4, "SIGTERM")
+    log.status("running", 4, 10)
+    log.stopped_early("the file stop_now")
+    assert state() == ("stopped", 4, "the file stop_now")
+    log.status("running", 4, 10)
+    log.ended_before(10, 10)
+    assert state() == ("finished", 10, None)

@@ -25,3 +25,18 @@ def test_a_rank_that_was_asked_to_stop_has_told_the_others_when_it_leaves(
     other = Peers(store, 0, 2, 0.0)
     assert other.store.check(["stop"])
     assert other.reason() == "SIGTERM"
+
+
+def test_a_request_that_cannot_be_removed_is_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "stop_now").mkdir()
+    with Watch(str(tmp_path), None, 2) as watch:
+        for _ in range(3):
+            watch._look_around()
+        assert not watch.requests.stopping()
+    assert capsys.readouterr().err.count("stop_now is not obeyed, as it cannot be removed") <= 1
+    (tmp_path / "stop_now").rmdir()
+    (tmp_path / "stop_now").touch()
+    with Watch(str(tmp_path), None, 2) as watch:
+        watch._look_around()
+        assert watch.requests.stop == "the file stop_now"
+    assert not (tmp_path / "stop_now").exists()
