@@ -7,9 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 from forks import Forks
+from hypothesis import settings
 from tiny_tokenizer import make_tiny_tokenizer
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+settings.register_profile("here", deadline=None)  # a busy machine is no failure
+settings.load_profile("here")
 
 
 @pytest.fixture(scope="session")

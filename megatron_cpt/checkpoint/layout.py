@@ -55,15 +55,17 @@ def tracked_name(root: str) -> str | None:
     tracker = os.path.join(root, TRACKER)
     if not os.path.exists(tracker):
         return None
-    with open(tracker, encoding="utf-8") as file:
+    with open(tracker, encoding="utf-8", errors="replace") as file:
         content = file.read().strip()
     if content != RELEASE and not content.isdigit():
         raise InputError(f"{tracker} says {content!r}; it should hold an iteration number or {RELEASE!r}")
     return checkpoint_name(None if content == RELEASE else int(content))
 
 
-def newest_complete(root: str) -> tuple[str | None, list[str]]:
+def newest_complete(root: str, own: bool = False) -> tuple[str | None, list[str]]:
     """The newest complete checkpoint below `root` (or None), and a sentence for each that was passed over.
+
+    `own`: only those with a manifest.json, as all have that this project writes.
 
     A checkpoint gets its name when it is complete, so the tracker is not needed to find it: a run that was killed between
     the two has saved it all the same. "release" comes after all checkpoints of training steps.
@@ -83,6 +85,8 @@ def newest_complete(root: str) -> tuple[str | None, list[str]]:
         folder = os.path.join(root, name)
         try:
             check_complete(folder)
+            if own and not os.path.exists(os.path.join(folder, "manifest.json")):
+                raise InputError(f"checkpoint {folder} is not complete: manifest.json is missing")
         except InputError as error:
             passed_over.append(str(error))
             continue
@@ -118,7 +122,10 @@ def check_complete(folder: str) -> None:
     manifest = os.path.join(folder, "manifest.json")
     if not os.path.exists(manifest):
         return  # of other software
-    for name, size in read_manifest(manifest).get("files", {}).items():
+    files = read_manifest(manifest).get("files", {})
+    if not isinstance(files, dict):
+        raise InputError(f"checkpoint {folder} is not complete: manifest.json names no files with sizes")
+    for name, size in files.items():
         try:
             found = os.path.getsize(os.path.join(folder, name))
         except OSError:

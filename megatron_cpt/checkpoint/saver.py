@@ -111,6 +111,10 @@ class Saver:
         dist.broadcast_object_list(due)  # clocks differ
         return due[0]
 
+    def retry_pending(self) -> bool:
+        """Whether an earlier save failed and will be tried again: until then another would fail like it."""
+        return bool(self._failures)
+
     def finish(self) -> None:
         """Wait for the save under way, if any, and publish it; wait for deletions too."""
         self._finish_save()

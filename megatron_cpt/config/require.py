@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron_cpt.errors import InputError
@@ -17,7 +18,7 @@ def require_at_least(config: Any, **bounds: float) -> None:
     """Raise InputError for the first named field of `config` that is below its bound; None (not given) is fine."""
     for name, bound in bounds.items():
         value = getattr(config, name)
-        require(value is None or value >= bound, name, value, f"{bound} or more")
+        require(value is None or bound <= value < math.inf, name, value, f"{bound} or more")
 
 
 def at_most_one(section: str, config: Any, *names: str) -> str | None:

@@ -42,7 +42,7 @@ class OptimizerConfig:
         require(0 < self.lr < float("inf"), "optimizer.lr", self.lr, "a number above 0")
         require(0 <= self.adam_beta1 < 1, "optimizer.adam_beta1", self.adam_beta1, "a number from 0 to below 1")
         require(0 <= self.adam_beta2 < 1, "optimizer.adam_beta2", self.adam_beta2, "a number from 0 to below 1")
-        require(self.adam_eps > 0, "optimizer.adam_eps", self.adam_eps, "a number above 0")
+        require(0 < self.adam_eps < float("inf"), "optimizer.adam_eps", self.adam_eps, "a number above 0")
         if self.min_lr > self.lr:
             raise InputError(f"optimizer.min_lr {self.min_lr} is above optimizer.lr {self.lr}")
 

@@ -74,10 +74,15 @@ class Cluster:
     devices: int
 
     def bandwidth(self, span: int) -> float:
-        """Bytes per second that each device can send within a group of devices that spans `span` consecutive ones."""
+        """Bytes per second that each device can send within every group of `span` consecutive devices.
+
+        Groups begin at multiples of `span`; where that does not divide a node, some lie across two.
+        """
         device = self.device
-        link = device.nvlink_gb_per_s if span <= device.devices_per_node else device.network_gb_per_s
-        return link * 1e9 * LINK_EFFICIENCY
+        inside = span <= device.devices_per_node and (
+            device.devices_per_node % span == 0 or self.devices <= device.devices_per_node
+        )
+        return (device.nvlink_gb_per_s if inside else device.network_gb_per_s) * 1e9 * LINK_EFFICIENCY
 
     def bandwidth_of_every(self, stride: int, size: int) -> float:
         """Bytes per second of a ring collective in a group of `size` devices that are `stride` apart.

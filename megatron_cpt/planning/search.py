@@ -99,7 +99,7 @@ def make_cluster(config: PlanConfig) -> Cluster:
         devices_per_node=config.devices_per_node,
         matmul_efficiency=config.matmul_efficiency,
     )
-    if config.fp8 and device.fp8_tflops is None:
+    if config.fp8 and not (device.fp8_tflops and device.fp8_efficiency):
         raise InputError(f"fp8 is true but device {device.name} has no FP8 units; use h100, h200 or b200")
     return Cluster(device, config.devices)
 
@@ -110,20 +110,34 @@ def sizes(config: PlanConfig, job: Job, cluster: Cluster, refused: dict[str, str
     tensors = [config.tensor_model_parallel_size] if config.tensor_model_parallel_size else powers_of_two(most)
     for tensor in tensors:
         if config.devices % tensor:
-            refused[f"{config.devices} devices are not divisible by {tensor}"] = f"TP{tensor}"
+            refuse(refused, f"{config.devices} devices are not divisible by {tensor}", f"TP{tensor}")
             continue
         for pipeline in pipeline_sizes(config, job, tensor):
             if config.devices % (tensor * pipeline):
-                refused[f"{config.devices} devices are not divisible by {tensor} x {pipeline}"] = f"TP{tensor} PP{pipeline}"
+                reason = f"{config.devices} devices are not divisible by {tensor} x {pipeline}"
+                refuse(refused, reason, f"TP{tensor} PP{pipeline}")
                 continue
             parallel = make_parallel(config, job, tensor, pipeline, 1, None)
+            layers = job.llama.num_hidden_layers
+            if layers % pipeline and parallel.num_layers_in_first_pipeline_stage is None:
+                most = -(-layers // pipeline)
+                reason = f"{layers} layers are too few for {pipeline} stages: {most} in each but the first leave it none"
+                refuse(refused, reason, f"PP{pipeline}")
+                continue
             try:
                 check(Job(job.llama, job.seq_length, 1), Layout(parallel, 1, 1, 1))
             except InputError as error:
                 at_fault = f"TP{tensor}" if "tensor_model_parallel_size" in str(error) else f"PP{pipeline}"
-                refused.setdefault(str(error), at_fault)
+                refuse(refused, str(error), at_fault)
                 continue
             yield tensor, pipeline
+
+
+def refuse(refused: dict[str, str], reason: str, layouts: str) -> None:
+    """Note why layouts are not possible, beside those that are not for the same reason."""
+    known = refused.get(reason, "")
+    if layouts not in known.split(", "):
+        refused[reason] = f"{known}, {layouts}" if known else layouts
 
 
 def powers_of_two(most: int) -> list[int]:
@@ -142,8 +156,7 @@ def micro_batches(config: PlanConfig, data: int, name: str, refused: dict[str, s
     batch = config.global_batch_size
     if batch % (data * (config.micro_batch_size or 1)):
         micro = f" x micro_batch_size {config.micro_batch_size}" if config.micro_batch_size else ""
-        reason = f"global_batch_size {batch} is not divisible by data-parallel size {data}{micro}"
-        refused[reason] = f"{refused[reason]}, {name}" if reason in refused else name
+        refuse(refused, f"global_batch_size {batch} is not divisible by data-parallel size {data}{micro}", name)
         return []
     if config.micro_batch_size:
         return [config.micro_batch_size]
@@ -161,7 +174,7 @@ def layouts(
     granularities = [config.recompute_granularity] if config.recompute_granularity else ["none", "selective", "full"]
     for virtual in chunks:
         if virtual > 1 and pipeline == 1:
-            refused["virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size 2 or more"] = "PP1"
+            refuse(refused, "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size 2 or more", "PP1")
             continue
         for granularity in granularities:
             parallel = make_parallel(config, job, tensor, pipeline, virtual, granularity)
@@ -170,7 +183,7 @@ def layouts(
                 check(job, layout)
             except InputError as error:
                 if asked:
-                    refused[str(error)] = f"TP{tensor} PP{pipeline} DP{data}"
+                    refuse(refused, str(error), f"TP{tensor} PP{pipeline} DP{data} MB{micro_batch}")
                 continue
             yield layout
 

@@ -189,8 +189,9 @@ def pipeline_time(job: Job, layout: Layout, cluster: Cluster, chunk_seconds: flo
     if layout.pipeline == 1:
         return 0.0
     n = sizes(job, layout)
-    neighbours = layout.devices // layout.pipeline + 1  # stages are that far apart in the order of ranks
-    transfer = 2 * (n.local_tokens * n.hidden * job.element_bytes / cluster.bandwidth(neighbours) + SEND_LATENCY)
+    # The last stage lies behind all others in the order of ranks: in a job of several nodes some send goes to another node.
+    bandwidth = cluster.bandwidth(layout.devices)
+    transfer = 2 * (n.local_tokens * n.hidden * job.element_bytes / bandwidth + SEND_LATENCY)
     if layout.virtual == 1:
         return layout.num_microbatches * transfer
     exposed = max(0.0, transfer - chunk_seconds)

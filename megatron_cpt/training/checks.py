@@ -131,7 +131,7 @@ def check_run(config: RunConfig, world_size: int) -> CheckedRun:
             f"there is nothing left to do; make it longer"
         )
     return CheckedRun(
-        notes=tuple(newest_complete(config.checkpoint.save)[1]),
+        notes=tuple(newest_complete(config.checkpoint.save, own=True)[1]),
         config=config,
         llama=llama,
         mixture=mixture,
@@ -153,7 +153,8 @@ def find_start(config: RunConfig) -> tuple[str, Resumed | None]:
         InputError: there is none; the folder belongs to another run; or all of a checkpoint is wanted that has only weights
     """
     settings = config.checkpoint
-    own, passed_over = newest_complete(settings.save)
+    check_folder(settings.save)
+    own, passed_over = newest_complete(settings.save, own=True)
     if own is None and passed_over:
         raise InputError(f"{passed_over[0]}; empty the folder to begin anew, or use another checkpoint.save")
     if own is not None and is_of_a_run(own):
@@ -173,6 +174,15 @@ def find_start(config: RunConfig) -> tuple[str, Resumed | None]:
             f"checkpoint.load_state is all but {folder} holds converted weights, no checkpoint of a run; use weights"
         )
     return folder, resumed_from(read_checkpoint_manifest(folder))
+
+
+def check_folder(path: str) -> None:
+    """Raise InputError unless the run's folder is one or can become one."""
+    place = os.path.abspath(path)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise InputError(f"checkpoint.save is {path} but {place} is a file; use another folder")
 
 
 def is_own(config: RunConfig, start_from: str) -> bool:

@@ -25,7 +25,7 @@ from megatron_cpt.training.progress_line import RunProgress, TimeLeft, plain, st
 from megatron_cpt.training.rank_output import output_to_file, rank_file
 from megatron_cpt.training.sinks import Sinks, Start
 from megatron_cpt.training.validation import ValidationResult
-from megatron_cpt.training.validation_table import figures, general_languages, validation_lines
+from megatron_cpt.training.validation_table import figures, new_languages, validation_lines
 
 SECONDS_BETWEEN_STATUS = 30.0
 State = Literal["running", "stopped", "finished", "failed"]
@@ -55,7 +55,7 @@ class RunLog:
         self.file = MetricsFile(folder)
         self.time_left = TimeLeft()
         self.sinks: Sinks | None = None
-        self.general: frozenset[str] = frozenset()
+        self.new: frozenset[str] = frozenset()
         self.stack = ExitStack()
         self._position: tuple[int, int] | None = None  # (iteration, train_iters) while the run is under way
         self._said_status = 0.0
@@ -82,18 +82,28 @@ class RunLog:
         self.console.print(message)
 
     def start(
-        self, run: dict[str, Any], ledger_json: dict[str, Any], ledger: Ledger, iteration: int, rates: list[dict[str, float]]
+        self,
+        run: dict[str, Any],
+        ledger_json: dict[str, Any],
+        ledger: Ledger,
+        iteration: int,
+        rates: list[dict[str, float]],
+        resumed: bool | None = None,
     ) -> None:
-        """Record and show what is about to run, after `iteration` steps; forget metrics of steps that will be done again."""
-        self.general = general_languages(ledger)
+        """Record and show what is about to run, after `iteration` steps; forget metrics of steps that will be done again.
+
+        `resumed`: whether it goes on from a checkpoint of a run, by default if there were any steps.
+        """
+        self.new = new_languages(ledger)
         if not self.first:
             return
         os.makedirs(self.folder, exist_ok=True)
-        write_json(self._path("run.json"), run | {"starts": [*self._starts(iteration), this_start(iteration)]})
+        starts = self._starts(iteration)
+        write_json(self._path("run.json"), run | {"starts": [*starts, this_start(iteration, run)]})
         write_json(self._path("ledger.json"), ledger_json)
         write_json(self._path("learning_rate.json"), rates)
         last_recorded = max((row["iteration"] for row in read_metrics(self.folder)), default=-1)
-        for problem in self.file.keep_until(iteration):
+        for problem in self.file.keep_until(iteration if (iteration if resumed is None else resumed) else -1):
             self.say(problem)
         self.sinks = Sinks(self.config, Start(self.folder, iteration, last_recorded, run), self.say)
         self.say(ledger_table(ledger))
@@ -139,7 +149,7 @@ class RunLog:
         if self.sinks is not None:
             self.sinks.validation(iteration, finite(sets))
         width = self.console.width if self.live else None
-        self.say("\n".join(validation_lines(iteration, sets, self.general, width)))
+        self.say("\n".join(validation_lines(iteration, sets, self.new, width)))
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
@@ -215,9 +225,10 @@ class RunLog:
             self.say(f"{self._path(name)} could not be written: {error}")
 
 
-def this_start(iteration: int) -> dict[str, Any]:
-    """An entry of `starts` in run.json."""
-    return {"iteration": iteration, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+def this_start(iteration: int, run: dict[str, Any]) -> dict[str, Any]:
+    """An entry of `starts` in run.json: what it went on from, and how; the newest is also what the whole file describes."""
+    now = {"iteration": iteration, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    return now | {name: run[name] for name in ("start_from", "layout", "config") if name in run}
 
 
 def learning_rate_lines(rates: list[dict[str, float]]) -> Table:

@@ -36,11 +36,11 @@ class MetricsFile:
                 self.waiting = self.waiting[file.write(self.waiting) :]
 
     def keep_until(self, iteration: int) -> list[str]:
-        """Forget the rows of later steps, which a resume will do again, and lines cut off or damaged; at 0 forget all.
+        """Forget the rows of later steps, which a resume will do again, and lines cut off or damaged; at -1 forget all.
 
         Returns a sentence for each damaged line.
         """
-        parsed = [parse(text) for text in read_lines(self.path)] if iteration else []
+        parsed = [parse(text) for text in read_lines(self.path)] if iteration >= 0 else []
         rows = [row for row in parsed if row is not None]
         write_text(self.path, "".join(line(row) for row in rows if row["iteration"] <= iteration))
         return [f"{self.path}: line {n} cannot be read and is left out" for n, row in enumerate(parsed, 1) if row is None]

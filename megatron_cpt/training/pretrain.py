@@ -102,6 +102,7 @@ def main(context: RunContext) -> None:
         run.data.ledger(run.mixture),
         run.length.iteration,
         rates,
+        resumed=run.resumed is not None,
     )
     log.status("running", run.length.iteration, run.length.train_iters)
     context.watch.working()
@@ -224,12 +225,17 @@ def finish_step(context: RunContext, state: TrainState, shape: StepShape, result
     if not state.evaluated:
         evaluate(context, state, shape)
         context.log.status("running", iteration, context.run.length.train_iters)
-    asked = due(iteration, config.checkpoint.save_interval) or result.save or context.saver.retry_due()
+    if context.saver.retry_pending():  # at its own time
+        asked = context.saver.retry_due()
+    else:
+        asked = due(iteration, config.checkpoint.save_interval) or result.save
     # While steps are being skipped the newest checkpoint stays that of before the trouble.
     if last or (asked and not state.history.skipped):
         save(context, state, last)
     if result.save:
         context.watch.requests.save = False
+        if state.history.skipped or context.saver.retry_pending():
+            context.log.say("save_now is not obeyed: steps are being skipped, or an earlier save is to be tried again first")
 
 
 def due(iteration: int, interval: int) -> bool:

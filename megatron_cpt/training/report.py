@@ -138,11 +138,17 @@ def facts(recorded: Recorded) -> list[tuple[str, str]]:
         reason = f": {status['reason']}" if status.get("reason") else ""
         iteration = max([status["iteration"], *(row["iteration"] for row in steps[-1:])])  # it is not written in every step
         found.append(("state", f"{status['state']} at step {iteration:,} of {status['train_iters']:,}{reason}"))
-    if "start_from" in run:
-        found.append(("started from", run["start_from"]))
-    if isinstance(run.get("layout"), dict):
+    starts = run.get("starts", [])
+    origins = [start["start_from"] for start in starts if "start_from" in start] + [run.get("start_from")]
+    if origins[0] is not None:
+        found.append(("started from", origins[0]))
+    layouts = [(start["iteration"], layout_name(start["layout"])) for start in starts if "layout" in start]
+    if len({name for _, name in layouts}) > 1:
+        changes = [place for n, place in enumerate(layouts) if n == 0 or place[1] != layouts[n - 1][1]]
+        found.append(("layout", "; ".join(f"{name} from step {iteration + 1:,}" for iteration, name in changes)))
+    elif isinstance(run.get("layout"), dict):
         found.append(("layout", layout_name(run["layout"])))
-    resumed = [start["iteration"] for start in run.get("starts", [])][1:]
+    resumed = [start["iteration"] for start in starts][1:]
     if resumed:
         found.append(("resumed at step", ", ".join(f"{iteration:,}" for iteration in resumed)))
     if steps:
@@ -177,11 +183,12 @@ def validation_section(recorded: Recorded) -> list[str]:
     first, last = recorded.evaluations[0], recorded.evaluations[-1]
     rows_of_ledger = recorded.ledger.get("planned", {}).get("rows", [])
     general = {row["language"] for row in rows_of_ledger if row["group"] == "general"}
+    new = {row["language"] for row in rows_of_ledger} - general
     rows = []
     for name, now in last["validation"].items():
         before = first["validation"].get(name, {})
         relative = change(now["bits_per_byte"], before.get("bits_per_byte"))
-        word = verdict(relative, now["language"] in general) if last is not first else ""
+        word = verdict(relative, now["language"] not in new) if last is not first else ""
         rows.append(
             [
                 name,

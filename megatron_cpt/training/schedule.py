@@ -121,7 +121,7 @@ def make_schedule(config: RunConfig, seq_length: int, length: RunLength, start: 
     if lr.decay_style == "WSD":
         decay = _in_samples(lr.wsd_decay_iters, lr.wsd_decay_samples, lr.wsd_decay_tokens, batch, seq_length)
         decay = math.ceil(available / 10) if decay is None else decay
-    if warmup and warmup >= available:
+    if warmup and warmup >= available + (lr.decay_style == "constant"):
         raise InputError(
             f"lr.warmup_{_unit(config)} leaves nothing to decay in: warm-up takes {warmup} samples, the schedule "
             f"{available} (global_batch_size {batch})"
@@ -167,9 +167,15 @@ def continue_schedule(saved: Mapping[str, Any], config: RunConfig, seq_length: i
 
 
 def learning_rate_table(schedule: LearningRate, length: RunLength, batch: int) -> list[dict[str, float]]:
-    """First and last step of what is left of the run and 10 points between: iteration, consumed_samples, lr."""
+    """First and last step of what is left of the run, 10 points between, and where warm-up ends and WSD's decay begins."""
     first, last = length.iteration + 1, length.train_iters
-    steps = sorted({first + (last - first) * i // (TABLE_POINTS + 1) for i in range(TABLE_POINTS + 2)})
+    corners = [schedule.start + schedule.warmup] if schedule.warmup else []
+    corners += [schedule.end - schedule.decay] if schedule.decay else []
+    turns = {length.iteration + math.ceil((corner - length.consumed_samples) / batch) for corner in corners}
+    steps = sorted(
+        {first + (last - first) * i // (TABLE_POINTS + 1) for i in range(TABLE_POINTS + 2)}
+        | {step for step in turns if first <= step <= last}
+    )
     consumed = {step: length.consumed_samples + (step - length.iteration) * batch for step in steps if step <= last}
     return [{"iteration": step, "consumed_samples": n, "lr": schedule.at(n)} for step, n in consumed.items()]
 

@@ -178,7 +178,10 @@ class Sinks:
         self.say = say
         self.open: list[Sink] = []
         if config.tensorboard:
-            self.open.append(TensorBoard(start))
+            try:
+                self.open.append(TensorBoard(start))
+            except OSError as error:
+                self.say(f"TensorBoard is not used: {error}")
         if config.wandb_project is not None:
             self._start_wandb(config, start)
 

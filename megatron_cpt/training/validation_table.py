@@ -15,9 +15,10 @@ TITLES = {"loss_change": "change", "bits_per_byte_change": "change", "verdict": 
 FORGETTING, GAIN, WORSE, SAME = "forgetting", "gain", "worse", "same"
 
 
-def general_languages(ledger: Ledger) -> frozenset[str]:
-    """Languages of the general corpora; what gets worse in them is forgotten."""
-    return frozenset(row.language for row in ledger.rows if row.group == "general")
+def new_languages(ledger: Ledger) -> frozenset[str]:
+    """Languages of additional corpora only; what gets worse in any other is forgotten."""
+    general = {row.language for row in ledger.rows if row.group == "general"}
+    return frozenset(row.language for row in ledger.rows) - general
 
 
 def figures(
@@ -70,7 +71,7 @@ def percent(value: float | None) -> str:
 
 
 def validation_lines(
-    iteration: int, sets: Mapping[str, Mapping[str, Any]], general: frozenset[str], width: int | None = None
+    iteration: int, sets: Mapping[str, Mapping[str, Any]], new: frozenset[str], width: int | None = None
 ) -> list[str]:
     """The table for the terminal, one line per set; the changes are left out at step 0.
 
@@ -85,7 +86,7 @@ def validation_lines(
         "perplexity": [f"{row['perplexity']:,.2f}" for row in rows],
         "bits/byte": [f"{row['bits_per_byte']:.4f}" for row in rows],
         "bits_per_byte_change": [percent(row["bits_per_byte_change"]) for row in rows],
-        "verdict": [verdict(row["bits_per_byte_change"], row["language"] in general) for row in rows],
+        "verdict": [verdict(row["bits_per_byte_change"], row["language"] not in new) for row in rows],
     }
     if not iteration:
         columns = {name: texts for name, texts in columns.items() if name not in TITLES}

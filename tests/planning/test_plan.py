@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -27,7 +29,7 @@ from megatron_cpt.planning.presets import MODELS, find_model
 from megatron_cpt.planning.published import PUBLISHED, Published
 from megatron_cpt.planning.report import show
 from megatron_cpt.planning.search import Plan, make_candidate, plan
-from megatron_cpt.planning.timing import throughput
+from megatron_cpt.planning.timing import StepTime, throughput
 
 PAGE = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
 FITTED_CONSTANTS = 4  # matrix products on A100, on H100 in bf16 and in FP8; what tp_comm_overlap hides
@@ -284,3 +286,46 @@ def test_a_fixed_size_is_kept() -> None:
     for granularity, expected in (("none", None), ("selective", "selective"), ("full", "full")):
         result = plan(PlanConfig("8B", 16, recompute_granularity=granularity))
         assert set(by_speed(result, lambda layout: layout.parallel.recompute_granularity)) == {expected}
+
+
+def step_of(*, devices: int, tensor: int, pipeline: int, **changes: Any) -> StepTime:
+    config = PlanConfig(
+        "8B",
+        devices,
+        "a100-80g",
+        seq_length=4096,
+        global_batch_size=240,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=1,
+        micro_batch_size=1,
+        **changes,
+    )
+    (candidate,) = plan(config).feasible
+    return candidate.throughput.step
+
+
+def test_a_pipeline_over_several_nodes_sends_over_the_network() -> None:
+    fast, slow = (step_of(devices=16, tensor=4, pipeline=4, network_gb_per_s=rate) for rate in (25.0, 0.1))
+    assert slow.pipeline > 100 * fast.pipeline
+    within = [step_of(devices=8, tensor=2, pipeline=4, network_gb_per_s=rate) for rate in (25.0, 0.1)]
+    assert within[0].pipeline == within[1].pipeline
+
+
+def test_tensor_parallel_groups_that_lie_across_two_nodes_use_the_network() -> None:
+    inside, across = (step_of(devices=24, tensor=4, pipeline=1, devices_per_node=size) for size in (8, 6))
+    assert across.tensor_parallel > 5 * inside.tensor_parallel
+
+
+def test_fp8_needs_units_that_can() -> None:
+    with pytest.raises(InputError, match="device a100-80g has no FP8 units"):
+        plan(PlanConfig("8B", 8, "a100-80g", fp8=True, fp8_tflops=600.0))
+
+
+def test_every_layout_that_is_refused_is_named() -> None:
+    config = PlanConfig("8B", 8, global_batch_size=6, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=4)
+    named = " ".join(layouts for layouts, _ in plan(config).infeasible)
+    assert {"TP1 PP4 DP2 MB1", "TP2 PP4 DP1 MB1", "TP2 PP4 DP1 MB2"} <= set(re.findall(r"TP\d PP\d DP\d MB\d", named))
+    reasons = dict(plan(PlanConfig("70B", 128, "a100-80g")).infeasible)
+    (reason,) = (reason for layouts, reason in reasons.items() if "PP32" in layouts.split(", "))
+    assert reason == "80 layers are too few for 32 stages: 3 in each but the first leave it none"

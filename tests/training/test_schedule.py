@@ -246,7 +246,8 @@ def test_the_table_has_first_last_and_ten_points_and_is_what_is_used() -> None:
     config = run_config(1000, 4, warmup_iters=100, decay_style="cosine")
     length = run_length(config.training, SEQ_LENGTH)
     table = learning_rate_table(make_schedule(config, SEQ_LENGTH, length), length, 4)
-    assert len(table) == 12
+    assert len(table) == 13  # and where warm-up ends
+    assert max(row["lr"] for row in table) == config.optimizer.lr
     assert [table[0]["iteration"], table[-1]["iteration"]] == [1, 1000]
     run = rates(config)
     assert all(row["lr"] == run[int(row["iteration"]) - 1] for row in table)
