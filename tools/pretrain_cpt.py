@@ -19,6 +19,8 @@ if __name__ == "__main__":  # the checkpoint writer starts processes: an unguard
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, stop_at_once)
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # errors: torch's profiler writes its stages across the progress line
+
     from megatron_cpt.config.cli import run_tool
     from megatron_cpt.config.run import RunConfig
     from megatron_cpt.training.pretrain import setup

@@ -84,7 +84,6 @@ def profiling(config: LoggingConfig, rank: int, folder: str, first_iteration: in
     if first is None or last is None or rank not in config.profile_ranks or first_iteration >= last:
         yield NoWindow()
         return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler would write its own notes across the progress line
     window = Window(os.path.join(folder, "profile"), rank, first, last)
     window.step(first_iteration)
     try:

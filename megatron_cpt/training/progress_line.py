@@ -1,4 +1,4 @@
-"""One step in one line, as wide as there is room for, and how long the rest of the run will take."""
+"""One step in one line, or two where the terminal is narrow, and how long the rest of the run will take."""
 
 from __future__ import annotations
 
@@ -137,23 +137,27 @@ class RunProgress(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """The training line, then the tasks."""
         if self.row is not None:
-            yield self.training_line(self.row)
+            yield from self.training_lines(self.row)
         if tasks := [task for task in self.tasks if task.visible]:
             yield self.make_tasks_table(tasks)
 
-    def training_line(self, row: dict[str, Any]) -> Text:
-        """As much of the line as the terminal has room for now, and a bar if some is left."""
+    def training_lines(self, row: dict[str, Any]) -> list[Text]:
+        """The line, and a bar if there is room for it; what does not fit goes into a second line, as far as that fits."""
         left = self.seconds_left
         if left is not None:
             left = max(left - (time.monotonic() - self.shown_at), 0.0)
         width = self.console.width - 1  # some terminals wrap a line that fills them
         parts = step_parts(row, self.train_iters, left)
-        kept = fitting(parts, width)
-        line = Text(SEPARATOR).join(Text(part.text, part.style) for part in kept)
-        if len(kept) == len(parts) and len(line) + BAR_WIDTH + 1 <= width:
-            line = Text(" ").join([bar(row["iteration"], self.train_iters, self.console.encoding), line])
-        line.no_wrap, line.overflow = True, "crop"
-        return line
+        first = fitting(parts, width)
+        rest = [part for part in parts if part not in first]
+        lines = [Text(SEPARATOR).join(Text(part.text, part.style) for part in first)]
+        if not rest and len(lines[0]) + BAR_WIDTH + 1 <= width:
+            lines = [Text(" ").join([bar(row["iteration"], self.train_iters, self.console.encoding), lines[0]])]
+        if rest:
+            lines.append(Text(SEPARATOR).join(Text(part.text, part.style) for part in fitting(rest, width)))
+        for line in lines:
+            line.no_wrap, line.overflow = True, "crop"
+        return lines
 
 
 def bar(done: int, total: int, encoding: str) -> Text:

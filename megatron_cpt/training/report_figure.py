@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
 from matplotlib.figure import Figure
@@ -18,6 +19,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 POINTS = 1000  # drawn of a curve; more are binned
 FEW = 40  # steps up to which each is marked
+LONGEST_NAME = 28  # of a set in a legend
+CJK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
+    *("Droid Sans Fallback", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS", "Microsoft YaHei", "SimHei"),
+)
 COLORS = ("tab:red", "tab:green", "tab:purple", "tab:orange", "tab:cyan", "tab:brown", "tab:pink", "tab:olive")
 
 Array = npt.NDArray[np.float64]
@@ -28,26 +34,36 @@ def draw(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], resumed
 
     Args:
         steps: training rows of metrics.jsonl
-        evaluations: its validation rows; without any the gradient norm takes their place
+        evaluations: its validation rows; without any their panels are left out
         resumed: steps after which the run was started again
     """
-    # Names are text: a $ in them begins no formula, and a character that the font lacks is a box.
-    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}), warnings.catch_warnings():
+    # Names are text: a $ in them begins no formula, and a character that no font has is a box.
+    settings = {"text.parse_math": False, "font.size": 9, "font.family": ["DejaVu Sans", *cjk_fonts()]}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
-        figure = Figure(figsize=(11, 7), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+        columns = 3 if evaluations else 2
+        figure = Figure(figsize=(5.5 * columns, 7), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
         FigureCanvasAgg(figure)
-        axes = figure.subplots(2, 2)
+        axes = figure.subplots(2, columns)
         last = max(row["iteration"] for row in [*steps, *evaluations])
         draw_loss(axes[0][0], steps, resumed)
         if evaluations:
-            draw_validation(axes[0][1], evaluations)
+            draw_validation_loss(axes[0][1], evaluations)
+            draw_validation(axes[0][2], evaluations)
+            draw_grad_norm(axes[1][1], steps)
         else:
             draw_grad_norm(axes[0][1], steps)
         draw_learning_rate(axes[1][0], steps)
-        draw_throughput(axes[1][1], steps)
+        draw_throughput(axes[1][-1], steps)
         for axis in axes.flat:
             finish_axis(axis, last, resumed)
         figure.savefig(path, dpi=130)
+
+
+def cjk_fonts() -> list[str]:
+    """Of the fonts that have Chinese, Japanese and Korean characters, those that are installed."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return [name for name in CJK_FONTS if name in installed]
 
 
 def finish_axis(axis: Axes, last: int, resumed: Sequence[int]) -> None:
@@ -83,14 +99,14 @@ def binned(x: Array, y: Array) -> tuple[Array, Array, Array, Array]:
 
 
 def running_median(y: Array, width: int) -> tuple[npt.NDArray[np.int64], Array]:
-    """At most POINTS places, and at each the median of the `width` values up to it (of fewer at the start), nans left out.
+    """At most POINTS places, and at each the median of the `width` values around it (of fewer at the ends), nans left out.
 
     A median, so that one spike is one spike and no plateau.
     """
     places = np.unique(np.linspace(0, len(y) - 1, min(len(y), POINTS)).astype(np.int64))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="All-NaN")
-        medians = [np.nanmedian(y[max(place - width + 1, 0) : place + 1]) for place in places]
+        medians = [np.nanmedian(y[max(place - width // 2, 0) : place - width // 2 + width]) for place in places]
     return places, np.array(medians, np.float64)
 
 
@@ -161,6 +177,30 @@ def draw_grad_norm(axis: Axes, steps: list[dict[str, Any]]) -> None:
         axis.set_yticks([])
 
 
+def shortened(name: str) -> str:
+    """A set's name, not longer than a legend has room for."""
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+
+
+def draw_validation_loss(axis: Axes, evaluations: list[dict[str, Any]]) -> None:
+    """Loss of each set, as it is."""
+    axis.set(title="Held-out text: loss", ylabel="nats per token")
+    for place, name in enumerate(dict.fromkeys(name for row in evaluations for name in row["validation"])):
+        rows = [row["validation"].get(name, {}) | {"iteration": row["iteration"]} for row in evaluations]
+        x, values = column(rows, "iteration"), column(rows, "loss")
+        now = next((value for value in reversed(values) if math.isfinite(value)), math.nan)
+        axis.plot(
+            x,
+            values,
+            color=COLORS[place % len(COLORS)],
+            marker="o" if len(x) <= FEW else "",
+            markersize=3.5,
+            label=f" {shortened(name)}: {now:.4f}",
+        )
+    axis.margins(y=0.12)
+    axis.legend(loc="best", fontsize="small")
+
+
 def draw_validation(axis: Axes, evaluations: list[dict[str, Any]]) -> None:
     """Bits per byte of each set as change since step 0, or as it is where step 0 is not known or all there is."""
     names = list(dict.fromkeys(name for row in evaluations for name in row["validation"]))
@@ -180,7 +220,7 @@ def draw_validation(axis: Axes, evaluations: list[dict[str, Any]]) -> None:
             color=COLORS[place % len(COLORS)],
             marker="o" if len(x) <= FEW else "",
             markersize=3.5,
-            label=f" {name}: {now:.4f}{change}",  # a label that begins with _ would be left out
+            label=f" {shortened(name)}: {now:.4f}{change}",  # a label that begins with _ would be left out
         )
     if relative:
         axis.axhline(0, color="0.4", linewidth=0.8)

@@ -57,10 +57,12 @@ def test_nothing_wraps(width: int, encoding: str) -> None:
     progress.add_task("validation", total=10)
     progress.show(step_row(1200), 50_000, 1000.0)
     lines = console.render_lines(progress.get_renderable(), pad=False)
-    assert len(lines) == 2
+    assert len(lines) == (2 if width == 200 else 3)  # a second line takes what does not fit, and the validation's bar
     texts = ["".join(segment.text for segment in line) for line in lines]
     assert all(len(text) <= width for text in texts)
     assert texts[0].encode(encoding).count(b"|") >= 1
+    if width >= 80:
+        assert all(word in texts[0] + texts[1] for word in ("loss", "lr", "grad norm", "tok/s", "/device", "ALMR", "left"))
     assert ("━" in texts[0] or "-----" in texts[0]) == (width == 200)
 
 

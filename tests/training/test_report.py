@@ -24,7 +24,7 @@ def report(folder: Path) -> str:
     """The text, after a look at the picture: it is one, and not empty."""
     text = Path(write_report(str(folder))).read_text()
     picture = np.asarray(Image.open(folder / "report.png").convert("L"))
-    assert picture.shape == (910, 1430)
+    assert picture.shape == (910, 2145 if "## Validation" in text else 1430)
     assert 0.01 < (picture < 200).mean() < 0.3
     assert not list(folder.glob("*.tmp*"))
     return text
@@ -151,7 +151,7 @@ def test_a_spike_does_not_move_the_median_nor_the_scale() -> None:
     y = np.r_[np.linspace(2.0, 1.0, 300), 50.0, np.nan, np.full(298, 1.0)]
     places, smooth = running_median(y, 12)
     assert places[-1] == 599
-    assert smooth.max() == pytest.approx(2.0)
+    assert smooth.max() == np.median(y[:6])
     assert np.isfinite(smooth).all()
     axis = Figure().subplots()
     axis.plot(y)
