@@ -114,6 +114,13 @@ def slow_start(wish: dict[str, Any]) -> None:
     slow(pretrain, "build", Pause(**wish))
 
 
+def slow_loading(wish: dict[str, Any]) -> None:
+    """While the tensors of a checkpoint are read, within torch's own loader."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    slow(FileSystemReader, "read_data", Pause(**wish))
+
+
 def slow_microbatches(wish: dict[str, Any]) -> None:
     """In every micro-batch of training that is really computed."""
     from megatron_cpt.training.step import Microbatches

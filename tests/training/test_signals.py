@@ -60,6 +60,7 @@ class Phase:
 PHASES = {
     "checks": Phase("slow_checks", {"seconds": 1.0}, None),
     "building": Phase("slow_start", {"seconds": 1.0}, None),
+    "loading": Phase("slow_loading", {"seconds": 1.0}, None),
     "the first evaluation": Phase("slow_evaluation", {"seconds": SLOW}, None, reached=3),
     "the first step": Phase("slow_microbatches", {"seconds": SLOW}, None, reached=2),
     "a micro-batch": Phase("slow_microbatches", {"seconds": SLOW, "after": 3 * MICROBATCHES}, 3, reached=2),
