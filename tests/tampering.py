@@ -92,7 +92,7 @@ def no_saves(_: Any) -> None:
 
         def poll(self) -> None: ...
 
-        def retry_due(self) -> bool:
+        def retry_pending(self) -> bool:
             return False
 
         def finish(self) -> None: ...
