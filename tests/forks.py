@@ -7,6 +7,7 @@ that was started by itself.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import runpy
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,24 @@ def until(condition: Callable[[], object], timeout: float = 60.0, pause: float =
         time.sleep(pause)
 
 
-def free_port() -> int:
-    """One that nobody listens on."""
+PORTS = range(10_000, 32_000)  # below those that the system gives to connections, which would come between
+
+
+def free_ports() -> Iterator[int]:
+    """Ports that nobody listens on, each another one; two servers begin at different places."""
+    for port in itertools.cycle(PORTS[97 * os.getpid() % len(PORTS) :]):
+        if is_free(port):
+            yield port
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on it."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def serve() -> None:
@@ -123,10 +137,11 @@ def serve() -> None:
     from megatron_cpt.tokenizer import load_tokenizer  # noqa: F401
 
     codes: dict[int, int | None] = {}
+    ports = free_ports()
     for line in sys.stdin:
         question = json.loads(line)
         if "start" in question:
-            answer: list[int | None] = list(fork_ranks(question["start"]))
+            answer: list[int | None] = list(fork_ranks(question["start"], next(ports)))
             codes |= {pid: None for pid in answer if pid is not None}
         else:
             for pid in question["poll"]:
@@ -139,9 +154,9 @@ def serve() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def fork_ranks(wish: dict[str, Any]) -> list[int]:
+def fork_ranks(wish: dict[str, Any], port: int) -> list[int]:
     """Start the processes of a run."""
-    port, pids = free_port(), []
+    pids = []
     for rank in range(wish["processes"]):
         pid = os.fork()
         if pid == 0:
