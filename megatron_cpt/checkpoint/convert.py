@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cpt.checkpoint.archives import check_archives
 from megatron_cpt.checkpoint.conversion import JOB, FileJob, fingerprint, remove_markers, resumable_folder, write_files
+from megatron_cpt.checkpoint.foreign import foreign_config
 from megatron_cpt.checkpoint.hf_files import HfTensors, Shard, TensorInfo, plan_shards, weight_files, write_safetensors
 from megatron_cpt.checkpoint.hf_weights import Piece, check_shapes, extra_states, pieces_of
 from megatron_cpt.checkpoint.layout import (
@@ -38,8 +41,16 @@ from megatron_cpt.checkpoint.torch_dist import (
     write_distcp,
     write_metadata,
 )
+from megatron_cpt.checkpoint.vocabulary import (
+    ExtendedTensors,
+    Extension,
+    NewRows,
+    extension,
+    replace_tokenizer,
+    sentences,
+)
 from megatron_cpt.errors import InputError
-from megatron_cpt.model.llama import LlamaConfig, read_llama_config
+from megatron_cpt.model.llama import LlamaConfig, llama_from, read_llama_config
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 FILE_BYTES = 2 << 30  # of a .distcp file: what a killed conversion has to do again, and what processes share out
@@ -56,6 +67,17 @@ class HfToMegatron:
     """Folder to write; the checkpoint goes into its subfolder "release"."""
     dtype: Dtype = "keep"
     """Of the written weights; keep wants all tensors to have one dtype."""
+    extend_tokenizer: str | None = None
+    """HF folder of a tokenizer with all tokens of the model's own under the same ids, and more: rows are added for those."""
+    added_tokens: str | None = None
+    """File with a token on each line, to be added to the model's tokenizer: rows are added for them."""
+    new_rows: NewRows = "subtokens"
+    """What rows of new tokens begin as: the mean of the rows of what their text was before, the mean of all rows and a
+    little noise, or zero."""
+    repair_rows: bool = False
+    """Make rows near zero, which nobody has trained, the mean of all rows and a little noise."""
+    seed: int = 1234
+    """Of the noise."""
     num_workers: int = 2
     """Processes that write files at the same time."""
     overwrite: bool = False
@@ -71,6 +93,10 @@ class MegatronToHf:
     """Folder to write."""
     dtype: Dtype = "keep"
     """Of the written weights; keep leaves them as they were trained."""
+    tokenizer: str | None = None
+    """HF folder whose tokenizer and generation config go along; only for checkpoints of Megatron-LM and Megatron-Bridge."""
+    vocab_size: int | None = None
+    """Of the model, without rows of padding; only for those checkpoints, by default what they say."""
     max_shard_size: str = "5GB"
     """Of a .safetensors file."""
     num_workers: int = 2
@@ -84,17 +110,38 @@ def hf_to_megatron(config: HfToMegatron) -> str:
     check_workers(config.num_workers)
     if latest_or_none(config.megatron) and not config.overwrite:
         raise InputError(f"{config.megatron} already holds a checkpoint; use --overwrite true to replace it")
-    tensors = HfTensors(config.hf)
-    check_shapes(tensors.shapes(), llama, config.hf)
-    dtype = config.dtype if config.dtype != "keep" else one_dtype(tensors)
+    source = HfTensors(config.hf)
+    check_shapes(source.shapes(), llama, config.hf)
+    dtype = config.dtype if config.dtype != "keep" else one_dtype(source)
+    more = config.extend_tokenizer, config.added_tokens
+    with extension(config.hf, llama, *more, config.new_rows, config.repair_rows, config.seed) as plan:
+        return convert_to_megatron(config, dataclasses.replace(llama, vocab_size=plan.vocab_size), source, dtype, plan)
+
+
+def convert_to_megatron(config: HfToMegatron, llama: LlamaConfig, source: HfTensors, dtype: str, plan: Extension) -> str:
+    """The conversion, after everything that can be known to be wrong; `llama` with the rows that will be there."""
+    tensors = ExtendedTensors(source, plan)
+    reports = tensors.reports()
+    for line in sentences(reports, plan):
+        print(line, file=sys.stderr)
     pieces = {(piece.chunk.key, piece.chunk.offset): piece for piece in pieces_of(llama, dtype_of(dtype))}
     chunks = [piece.chunk for piece in pieces.values()]
     extra = extra_states(llama)
     plans = [plan_of(part, () if number else extra) for number, part in enumerate(split(chunks, FILE_BYTES))]
-    make = partial(make_chunk, pieces, tensors, llama)
+    make = partial(make_chunk, pieces, tensors, llama, config.hf)
     folder = os.path.join(config.megatron, checkpoint_name(None))
-    manifest = {"kind": "hf-to-megatron", "source": os.path.abspath(config.hf), "dtype": dtype}
-    identity = manifest | {"files": fingerprint(config.hf, ["config.json", *weight_files(config.hf)])} | versions()
+    manifest: dict[str, Any] = {"kind": "hf-to-megatron", "source": os.path.abspath(config.hf), "dtype": dtype}
+    manifest["vocabulary"] = {
+        "size": plan.vocab_size,
+        "new_rows": plan.new_rows if plan.new else None,
+        "tensors": {name: dataclasses.asdict(rows) for name, rows in reports.items()},
+    }
+    identity = (
+        manifest
+        | {"new": {str(k): v for k, v in plan.new.items()}, "seed": config.seed}
+        | {"files": fingerprint(config.hf, ["config.json", *weight_files(config.hf)])}
+        | versions()
+    )
     with resumable_folder(folder, identity) as path:
         jobs = []
         for number, part in enumerate(split(chunks, FILE_BYTES)):
@@ -103,15 +150,16 @@ def hf_to_megatron(config: HfToMegatron) -> str:
         results: list[list[WriteResult]] = write_files(path, jobs, config.num_workers, "converting")
         remove_markers(path, jobs)
         write_metadata(path, metadata_of(chunks, extra), results)
-        finish_megatron(path, config.hf, dtype, manifest)
+        finish_megatron(path, config.hf, dtype, manifest, plan)
     write_tracker(config.megatron, None)
     return folder
 
 
 def make_chunk(
     pieces: Mapping[tuple[str, tuple[int, ...]], Piece],
-    tensors: HfTensors,
+    tensors: Mapping[str, torch.Tensor],
     llama: LlamaConfig,
+    folder: str,
     key: str,
     offset: tuple[int, ...],
 ) -> torch.Tensor:
@@ -122,7 +170,7 @@ def make_chunk(
     """
     piece = pieces[key, offset]
     tensor = piece.make(tensors, llama)
-    check_finite(tensor, f"{tensors.folder}: tensor {' or '.join(piece.sources)}")
+    check_finite(tensor, f"{folder}: tensor {' or '.join(piece.sources)}")
     return tensor.to(piece.chunk.dtype).contiguous()
 
 
@@ -140,12 +188,15 @@ def write_checked_distcp(
     return results
 
 
-def finish_megatron(folder: str, hf: str, dtype: str, manifest: dict[str, Any]) -> None:
+def finish_megatron(folder: str, hf: str, dtype: str, manifest: dict[str, Any], plan: Extension) -> None:
     """Everything in a checkpoint's folder that is not a tensor."""
     torch.save({"checkpoint_version": 3.0}, os.path.join(folder, "common.pt"))
     save_config(CheckpointingConfig("torch_dist", 1), folder)
-    copy_hf_files(hf, os.path.join(folder, "hf"))
-    set_dtype(os.path.join(folder, "hf", "config.json"), dtype)
+    target = os.path.join(folder, "hf")
+    copy_hf_files(hf, target)
+    if plan.tokenizer is not None:
+        replace_tokenizer(plan.tokenizer, target)
+    set_fields(os.path.join(target, "config.json"), dtype, plan.vocab_size)
     sizes = {name: size for name, size in sync_files(folder).items() if name != JOB}
     write_json(
         os.path.join(folder, "manifest.json"), manifest | {"optimizer": False, "versions": versions(), "files": sizes}
@@ -157,7 +208,9 @@ def megatron_to_hf(config: MegatronToHf) -> str:
     folder = find_checkpoint(config.megatron)
     check_workers(config.num_workers)
     check_replaceable(config.hf, config.overwrite)
-    tensors = open_megatron(folder)
+    fields = described_by(folder, config)
+    llama = read_llama_config(os.path.join(folder, "hf")) if fields is None else llama_from(fields, folder)
+    tensors = MegatronTensors(TorchDistReader(folder), llama)
     found = str(tensors.dtype("model.embed_tokens.weight")).removeprefix("torch.")
     dtype = config.dtype if config.dtype != "keep" else found
     infos = {name: TensorInfo(shape, dtype) for name, shape in tensors.shapes().items()}
@@ -171,11 +224,32 @@ def megatron_to_hf(config: MegatronToHf) -> str:
         remove_markers(path, jobs)
         if index is not None:
             write_json(os.path.join(path, "model.safetensors.index.json"), index)
-        copy_hf_files(os.path.join(folder, "hf"), path)
-        set_dtype(os.path.join(path, "config.json"), dtype)
+        if fields is None:
+            copy_hf_files(os.path.join(folder, "hf"), path)
+        else:
+            if config.tokenizer is not None:
+                copy_hf_files(config.tokenizer, path)
+            write_json(os.path.join(path, "config.json"), fields)
+        set_fields(os.path.join(path, "config.json"), dtype, llama.vocab_size)
         write_json(os.path.join(path, "manifest.json"), source | {"versions": versions()})
         sync_files(path)
     return config.hf
+
+
+def described_by(folder: str, config: MegatronToHf) -> dict[str, Any] | None:
+    """The config.json of a checkpoint of other software; None: it is one of ours, which has it in hf/.
+
+    Raises:
+        InputError: it cannot be told, or it is ours and an option for the others is given
+    """
+    if os.path.exists(os.path.join(folder, "hf", "config.json")):
+        for name in ("tokenizer", "vocab_size"):
+            if getattr(config, name) is not None:
+                raise InputError(f"{name} is given but {folder} has its configuration and tokenizer in hf/; leave it out")
+        return None
+    if config.tokenizer is not None and not os.path.isdir(config.tokenizer):
+        raise InputError(f"tokenizer {config.tokenizer}: no such folder")
+    return foreign_config(folder, config.vocab_size)
 
 
 def shard_job(shard: Shard, infos: Mapping[str, TensorInfo], tensors: MegatronTensors) -> FileJob:
@@ -244,13 +318,13 @@ def one_dtype(tensors: HfTensors) -> str:
     return tensors.infos[first].dtype
 
 
-def set_dtype(path: str, dtype: str) -> None:
-    """Keep config.json's dtype true; the file is left byte for byte as it was when it already is."""
+def set_fields(path: str, dtype: str, vocab_size: int) -> None:
+    """Keep config.json's dtype and vocab_size true; the file is left byte for byte as it was when they already are."""
     with open(path, encoding="utf-8") as file:
         fields = json.load(file)
     name = "torch_dtype" if "torch_dtype" in fields else "dtype"
-    if fields.get(name, "float32") != dtype:
-        write_json(path, fields | {name: dtype})
+    if fields.get(name, "float32") != dtype or fields["vocab_size"] != vocab_size:
+        write_json(path, fields | {name: dtype, "vocab_size": vocab_size})
 
 
 def latest_or_none(root: str) -> str | None:

@@ -116,11 +116,12 @@ def find_checkpoint(path: str) -> str:
 
 def check_complete(folder: str) -> None:
     """Raise InputError if a file is missing without which the checkpoint cannot be read, or is not as long as it was."""
-    for name in ("metadata.json", ".metadata", "common.pt", "hf/config.json"):
+    manifest = os.path.join(folder, "manifest.json")
+    ours = os.path.exists(manifest)
+    for name in ("metadata.json", ".metadata", "common.pt", *(["hf/config.json"] if ours else [])):
         if not os.path.exists(os.path.join(folder, name)):
             raise InputError(f"checkpoint {folder} is not complete: {name} is missing")
-    manifest = os.path.join(folder, "manifest.json")
-    if not os.path.exists(manifest):
+    if not ours:
         return  # of other software
     files = read_manifest(manifest).get("files", {})
     if not isinstance(files, dict):

@@ -90,7 +90,15 @@ def read_llama_config(folder: str) -> LlamaConfig:
         InputError: no such file, not a Llama model, or a setting that changes the computation in a way we do not know
     """
     path = os.path.join(folder, "config.json")
-    fields = _read_json(path)
+    return llama_from(_read_json(path), path)
+
+
+def llama_from(fields: dict[str, Any], path: str) -> LlamaConfig:
+    """The architecture that the fields of a config.json describe; `path` names them in errors.
+
+    Raises:
+        InputError: see `read_llama_config`
+    """
     for name, value in ONLY.items():
         if fields.get(name, value) != value:
             raise InputError(f"{path}: {name} is {fields[name]!r}; supported is {value!r}")

@@ -107,7 +107,11 @@ def check_run(config: RunConfig, world_size: int) -> CheckedRun:
         InputError: naming the value found and the values that would do
     """
     start_from, resumed = find_start(config)
-    llama = read_llama_config(os.path.join(start_from, "hf"))
+    hf = os.path.join(start_from, "hf")
+    if not os.path.exists(os.path.join(hf, "config.json")):
+        advice = "convert it with tools/convert_checkpoint.py megatron-to-hf, and the result with hf-to-megatron"
+        raise InputError(f"checkpoint {start_from} has no hf/config.json, so it is of other software; {advice}")
+    llama = read_llama_config(hf)
     mixture = load_mixture(config.mixture)
     check_layout(llama, config.parallel, mixture.seq_length)
     data_parallel_size = check_batch(config, world_size)

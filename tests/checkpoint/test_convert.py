@@ -180,7 +180,11 @@ def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(
     def run(name: str) -> Path:
         if direction == "hf-to-megatron":
             return Path(hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / name), num_workers=1)))
-        return Path(megatron_to_hf(MegatronToHf(str(tmp_path / "source"), str(tmp_path / name), "keep", "200KB", 1)))
+        return Path(
+            megatron_to_hf(
+                MegatronToHf(str(tmp_path / "source"), str(tmp_path / name), max_shard_size="200KB", num_workers=1)
+            )
+        )
 
     hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "source")))
     whole = run("whole")

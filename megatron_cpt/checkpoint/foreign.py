@@ -1,0 +1,131 @@
+"""The Llama configuration in checkpoints of Megatron-LM (`args` in common.pt) and Megatron-Bridge (run_config.yaml)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from megatron_cpt.checkpoint.restricted import Opaque, load_settings
+from megatron_cpt.errors import InputError
+
+# megatron-core's rope scaling has one free number, the factor; these are fixed in it (rotary_pos_embedding.py)
+ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the two call the same settings; `wanted` has those of which a Llama model has one value only."""
+
+    norm_epsilon: str
+    max_length: str
+    rope_scaling: str
+    wanted: Mapping[str, Any]
+
+
+COMMON = {
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "qk_layernorm": False,
+    "layernorm_zero_centered_gamma": False,
+    "add_qkv_bias": False,
+    "num_moe_experts": None,
+    "multi_latent_attention": False,
+    "window_size": None,
+}
+MEGATRON_LM = Names(
+    "norm_epsilon",
+    "max_position_embeddings",
+    "use_rope_scaling",
+    COMMON | {"swiglu": True, "num_experts": None, "apply_layernorm_1p": False},
+)
+BRIDGE = Names("layernorm_epsilon", "seq_length", "rope_scaling", COMMON | {"gated_linear_unit": True})
+
+
+def foreign_config(folder: str, vocab_size: int | None) -> dict[str, Any]:
+    """config.json of the Llama model in a checkpoint of Megatron-LM or Megatron-Bridge.
+
+    Args:
+        vocab_size: of the tokenizer; None takes what the checkpoint says, which may count rows of padding
+
+    Raises:
+        InputError: the checkpoint does not describe its model, or it is no Llama model
+    """
+    bridge, common = os.path.join(folder, "run_config.yaml"), os.path.join(folder, "common.pt")
+    if os.path.exists(bridge):
+        return llama_fields(bridge, bridge_settings(bridge), BRIDGE, vocab_size)
+    args = load_settings(common).get("args")
+    if args is None:
+        places = "hf/config.json, run_config.yaml and args in common.pt are all missing"
+        raise InputError(f"{folder} does not describe its model: {places}")
+    return llama_fields(f"{common} (args)", dict(vars(args)), MEGATRON_LM, vocab_size)
+
+
+def bridge_settings(path: str) -> dict[str, Any]:
+    """The section `model`; objects that Megatron-Bridge would make (`_target_`) become their names."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            model = yaml.safe_load(file)["model"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"{path} has no section 'model' that can be read: {error}") from error
+    return {
+        name: value["_target_"] if isinstance(value, dict) and "_target_" in value else value
+        for name, value in model.items()
+    }
+
+
+def llama_fields(path: str, found: Mapping[str, Any], names: Names, vocab_size: int | None) -> dict[str, Any]:
+    """HF's fields of a Llama model."""
+    for name, wanted in names.wanted.items():
+        value = found.get(name, wanted)
+        if value != wanted and not (wanted in (None, False) and value in (None, False)):
+            raise InputError(f"{path}: {name} is {value!r}; in a Llama model it is {wanted!r}")
+    check_activation(path, found)
+
+    def number(*keys: str) -> Any:
+        for key in keys:
+            if isinstance(found.get(key), (int, float)) and not isinstance(found[key], bool):
+                return found[key]
+        raise InputError(f"{path} has no number as {' or '.join(keys)}")
+
+    heads, hidden = number("num_attention_heads"), number("hidden_size")
+    groups = found.get("num_query_groups") if found.get("group_query_attention", True) else None
+    biases = bool(found.get("add_bias_linear", True))
+    theta = float(number("rotary_base"))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if found.get(names.rope_scaling):
+        factor = found.get("rope_scaling_factor")
+        factor = 8.0 if factor is None else float(factor)  # megatron-core's default
+        rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **ROPE_SCALING}
+    untied = found.get("untie_embeddings_and_output_weights")
+    tied = not untied if untied is not None else bool(found.get("share_embeddings_and_output_weights", True))
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": vocab_size or number("vocab_size", "padded_vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": number("ffn_hidden_size"),
+        "num_hidden_layers": number("num_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups or heads,
+        "head_dim": found.get("kv_channels") or hidden // heads,
+        "max_position_embeddings": number(names.max_length, "seq_length"),
+        "rms_norm_eps": number(names.norm_epsilon, "layernorm_epsilon", "norm_epsilon"),
+        "rope_parameters": rope,
+        "tie_word_embeddings": tied,
+        "attention_bias": biases,
+        "mlp_bias": biases,
+    }
+
+
+def check_activation(path: str, found: Mapping[str, Any]) -> None:
+    """InputError unless the gate's activation is SiLU, where the checkpoint says it."""
+    activation = found.get("activation_func")
+    if activation is not None and not isinstance(activation, Opaque | type) and "silu" not in str(activation):
+        raise InputError(f"{path}: activation_func is {activation}; in a Llama model it is silu")
