@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench import loader, preprocess, train
+from bench import convert, loader, preprocess, train
 from bench.row import Row
 
-GROUPS = (preprocess, loader, train)
+GROUPS = (preprocess, loader, train, convert)
 
 
 def main() -> None:
