@@ -25,12 +25,15 @@ from megatron_cpt.checkpoint.layout import (
     copy_hf_files,
     find_checkpoint,
     latest_checkpoint,
+    read_manifest,
     sync_files,
     versions,
     write_json,
+    write_text,
     write_tracker,
 )
 from megatron_cpt.checkpoint.megatron_weights import MegatronTensors
+from megatron_cpt.checkpoint.model_card import model_card
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.checkpoint.torch_dist import (
     TorchDistReader,
@@ -99,6 +102,8 @@ class MegatronToHf:
     """Of the model, without rows of padding; only for those checkpoints, by default what they say."""
     max_shard_size: str = "5GB"
     """Of a .safetensors file."""
+    upload_ready: bool = False
+    """Write a model card (README.md) with what the run was: data, ALMR, learning rate, tokens."""
     num_workers: int = 2
     """Processes that write files at the same time."""
     overwrite: bool = False
@@ -210,6 +215,7 @@ def megatron_to_hf(config: MegatronToHf) -> str:
     check_replaceable(config.hf, config.overwrite)
     fields = described_by(folder, config)
     llama = read_llama_config(os.path.join(folder, "hf")) if fields is None else llama_from(fields, folder)
+    card = make_card(folder, config) if config.upload_ready else None
     tensors = MegatronTensors(TorchDistReader(folder), llama)
     found = str(tensors.dtype("model.embed_tokens.weight")).removeprefix("torch.")
     dtype = config.dtype if config.dtype != "keep" else found
@@ -231,9 +237,19 @@ def megatron_to_hf(config: MegatronToHf) -> str:
                 copy_hf_files(config.tokenizer, path)
             write_json(os.path.join(path, "config.json"), fields)
         set_fields(os.path.join(path, "config.json"), dtype, llama.vocab_size)
+        if card is not None:
+            write_text(os.path.join(path, "README.md"), card)
         write_json(os.path.join(path, "manifest.json"), source | {"versions": versions()})
         sync_files(path)
     return config.hf
+
+
+def make_card(folder: str, config: MegatronToHf) -> str:
+    """The model card of a run's checkpoint."""
+    manifest = os.path.join(folder, "manifest.json")
+    return model_card(
+        os.path.basename(os.path.abspath(config.hf)), read_manifest(manifest) if os.path.exists(manifest) else {}
+    )
 
 
 def described_by(folder: str, config: MegatronToHf) -> dict[str, Any] | None:

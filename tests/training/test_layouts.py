@@ -184,6 +184,39 @@ def test_a_fork_goes_on_and_one_of_a_finished_run_is_refused(runs: Runs, single:
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
 
 
+def test_a_trained_checkpoint_is_ready_for_upload(runs: Runs, single: Path, tmp_path: Path) -> None:
+    """It loads in transformers; the card says what the run was."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = ["--megatron", str(single), "--hf", str(tmp_path / "my-model"), "--upload_ready"]
+    run_tool("convert_checkpoint.py", "megatron-to-hf", *options)
+    card = (tmp_path / "my-model" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "text-generation")
+    last = [row for row in read_rows(single) if "loss" in row][-1]
+    for line in (
+        "# my-model",
+        "| weights it began with | megatron |",
+        f"| steps | {STEPS} |",
+        f"| tokens | {STEPS * 8 * 64:,} |",
+        f"| additional-language mixture ratio (ALMR) | {last['almr_realised']:.4f} |",
+        "| learning rate | 0.003 to 0.0001, linear, 2 warm-up steps |",
+        "| batch | 8 samples of 64 tokens |",
+    ):
+        assert line in card.splitlines()
+    assert f"| zh_train | additional | {last['corpus_tokens']['zh_train']:,} |" in card
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "my-model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "my-model")
+    assert model.generate(**tokenizer("The dog", return_tensors="pt"), max_new_tokens=3).shape[1] >= 4
+    converted = run_tool(
+        "convert_checkpoint.py",
+        *("megatron-to-hf", "--megatron", str(runs.folder / "megatron"), "--hf", str(tmp_path / "b"), "--upload_ready"),
+        check=False,
+    )
+    assert converted.returncode == 2
+    assert "comes from no run" in converted.stderr
+
+
 def test_a_damaged_checkpoint_is_named(runs: Runs, single: Path) -> None:
     save = runs.interrupted(single, "damaged")
     path = next((save / f"iter_{SAVE_INTERVAL:07d}").glob("*.distcp"))
