@@ -19,7 +19,7 @@ from megatron_cpt.checkpoint.archives import check_archives
 from megatron_cpt.checkpoint.conversion import JOB, FileJob, fingerprint, remove_markers, resumable_folder, write_files
 from megatron_cpt.checkpoint.foreign import foreign_config
 from megatron_cpt.checkpoint.hf_files import HfTensors, Shard, TensorInfo, plan_shards, weight_files, write_safetensors
-from megatron_cpt.checkpoint.hf_weights import Piece, check_shapes, extra_states, pieces_of
+from megatron_cpt.checkpoint.hf_weights import Piece, check_shapes, extra_states, open_hf, pieces_of
 from megatron_cpt.checkpoint.layout import (
     checkpoint_name,
     copy_hf_files,
@@ -115,7 +115,7 @@ def hf_to_megatron(config: HfToMegatron) -> str:
     check_workers(config.num_workers)
     if latest_or_none(config.megatron) and not config.overwrite:
         raise InputError(f"{config.megatron} already holds a checkpoint; use --overwrite true to replace it")
-    source = HfTensors(config.hf)
+    source = open_hf(config.hf, llama)
     check_shapes(source.shapes(), llama, config.hf)
     dtype = config.dtype if config.dtype != "keep" else one_dtype(source)
     more = config.extend_tokenizer, config.added_tokens

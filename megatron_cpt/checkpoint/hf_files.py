@@ -65,6 +65,10 @@ class HfTensors(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self.infos)
 
+    def leave_out(self, name: str) -> None:
+        """Have it no longer."""
+        del self.infos[name], self._files[name]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all tensors."""
         return {name: info.shape for name, info in self.infos.items()}

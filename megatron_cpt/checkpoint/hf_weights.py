@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_cpt.checkpoint.hf_files import HfTensors
 from megatron_cpt.checkpoint.torch_dist import Chunk
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import LlamaConfig
@@ -75,6 +76,23 @@ def hf_shapes(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def open_hf(folder: str, llama: LlamaConfig) -> HfTensors:
+    """The tensors of a HF folder, without what old versions of transformers saved though it is computed or a copy.
+
+    Raises:
+        InputError: as HfTensors; or the copy is none
+    """
+    tensors = HfTensors(folder)
+    tied = ("lm_head.weight", "model.embed_tokens.weight")
+    if llama.tie_word_embeddings and all(name in tensors for name in tied):
+        if not torch.equal(*(tensors[name] for name in tied)):
+            raise InputError(f"{folder}: config.json ties the word embeddings, but {tied[0]} is not {tied[1]}")
+        tensors.leave_out(tied[0])
+    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+        tensors.leave_out(name)
+    return tensors
+
+
 def check_shapes(found: Mapping[str, tuple[int, ...]], llama: LlamaConfig, where: str) -> None:
     """Raise InputError for the first tensor that is missing, unexpected or of another shape than config.json says."""
     wanted = hf_shapes(llama)
@@ -84,7 +102,7 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], llama: LlamaConfig, where
         if found[name] != shape:
             raise InputError(f"{where}: tensor {name} has shape {list(found[name])}; config.json asks for {list(shape)}")
     for name in found:
-        if name not in wanted and not name.endswith("rotary_emb.inv_freq"):  # computed, but saved by old versions
+        if name not in wanted:
             raise InputError(f"{where}: tensor {name} does not belong to this architecture")
 
 

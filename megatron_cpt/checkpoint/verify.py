@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from megatron_cpt.checkpoint.convert import open_megatron
-from megatron_cpt.checkpoint.hf_files import HfTensors
+from megatron_cpt.checkpoint.hf_weights import open_hf
 from megatron_cpt.checkpoint.layout import find_checkpoint
 from megatron_cpt.checkpoint.save_load import dtype_of, load_checkpoint
 from megatron_cpt.config.parallel import ParallelConfig
@@ -174,4 +174,4 @@ def hf_folder(path: str) -> str:
 
 def open_checkpoint(path: str) -> Mapping[str, torch.Tensor]:
     """Tensors with HF names."""
-    return HfTensors(path) if is_hf(path) else open_megatron(find_checkpoint(path))
+    return open_hf(path, read_llama_config(path)) if is_hf(path) else open_megatron(find_checkpoint(path))

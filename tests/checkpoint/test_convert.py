@@ -287,3 +287,21 @@ def test_dtype_of_the_megatron_checkpoint(hf: Path, tmp_path: Path) -> None:
     back = megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
     for name, tensor in load_file(Path(back) / "model.safetensors").items():
         assert torch.equal(tensor, mixed[name].bfloat16()), name
+
+
+def test_what_old_versions_saved_though_it_is_computed_is_left_out(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    """Rotary frequencies, and the output layer of tied models; one that is not the embedding is no copy."""
+    hf = Path(make_tiny_llama(tmp_path / "hf", tiny_tokenizer_dir, tie_word_embeddings=True))
+    tensors = load_file(hf / "model.safetensors")
+    more = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    more["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    save_file(tensors | more, hf / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    assert f"{len(tensors)} tensors equal" in verify(Verify(str(hf), str(tmp_path / "megatron"), logits=True))
+    back = megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
+    assert load_file(Path(back) / "model.safetensors").keys() == tensors.keys()
+
+    more["lm_head.weight"][7, 7] += 1
+    save_file(tensors | more, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"ties the word embeddings, but lm_head\.weight is not model\.embed_tokens"):
+        hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "other")))

@@ -6,6 +6,10 @@ Every layout is trained in test_matrix.py, and resumed in another one in test_re
 from __future__ import annotations
 
 import json
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -215,6 +219,41 @@ def test_a_trained_checkpoint_is_ready_for_upload(runs: Runs, single: Path, tmp_
     )
     assert converted.returncode == 2
     assert "comes from no run" in converted.stderr
+
+
+def test_a_trained_checkpoint_loads_in_lm_eval(single: Path, tmp_path: Path) -> None:
+    """Its command, on a task of text in a file, finds the loss that transformers finds."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run_tool("convert_checkpoint.py", "megatron-to-hf", "--megatron", str(single), "--hf", str(tmp_path / "model"))
+    text = "The dog runs to the river."
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    task = {
+        "task": "bytes",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "text.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "text",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    write_yaml(tmp_path / "bytes.yaml", task)
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "bytes", "--include_path", str(tmp_path)]
+    options = ["--model_args", f"pretrained={tmp_path / 'model'},dtype=float32", "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*command, *options, "--output_path", str(tmp_path / "results")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(next((tmp_path / "results").rglob("results_*.json")).read_text())["results"]["bytes"]
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokens = torch.tensor([[tokenizer.eos_token_id, *tokenizer.encode(text, add_special_tokens=False)]])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    nats = model(tokens, labels=tokens).loss.item() * (tokens.shape[1] - 1)
+    assert results["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
 
 
 def test_a_damaged_checkpoint_is_named(runs: Runs, single: Path) -> None:
