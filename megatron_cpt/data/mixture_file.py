@@ -52,7 +52,7 @@ def load_mixture(path: str) -> Mixture:
     Raises:
         InputError: naming the file, the field, the value found and the value wanted
     """
-    fields = _read_yaml(path)
+    fields = read_mixture_fields(path)
     _refuse_unknown(path, "", fields, {"seq_length", "seed", "almr", "stages", "validation", *GROUPS})
     reader = _Reader(path)
     stages = reader.stages(fields)
@@ -79,7 +79,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_mixture_fields(path: str) -> dict[str, Any]:
+    """What a mixture file says, unchecked.
+
+    Raises:
+        InputError: the file cannot be read, or is not YAML with fields
+    """
     try:
         with open(path, encoding="utf-8") as file:
             fields = yaml.load(file, _Loader)  # a SafeLoader

@@ -1,0 +1,126 @@
+"""study.yaml: what is varied, for how long, and what is measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_cpt.config.require import require, require_at_least
+from megatron_cpt.errors import InputError
+
+
+@dataclass(frozen=True)
+class LogRange:
+    """Learning rates at equal distances on a log scale."""
+
+    min: float
+    """The lowest."""
+    max: float
+    """The highest."""
+    number: int
+    """How many, with these two."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.min < self.max, "lr.min", self.min, f"a number above 0 and below lr.max {self.max}")
+        require_at_least(self, number=2)
+
+    def values(self) -> list[float]:
+        """To four significant digits, so that names of runs stay short."""
+        ratio = math.log(self.max / self.min) / (self.number - 1)
+        return [float(f"{self.min * math.exp(i * ratio):.4g}") for i in range(self.number)]
+
+
+@dataclass(frozen=True)
+class ScoresConfig:
+    """Benchmark scores of checkpoints, beside validation losses."""
+
+    command: list[str]
+    """What measures a model, for example lm-eval: {hf} becomes its Hugging Face folder, {output} the folder for the results,
+    a JSON file as lm-eval writes it, or {"name": number}, where higher is better."""
+    mean_of: list[str] | None = None
+    """Scores whose mean is the mean metric. Default: all."""
+
+    def __post_init__(self) -> None:
+        for part in ("{hf}", "{output}"):
+            require(any(part in word for word in self.command), "scores.command", self.command, f"words with {part} in them")
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """What the study may cost. A plan above it is refused."""
+
+    runs: int | None = None
+    """Runs in all."""
+    tokens: float | None = None
+    """Tokens in all."""
+    disk_gb: float | None = None
+    """Checkpoints in all, 1e9 bytes."""
+    hours: float | None = None
+    """Time in all, where it can be estimated."""
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """The job array of `run --executor slurm`, one task for each run."""
+
+    sbatch: list[str] = field(default_factory=list)
+    """Options of sbatch, such as --partition=gpu --gpus-per-node=8 --time=4:00:00."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before a run, such as source .venv/bin/activate."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study over ALMR and learning rate."""
+
+    base: str
+    """Configuration of tools/pretrain_cpt.py that every run follows. Its ALMR, learning rate, length, seeds and folder are
+    the study's; min_lr keeps its ratio to lr. Paths in it are relative to where the tool is started, as ever."""
+    folder: str
+    """Where runs and results go."""
+    almr: list[float]
+    """Values of the additional-language mixture ratio."""
+    lr: list[float] | LogRange
+    """Learning rates: a list, or min, max and number on a log scale."""
+    train_tokens: int
+    """Tokens of a run."""
+    seeds: list[int] = field(default_factory=lambda: [1])
+    """Of the order of the data, and of all else that is random; runs of one seed read the same text in the same order."""
+    processes: int = 1
+    """Processes of a run, under torchrun."""
+    parallel_runs: int = 1
+    """Runs at the same time on this machine, or in the job array."""
+    divergence_factor: float = 1.5
+    """A run whose mean training loss of ten steps is above this many times that of its first step is stopped: it has
+    diverged. So has one that skips too many steps (trouble.max_skipped_steps)."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoints of runs that are finished and measured."""
+    scores: ScoresConfig | None = None
+    """See ScoresConfig."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """See LimitsConfig."""
+    executor: Literal["local", "slurm"] = "local"
+    """Where `run` runs."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """See SlurmConfig."""
+    device: str | None = None
+    """Device type for estimates of time, as plan_run.py knows it (a100-80g, h100). Default: they come from finished runs."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, train_tokens=1, processes=1, parallel_runs=1)
+        require(self.divergence_factor > 1, "divergence_factor", self.divergence_factor, "a number above 1")
+        for name, values in (("almr", self.almr), ("lr", self.rates), ("seeds", self.seeds)):
+            if not values or len(set(values)) < len(values):
+                raise InputError(f"{name} is {list(values)}; use one or more different values")
+        for share in self.almr:
+            require(0 <= share <= 1, "almr", share, "numbers from 0 to 1")
+        for rate in self.rates:
+            require(0 < rate < math.inf, "lr", rate, "numbers above 0")
+        for seed in self.seeds:
+            require(0 <= seed < 2**63, "seeds", seed, "0 to 2**63 - 1")
+
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates."""
+        return self.lr if isinstance(self.lr, list) else self.lr.values()

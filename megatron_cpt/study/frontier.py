@@ -1,0 +1,175 @@
+"""The paper's two lines over (ALMR, log10 LR): the metric frontier and the line along which the loss falls fastest.
+
+Both are ALMR = a + b log10 LR. The paper names them (its equations 1 and 2) without saying how they were computed; what is
+done here is written out below, and in docs/almr_study.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from megatron_cpt.study.surfaces import Array, Scale, Surface
+
+SLICES = 25  # of the surface, each with one peak at most
+STEPS = 201  # along a slice
+REPLICATES = 300
+INTERVAL = (5.0, 95.0)  # per cent
+LEAST_SHARE = 0.5  # of slices with a peak inside
+LEAST_REPLICATES = 0.8  # that must have a line
+STEP = 0.01  # of the descent, in unit coordinates
+FLAT_GRADIENT = 1e-3  # of the steepest: where the descent ends
+
+Axis = Literal["almr", "lr"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """ALMR = a + b log10 LR.
+
+    Attributes:
+        points: [n, 2] (ALMR, LR) that the line was fitted to
+        a_interval, b_interval: 5 % to 95 % of the bootstrap
+        refused: why nothing should be concluded from it; None: nothing speaks against it
+    """
+
+    a: float
+    b: float
+    a_interval: tuple[float, float]
+    b_interval: tuple[float, float]
+    points: Array
+    refused: str | None
+
+    def almr(self, lr: Array) -> Array:
+        """On the line."""
+        return self.a + self.b * np.log10(lr)
+
+
+def metric_frontier(surface: Surface, axis: Axis = "almr", replicates: int = REPLICATES, seed: int = 0) -> Line:
+    """Peaks of a surface where higher is better, regressed.
+
+    Along `axis` "almr", each of 25 learning rates, evenly spaced on the log scale, has the ALMR at which the surface is
+    highest; along "lr" each of 25 ALMRs has its learning rate. Peaks on the border of the studied range say only that the
+    best is not inside: they are left out. The line is the least-squares regression of ALMR on log10 LR over the others.
+    """
+    return bootstrapped(surface, lambda replicate: peaks(replicate, axis), regress, replicates, seed, border_reason(axis))
+
+
+def border_reason(axis: Axis) -> str:
+    """Why there is no frontier."""
+    other = {"almr": "learning rates", "lr": "mixture ratios"}[axis]
+    name = {"almr": "ALMR", "lr": "learning rate"}[axis]
+    return f"for most {other} the best {name} is on the border of the studied range: widen the range"
+
+
+def peaks(surface: Surface, axis: Axis) -> Array | None:
+    """[n, 2] unit coordinates of the peaks inside; None: too few of the slices have one."""
+    along, across = np.linspace(0.0, 1.0, STEPS), np.linspace(0.0, 1.0, SLICES)
+    first, second = np.meshgrid(across, along, indexing="ij")
+    order = (first, second) if axis == "almr" else (second, first)  # (u, v): u is fixed in a slice along ALMR
+    at = np.stack([part.ravel() for part in order], axis=-1)
+    heights = surface.mean(at).reshape(SLICES, STEPS)
+    best = heights.argmax(axis=1)
+    inside = (best > 0) & (best < STEPS - 1)
+    if inside.mean() < LEAST_SHARE:
+        return None
+    fixed, moving = across[inside], along[best[inside]]
+    return np.stack([fixed, moving] if axis == "almr" else [moving, fixed], axis=-1)
+
+
+def regress(scale: Scale, path: Array) -> tuple[float, float]:
+    """a and b of the least-squares line of ALMR on log10 LR."""
+    b, a = np.polyfit(np.log10(scale.lr(path[:, 0])), scale.share(path[:, 1]), 1)
+    return float(a), float(b)
+
+
+def loss_line(surface: Surface, replicates: int = REPLICATES, seed: int = 0) -> Line:
+    """The direction in which a loss falls fastest, integrated and fitted.
+
+    In coordinates scaled to the studied ranges (u for log10 LR, v for ALMR, each from 0 to 1) the curve
+    d(u, v)/ds = -grad L / |grad L| through the middle (0.5, 0.5) is followed downhill and uphill, until it leaves the square
+    or the slope is a thousandth of the steepest. Its line is that of total least squares in these coordinates, through the
+    curve's mean along its main direction, as a curve may be steep in either. The slope depends on the ranges: "fastest"
+    needs a measure of both axes.
+    """
+    reason = "the loss does not fall from the middle of the studied range: it is flat there"
+    return bootstrapped(surface, steepest_curve, main_direction, replicates, seed, reason)
+
+
+def steepest_curve(surface: Surface) -> Array | None:
+    """[n, 2] unit coordinates, from the highest loss to the lowest; None: it has no length."""
+    sides = np.linspace(0.05, 0.95, 10)
+    square = np.stack([part.ravel() for part in np.meshgrid(sides, sides)], axis=-1)
+    steepest = float(np.linalg.norm(gradient(surface, square), axis=1).max())
+    parts = []
+    for sign in (1.0, -1.0):  # uphill, downhill
+        place, path = np.array([0.5, 0.5]), []
+        for _ in range(int(4 / STEP)):
+            slope = gradient(surface, place[None])[0]
+            length = float(np.linalg.norm(slope))
+            if length <= FLAT_GRADIENT * steepest:
+                break
+            place = place + sign * STEP * slope / length
+            if place.min() < 0 or place.max() > 1:
+                break
+            path.append(place)
+        parts.append(path)
+    curve = [*reversed(parts[0]), np.array([0.5, 0.5]), *parts[1]]
+    return np.stack(curve) if len(curve) >= 10 else None
+
+
+def gradient(surface: Surface, at: Array, step: float = 1e-3) -> Array:
+    """[n, 2], by central differences."""
+    parts = []
+    for axis in (0, 1):
+        move = np.zeros(2)
+        move[axis] = step
+        parts.append((surface.mean(at + move) - surface.mean(at - move)) / (2 * step))
+    return np.stack(parts, axis=-1)
+
+
+def main_direction(scale: Scale, path: Array) -> tuple[float, float]:
+    """a and b of the line of total least squares, in unit coordinates."""
+    center = path.mean(axis=0)
+    u, v = np.linalg.svd(path - center)[2][0]
+    slope = v / u if abs(u) > 1e-6 else np.copysign(1e6, v)
+    (low, high), (least, most) = scale.log_lr, scale.almr
+    b = slope * (most - least) / (high - low)
+    a = scale.share(center[1]) - b * (low + center[0] * (high - low))
+    return float(a), float(b)
+
+
+def bootstrapped(
+    surface: Surface,
+    find: Callable[[Surface], Array | None],
+    fit: Callable[[Scale, Array], tuple[float, float]],
+    replicates: int,
+    seed: int,
+    reason: str,
+) -> Line:
+    """The line, and how much it moves when every run is measured again.
+
+    Parametric bootstrap: the surface at the runs' points plus noise as it was found between seeds, fitted with the same
+    kernel.
+    """
+    path = find(surface)
+    if path is None:
+        nothing = (float("nan"), float("nan"))
+        return Line(*nothing, nothing, nothing, np.zeros((0, 2)), reason)
+    a, b = fit(surface.scale, path)
+    random, expected = np.random.default_rng(seed), surface.mean(surface.points)
+    found = []
+    for _ in range(replicates):
+        noise = surface.noise * random.standard_normal(len(expected))
+        again = find(surface.with_values(expected + noise))
+        if again is not None:
+            found.append(fit(surface.scale, again))
+    refused = None
+    if len(found) < LEAST_REPLICATES * replicates:
+        refused = f"{reason} in {replicates - len(found)} of {replicates} repetitions of the runs (bootstrap)"
+    (a_low, b_low), (a_high, b_high) = np.percentile(found or [(np.nan, np.nan)], INTERVAL, axis=0)
+    points = np.stack([surface.scale.share(path[:, 1]), surface.scale.lr(path[:, 0])], axis=-1)
+    return Line(a, b, (float(a_low), float(a_high)), (float(b_low), float(b_high)), points, refused)

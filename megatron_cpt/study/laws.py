@@ -1,0 +1,192 @@
+"""Mixture laws from the literature, fitted to the losses of a study's runs: D-CPT and CMR.
+
+D-CPT (Que et al., "D-CPT Law: Domain-specific Continual Pre-Training Scaling Law for Large Language Models", 2024), for one
+size of model, so that E holds their E + A / N^alpha:
+
+    L(D, r) = E + B r^eta / D^beta + C / (r + epsilon)^gamma
+
+D tokens of the run, r the share of the domain in its mixture. CMR (Gu et al., "CMR Scaling Law: Predicting Critical Mixture
+Ratios for Continual Pre-training of Language Models", 2024): the critical mixture ratio is the largest additional share at
+which the general loss stays within a tolerance of its start; along the tokens T of a run it follows R = b0 + b1 T^s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.study.surfaces import Array
+
+HUBER_DELTA = 1e-3  # on the logarithm of the loss, as in the D-CPT paper
+STARTS = 24
+TOKENS_UNIT = 1e6  # D is counted in these, so that B is a usual number
+
+
+@dataclass(frozen=True)
+class DCptLaw:
+    """A fitted law; `tokens` in units of a million tokens where it enters B."""
+
+    E: float
+    B: float
+    eta: float
+    beta: float
+    C: float
+    epsilon: float
+    gamma: float
+
+    def loss(self, tokens: Array, ratio: Array) -> Array:
+        """Nats per token."""
+        return predict(np.array([self.E, self.B, self.eta, self.beta, self.C, self.epsilon, self.gamma]), tokens, ratio)
+
+
+def predict(parameters: Array, tokens: Array, ratio: Array) -> Array:
+    """D-CPT's loss."""
+    E, B, eta, beta, C, epsilon, gamma = parameters
+    amount = np.maximum(np.asarray(tokens, dtype=np.float64) / TOKENS_UNIT, 1e-12)
+    share = np.asarray(ratio, dtype=np.float64)
+    return E + B * share**eta / amount**beta + C / (share + epsilon) ** gamma
+
+
+def fit_d_cpt(tokens: Array, ratio: Array, losses: Array, seed: int = 0) -> DCptLaw:
+    """Huber loss on the logarithm, L-BFGS from many starts, all parameters above zero.
+
+    Args:
+        tokens: [n] of the run so far
+        ratio: [n] of the domain that the losses are of: the ALMR for the additional language, 1 - ALMR for the general
+        losses: [n] nats per token
+
+    Raises:
+        InputError: fewer points than parameters, or fewer than three ratios or numbers of tokens
+    """
+    for name, values, wanted in (("points", losses, 8), ("ratios", np.unique(ratio), 3), ("budgets", np.unique(tokens), 3)):
+        if len(values) < wanted:
+            raise InputError(f"the D-CPT law has 7 parameters: {len(values)} {name} are too few, {wanted} are needed")
+
+    def distance(logarithms: Array) -> float:
+        return huber(np.log(predict(np.exp(logarithms), tokens, ratio)) - np.log(losses))
+
+    least = float(losses.min())
+    random = np.random.default_rng(seed)
+    low = np.log([least * 0.3, 1e-3, 0.05, 0.05, 1e-3, 0.01, 0.05])
+    high = np.log([least * 0.999, 5.0, 2.0, 1.5, 5.0, 1.0, 3.0])
+    bounds = [(np.log(least * 1e-2), np.log(least)), (-12, 6), (-5, 2), (-5, 1.5), (-12, 6), (-7, 1), (-5, 2)]
+    best = best_of_starts(distance, random.uniform(low, high, (STARTS, 7)), bounds)
+    return DCptLaw(*np.exp(best).tolist())
+
+
+def huber(errors: Array) -> float:
+    """Mean Huber loss, quadratic up to `HUBER_DELTA`; scaled so that its size does not stop the optimizer early."""
+    size = np.abs(errors)
+    each = np.where(size <= HUBER_DELTA, 0.5 * size**2, HUBER_DELTA * (size - 0.5 * HUBER_DELTA))
+    return 1e6 * float(each.mean())
+
+
+def best_of_starts(distance: Callable[[Array], float], starts: Array, bounds: Sequence[tuple[float, float]]) -> Array:
+    """The parameters of the smallest distance that L-BFGS finds from any start."""
+    best, least = starts[0], np.inf
+    for start in starts:
+        found = minimize(distance, start, method="L-BFGS-B", bounds=bounds, options={"maxiter": 2000, "maxfun": 40000})
+        if found.fun < least:
+            best, least = found.x, found.fun
+    return np.asarray(best)
+
+
+def held_out_error(tokens: Array, ratio: Array, losses: Array, seed: int = 0) -> float:
+    """Mean relative error of the D-CPT law on each ratio inside the range, by the law of all others.
+
+    The lowest and the highest ratio are not left out: no law of this form is meant to guess beyond them.
+    """
+    errors = []
+    for left_out in np.unique(ratio)[1:-1]:
+        seen = ratio != left_out
+        law = fit_d_cpt(tokens[seen], ratio[seen], losses[seen], seed)
+        errors.append(np.abs(law.loss(tokens[~seen], ratio[~seen]) / losses[~seen] - 1))
+    return float(np.concatenate(errors).mean())
+
+
+@dataclass(frozen=True)
+class CmrLaw:
+    """R = b0 + b1 T^s, T in units of a million tokens.
+
+    Attributes:
+        tokens, ratios: the critical mixture ratios that it was fitted to
+        error: mean absolute difference of the last quarter of them (at least one) from the law of those before
+    """
+
+    b0: float
+    b1: float
+    s: float
+    tokens: Array
+    ratios: Array
+    error: float
+
+    def ratio(self, tokens: float) -> float:
+        """Of a budget; between 0 and 1."""
+        return float(np.clip(self.b0 + self.b1 * (tokens / TOKENS_UNIT) ** self.s, 0.0, 1.0))
+
+
+def critical_ratio(ratio: Array, losses: Array, highest: float) -> float | None:
+    """The largest additional share whose general loss is at most `highest`, between the runs by straight lines.
+
+    None: the loss of no share is, or that of every share is, so that it is not within the studied range.
+    """
+    order = np.argsort(ratio)
+    x, y = ratio[order], losses[order]
+    within = y <= highest
+    if within.all() or not within.any():
+        return None
+    last = int(np.flatnonzero(within)[-1])
+    if last == len(x) - 1:
+        return None  # the highest share is within, a lower one is not: noise
+    slope = (highest - y[last]) / (y[last + 1] - y[last])
+    return float(x[last] + slope * (x[last + 1] - x[last]))
+
+
+def fit_cmr(tokens: Array, ratio: Array, losses: Array, start: float, tolerance: float, seed: int = 0) -> CmrLaw:
+    """Critical mixture ratios at every budget that all ratios were evaluated at, and their power law.
+
+    Args:
+        tokens, ratio, losses: [n] of the general language, along the runs
+        start: its loss before the first step
+        tolerance: by which it may rise, relative
+
+    Raises:
+        InputError: fewer than four budgets have a critical ratio within the studied range
+    """
+    budgets = [t for t in np.unique(tokens) if t > 0 and set(ratio[tokens == t]) == set(ratio)]
+    found = []
+    for budget in budgets:
+        shares = np.unique(ratio)
+        means = np.array([losses[(tokens == budget) & (ratio == share)].mean() for share in shares])
+        critical = critical_ratio(shares, means, start * (1 + tolerance))
+        if critical is not None:
+            found.append((budget, critical))
+    if len(found) < 4:
+        raise InputError(
+            f"{len(found)} of {len(budgets)} budgets have a critical mixture ratio within the studied range at a tolerance "
+            f"of {tolerance:.1%}; 4 are needed: change the tolerance or the range"
+        )
+    x, y = np.array(found).T
+    parameters = fit_power(x, y, seed)
+    before = max(3, len(x) - max(1, len(x) // 4))
+    b0, b1, s = fit_power(x[:before], y[:before], seed)
+    error = np.abs(b0 + b1 * (x[before:] / TOKENS_UNIT) ** s - y[before:]).mean()
+    return CmrLaw(*parameters, x, y, float(error))
+
+
+def fit_power(tokens: Array, ratios: Array, seed: int) -> tuple[float, float, float]:
+    """b0, b1, s by Huber loss and L-BFGS from many starts."""
+    amount = tokens / TOKENS_UNIT
+
+    def distance(parameters: Array) -> float:
+        b0, b1, s = parameters
+        return huber(b0 + b1 * amount**s - ratios)
+
+    random = np.random.default_rng(seed)
+    starts = random.uniform([-1.0, -1.0, -1.5], [2.0, 1.0, 1.5], (STARTS, 3))
+    b0, b1, s = best_of_starts(distance, starts, [(-5, 5), (-5, 5), (-3, 3)])
+    return float(b0), float(b1), float(s)

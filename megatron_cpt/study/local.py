@@ -1,0 +1,224 @@
+"""The runs of a study on this machine, some at a time; what is over is never done again, what was killed goes on."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.checkpoint.layout import write_text
+from megatron_cpt.errors import InputError, RunError
+from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.outcome import Outcome, divergence, read_outcome, write_outcome
+from megatron_cpt.study.points import Base, Point, run_folder, write_configuration
+from megatron_cpt.study.scores import measure_run
+from megatron_cpt.training.metrics_file import read_metrics
+from megatron_cpt.training.stopping import STOP_FILE
+
+TOOL = Path(__file__).parent.parent.parent / "tools" / "pretrain_cpt.py"
+POLL_SECONDS = 0.5
+LOOK_SECONDS = 5.0  # between looks at a run's losses
+
+
+class StoppedError(Exception):
+    """The study is asked to stop: its runs were told to save, and have ended."""
+
+
+def run_locally(study: StudyConfig, base: Base, todo: Sequence[Point], say: Callable[[str], None]) -> None:
+    """Do these runs, and measure them.
+
+    Raises:
+        InputError: a run refused its configuration; no further one was begun
+        RunError: some runs ended with errors, after all others were done
+        KeyboardInterrupt: SIGINT or SIGTERM; the runs have saved
+    """
+    stop, failed = threading.Event(), []
+    with stopping_on_signals(stop), concurrent.futures.ThreadPoolExecutor(study.parallel_runs) as pool:
+        waiting = {pool.submit(run_one, study, base, point, stop): point for point in todo}
+        refused: InputError | None = None
+        for number, future in enumerate(concurrent.futures.as_completed(waiting), 1):
+            point = waiting[future]
+            try:
+                outcome = future.result()
+                say(f"[{number}/{len(todo)}] {point.name}: {sentence(outcome)}")
+            except StoppedError:
+                continue
+            except RunError as error:
+                failed.append(point.name)
+                say(f"[{number}/{len(todo)}] {point.name}: {error}")
+            except InputError as error:
+                refused = refused or error
+                stop.set()
+    if refused is not None:
+        raise refused
+    if stop.is_set():
+        raise KeyboardInterrupt("the runs have saved; the same command goes on")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(todo)} runs failed, the first is {failed[0]} (see above); the rest is done")
+
+
+@contextlib.contextmanager
+def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set `stop` instead of ending this process."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def sentence(outcome: Outcome) -> str:
+    """An outcome in words."""
+    return f"finished in {outcome.seconds:.0f} s" if outcome.kind == "finished" else f"diverged ({outcome.reason})"
+
+
+def run_one(study: StudyConfig, base: Base, point: Point, stop: threading.Event) -> Outcome:
+    """Do one run, or what is left of it, and measure its checkpoints.
+
+    Raises:
+        StoppedError: `stop` is set
+        InputError: the tool refused the configuration
+        RunError: the run ended with an error
+    """
+    folder = run_folder(study.folder, point)
+    os.makedirs(folder, exist_ok=True)
+    with alone_in(study, point, stop) as lock:
+        outcome = read_outcome(folder)
+        if outcome is None:
+            outcome = train(study, base, point, stop, lock)
+            write_outcome(folder, outcome)
+        if study.scores is not None and outcome.kind == "finished":
+            measure_run(study, point)
+        if not study.keep_checkpoints:
+            for checkpoint in Path(folder).glob("iter_*"):
+                shutil.rmtree(checkpoint)
+    return outcome
+
+
+@contextlib.contextmanager
+def alone_in(study: StudyConfig, point: Point, stop: threading.Event) -> Iterator[int]:
+    """Wait until nobody else does this run: the training that a killed study has left behind holds the lock, too.
+
+    Yields the lock's file descriptor, for training to inherit.
+    """
+    path = os.path.join(study.folder, "runs", f".{point.name}.lock")
+    with open(path, "w") as file:
+        while True:
+            if stop.is_set():
+                raise StoppedError
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the open file: what inherits it shares it
+                break
+            except OSError:
+                time.sleep(POLL_SECONDS)
+        os.set_inheritable(file.fileno(), True)
+        yield file.fileno()
+
+
+def train(study: StudyConfig, base: Base, point: Point, stop: threading.Event, lock: int) -> Outcome:
+    """The run itself, watched."""
+    folder, log = run_folder(study.folder, point), log_path(study.folder, point)
+    config = write_configuration(study, base, point)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(folder, STOP_FILE))  # of a study that was killed after it had found a divergence
+    os.makedirs(os.path.dirname(log), exist_ok=True)
+    with open(log, "a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command(study, config),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=environment(study),
+            pass_fds=(lock,),
+            start_new_session=True,  # Ctrl-C is for the study, which tells its runs
+        )
+        reason = watch(study, base, folder, process, stop)
+    if reason is not None:
+        return Outcome("diverged", reason, training_seconds(folder))
+    if finished(folder):
+        return Outcome("finished", None, training_seconds(folder))
+    if stop.is_set():
+        raise StoppedError
+    problem = f"{last_error(log) or f'ended with status {process.returncode}'} (log: {log})"
+    raise InputError(f"{point.name}: {problem}") if process.returncode == 2 else RunError(problem)
+
+
+def watch(
+    study: StudyConfig, base: Base, folder: str, process: subprocess.Popen[bytes], stop: threading.Event
+) -> str | None:
+    """Wait for a run, tell it to stop where the study stops or its loss has run away; returns the reason of the latter."""
+    looked, told, reason = time.monotonic(), False, None
+    while process.poll() is None:
+        time.sleep(POLL_SECONDS)
+        if stop.is_set() and not told:
+            process.send_signal(signal.SIGTERM)
+            told = True
+        if reason is None and time.monotonic() - looked > LOOK_SECONDS:
+            looked, reason = time.monotonic(), diverged(study, base, folder)
+            if reason is not None:
+                write_text(os.path.join(folder, STOP_FILE), reason)
+    return reason or diverged(study, base, folder)
+
+
+def diverged(study: StudyConfig, base: Base, folder: str) -> str | None:
+    """Why the run in this folder has diverged, None if it has not."""
+    return divergence(training_rows(folder), study.divergence_factor, base.config.trouble.max_skipped_steps)
+
+
+def training_rows(folder: str) -> list[dict[str, Any]]:
+    """Of metrics.jsonl."""
+    return [row for row in read_metrics(folder) if "loss" in row]
+
+
+def training_seconds(folder: str) -> float:
+    """Of all steps."""
+    return sum(row["seconds"] for row in training_rows(folder))
+
+
+def finished(folder: str) -> bool:
+    """Whether status.json says so."""
+    path = os.path.join(folder, "status.json")
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return bool(json.load(file)["state"] == "finished")
+
+
+def command(study: StudyConfig, config: str) -> list[str]:
+    """One process by itself, several under torchrun."""
+    launcher = []
+    if study.processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(study.processes)]
+        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]  # any free port
+    return [sys.executable, *launcher, str(TOOL), "--config", config]
+
+
+def environment(study: StudyConfig) -> dict[str, str]:
+    """The cores shared out to all processes, unless somebody has said otherwise."""
+    threads = max(1, (os.cpu_count() or 1) // (study.processes * study.parallel_runs))
+    return {"OMP_NUM_THREADS": str(threads)} | os.environ
+
+
+def log_path(folder: str, point: Point) -> str:
+    """What the run's processes print."""
+    return os.path.join(folder, "logs", f"{point.name}.log")
+
+
+def last_error(path: str) -> str | None:
+    """The last line of a log that begins with "error: "."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file if line.startswith("error: ")]
+    return lines[-1].removeprefix("error: ") if lines else None

@@ -1,0 +1,190 @@
+"""The runs of a study: one for each ALMR, learning rate and seed, each an ordinary run of tools/pretrain_cpt.py."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError
+
+from megatron_cpt.checkpoint.layout import write_json, write_text
+from megatron_cpt.config.cli import make_parser
+from megatron_cpt.config.run import RunConfig
+from megatron_cpt.data.mixture_file import read_mixture_fields
+from megatron_cpt.errors import InputError
+from megatron_cpt.study.config import StudyConfig
+
+PROPOSED = "proposed.json"
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """One run."""
+
+    seed: int
+    almr: float
+    lr: float
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"almr{self.almr:g}_lr{self.lr:g}_seed{self.seed}"
+
+
+def points(study: StudyConfig) -> list[Point]:
+    """All runs: the grid and what was proposed beside it, seed by seed, so that one seed is whole before the next begins.
+
+    Raises:
+        InputError: two runs would have the same name
+    """
+    pairs = [(almr, lr) for almr in study.almr for lr in study.rates]
+    pairs += [pair for pair in read_proposed(study.folder) if pair not in pairs]
+    found = [Point(seed, almr, lr) for seed in study.seeds for almr, lr in pairs]
+    names = [point.name for point in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two runs have the name {name}: values of almr or lr that agree in six digits; use others")
+    return found
+
+
+def read_proposed(folder: str) -> list[tuple[float, float]]:
+    """(ALMR, LR) pairs that `plan --adaptive` has added to the grid."""
+    path = os.path.join(folder, PROPOSED)
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [(float(pair["almr"]), float(pair["lr"])) for pair in json.load(file)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a list of almr and lr: {error}") from error
+
+
+def write_proposed(folder: str, pairs: list[tuple[float, float]]) -> str:
+    """Replace the list of pairs; returns its path."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, PROPOSED)
+    write_json(path, [{"almr": almr, "lr": lr} for almr, lr in pairs])
+    return path
+
+
+@dataclass(frozen=True)
+class Base:
+    """What every run follows.
+
+    Attributes:
+        fields: of the base configuration, as given
+        mixture: fields of the mixture file, its prefixes absolute
+        config: the base configuration, checked
+    """
+
+    fields: Mapping[str, Any]
+    mixture: Mapping[str, Any]
+    config: RunConfig
+
+
+def read_base(study: StudyConfig) -> Base:
+    """Read and check what every run follows.
+
+    Raises:
+        InputError: the configuration or the mixture is not one that a study can vary
+    """
+    try:
+        with open(study.base, encoding="utf-8") as file:
+            fields = yaml.safe_load(file)
+    except OSError as error:
+        raise InputError(f"base {study.base}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"base {study.base} is not YAML: {error}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"base {study.base} must hold the fields of a run, found {type(fields).__name__}")
+    fields = copy.deepcopy(fields)
+    checkpoint, training = fields.setdefault("checkpoint", {}), fields.setdefault("training", {})
+    checkpoint.setdefault("save", study.folder)  # replaced in every run, as is the length
+    if not any(name in training for name in ("train_iters", "train_samples", "train_tokens")):
+        training["train_tokens"] = study.train_tokens
+    config = parse(fields, study.base)
+    mixture = read_mixture_fields(config.mixture)
+    if "stages" in mixture or not isinstance(mixture.get("almr"), (int, float)):
+        raise InputError(f"{config.mixture}: a study varies one almr; use a mixture without stages whose almr is a number")
+    return Base(fields, absolute(mixture, os.path.dirname(os.path.abspath(config.mixture))), config)
+
+
+def parse(fields: Mapping[str, Any], where: str) -> RunConfig:
+    """A checked configuration of a training run."""
+    parser = make_parser(RunConfig, "")
+    try:
+        namespace = parser.parse_object(dict(fields))
+        values = parser.instantiate_classes(namespace).as_dict()
+    except ArgumentError as error:
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from error
+    return RunConfig(**{name: value for name, value in values.items() if name != "config"})
+
+
+def absolute(fields: Any, folder: str) -> Any:
+    """The same with every `prefix` in it absolute."""
+    if isinstance(fields, list):
+        return [absolute(entry, folder) for entry in fields]
+    if not isinstance(fields, dict):
+        return fields
+    return {
+        name: os.path.normpath(os.path.join(folder, value)) if name == "prefix" else absolute(value, folder)
+        for name, value in fields.items()
+    }
+
+
+def run_fields(study: StudyConfig, base: Base, point: Point) -> dict[str, Any]:
+    """The configuration of one run."""
+    fields = copy.deepcopy(dict(base.fields))
+    optimizer = base.config.optimizer
+    fields["mixture"] = mixture_path(study.folder, point)
+    fields["checkpoint"] = fields["checkpoint"] | {"save": run_folder(study.folder, point)}
+    training = {name: value for name, value in fields["training"].items() if name not in ("train_iters", "train_samples")}
+    fields["training"] = training | {"train_tokens": study.train_tokens, "seed": point.seed}
+    min_lr = point.lr * (optimizer.min_lr / optimizer.lr)
+    fields["optimizer"] = fields.get("optimizer", {}) | {"lr": point.lr, "min_lr": min_lr}
+    fields["logging"] = {"report": False} | fields.get("logging", {})
+    return fields
+
+
+def run_folder(folder: str, point: Point) -> str:
+    """Where a run's checkpoints and metrics are."""
+    return os.path.join(folder, "runs", point.name)
+
+
+def config_path(folder: str, point: Point) -> str:
+    """Its configuration."""
+    return os.path.join(folder, "configs", f"{point.name}.yaml")
+
+
+def mixture_path(folder: str, point: Point) -> str:
+    """Its mixture."""
+    return os.path.join(folder, "configs", f"{point.name}.mixture.yaml")
+
+
+def write_configuration(study: StudyConfig, base: Base, point: Point) -> str:
+    """Write what a run reads; returns the path of its configuration.
+
+    Raises:
+        InputError: the run was begun with another configuration: its results would not belong to this study
+    """
+    os.makedirs(os.path.join(study.folder, "configs"), exist_ok=True)
+    mixture = dict(base.mixture) | {"almr": point.almr, "seed": point.seed}
+    contents = {config_path(study.folder, point): run_fields(study, base, point), mixture_path(study.folder, point): mixture}
+    for path, fields in contents.items():
+        text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                if file.read() == text:
+                    continue
+            if os.path.exists(run_folder(study.folder, point)):
+                raise InputError(
+                    f"{path} is not what {study.base} asks for now, and its run has begun; use another folder, or remove "
+                    f"{path} and {run_folder(study.folder, point)} to repeat it"
+                )
+        write_text(path, text)
+    return config_path(study.folder, point)

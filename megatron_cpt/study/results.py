@@ -1,0 +1,166 @@
+"""What the runs of a study have found: results.parquet and results.csv, one row for each run and evaluation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.outcome import read_outcome
+from megatron_cpt.study.points import Point, points, run_folder
+from megatron_cpt.study.scores import read_all_scores
+from megatron_cpt.training.metrics_file import read_metrics
+
+PARQUET, CSV = "results.parquet", "results.csv"
+MEAN_METRIC = "mean_metric"
+
+
+@dataclass(frozen=True)
+class Results:
+    """Every evaluation of every run that has begun.
+
+    Attributes:
+        rows: run, almr, lr, seed, outcome ("finished", "diverged", "unfinished"), iteration, tokens, last (of a finished
+            run); general, additional, mixed (losses, nats per token) and balanced; NAME_loss and NAME_bits_per_byte of each
+            validation set; scores and mean_metric
+        scores: names of the benchmark scores
+    """
+
+    rows: list[dict[str, Any]]
+    scores: list[str]
+
+    def last(self, quantity: str) -> list[dict[str, Any]]:
+        """The last evaluation of each finished run that has this quantity."""
+        return [row for row in self.rows if row["last"] and row.get(quantity) is not None]
+
+    def column(self, quantity: str) -> npt.NDArray[np.float64]:
+        """This quantity of the rows that `last` gives."""
+        return np.array([row[quantity] for row in self.last(quantity)], dtype=np.float64)
+
+
+def collect(study: StudyConfig) -> Results:
+    """Read what the runs have written.
+
+    Raises:
+        InputError: no run has begun, or the mixture has no validation set of one of the two groups
+    """
+    rows: list[dict[str, Any]] = []
+    names: set[str] = set()
+    begun = [point for point in points(study) if os.path.exists(ledger_path(study, point))]
+    general = general_languages(ledger_path(study, point) for point in begun)
+    for point in begun:
+        of_run = run_rows(study, point, general)
+        for row in of_run:
+            names |= row["scores"].keys()
+        rows += of_run
+    if not rows:
+        raise InputError(f"{study.folder} has no results yet; use run first")
+    scores = sorted(names)
+    wanted = study.scores.mean_of if study.scores is not None and study.scores.mean_of is not None else scores
+    for name in wanted:
+        if name not in scores and scores:
+            raise InputError(f"scores.mean_of has {name}, which the command did not give; it gave {', '.join(scores)}")
+    for row in rows:
+        found = row.pop("scores")
+        row |= {name: found.get(name) for name in scores}
+        row[MEAN_METRIC] = sum(found[name] for name in wanted) / len(wanted) if wanted and found else None
+    return Results(rows, scores)
+
+
+def ledger_path(study: StudyConfig, point: Point) -> str:
+    """What a run has read."""
+    return os.path.join(run_folder(study.folder, point), "ledger.json")
+
+
+def general_languages(ledgers: Iterable[str]) -> set[str]:
+    """Languages of general corpora, of all runs together: one without any (ALMR 1) does not say."""
+    found = set()
+    for path in ledgers:
+        with open(path, encoding="utf-8") as file:
+            found |= {row["language"] for row in json.load(file)["planned"]["rows"] if row["group"] == "general"}
+    return found
+
+
+def run_rows(study: StudyConfig, point: Point, general: set[str]) -> list[dict[str, Any]]:
+    """The evaluations of one run."""
+    folder = run_folder(study.folder, point)
+    outcome = read_outcome(folder)
+    metrics = read_metrics(folder)
+    evaluations = [row for row in metrics if "validation" in row]
+    if not evaluations:
+        return []
+    groups = group_of_sets(general, evaluations[0]["validation"], folder)
+    tokens = {0: 0} | {row["iteration"]: row["consumed_tokens"] for row in metrics if "consumed_tokens" in row}
+    scores = read_all_scores(study.folder, point.name)
+    rows = []
+    for evaluation in evaluations:
+        iteration = evaluation["iteration"]
+        row: dict[str, Any] = {
+            "run": point.name,
+            "almr": point.almr,
+            "lr": point.lr,
+            "seed": point.seed,
+            "outcome": outcome.kind if outcome else "unfinished",
+            "iteration": iteration,
+            "tokens": tokens.get(iteration),
+            "last": bool(outcome and outcome.kind == "finished" and evaluation is evaluations[-1]),
+        }
+        row |= losses(evaluation["validation"], groups, point.almr)
+        for name, figures in evaluation["validation"].items():
+            row |= {f"{name}_loss": figures["loss"], f"{name}_bits_per_byte": figures["bits_per_byte"]}
+        rows.append(row | {"scores": scores.get(iteration, {})})
+    for row in rows:
+        row["balanced"] = balanced(row, rows[0])
+    return rows
+
+
+def group_of_sets(general: set[str], sets: dict[str, Any], folder: str) -> dict[str, str]:
+    """validation set -> "general" or "additional": by its language, as training/validation_table.py does."""
+    groups = {name: "general" if figures["language"] in general else "additional" for name, figures in sets.items()}
+    for group in ("general", "additional"):
+        if group not in groups.values():
+            raise InputError(f"{folder}: no validation set has a language of the {group} corpora; add one to the mixture")
+    return groups
+
+
+def losses(sets: dict[str, Any], groups: dict[str, str], almr: float) -> dict[str, float | None]:
+    """Means over the sets of each group, and over the run's own mixture; nats per token."""
+    means: dict[str, float | None] = {}
+    for group in ("general", "additional"):
+        found = [figures["loss"] for name, figures in sets.items() if groups[name] == group]
+        means[group] = None if None in found else sum(found) / len(found)
+    general, additional = means["general"], means["additional"]
+    mixed = None if general is None or additional is None else (1 - almr) * general + almr * additional
+    return means | {"mixed": mixed}
+
+
+def balanced(row: dict[str, Any], start: dict[str, Any]) -> float | None:
+    """Mean of the relative changes of both groups' losses since the start: both languages count alike."""
+    changes = [row[group] / start[group] - 1 for group in ("general", "additional") if row[group] and start[group]]
+    return sum(changes) / 2 if len(changes) == 2 else None
+
+
+def write_results(study: StudyConfig, results: Results) -> str:
+    """Replace results.parquet and results.csv; returns the path of the former."""
+    table = pa.Table.from_pylist(results.rows)
+    for name, write in ((PARQUET, pyarrow.parquet.write_table), (CSV, pyarrow.csv.write_csv)):
+        path = os.path.join(study.folder, name)
+        write(table, path + ".tmp")
+        os.replace(path + ".tmp", path)
+    return os.path.join(study.folder, PARQUET)
+
+
+def seeds_of(rows: Sequence[dict[str, Any]]) -> int:
+    """Most runs of one ALMR and learning rate."""
+    pairs = [(row["almr"], row["lr"]) for row in rows]
+    return max((pairs.count(pair) for pair in pairs), default=0)

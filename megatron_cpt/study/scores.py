@@ -1,0 +1,92 @@
+"""Benchmark scores of a study's checkpoints, by a command that the user gives, such as lm-eval's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.checkpoint.convert import MegatronToHf, megatron_to_hf
+from megatron_cpt.checkpoint.layout import write_json
+from megatron_cpt.errors import InputError, RunError
+from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.points import Point, run_folder
+
+# Of lm-eval's results, which of a task's metrics is its score: the first of these that is there.
+LM_EVAL_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "rouge1", "rougeL", "bleu")
+
+
+def measure_run(study: StudyConfig, point: Point) -> None:
+    """Measure every checkpoint of a run that is not measured yet, each into a file of its own."""
+    for checkpoint in sorted(Path(run_folder(study.folder, point)).glob("iter_*")):
+        measure(study, str(checkpoint), scores_path(study.folder, point.name, int(checkpoint.name.removeprefix("iter_"))))
+
+
+def scores_path(folder: str, name: str, iteration: int) -> str:
+    """The scores of one checkpoint."""
+    return os.path.join(folder, "scores", name, f"iter_{iteration:07d}.json")
+
+
+def measure(study: StudyConfig, checkpoint: str, path: str) -> None:
+    """Write {"name": score} of a Megatron checkpoint, unless it is written.
+
+    Raises:
+        RunError: the command failed, or its results are none
+    """
+    assert study.scores is not None
+    if os.path.exists(path):
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    folder = os.path.join(study.folder, f".scores-{os.path.basename(os.path.dirname(path))}")
+    shutil.rmtree(folder, ignore_errors=True)  # of a study that was killed
+    hf, output, log = os.path.join(folder, "hf"), os.path.join(folder, "output"), path.removesuffix(".json") + ".log"
+    os.makedirs(output)
+    try:
+        megatron_to_hf(MegatronToHf(checkpoint, hf, num_workers=1))
+        command = [word.replace("{hf}", hf).replace("{output}", output) for word in study.scores.command]
+        with open(log, "w", encoding="utf-8") as file:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        if done.returncode:
+            raise RunError(f"the command for scores ended with status {done.returncode} (log: {log})")
+        write_json(path, read_scores(output))
+    except FileNotFoundError as error:
+        raise InputError(f"scores.command {study.scores.command[0]}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_scores(folder: str) -> dict[str, float]:
+    """What a command has left: {"name": number}, or lm-eval's results, in the newest JSON file below a folder.
+
+    Raises:
+        RunError: there is nothing of the kind
+    """
+    files = sorted(Path(folder).rglob("*.json"), key=os.path.getmtime)
+    if not files:
+        raise RunError("the command for scores has left no .json file below {output}")
+    found = json.loads(files[-1].read_text(encoding="utf-8"))
+    if isinstance(found, dict) and isinstance(found.get("results"), dict):
+        found = {task: lm_eval_score(task, metrics) for task, metrics in found["results"].items()}
+    if not isinstance(found, dict) or not found or not all(isinstance(value, (int, float)) for value in found.values()):
+        raise RunError(f"the command for scores has left {str(found)[:200]}; it should be numbers by name")
+    return {str(name): float(value) for name, value in found.items()}
+
+
+def lm_eval_score(task: str, metrics: dict[str, Any]) -> float:
+    """The score of a task: of lm-eval's "metric,filter" the first filter of the metric that is usual."""
+    for wanted in LM_EVAL_METRICS:
+        for name, value in metrics.items():
+            if name.split(",")[0] == wanted and isinstance(value, (int, float)):
+                return float(value)
+    raise RunError(f"lm-eval's results for {task} have none of {', '.join(LM_EVAL_METRICS)}; found {', '.join(metrics)}")
+
+
+def read_all_scores(folder: str, name: str) -> dict[int, dict[str, float]]:
+    """iteration -> scores of one run."""
+    found = {}
+    for path in sorted(Path(folder, "scores", name).glob("iter_*.json")):
+        found[int(path.stem.removeprefix("iter_"))] = json.loads(path.read_text())
+    return found
