@@ -46,17 +46,17 @@ WIKIPEDIA = Package(
 )
 ARTICLES = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 END = "<|endoftext|>"
-VOCABULARY = 8192
+VOCABULARY = 4096
 MODEL = {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-QUESTIONS = 600  # of each benchmark
+QUESTIONS = 300  # of each benchmark
 CONTEXT, CONTINUATION = 300, 80  # characters of English; Chinese has a third
 
 

@@ -139,6 +139,21 @@ class TensorRecord:
     stride: tuple[int, ...]
 
 
+# What a pickle calls the memory of a tensor, by dtype.
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Reads the description of one tensor, without its memory."""
 
@@ -148,8 +163,8 @@ class _TensorUnpickler(pickle.Unpickler):
             return _describe
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name)
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         raise pickle.UnpicklingError(f"it names {module}.{name}, which a plain tensor has no need of")
 
     def persistent_load(self, pid: Any) -> Any:
@@ -158,8 +173,8 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def _describe(storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> TensorRecord:
-    _, kind, key, *_ = storage
-    return TensorRecord(kind.dtype, key, offset, tuple(shape), tuple(stride))
+    _, dtype, key, *_ = storage
+    return TensorRecord(dtype, key, offset, tuple(shape), tuple(stride))
 
 
 def describe_tensor(pickled: bytes) -> TensorRecord:

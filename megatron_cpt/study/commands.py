@@ -5,19 +5,36 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
 
 from megatron_cpt.errors import InputError
+from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.fit import Fit, equation, fit, write_fit
+from megatron_cpt.study.frontier import Axis
 from megatron_cpt.study.local import run_locally
 from megatron_cpt.study.outcome import read_outcome
-from megatron_cpt.study.points import Point, points, read_base, run_folder
-from megatron_cpt.study.results import collect, write_results
-from megatron_cpt.study.scores import measure, scores_path
+from megatron_cpt.study.page import interval, write_page
+from megatron_cpt.study.plan import make_plan, plan_table
+from megatron_cpt.study.points import Point, points, read_base, read_proposed, run_folder, write_proposed
+from megatron_cpt.study.results import Results, collect, write_results
+from megatron_cpt.study.scores import START, measure, scores_path
 
 
 def say(text: str) -> None:
     """A line for the user, beside the result on stdout."""
     print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Plan(StudyConfig):
+    """The grid with what it takes; with --adaptive N also the next N points."""
+
+    adaptive: int = 0
+    """Add so many pairs of ALMR and learning rate, where they tell most (Optuna); `run` runs them too."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +45,65 @@ class Run(StudyConfig):
     """Name of the one run to do."""
 
 
+@dataclass(frozen=True)
+class FitOptions(StudyConfig):
+    """Fit surfaces, the frontier, the loss line and the mixture laws to what the runs found."""
+
+    frontier_axis: Axis = "almr"
+    """Along which peaks are looked for: the best ALMR for each learning rate, or the best learning rate for each ALMR."""
+    tolerance: float = 0.01
+    """Relative rise of the general loss, for critical mixture ratios."""
+
+
+@dataclass(frozen=True)
+class Plot(FitOptions):
+    """Draw the figures and write report.html."""
+
+
+@dataclass(frozen=True)
+class Choose(FitOptions):
+    """Choose ALMR and learning rate, and write the configuration of the run to start."""
+
+    max_general_rise: float = 0.01
+    """Of the general languages' loss (so of their bits per byte), relative to the start: 0.01 is one per cent."""
+    confidence: float = 0.9
+    """Probability with which this must hold, where surfaces give one."""
+    goal: Literal["mean_metric", "additional"] | None = None
+    """The highest mean metric or the lowest additional loss. Default: the former where there are scores."""
+    target: str | None = None
+    """Configuration of the run to start, perhaps of a larger model. Default: the study's base."""
+
+
+def plan(study: Plan) -> str:
+    """`almr_study.py plan`; returns the study's folder."""
+    if study.adaptive < 0:
+        raise InputError(f"adaptive is {study.adaptive}; use 0 or more")
+    base = read_base(study)
+    if study.adaptive:
+        from megatron_cpt.study.propose import propose  # imports optuna
+
+        found = [point for point in points(study) if read_outcome(run_folder(study.folder, point))]
+        results = collect(study) if found else Results([], [])
+        write_proposed(study.folder, read_proposed(study.folder) + propose(study, results, study.adaptive))
+    Console(stderr=True).print(plan_table(make_plan(study, base)))
+    return study.folder
+
+
 def run(study: Run) -> str:
     """`almr_study.py run`; returns the path of the results."""
     base = read_base(study)
     todo = wanted_points(study)
+    make_plan(study, base)  # refuses what a run would refuse
     os.makedirs(os.path.join(study.folder, "runs"), exist_ok=True)
-    if study.scores is not None and not study.only:
-        measure(study, base.config.checkpoint.load, scores_path(study.folder, "start", 0))
-    say(f"{len(todo)} runs to do of {len(points(study))}")
+    say(f"{len(todo)} of {len(points(study))} runs to do")
     try:
+        if study.scores is not None and todo:
+            measure(study, base.config.checkpoint.load, scores_path(study.folder, START, 0))
         run_locally(study, base, todo, say)
     finally:
-        if os.path.isdir(study.folder) and any(read_outcome(run_folder(study.folder, p)) for p in points(study)):
-            path = write_results(study, collect(study))
-    return path
+        if any(read_outcome(run_folder(study.folder, point)) for point in points(study)):
+            write_results(study, collect(study))
+    return write_results(study, collect(study))
 
 
 def wanted_points(study: Run) -> list[Point]:
@@ -59,4 +121,88 @@ def is_done(study: StudyConfig, point: Point) -> bool:
     """Whether nothing is left of it to do or to measure."""
     folder = run_folder(study.folder, point)
     outcome = read_outcome(folder)
-    return outcome is not None and not any(name.startswith("iter_") for name in os.listdir(folder))
+    if outcome is None:
+        return False
+    left = [name for name in os.listdir(folder) if name.startswith("iter_")]
+    if study.keep_checkpoints and (study.scores is None or outcome.kind == "diverged"):
+        return True
+    if study.keep_checkpoints:
+        return all(os.path.exists(scores_path(study.folder, point.name, int(name.removeprefix("iter_")))) for name in left)
+    return not left
+
+
+def fitted(study: FitOptions) -> tuple[Results, Fit]:
+    """What the runs have found, and what it says."""
+    results = collect(study)
+    found = fit(results, study.frontier_axis, study.tolerance)
+    write_results(study, results)
+    return results, found
+
+
+def fit_command(study: FitOptions) -> str:
+    """`almr_study.py fit`; returns the path of fit.json."""
+    _, found = fitted(study)
+    Console(stderr=True).print(fit_table(found))
+    for note in found.notes:
+        say(f"note: {note}")
+    return write_fit(study.folder, found)
+
+
+def fit_table(found: Fit) -> Table:
+    """The surfaces and the two lines."""
+    table = Table(title="surfaces over ALMR and log LR", title_justify="left")
+    for name in ("", "runs", "noise", "left-out error", "explained", "supported"):
+        table.add_column(name, justify="left" if name in ("", "supported") else "right")
+    for name, fitted_surface in found.surfaces.items():
+        surface = fitted_surface.surface
+        figures = f"{surface.noise:.3g}", f"{fitted_surface.error:.3g}", f"{fitted_surface.explained:.1%}"
+        table.add_row(name, str(len(surface.values)), *figures, "no" if fitted_surface.refused else "yes")
+    for name, line in ((f"frontier of {found.frontier_of}", found.frontier), ("loss line", found.line)):
+        if line is not None and line.a == line.a:
+            intervals = f"a {interval(line.a_interval)}, b {interval(line.b_interval)}"
+            table.add_section()
+            table.add_row(name, "", "", "", "", f"{equation(line)}; {intervals}{' (not supported)' if line.refused else ''}")
+    return table
+
+
+def plot(study: Plot) -> str:
+    """`almr_study.py plot`; returns the path of report.html."""
+    from megatron_cpt.study import figures  # imports matplotlib
+
+    results, found = fitted(study)
+    choice = read_choice(study.folder)
+    chosen = figures.chosen_pair(choice)
+    rates = sorted({row["lr"] for row in results.last("general")})
+    lr = min(rates, key=lambda rate: abs(rate - chosen[1])) if chosen else rates[len(rates) // 2]
+    limit = choice["max_general_rise"] if choice else None
+    images = figures.save_all(
+        study.folder,
+        (
+            ("contours", lambda: figures.contours(results, found, chosen)),
+            ("languages", lambda: figures.languages(results, found, chosen)),
+            ("trajectories", lambda: figures.trajectories(results, lr)),
+            ("pareto", lambda: figures.pareto(results, chosen, limit)),
+            ("laws", lambda: figures.laws(results, found)),
+        ),
+    )
+    write_fit(study.folder, found)
+    title = f"ALMR x LR study: {os.path.basename(os.path.abspath(study.folder))}"
+    return write_page(study.folder, title, results, found, choice, images)
+
+
+def choose_command(study: Choose) -> str:
+    """`almr_study.py choose`; returns the path of the configuration to start."""
+    results, found = fitted(study)
+    choice = choose(results, found, study.max_general_rise, study.confidence, study.goal)
+    path = write_choice(study.folder, choice, study.target or study.base, study.max_general_rise)
+    show(choice)
+    return path
+
+
+def show(choice: Choice) -> None:
+    """The choice on screen."""
+    say(f"ALMR           {choice.almr:.3g}{interval(choice.almr_interval)}")
+    say(f"learning rate  {choice.lr:.3g}{interval(choice.lr_interval)}")
+    say(choice.reason)
+    for note in choice.notes:
+        say(f"note: {note}")

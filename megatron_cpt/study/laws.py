@@ -22,7 +22,7 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.study.surfaces import Array
 
 HUBER_DELTA = 1e-3  # on the logarithm of the loss, as in the D-CPT paper
-STARTS = 24
+STARTS = 48
 TOKENS_UNIT = 1e6  # D is counted in these, so that B is a usual number
 
 
@@ -45,10 +45,25 @@ class DCptLaw:
 
 def predict(parameters: Array, tokens: Array, ratio: Array) -> Array:
     """D-CPT's loss."""
+    return slopes(parameters, tokens, ratio)[0]
+
+
+def slopes(parameters: Array, tokens: Array, ratio: Array) -> tuple[Array, Array]:
+    """D-CPT's loss, [n], and its derivatives by the logarithm of each parameter, [7, n]."""
     E, B, eta, beta, C, epsilon, gamma = parameters
     amount = np.maximum(np.asarray(tokens, dtype=np.float64) / TOKENS_UNIT, 1e-12)
-    share = np.asarray(ratio, dtype=np.float64)
-    return E + B * share**eta / amount**beta + C / (share + epsilon) ** gamma
+    share = np.maximum(np.asarray(ratio, dtype=np.float64), 1e-12)
+    gain, shift = B * share**eta / amount**beta, C / (share + epsilon) ** gamma
+    derivatives = (
+        np.full_like(gain, E),
+        gain,
+        eta * gain * np.log(share),
+        -beta * gain * np.log(amount),
+        shift,
+        -gamma * epsilon * shift / (share + epsilon),
+        -gamma * shift * np.log(share + epsilon),
+    )
+    return E + gain + shift, np.stack(derivatives)
 
 
 def fit_d_cpt(tokens: Array, ratio: Array, losses: Array, seed: int = 0) -> DCptLaw:
@@ -66,8 +81,10 @@ def fit_d_cpt(tokens: Array, ratio: Array, losses: Array, seed: int = 0) -> DCpt
         if len(values) < wanted:
             raise InputError(f"the D-CPT law has 7 parameters: {len(values)} {name} are too few, {wanted} are needed")
 
-    def distance(logarithms: Array) -> float:
-        return huber(np.log(predict(np.exp(logarithms), tokens, ratio)) - np.log(losses))
+    def distance(logarithms: Array) -> tuple[float, Array]:
+        expected, derivatives = slopes(np.exp(logarithms), tokens, ratio)
+        value, slope = huber(np.log(expected) - np.log(losses))
+        return value, derivatives @ (slope / expected)
 
     least = float(losses.min())
     random = np.random.default_rng(seed)
@@ -78,18 +95,24 @@ def fit_d_cpt(tokens: Array, ratio: Array, losses: Array, seed: int = 0) -> DCpt
     return DCptLaw(*np.exp(best).tolist())
 
 
-def huber(errors: Array) -> float:
-    """Mean Huber loss, quadratic up to `HUBER_DELTA`; scaled so that its size does not stop the optimizer early."""
+def huber(errors: Array) -> tuple[float, Array]:
+    """Mean Huber loss, quadratic up to `HUBER_DELTA`, and its derivatives; scaled, so that its size does not stop the
+    optimizer early.
+    """
     size = np.abs(errors)
     each = np.where(size <= HUBER_DELTA, 0.5 * size**2, HUBER_DELTA * (size - 0.5 * HUBER_DELTA))
-    return 1e6 * float(each.mean())
+    return 1e6 * float(each.mean()), 1e6 / len(errors) * np.clip(errors, -HUBER_DELTA, HUBER_DELTA)
 
 
-def best_of_starts(distance: Callable[[Array], float], starts: Array, bounds: Sequence[tuple[float, float]]) -> Array:
+def best_of_starts(
+    distance: Callable[[Array], tuple[float, Array]], starts: Array, bounds: Sequence[tuple[float, float]]
+) -> Array:
     """The parameters of the smallest distance that L-BFGS finds from any start."""
     best, least = starts[0], np.inf
     for start in starts:
-        found = minimize(distance, start, method="L-BFGS-B", bounds=bounds, options={"maxiter": 2000, "maxfun": 40000})
+        found = minimize(
+            distance, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 3000, "maxfun": 6000}
+        )
         if found.fun < least:
             best, least = found.x, found.fun
     return np.asarray(best)
@@ -182,9 +205,11 @@ def fit_power(tokens: Array, ratios: Array, seed: int) -> tuple[float, float, fl
     """b0, b1, s by Huber loss and L-BFGS from many starts."""
     amount = tokens / TOKENS_UNIT
 
-    def distance(parameters: Array) -> float:
+    def distance(parameters: Array) -> tuple[float, Array]:
         b0, b1, s = parameters
-        return huber(b0 + b1 * amount**s - ratios)
+        power = amount**s
+        value, slope = huber(b0 + b1 * power - ratios)
+        return value, np.array([slope.sum(), slope @ power, slope @ (b1 * power * np.log(amount))])
 
     random = np.random.default_rng(seed)
     starts = random.uniform([-1.0, -1.0, -1.5], [2.0, 1.0, 1.5], (STARTS, 3))

@@ -93,16 +93,7 @@ def read_base(study: StudyConfig) -> Base:
     Raises:
         InputError: the configuration or the mixture is not one that a study can vary
     """
-    try:
-        with open(study.base, encoding="utf-8") as file:
-            fields = yaml.safe_load(file)
-    except OSError as error:
-        raise InputError(f"base {study.base}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"base {study.base} is not YAML: {error}") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"base {study.base} must hold the fields of a run, found {type(fields).__name__}")
-    fields = copy.deepcopy(fields)
+    fields = read_fields(study.base)
     checkpoint, training = fields.setdefault("checkpoint", {}), fields.setdefault("training", {})
     checkpoint.setdefault("save", study.folder)  # replaced in every run, as is the length
     if not any(name in training for name in ("train_iters", "train_samples", "train_tokens")):
@@ -112,6 +103,24 @@ def read_base(study: StudyConfig) -> Base:
     if "stages" in mixture or not isinstance(mixture.get("almr"), (int, float)):
         raise InputError(f"{config.mixture}: a study varies one almr; use a mixture without stages whose almr is a number")
     return Base(fields, absolute(mixture, os.path.dirname(os.path.abspath(config.mixture))), config)
+
+
+def read_fields(path: str) -> dict[str, Any]:
+    """What a configuration says, unchecked.
+
+    Raises:
+        InputError: it cannot be read, or is not YAML with fields
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            fields = yaml.safe_load(file)
+    except OSError as error:
+        raise InputError(f"configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"configuration {path} must hold fields, found {type(fields).__name__}")
+    return fields
 
 
 def parse(fields: Mapping[str, Any], where: str) -> RunConfig:

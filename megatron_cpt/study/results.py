@@ -18,7 +18,7 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.outcome import read_outcome
 from megatron_cpt.study.points import Point, points, run_folder
-from megatron_cpt.study.scores import read_all_scores
+from megatron_cpt.study.scores import START, read_all_scores
 from megatron_cpt.training.metrics_file import read_metrics
 
 PARQUET, CSV = "results.parquet", "results.csv"
@@ -101,7 +101,7 @@ def run_rows(study: StudyConfig, point: Point, general: set[str]) -> list[dict[s
         return []
     groups = group_of_sets(general, evaluations[0]["validation"], folder)
     tokens = {0: 0} | {row["iteration"]: row["consumed_tokens"] for row in metrics if "consumed_tokens" in row}
-    scores = read_all_scores(study.folder, point.name)
+    scores = read_all_scores(study.folder, START) | read_all_scores(study.folder, point.name)
     rows = []
     for evaluation in evaluations:
         iteration = evaluation["iteration"]

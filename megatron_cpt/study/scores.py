@@ -17,6 +17,7 @@ from megatron_cpt.study.points import Point, run_folder
 
 # Of lm-eval's results, which of a task's metrics is its score: the first of these that is there.
 LM_EVAL_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "rouge1", "rougeL", "bleu")
+START = "start"  # where the scores of the checkpoint are that all runs begin with
 
 
 def measure_run(study: StudyConfig, point: Point) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +77,7 @@ class Surface:
     scale: Scale
     points: Array
     values: Array
-    kernel: object
+    kernel: Any
     noise: float
     center: float
     deviation: float
@@ -89,17 +90,19 @@ class Surface:
     def mean(self, at: Array) -> Array:
         """[m, 2] unit coordinates -> [m]"""
         weights = cho_solve((self.factor, True), (self.values - self.center) / self.deviation)
-        return self.center + self.deviation * (self.kernel(at, self.points) @ weights)  # type: ignore[operator]
+        return self.center + self.deviation * (self.kernel(at, self.points) @ weights)
 
     def covariance(self, at: Array) -> Array:
         """Of the surface (not of single runs): [m, m]"""
-        across = self.kernel(at, self.points)  # type: ignore[operator]
-        inner = self.kernel(at) - across @ cho_solve((self.factor, True), across.T)  # type: ignore[operator]
+        across = self.kernel(at, self.points)
+        inner = self.kernel(at) - across @ cho_solve((self.factor, True), across.T)
         return self.deviation**2 * inner
 
     def std(self, at: Array) -> Array:
         """[m]"""
-        return np.sqrt(np.maximum(np.diag(self.covariance(at)), 0.0))
+        across = self.kernel(at, self.points)
+        explained = np.einsum("ij,ji->i", across, cho_solve((self.factor, True), across.T))
+        return self.deviation * np.sqrt(np.maximum(self.kernel.diag(at) - explained, 0.0))
 
     def samples(self, at: Array, number: int, seed: int) -> Array:
         """Surfaces that these runs leave possible, [number, m]."""

@@ -1,0 +1,225 @@
+"""The ALMR and the learning rate to use: the best pair that leaves the general language as it may be left."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy import stats
+
+from megatron_cpt.checkpoint.layout import write_json, write_text
+from megatron_cpt.data.mixture_file import read_mixture_fields
+from megatron_cpt.errors import InputError
+from megatron_cpt.study.fit import Fit
+from megatron_cpt.study.points import absolute, parse, read_fields
+from megatron_cpt.study.results import MEAN_METRIC, Results
+from megatron_cpt.study.surfaces import Array, Surface, unit_grid
+
+CHOICE, CONFIG, MIXTURE = "choice.json", "chosen.yaml", "chosen.mixture.yaml"
+GRID, SAMPLES_GRID, SAMPLES = 101, 33, 400
+INTERVAL = (5.0, 95.0)
+TRANSFER = (
+    "taken over unchanged, as the ALMR paper does from 8B to 70B: that the best pair does not move with the size of the "
+    "model, the number of tokens and the batch is an assumption, and nothing here measures it"
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The pair to use.
+
+    Attributes:
+        almr_interval, lr_interval: 5 % to 95 % of what other surfaces that fit the runs would have chosen; None: measured
+            pairs only were compared
+        value: of the goal there
+        general_rise: of the general loss there since the start, relative
+        chance: that the rise is within the limit
+        reason: in sentences
+        notes: what should not be forgotten
+    """
+
+    almr: float
+    lr: float
+    almr_interval: tuple[float, float] | None
+    lr_interval: tuple[float, float] | None
+    goal: str
+    value: float
+    general_rise: float
+    chance: float | None
+    reason: str
+    notes: list[str]
+
+
+def choose(results: Results, fit: Fit, max_general_rise: float, confidence: float, goal: str | None) -> Choice:
+    """The highest mean metric, or the lowest additional loss, among the pairs that keep the limit.
+
+    Args:
+        max_general_rise: of the general loss (so of its bits per byte), relative to its start
+        confidence: probability with which the limit must be kept, where surfaces give one
+        goal: mean_metric or additional; None: the former if there are scores
+
+    Raises:
+        InputError: no pair keeps the limit, or the goal was not measured
+    """
+    goal = goal or (MEAN_METRIC if MEAN_METRIC in fit.surfaces else "additional")
+    if goal not in fit.surfaces:
+        raise InputError(f"goal is {goal}, which the runs do not have; they have {', '.join(fit.surfaces)}")
+    start = float(np.mean([row["general"] for row in results.rows if row["iteration"] == 0]))
+    highest = start * (1 + max_general_rise)
+    refused = [name for name in ("general", goal) if fit.surfaces[name].refused]
+    if refused:
+        choice = choose_measured(results, goal, start, highest)
+        why = f"Only measured pairs were compared: {refused[0]}: {fit.surfaces[refused[0]].refused}."
+        choice = dataclasses.replace(choice, notes=[*choice.notes, why])
+    else:
+        choice = choose_on_surfaces(
+            fit.surfaces["general"].surface, fit.surfaces[goal].surface, goal, start, highest, confidence
+        )
+    return dataclasses.replace(choice, notes=[*choice.notes, *border_notes(choice, fit.surfaces[goal].surface)])
+
+
+def sign_of(goal: str) -> float:
+    """1 where higher is better."""
+    return 1.0 if goal == MEAN_METRIC else -1.0
+
+
+def choose_on_surfaces(
+    general: Surface, wanted: Surface, goal: str, start: float, highest: float, confidence: float
+) -> Choice:
+    """On a grid over the studied ranges."""
+    at = unit_grid(GRID)
+    bound = general.mean(at) + float(stats.norm.ppf(confidence)) * general.std(at)
+    heights = sign_of(goal) * wanted.mean(at)
+    best = best_within(heights, bound, highest)
+    if best is None:
+        least = int(bound.argmin())
+        raise InputError(
+            f"no pair keeps the general loss below {highest:.4g} with a probability of {confidence:.0%}; the surest is "
+            f"ALMR {wanted.scale.share(at[least, 1]):.3g}, learning rate {wanted.scale.lr(at[least, 0]):.3g} with a rise of "
+            f"up to {bound[least] / start - 1:+.2%}: allow more, or study lower learning rates and ALMRs"
+        )
+    free = int(heights.argmax())
+    rise = float(general.mean(at[best : best + 1])[0]) / start - 1
+    spread = float(general.std(at[best : best + 1])[0])
+    chance = float(stats.norm.cdf((highest - start * (1 + rise)) / max(spread, 1e-300)))
+    almr, lr = float(wanted.scale.share(at[best, 1])), float(wanted.scale.lr(at[best, 0]))
+    value, deviation = float(sign_of(goal) * heights[best]), float(wanted.std(at[best : best + 1])[0])
+    reason = (
+        f"{best_words(goal)} ({value:.4g}, +- {deviation:.2g}) of all pairs that keep the general loss within "
+        f"{highest / start - 1:+.2%} of its start with a probability of {confidence:.0%} or more; there it changes by "
+        f"{rise:+.2%}. "
+    )
+    if best == free:
+        reason += "The limit does not bind: without it the pair would be the same."
+    else:
+        reason += (
+            f"The limit binds: without it ALMR {wanted.scale.share(at[free, 1]):.3g} and learning rate "
+            f"{wanted.scale.lr(at[free, 0]):.3g} would be best ({sign_of(goal) * heights[free]:.4g})."
+        )
+    almr_interval, lr_interval, kept = intervals(general, wanted, goal, highest)
+    notes = []
+    if kept < 1:
+        notes.append(f"On {1 - kept:.0%} of the surfaces that fit the runs no pair keeps the limit.")
+    return Choice(almr, lr, almr_interval, lr_interval, goal, value, rise, chance, reason, notes)
+
+
+def best_within(heights: Array, general: Array, highest: float) -> int | None:
+    """Where the goal is best among places whose general loss is not above `highest`."""
+    allowed = general <= highest
+    return int(np.where(allowed, heights, -np.inf).argmax()) if allowed.any() else None
+
+
+def intervals(
+    general: Surface, wanted: Surface, goal: str, highest: float
+) -> tuple[tuple[float, float] | None, tuple[float, float] | None, float]:
+    """Of ALMR and learning rate, by choosing on surfaces drawn from both processes; and on which share a pair keeps the
+    limit.
+    """
+    at = unit_grid(SAMPLES_GRID)
+    pairs = zip(wanted.samples(at, SAMPLES, 0), general.samples(at, SAMPLES, 1), strict=True)
+    found = [best_within(sign_of(goal) * height, loss, highest) for height, loss in pairs]
+    chosen = at[[place for place in found if place is not None]]
+    if not len(chosen):
+        return None, None, 0.0
+    low, high = np.percentile(chosen, INTERVAL, axis=0)
+    shares, rates = wanted.scale.share(np.array([low[1], high[1]])), wanted.scale.lr(np.array([low[0], high[0]]))
+    return (float(shares[0]), float(shares[1])), (float(rates[0]), float(rates[1])), len(chosen) / SAMPLES
+
+
+def choose_measured(results: Results, goal: str, start: float, highest: float) -> Choice:
+    """Of the pairs that were run, by the means over their seeds."""
+    rows = results.last(goal)
+    pairs = sorted({(row["almr"], row["lr"]) for row in rows})
+    means = {
+        pair: {
+            name: float(np.mean([row[name] for row in rows if (row["almr"], row["lr"]) == pair]))
+            for name in ("general", goal)
+        }
+        for pair in pairs
+    }
+    allowed = [pair for pair in pairs if means[pair]["general"] <= highest]
+    if not allowed:
+        least = min(pairs, key=lambda pair: means[pair]["general"])
+        raise InputError(
+            f"no run kept the general loss below {highest:.4g}; the least rise is "
+            f"{means[least]['general'] / start - 1:+.2%} with ALMR {least[0]:g} and learning rate {least[1]:g}: allow more, "
+            "or study lower learning rates and ALMRs"
+        )
+    best = max(allowed, key=lambda pair: sign_of(goal) * means[pair][goal])
+    rise = means[best]["general"] / start - 1
+    reason = (
+        f"{best_words(goal)} ({means[best][goal]:.4g}) of the {len(allowed)} measured pairs, of {len(pairs)}, that keep the "
+        f"general loss within {highest / start - 1:+.2%} of its start; there it changes by {rise:+.2%}."
+    )
+    return Choice(*best, None, None, goal, means[best][goal], rise, None, reason, [])
+
+
+def best_words(goal: str) -> str:
+    """What was looked for."""
+    return "The highest mean metric" if goal == MEAN_METRIC else "The lowest additional loss"
+
+
+def border_notes(choice: Choice, surface: Surface) -> list[str]:
+    """Where the pair lies on the border of what was studied, so that the best may be beyond."""
+    notes = []
+    at = surface.scale.unit(np.array([choice.almr]), np.array([choice.lr]))[0]
+    for name, place in (("learning rate", at[0]), ("ALMR", at[1])):
+        if min(place, 1 - place) < 1e-6 and not (name == "ALMR" and choice.almr in (0.0, 1.0)):
+            notes.append(f"The {name} is on the border of the studied range: the best may be beyond it.")
+    return notes
+
+
+def write_choice(folder: str, choice: Choice, target: str, max_general_rise: float) -> str:
+    """Write choice.json and the configuration of the CPT run to start: `target` with the chosen pair; returns its path."""
+    fields = read_fields(target)
+    config = parse(fields, target)
+    mixture_fields = read_mixture_fields(config.mixture)
+    if "stages" in mixture_fields:
+        raise InputError(f"{config.mixture}: a mixture with stages has more than one almr; use one without")
+    mixture = absolute(mixture_fields, os.path.dirname(os.path.abspath(config.mixture))) | {"almr": round(choice.almr, 4)}
+    lr = float(f"{choice.lr:.3g}")
+    ratio = config.optimizer.min_lr / config.optimizer.lr
+    mixture_path, path = (os.path.join(folder, name) for name in (MIXTURE, CONFIG))
+    chosen = fields | {
+        "mixture": mixture_path,
+        "optimizer": fields.get("optimizer", {}) | {"lr": lr, "min_lr": float(f"{lr * ratio:.3g}")},
+    }
+    comment = f"# ALMR and learning rate of the study in {folder}, {TRANSFER}.\n# {choice.reason}\n"
+    write_text(mixture_path, yaml.safe_dump(mixture, sort_keys=False, allow_unicode=True))
+    write_text(path, comment + yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))
+    facts = {"max_general_rise": max_general_rise, "target": target, "assumption": TRANSFER}
+    write_json(os.path.join(folder, CHOICE), dataclasses.asdict(choice) | facts)
+    return path
+
+
+def read_choice(folder: str) -> dict[str, Any] | None:
+    """choice.json; None: nothing was chosen yet."""
+    path = os.path.join(folder, CHOICE)
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return dict(yaml.safe_load(file))

@@ -1,0 +1,241 @@
+"""The figures of a study, as in the paper: two contours with their lines, trajectories; and a Pareto plot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_cpt.study.fit import Fit, FittedSurface, equation
+from megatron_cpt.study.frontier import Line
+from megatron_cpt.study.results import MEAN_METRIC, Results
+from megatron_cpt.study.surfaces import unit_grid
+
+GRID = 101
+LEVELS = 14
+RUN: dict[str, Any] = {"color": "white", "edgecolors": "black", "linewidths": 0.7, "s": 22, "zorder": 3}
+CHOSEN: dict[str, Any] = {"marker": "*", "s": 260, "color": "#ffcc00", "edgecolors": "black", "linewidths": 0.9, "zorder": 5}
+TITLES = {
+    "general": "general loss (nats per token)",
+    "additional": "additional loss (nats per token)",
+    "mixed": "validation loss on the run's own mixture (nats per token)",
+    "balanced": "mean change of both losses (lower is better)",
+    MEAN_METRIC: "mean metric (higher is better)",
+}
+Chosen = tuple[float, float] | None  # ALMR, learning rate
+
+
+def contours(results: Results, fit: Fit, chosen: Chosen) -> Figure:
+    """The paper's figure 1: loss with the line along which it falls fastest; metric with its frontier."""
+    right = fit.frontier_of
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+    draw_surface(axes[0], "mixed", fit.surfaces["mixed"], results, chosen, "viridis_r")
+    if fit.line is not None:
+        draw_line(axes[0], fit.line, "steepest descent", "#e63946")
+    draw_surface(axes[1], right, fit.surfaces[right], results, chosen, "viridis" if right == MEAN_METRIC else "viridis_r")
+    if fit.frontier is not None:
+        draw_line(axes[1], fit.frontier, "frontier", "#e63946", "peaks")
+    for ax in axes:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def languages(results: Results, fit: Fit, chosen: Chosen) -> Figure:
+    """Losses of both languages."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for ax, name in zip(axes, ("general", "additional"), strict=True):
+        draw_surface(ax, name, fit.surfaces[name], results, chosen, "viridis_r")
+    return figure
+
+
+def draw_surface(ax: Axes, name: str, fitted: FittedSurface, results: Results, chosen: Chosen, colors: str) -> None:
+    """Filled contours over (LR, ALMR), with the runs and the chosen pair."""
+    surface = fitted.surface
+    at = unit_grid(GRID)
+    rates, shares = (part.reshape(GRID, GRID) for part in (surface.scale.lr(at[:, 0]), surface.scale.share(at[:, 1])))
+    heights = surface.mean(at).reshape(GRID, GRID)
+    filled = ax.contourf(rates, shares, heights, levels=LEVELS, cmap=colors)
+    lines = ax.contour(rates, shares, heights, levels=filled.levels, colors="black", linewidths=0.3, alpha=0.5)
+    ax.clabel(lines, list(lines.levels)[::2], fontsize=7)
+    ax.figure.colorbar(filled, ax=ax, pad=0.02)
+    pairs = sorted({(row["lr"], row["almr"]) for row in results.last(name)})
+    ax.scatter(*zip(*pairs, strict=True), label="runs", clip_on=False, **RUN)
+    diverged = sorted({(row["lr"], row["almr"]) for row in results.rows if row["outcome"] == "diverged"})
+    if diverged:
+        x, y = zip(*diverged, strict=True)
+        inside = [(a, b) for a, b in zip(x, y, strict=True) if rates.min() <= a <= rates.max()]
+        if inside:
+            ax.scatter(*zip(*inside, strict=True), marker="x", color="#e63946", label="diverged", zorder=4, clip_on=False)
+    if chosen is not None:
+        ax.scatter([chosen[1]], [chosen[0]], label="chosen", clip_on=False, **CHOSEN)
+    ax.set_xscale("log")
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("ALMR")
+    flat = "\nnot supported: see the notes" if fitted.refused else ""
+    ax.set_title(TITLES[name] + flat, fontsize=11)
+    ax.set_xlim(rates.min(), rates.max())
+    ax.set_ylim(shares.min(), shares.max())
+
+
+def draw_line(ax: Axes, line: Line, label: str, color: str, points: str | None = None) -> None:
+    """ALMR = a + b log10 LR within the studied ranges; dotted where nothing should be concluded from it."""
+    if not np.isfinite(line.a):
+        return
+    limits = ax.get_xlim(), ax.get_ylim()
+    if points is not None:
+        ax.scatter(line.points[:, 1], line.points[:, 0], marker=".", s=14, color=color, label=points, zorder=4)
+    else:
+        ax.plot(line.points[:, 1], line.points[:, 0], color=color, linewidth=1, alpha=0.7)
+    rates = np.geomspace(*limits[0], 400)
+    style = ":" if line.refused else "--"
+    ax.plot(rates, line.almr(rates), style, color=color, linewidth=1.8, label=f"{label}: {equation(line)}", zorder=4)
+    ax.set_xlim(limits[0])
+    ax.set_ylim(limits[1])
+
+
+def trajectories(results: Results, lr: float) -> Figure:
+    """The paper's figure 2: losses and scores along the tokens, one line for each ALMR, at one learning rate."""
+    rows = [row for row in results.rows if row["lr"] == lr and row["tokens"] is not None]
+    names = ["general", "additional", *results.scores]
+    if MEAN_METRIC in results.rows[0] and len(results.scores) > 1:
+        names.append(MEAN_METRIC)
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.6 * lines), layout="constrained", squeeze=False)
+    shares = sorted({row["almr"] for row in rows})
+    colors = plt.get_cmap("plasma")(np.linspace(0.05, 0.85, len(shares)))
+    for ax, name in zip(grid.flat, names, strict=False):
+        for share, color in zip(shares, colors, strict=True):
+            of_share = [row for row in rows if row["almr"] == share and row.get(name) is not None]
+            tokens = sorted({row["tokens"] for row in of_share})
+            found = [[row[name] for row in of_share if row["tokens"] == t] for t in tokens]
+            means = np.array([np.mean(values) for values in found])
+            spread = np.array([np.std(values) for values in found])
+            ax.plot(tokens, means, marker="." if len(tokens) < 20 else None, color=color, label=f"ALMR {share:g}")
+            ax.fill_between(tokens, means - spread, means + spread, color=color, alpha=0.15, linewidth=0)
+        ax.set_title(TITLES.get(name, name), fontsize=10)
+        ax.set_xlabel("tokens")
+        ax.grid(alpha=0.3)
+    for ax in list(grid.flat)[len(names) :]:
+        ax.set_axis_off()
+    grid.flat[0].legend(fontsize=8)
+    figure.suptitle(f"learning rate {lr:g}; bands: one standard deviation over seeds", fontsize=10)
+    return figure
+
+
+def pareto(results: Results, chosen: Chosen, max_general_rise: float | None) -> Figure:
+    """What the additional language gains against what the general one loses, a point for each pair."""
+    starts = {row["run"]: row for row in results.rows if row["iteration"] == 0}
+    pairs: dict[tuple[float, float], list[tuple[float, float]]] = {}
+    for row in results.last("general"):
+        start = starts[row["run"]]
+        change = tuple(100 * (row[group] / start[group] - 1) for group in ("general", "additional"))
+        pairs.setdefault((row["almr"], row["lr"]), []).append(change)
+    places = {pair: np.mean(changes, axis=0) for pair, changes in pairs.items()}
+    figure, ax = plt.subplots(figsize=(8, 5.6), layout="constrained")
+    rates = sorted({lr for _, lr in places})
+    for marker, lr in zip(markers(len(rates)), rates, strict=True):
+        here = [(almr, place) for (almr, rate), place in places.items() if rate == lr]
+        x, y = np.array([place for _, place in here]).T
+        drawn = ax.scatter(
+            x, y, c=[almr for almr, _ in here], cmap="plasma", vmin=0, vmax=1, marker=marker, s=55, edgecolors="black",
+            linewidths=0.5, label=f"LR {lr:.3g}", zorder=3,
+        )  # fmt: skip
+    figure.colorbar(drawn, ax=ax, label="ALMR")
+    front = pareto_front([tuple(place) for place in places.values()])
+    ax.plot(*zip(*front, strict=True), color="gray", linewidth=1, zorder=1, label="Pareto front")
+    if max_general_rise is not None:
+        ax.axvline(100 * max_general_rise, color="#e63946", linestyle="--", linewidth=1, label="limit")
+    if chosen is not None and chosen in places:
+        ax.scatter([places[chosen][0]], [places[chosen][1]], label="chosen", **CHOSEN)
+    ax.set_xlabel("change of the general loss (%)")
+    ax.set_ylabel("change of the additional loss (%)")
+    ax.set_title("both losses since the start: lower left is better", fontsize=11)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return figure
+
+
+def markers(number: int) -> list[str]:
+    """A shape for each learning rate."""
+    shapes = "ovs^DP*Xhd<>"
+    return [shapes[i % len(shapes)] for i in range(number)]
+
+
+def pareto_front(places: Sequence[tuple[float, ...]]) -> list[tuple[float, ...]]:
+    """Those that no other is better than in both, in order."""
+    front: list[tuple[float, ...]] = []
+    for place in sorted(places):
+        if not front or place[1] < front[-1][1]:
+            front.append(place)
+    return front
+
+
+def laws(results: Results, fit: Fit) -> Figure | None:
+    """D-CPT: measured losses and the law's over the ratio, one line for each number of tokens, at the learning rate whose
+    law predicts best; and critical mixture ratios. None: nothing was fitted.
+    """
+    if not fit.d_cpt and not fit.cmr:
+        return None
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
+    for ax, quantity in zip(axes, ("general", "additional"), strict=False):
+        fitted = sorted((law for law in fit.d_cpt if law.quantity == quantity), key=lambda law: law.held_out)
+        if not fitted:
+            ax.set_axis_off()
+            continue
+        best = fitted[0]
+        rows = [r for r in results.rows if r["lr"] == best.lr and r["outcome"] == "finished" and r["iteration"] > 0]
+        budgets = sorted({row["tokens"] for row in rows})
+        kept = budgets[:: max(1, len(budgets) // 4)]
+        shares = np.linspace(0, 1, 101)
+        for tokens, color in zip(kept, plt.get_cmap("viridis")(np.linspace(0.1, 0.9, len(kept))), strict=True):
+            here = [row for row in rows if row["tokens"] == tokens]
+            ax.scatter([row["almr"] for row in here], [row[quantity] for row in here], s=14, color=color)
+            ratio = 1 - shares if quantity == "general" else shares
+            ax.plot(
+                shares, best.law.loss(np.full_like(shares, tokens), ratio), color=color, label=f"{tokens / 1e6:.3g} M tokens"
+            )
+        ax.set_title(f"D-CPT, {quantity}, LR {best.lr:g}: left-out ratios off by {best.held_out:.2%}", fontsize=10)
+        ax.set_xlabel("ALMR")
+        ax.set_ylabel("loss (nats per token)")
+        ax.legend(fontsize=8)
+    if not fit.cmr:
+        axes[2].set_axis_off()
+    for lr, law in fit.cmr.items():
+        (dots,) = axes[2].plot(law.tokens, law.ratios, "o", markersize=4, label=f"LR {lr:g}")
+        tokens = np.linspace(law.tokens.min(), law.tokens.max() * 1.3, 200)
+        axes[2].plot(tokens, [law.ratio(t) for t in tokens], color=dots.get_color())
+    if fit.cmr:
+        axes[2].set_title("critical mixture ratio (CMR)", fontsize=10)
+        axes[2].set_xlabel("tokens")
+        axes[2].set_ylabel("largest ALMR within the tolerance")
+        axes[2].legend(fontsize=8)
+    return figure
+
+
+def save_all(folder: str, drawn: Iterable[tuple[str, Callable[[], Figure | None]]]) -> list[str]:
+    """Draw and write PNGs; returns the paths of those that there are."""
+    paths = []
+    for name, draw in drawn:
+        figure = draw()
+        if figure is None:
+            continue
+        path = os.path.join(folder, f"{name}.png")
+        figure.savefig(path + ".tmp.png", dpi=130)
+        plt.close(figure)
+        os.replace(path + ".tmp.png", path)
+        paths.append(path)
+    return paths
+
+
+def chosen_pair(choice: dict[str, Any] | None) -> Chosen:
+    """Of choice.json."""
+    return None if choice is None else (choice["almr"], choice["lr"])

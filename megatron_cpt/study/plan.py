@@ -1,0 +1,172 @@
+"""What a study will take, before it is run; and what to run next."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from megatron_cpt.checkpoint.hf_weights import hf_shapes
+from megatron_cpt.errors import InputError
+from megatron_cpt.model.llama import LlamaConfig
+from megatron_cpt.planning.hardware import Cluster, find_device
+from megatron_cpt.planning.layouts import Job, Layout
+from megatron_cpt.planning.timing import throughput
+from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.outcome import Outcome, read_outcome
+from megatron_cpt.study.points import Base, Point, parse, points, read_proposed, run_fields, run_folder, write_configuration
+from megatron_cpt.training.checks import check_run
+from megatron_cpt.training.progress_line import duration
+
+MOMENTS_BYTES, MAIN_BYTES = 8, 4  # fp32 moments of Adam, fp32 main weights of a bf16 model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Attributes:
+    outcomes: of all runs, None: to be done
+    steps, tokens: of a run, whole steps
+    seconds: of a run, None: unknown; seconds_from says how they were estimated
+    disk: bytes of a run's checkpoints
+    """
+
+    study: StudyConfig
+    outcomes: dict[Point, Outcome | None]
+    steps: int
+    tokens: int
+    seconds: float | None
+    seconds_from: str
+    disk: int
+
+    @property
+    def left(self) -> int:
+        """Runs to do."""
+        return sum(outcome is None for outcome in self.outcomes.values())
+
+    @property
+    def hours_left(self) -> float | None:
+        """For all of them."""
+        rounds = math.ceil(self.left / self.study.parallel_runs)
+        return None if self.seconds is None else rounds * self.seconds / 3600
+
+    @property
+    def disk_in_all(self) -> int:
+        """The most at a time, or, if checkpoints are kept, in the end."""
+        return self.disk * (len(self.outcomes) if self.study.keep_checkpoints else self.study.parallel_runs)
+
+
+def make_plan(study: StudyConfig, base: Base) -> Plan:
+    """Write the configurations of all runs, check one of each ALMR as the run itself will, and estimate.
+
+    Raises:
+        InputError: a run would refuse its configuration, or the study is above its limits
+    """
+    outcomes = {point: read_outcome(run_folder(study.folder, point)) for point in points(study)}
+    checked: dict[float, Point] = {}
+    for point in outcomes:
+        write_configuration(study, base, point)
+        checked.setdefault(point.almr, point)
+    for point in checked.values():
+        fields = run_fields(study, base, point)
+        fields["checkpoint"] = fields["checkpoint"] | {"save": os.path.join(study.folder, "runs", ".check")}  # nothing there
+        run = check_run(parse(fields, study.base), study.processes)
+    seconds = [outcome.seconds for outcome in outcomes.values() if outcome is not None and outcome.kind == "finished"]
+    batch = run.config.training.global_batch_size * run.mixture.seq_length
+    steps = run.length.train_iters
+    if seconds:
+        estimate, source = statistics.mean(seconds), f"mean of {len(seconds)} runs that have finished"
+    elif study.device is not None:
+        estimate, source = planned_seconds(study, base, run.llama, run.mixture.seq_length, steps), "as plan_run.py estimates"
+    else:
+        estimate, source = None, "unknown until a run has finished, or device is given"
+    plan = Plan(study, outcomes, steps, steps * batch, estimate, source, disk_bytes(base, run.llama, steps))
+    check_limits(plan)
+    return plan
+
+
+def planned_seconds(study: StudyConfig, base: Base, llama: LlamaConfig, seq_length: int, steps: int) -> float:
+    """Of all steps of a run, on a cluster, as tools/plan_run.py estimates them; without start and evaluations."""
+    assert study.device is not None
+    training, parallel = base.config.training, base.config.parallel
+    data = study.processes // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    job = Job(llama, seq_length, training.global_batch_size, training.params_dtype, training.fp8 is not None)
+    microbatches = training.global_batch_size // (training.micro_batch_size * data)
+    layout = Layout(parallel, data, training.micro_batch_size, microbatches)
+    return steps * throughput(job, layout, Cluster(find_device(study.device), study.processes)).step.total
+
+
+def disk_bytes(base: Base, llama: LlamaConfig, steps: int) -> int:
+    """Of a run's checkpoints at most."""
+    checkpoint = base.config.checkpoint
+    bf16 = base.config.training.params_dtype == "bf16"
+    each = 2 if bf16 else 4
+    if checkpoint.save_optim:
+        each += MOMENTS_BYTES + (MAIN_BYTES if bf16 else 0)
+    number = math.ceil(steps / checkpoint.save_interval) if checkpoint.save_interval else 1
+    if checkpoint.keep_last is not None:
+        number = min(number, checkpoint.keep_last + 1)  # the oldest goes once the newest is there
+    return number * each * sum(math.prod(shape) for shape in hf_shapes(llama).values())
+
+
+def check_limits(plan: Plan) -> None:
+    """Raise InputError for the first limit that the study is above."""
+    limits, runs = plan.study.limits, len(plan.outcomes)
+    found: tuple[tuple[str, float | None, float | None], ...] = (
+        ("runs", runs, limits.runs),
+        ("tokens", runs * plan.tokens, limits.tokens),
+        ("disk_gb", plan.disk_in_all / 1e9, limits.disk_gb),
+        ("hours", plan.hours_left, limits.hours),
+    )
+    for name, value, limit in found:
+        if value is not None and limit is not None and value > limit:
+            raise InputError(f"the study takes {name} {value:,.4g}; limits.{name} is {limit:,.4g}")
+
+
+def plan_table(plan: Plan) -> Table:
+    """A line for each pair of ALMR and learning rate, and the total."""
+    study, proposed = plan.study, set(read_proposed(plan.study.folder))
+    table = Table(
+        title=f"{len(plan.outcomes)} runs of {plan.steps:,} steps; tokens, time and disk of each",
+        title_justify="left",
+        show_footer=True,
+    )
+    total = f"{len(plan.outcomes) * plan.tokens:,}"
+    hours, done = plan.hours_left, len(plan.outcomes) - plan.left
+    time_left = "" if hours is None else f"{duration(3600 * hours)} left"
+    for name, footer in (
+        ("ALMR", "total"),
+        ("LR", ""),
+        ("done", f"{done}/{len(plan.outcomes)}"),
+        ("tokens", total),
+        ("additional", ""),
+        ("time", time_left),
+        ("disk", size(plan.disk_in_all)),
+    ):
+        table.add_column(name, footer, justify="right", no_wrap=True)
+    pairs = list(dict.fromkeys((point.almr, point.lr) for point in plan.outcomes))
+    for almr, lr in pairs:
+        of_pair = [outcome for point, outcome in plan.outcomes.items() if (point.almr, point.lr) == (almr, lr)]
+        diverged = sum(outcome is not None and outcome.kind == "diverged" for outcome in of_pair)
+        state = f"{sum(outcome is not None for outcome in of_pair)}/{len(of_pair)}"
+        table.add_row(
+            f"{almr:g}{' *' if (almr, lr) in proposed else ''}",
+            f"{lr:g}",
+            state + (f", {diverged} diverged" if diverged else ""),
+            f"{plan.tokens:,}",
+            f"{round(almr * plan.tokens):,}",
+            "?" if plan.seconds is None else duration(plan.seconds),
+            size(plan.disk),
+        )
+    how = "kept" if study.keep_checkpoints else f"removed once measured, {study.parallel_runs} at a time"
+    table.caption = f"time: {plan.seconds_from}; {study.parallel_runs} runs at a time. Checkpoints: {how}."
+    table.caption += " *: proposed." if proposed else ""
+    table.caption_justify = "left"
+    return table
+
+
+def size(value: float) -> str:
+    """Bytes for people."""
+    return f"{value / 1e9:,.1f} GB" if value >= 1e8 else f"{value / 1e6:,.1f} MB"

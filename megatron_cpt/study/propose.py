@@ -1,0 +1,74 @@
+"""The next points of a study, where they tell most: Optuna's Gaussian-process sampler."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.samplers import GPSampler, QMCSampler
+from optuna.trial import create_trial
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.results import MEAN_METRIC, Results
+from megatron_cpt.study.surfaces import fit_surface
+
+FEWEST = 4  # pairs with results: below, points are spread over the ranges
+
+
+def propose(study: StudyConfig, results: Results, number: int, seed: int = 0) -> list[tuple[float, float]]:
+    """(ALMR, LR) pairs within the studied ranges that are not there yet.
+
+    What is looked for is the highest mean metric or, without scores, the lowest balanced loss, as for the frontier. Each
+    proposal is taken to come out as the surface says before the next one is made, so that they do not crowd in one place.
+
+    Raises:
+        InputError: an axis has no range
+    """
+    for name, values in (("almr", study.almr), ("lr", study.rates)):
+        if min(values) == max(values):
+            raise InputError(f"{name} has the one value {values[0]:g}; proposals need a range of two values or more")
+    space = {
+        "almr": FloatDistribution(min(study.almr), max(study.almr)),
+        "lr": FloatDistribution(min(study.rates), max(study.rates), log=True),
+    }
+    quantity = MEAN_METRIC if results.last(MEAN_METRIC) else "balanced"
+    rows = results.last(quantity)
+    pairs = sorted({(row["almr"], row["lr"]) for row in rows})
+    surface = None
+    if len(pairs) >= FEWEST:
+        columns = ([row[name] for row in rows] for name in ("almr", "lr", quantity))
+        surface = fit_surface(*columns)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = GPSampler(seed=seed, n_startup_trials=FEWEST, independent_sampler=QMCSampler(seed=seed, scramble=True))
+        search = optuna.create_study(direction="maximize" if quantity == MEAN_METRIC else "minimize", sampler=sampler)
+    for almr, lr in pairs:
+        values = [row[quantity] for row in rows if (row["almr"], row["lr"]) == (almr, lr)]
+        search.add_trial(create_trial(params={"almr": almr, "lr": lr}, distributions=space, value=float(np.mean(values))))
+    found: list[tuple[float, float]] = []
+    known = {(almr, lr) for almr in study.almr for lr in study.rates}
+    while len(found) < number:
+        trial = search.ask(space)
+        almr, lr = round(trial.params["almr"], 3), float(f"{trial.params['lr']:.3g}")
+        value = 0.0
+        if surface is not None:
+            value = float(surface.mean(surface.scale.unit(np.array([almr]), np.array([lr])))[0])
+        search.tell(trial, value)
+        if (almr, lr) in known | set(found):
+            almr, lr = nudged(study, almr, lr, len(found) + seed)
+        found.append((almr, lr))
+    return found
+
+
+def nudged(study: StudyConfig, almr: float, lr: float, seed: int) -> tuple[float, float]:
+    """A pair nearby, for one that is there already: the sampler would like it measured again."""
+    random = np.random.default_rng(seed)
+    low, high = min(study.almr), max(study.almr)
+    almr = float(np.clip(almr + 0.05 * (high - low) * random.uniform(-1, 1), low, high))
+    width = np.log(max(study.rates) / min(study.rates))
+    lr = float(np.clip(lr * np.exp(0.05 * width * random.uniform(-1, 1)), min(study.rates), max(study.rates)))
+    return round(almr, 3), float(f"{lr:.3g}")

@@ -1,0 +1,131 @@
+"""What a study says as a whole, and what it refuses to say; the choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from study_results import START, additional_loss, general_loss, make_results
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.study.choose import choose
+from megatron_cpt.study.fit import Fit, chance_of_flat, fit, write_fit
+from megatron_cpt.study.results import Results
+
+
+def metric(almr: float, lr: float) -> float:
+    """Best at ALMR 0.5 and a learning rate of 1e-3."""
+    return float(50 - 8 * (almr - 0.5 - 0.3 * (np.log10(lr) + 3)) ** 2 - 1.5 * (np.log10(lr) + 3) ** 2)
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return make_results(metric)
+
+
+@pytest.fixture(scope="module")
+def fitted(results: Results) -> Fit:
+    return fit(results)
+
+
+def test_a_good_study_supports_everything(fitted: Fit, tmp_path: Path) -> None:
+    assert set(fitted.surfaces) == {"general", "additional", "mixed", "balanced", "mean_metric"}
+    assert all(found.refused is None and found.explained > 0.9 for found in fitted.surfaces.values())
+    assert fitted.frontier is not None
+    assert fitted.frontier_of == "mean_metric"
+    assert fitted.frontier.refused is None
+    assert fitted.frontier.b == pytest.approx(0.3, abs=0.05)
+    assert fitted.line is not None
+    assert fitted.line.refused is None
+    written = json.loads(Path(write_fit(str(tmp_path), fitted)).read_text())
+    assert written["frontier"]["of"] == "mean_metric"
+    assert written["surfaces"]["general"]["runs"] == 75
+    assert len(written["d_cpt"]) == 10  # 2 languages x 5 learning rates
+    assert all(law["held_out_error"] < 0.1 for law in written["d_cpt"])  # these losses follow no such law
+
+
+def test_a_flat_metric_is_refused() -> None:
+    flat = fit(make_results(lambda almr, lr: 25.0, metric_noise=0.5))
+    assert "flat within the noise" in str(flat.surfaces["mean_metric"].refused)
+    assert flat.surfaces["additional"].refused is None
+    assert any(note.startswith("mean_metric: the surface is flat") for note in flat.notes)
+
+
+def test_too_few_runs_are_refused() -> None:
+    few = fit(make_results(almrs=(0.0, 1.0), rates=(1e-4, 1e-3)))
+    assert "4 pairs of ALMR and learning rate have finished; 9 or more" in str(few.surfaces["mixed"].refused)
+    assert few.frontier is None
+    assert any("they need 3 values or more of each axis" in note for note in few.notes)
+
+
+def test_without_scores_the_frontier_is_that_of_the_balanced_loss() -> None:
+    found = fit(make_results(None))
+    assert found.frontier_of == "balanced"
+    assert "mean_metric" not in found.surfaces
+
+
+def test_diverged_and_unfinished_runs_do_not_count(results: Results, fitted: Fit) -> None:
+    bad = [dict(row, outcome="diverged", last=False, additional=99.0, run=row["run"] + "_bad") for row in results.rows[:5]]
+    found = fit(Results([*results.rows, *bad], results.scores))
+    assert found.surfaces["additional"].surface.values.tolist() == fitted.surfaces["additional"].surface.values.tolist()
+    assert found.notes[0] == "1 runs diverged and are left out: almr0_lr0.0001_seed1_bad"
+    assert dataclasses.asdict(found.d_cpt[0].law) == dataclasses.asdict(fitted.d_cpt[0].law)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_test_for_flatness_errs_as_seldom_as_it_says(seeds: int) -> None:
+    """p below 0.05 in 5 % of flat surfaces, nearly always on one with a slope of twice the noise."""
+    random = np.random.default_rng(0)
+    points = np.stack([part.ravel() for part in np.meshgrid(np.linspace(0, 1, 5), np.linspace(0, 1, 5))], axis=1)
+    points = points.repeat(seeds, axis=0)
+    flat = [chance_of_flat(points, random.standard_normal(len(points))) for _ in range(400)]
+    assert 0.02 < np.mean([p < 0.05 for p in flat]) < 0.09
+    sloped = [chance_of_flat(points, 4 * points[:, 0] + random.standard_normal(len(points))) for _ in range(100)]
+    assert np.mean([p < 0.01 for p in sloped]) > 0.95
+
+
+def test_the_choice_keeps_the_limit(results: Results, fitted: Fit) -> None:
+    choice = choose(results, fitted, max_general_rise=0.01, confidence=0.9, goal="additional")
+    assert general_loss(choice.almr, choice.lr, 1.0) / START["general"] - 1 < 0.0125
+    assert choice.chance is not None
+    assert choice.chance >= 0.9
+    assert "The limit binds" in choice.reason
+    # No pair of a fine grid that keeps the limit is much better
+    pairs = [(almr, lr) for almr in np.linspace(0, 1, 41) for lr in np.geomspace(1e-4, 1e-2, 41)]
+    kept = [pair for pair in pairs if general_loss(*pair, 1.0) <= START["general"] * 1.01]
+    assert additional_loss(choice.almr, choice.lr, 1.0) < min(additional_loss(*pair, 1.0) for pair in kept) + 0.1
+    assert choice.almr_interval is not None
+    assert choice.almr_interval[0] <= choice.almr <= choice.almr_interval[1]
+
+
+def test_a_limit_that_does_not_bind(results: Results, fitted: Fit) -> None:
+    choice = choose(results, fitted, max_general_rise=0.5, confidence=0.9, goal=None)
+    assert choice.goal == "mean_metric"
+    assert "The limit does not bind" in choice.reason
+    assert choice.almr == pytest.approx(0.5, abs=0.08)
+    assert np.log10(choice.lr) == pytest.approx(-3, abs=0.2)
+    assert choice.almr_interval is not None
+    assert choice.lr_interval is not None
+    assert choice.almr_interval[0] <= 0.5 <= choice.almr_interval[1]
+    assert choice.lr_interval[0] <= 1e-3 <= choice.lr_interval[1]
+
+
+def test_a_limit_that_nothing_keeps(results: Results, fitted: Fit) -> None:
+    with pytest.raises(InputError, match=r"no pair keeps the general loss below 2\.7 .* with a rise of up to"):
+        choose(results, fitted, max_general_rise=-0.1, confidence=0.9, goal=None)
+
+
+def test_few_runs_are_compared_as_they_are() -> None:
+    few = make_results(almrs=(0.0, 0.5, 1.0), rates=(1e-4, 1e-3))
+    choice = choose(few, fit(few), max_general_rise=0.02, confidence=0.9, goal=None)
+    assert (choice.almr, choice.lr) == (1.0, 1e-4)  # 0.5 and 1.0 at 1e-3 forget 3 and 7 %
+    assert choice.almr_interval is None
+    assert any("Only measured pairs were compared" in note for note in choice.notes)
+    assert any("learning rate is on the border" in note for note in choice.notes)
+    with pytest.raises(InputError, match="no run kept the general loss below"):
+        choose(few, fit(few), max_general_rise=-0.2, confidence=0.9, goal=None)
+    with pytest.raises(InputError, match="goal is mean_metric, which the runs do not have"):
+        choose(few, fit(few), max_general_rise=0.1, confidence=0.9, goal="mean_metric")
