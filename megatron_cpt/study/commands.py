@@ -19,9 +19,10 @@ from megatron_cpt.study.local import run_locally
 from megatron_cpt.study.outcome import read_outcome
 from megatron_cpt.study.page import interval, write_page
 from megatron_cpt.study.plan import make_plan, plan_table
-from megatron_cpt.study.points import Point, points, read_base, read_proposed, run_folder, write_proposed
+from megatron_cpt.study.points import Base, Point, points, read_base, read_proposed, run_folder, write_proposed
 from megatron_cpt.study.results import Results, collect, write_results
 from megatron_cpt.study.scores import START, measure, scores_path
+from megatron_cpt.study.slurm import submit
 
 
 def say(text: str) -> None:
@@ -90,15 +91,19 @@ def plan(study: Plan) -> str:
 
 
 def run(study: Run) -> str:
-    """`almr_study.py run`; returns the path of the results."""
+    """`almr_study.py run`; returns the path of the results, of the array's script, or of the one run's folder."""
     base = read_base(study)
-    todo = wanted_points(study)
+    if study.only is not None:
+        return run_only(study, base, study.only)
     make_plan(study, base)  # refuses what a run would refuse
-    os.makedirs(os.path.join(study.folder, "runs"), exist_ok=True)
+    todo = [point for point in points(study) if not is_done(study, point)]
     say(f"{len(todo)} of {len(points(study))} runs to do")
+    os.makedirs(os.path.join(study.folder, "runs"), exist_ok=True)
+    if todo and study.executor == "slurm":
+        return submit(study, todo)
     try:
-        if study.scores is not None and todo:
-            measure(study, base.config.checkpoint.load, scores_path(study.folder, START, 0))
+        if todo and study.scores is not None:
+            measure_start(study, base)
         run_locally(study, base, todo, say)
     finally:
         if any(read_outcome(run_folder(study.folder, point)) for point in points(study)):
@@ -106,15 +111,22 @@ def run(study: Run) -> str:
     return write_results(study, collect(study))
 
 
-def wanted_points(study: Run) -> list[Point]:
-    """Runs that are not over, or the one that is asked for."""
+def run_only(study: StudyConfig, base: Base, name: str) -> str:
+    """One run of the study, or the scores of its start: a task of the job array. Results are for `fit` to collect."""
+    if name == START:
+        measure_start(study, base)
+        return scores_path(study.folder, START, 0)
     found = points(study)
-    if study.only is None:
-        return [point for point in found if not is_done(study, point)]
-    chosen = [point for point in found if point.name == study.only]
+    chosen = [point for point in found if point.name == name]
     if not chosen:
-        raise InputError(f"only is {study.only}, which is no run of this study; the first is {found[0].name}")
-    return chosen
+        raise InputError(f"only is {name}, which is no run of this study; the first is {found[0].name}")
+    run_locally(study, base, chosen, say)
+    return run_folder(study.folder, chosen[0])
+
+
+def measure_start(study: StudyConfig, base: Base) -> None:
+    """The scores of the checkpoint that all runs begin with."""
+    measure(study, base.config.checkpoint.load, scores_path(study.folder, START, 0))
 
 
 def is_done(study: StudyConfig, point: Point) -> bool:
@@ -192,7 +204,8 @@ def plot(study: Plot) -> str:
 
 def choose_command(study: Choose) -> str:
     """`almr_study.py choose`; returns the path of the configuration to start."""
-    results, found = fitted(study)
+    results = collect(study)
+    found = fit(results, study.frontier_axis, study.tolerance, laws=False)
     choice = choose(results, found, study.max_general_rise, study.confidence, study.goal)
     path = write_choice(study.folder, choice, study.target or study.base, study.max_general_rise)
     show(choice)

@@ -68,6 +68,8 @@ class SlurmConfig:
     """Options of sbatch, such as --partition=gpu --gpus-per-node=8 --time=4:00:00."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before a run, such as source .venv/bin/activate."""
+    dry_run: bool = False
+    """Write the script, submit nothing."""
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,13 @@ class Fit:
     notes: list[str]
 
 
-def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01) -> Fit:
+def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01, laws: bool = True) -> Fit:
     """Everything that the runs that have finished support.
 
     Args:
         axis: along which the frontier's peaks are looked for
         tolerance: relative rise of the general loss, for critical mixture ratios
+        laws: whether to fit the mixture laws, which takes longest
 
     Raises:
         InputError: fewer than four runs have finished, or they do not vary
@@ -108,7 +109,7 @@ def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01) -> Fit:
         notes += [f"loss line: {line.refused}"] if line.refused else []
     else:
         notes.append(f"no frontier, no loss line: they need {FEWEST_VALUES} values or more of each axis")
-    d_cpt, cmr = fit_laws(results, tolerance, notes)
+    d_cpt, cmr = fit_laws(results, tolerance, notes) if laws else ([], {})
     return Fit(surfaces, frontier, frontier_of, line, d_cpt, cmr, notes)
 
 

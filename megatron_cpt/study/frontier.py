@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_cpt.study.surfaces import Array, Scale, Surface
+from megatron_cpt.study.surfaces import Array, Scale, Surface, unit_grid
 
 SLICES = 25  # of the surface, each with one peak at most
 STEPS = 201  # along a slice
@@ -20,6 +20,7 @@ REPLICATES = 300
 INTERVAL = (5.0, 95.0)  # per cent
 LEAST_SHARE = 0.5  # of slices with a peak inside
 LEAST_REPLICATES = 0.8  # that must have a line
+FIELD = 101  # points along each axis of the field of gradients
 STEP = 0.01  # of the descent, in unit coordinates
 FLAT_GRADIENT = 1e-3  # of the steepest: where the descent ends
 
@@ -55,7 +56,8 @@ def metric_frontier(surface: Surface, axis: Axis = "almr", replicates: int = REP
     highest; along "lr" each of 25 ALMRs has its learning rate. Peaks on the border of the studied range say only that the
     best is not inside: they are left out. The line is the least-squares regression of ALMR on log10 LR over the others.
     """
-    return bootstrapped(surface, lambda replicate: peaks(replicate, axis), regress, replicates, seed, border_reason(axis))
+    at = slices(axis)
+    return bootstrapped(surface, at, lambda heights: peaks(heights, axis), regress, replicates, seed, border_reason(axis))
 
 
 def border_reason(axis: Axis) -> str:
@@ -65,18 +67,20 @@ def border_reason(axis: Axis) -> str:
     return f"for most {other} the best {name} is on the border of the studied range: widen the range"
 
 
-def peaks(surface: Surface, axis: Axis) -> Array | None:
-    """[n, 2] unit coordinates of the peaks inside; None: too few of the slices have one."""
-    along, across = np.linspace(0.0, 1.0, STEPS), np.linspace(0.0, 1.0, SLICES)
-    first, second = np.meshgrid(across, along, indexing="ij")
+def slices(axis: Axis) -> Array:
+    """[25 * 201, 2] unit coordinates, slice by slice."""
+    first, second = np.meshgrid(np.linspace(0.0, 1.0, SLICES), np.linspace(0.0, 1.0, STEPS), indexing="ij")
     order = (first, second) if axis == "almr" else (second, first)  # (u, v): u is fixed in a slice along ALMR
-    at = np.stack([part.ravel() for part in order], axis=-1)
-    heights = surface.mean(at).reshape(SLICES, STEPS)
-    best = heights.argmax(axis=1)
+    return np.stack([part.ravel() for part in order], axis=-1)
+
+
+def peaks(heights: Array, axis: Axis) -> Array | None:
+    """[n, 2] unit coordinates of the peaks inside, from the heights at `slices`; None: too few of the slices have one."""
+    best = heights.reshape(SLICES, STEPS).argmax(axis=1)
     inside = (best > 0) & (best < STEPS - 1)
     if inside.mean() < LEAST_SHARE:
         return None
-    fixed, moving = across[inside], along[best[inside]]
+    fixed, moving = np.linspace(0.0, 1.0, SLICES)[inside], np.linspace(0.0, 1.0, STEPS)[best[inside]]
     return np.stack([fixed, moving] if axis == "almr" else [moving, fixed], axis=-1)
 
 
@@ -96,19 +100,19 @@ def loss_line(surface: Surface, replicates: int = REPLICATES, seed: int = 0) -> 
     needs a measure of both axes.
     """
     reason = "the loss does not fall from the middle of the studied range: it is flat there"
-    return bootstrapped(surface, steepest_curve, main_direction, replicates, seed, reason)
+    return bootstrapped(surface, unit_grid(FIELD), steepest_curve, main_direction, replicates, seed, reason)
 
 
-def steepest_curve(surface: Surface) -> Array | None:
-    """[n, 2] unit coordinates, from the highest loss to the lowest; None: it has no length."""
-    sides = np.linspace(0.05, 0.95, 10)
-    square = np.stack([part.ravel() for part in np.meshgrid(sides, sides)], axis=-1)
-    steepest = float(np.linalg.norm(gradient(surface, square), axis=1).max())
+def steepest_curve(heights: Array) -> Array | None:
+    """[n, 2] unit coordinates from the highest loss to the lowest, from the heights on a grid; None: it has no length."""
+    field = gradients(heights.reshape(FIELD, FIELD))
+    steepest = float(np.linalg.norm(field, axis=-1).max())
     parts = []
     for sign in (1.0, -1.0):  # uphill, downhill
-        place, path = np.array([0.5, 0.5]), []
+        place: Array = np.array([0.5, 0.5])
+        path: list[Array] = []
         for _ in range(int(4 / STEP)):
-            slope = gradient(surface, place[None])[0]
+            slope = interpolated(field, place)
             length = float(np.linalg.norm(slope))
             if length <= FLAT_GRADIENT * steepest:
                 break
@@ -117,18 +121,22 @@ def steepest_curve(surface: Surface) -> Array | None:
                 break
             path.append(place)
         parts.append(path)
-    curve = [*reversed(parts[0]), np.array([0.5, 0.5]), *parts[1]]
+    curve: list[Array] = [*reversed(parts[0]), np.array([0.5, 0.5]), *parts[1]]
     return np.stack(curve) if len(curve) >= 10 else None
 
 
-def gradient(surface: Surface, at: Array, step: float = 1e-3) -> Array:
-    """[n, 2], by central differences."""
-    parts = []
-    for axis in (0, 1):
-        move = np.zeros(2)
-        move[axis] = step
-        parts.append((surface.mean(at + move) - surface.mean(at - move)) / (2 * step))
-    return np.stack(parts, axis=-1)
+def gradients(heights: Array) -> Array:
+    """Along u and v, [FIELD, FIELD, 2]."""
+    step = 1.0 / (FIELD - 1)
+    return np.stack([np.gradient(heights, step, axis=axis, edge_order=2) for axis in (0, 1)], axis=-1)
+
+
+def interpolated(field: Array, place: Array) -> Array:
+    """Bilinear, at (u, v)."""
+    low = np.minimum((place * (FIELD - 1)).astype(int), FIELD - 2)
+    (i, j), (s, t) = low, place * (FIELD - 1) - low
+    left, right = field[i, j] * (1 - t) + field[i, j + 1] * t, field[i + 1, j] * (1 - t) + field[i + 1, j + 1] * t
+    return left * (1 - s) + right * s
 
 
 def main_direction(scale: Scale, path: Array) -> tuple[float, float]:
@@ -144,7 +152,8 @@ def main_direction(scale: Scale, path: Array) -> tuple[float, float]:
 
 def bootstrapped(
     surface: Surface,
-    find: Callable[[Surface], Array | None],
+    at: Array,
+    find: Callable[[Array], Array | None],
     fit: Callable[[Scale, Array], tuple[float, float]],
     replicates: int,
     seed: int,
@@ -153,18 +162,18 @@ def bootstrapped(
     """The line, and how much it moves when every run is measured again.
 
     Parametric bootstrap: the surface at the runs' points plus noise as it was found between seeds, fitted with the same
-    kernel.
+    kernel. `find` makes the path of the line from the heights at `at`, `fit` the line of the path.
     """
-    path = find(surface)
+    path = find(surface.mean(at))
     if path is None:
         nothing = (float("nan"), float("nan"))
         return Line(*nothing, nothing, nothing, np.zeros((0, 2)), reason)
     a, b = fit(surface.scale, path)
-    random, expected = np.random.default_rng(seed), surface.mean(surface.points)
+    random, expected, weights = np.random.default_rng(seed), surface.mean(surface.points), surface.weights(at)
     found = []
     for _ in range(replicates):
-        noise = surface.noise * random.standard_normal(len(expected))
-        again = find(surface.with_values(expected + noise))
+        values = expected + surface.noise * random.standard_normal(len(expected))
+        again = find(surface.center + weights @ (values - surface.center))
         if again is not None:
             found.append(fit(surface.scale, again))
     refused = None

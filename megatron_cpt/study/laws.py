@@ -22,7 +22,8 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.study.surfaces import Array
 
 HUBER_DELTA = 1e-3  # on the logarithm of the loss, as in the D-CPT paper
-STARTS = 48
+STARTS = 16
+STARTS_LEFT_OUT = 6
 TOKENS_UNIT = 1e6  # D is counted in these, so that B is a usual number
 
 
@@ -66,7 +67,7 @@ def slopes(parameters: Array, tokens: Array, ratio: Array) -> tuple[Array, Array
     return E + gain + shift, np.stack(derivatives)
 
 
-def fit_d_cpt(tokens: Array, ratio: Array, losses: Array, seed: int = 0) -> DCptLaw:
+def fit_d_cpt(tokens: Array, ratio: Array, losses: Array, seed: int = 0, starts: int = STARTS) -> DCptLaw:
     """Huber loss on the logarithm, L-BFGS from many starts, all parameters above zero.
 
     Args:
@@ -91,7 +92,7 @@ def fit_d_cpt(tokens: Array, ratio: Array, losses: Array, seed: int = 0) -> DCpt
     low = np.log([least * 0.3, 1e-3, 0.05, 0.05, 1e-3, 0.01, 0.05])
     high = np.log([least * 0.999, 5.0, 2.0, 1.5, 5.0, 1.0, 3.0])
     bounds = [(np.log(least * 1e-2), np.log(least)), (-12, 6), (-5, 2), (-5, 1.5), (-12, 6), (-7, 1), (-5, 2)]
-    best = best_of_starts(distance, random.uniform(low, high, (STARTS, 7)), bounds)
+    best = best_of_starts(distance, random.uniform(low, high, (starts, 7)), bounds)
     return DCptLaw(*np.exp(best).tolist())
 
 
@@ -126,7 +127,7 @@ def held_out_error(tokens: Array, ratio: Array, losses: Array, seed: int = 0) ->
     errors = []
     for left_out in np.unique(ratio)[1:-1]:
         seen = ratio != left_out
-        law = fit_d_cpt(tokens[seen], ratio[seen], losses[seen], seed)
+        law = fit_d_cpt(tokens[seen], ratio[seen], losses[seen], seed, STARTS_LEFT_OUT)
         errors.append(np.abs(law.loss(tokens[~seen], ratio[~seen]) / losses[~seen] - 1))
     return float(np.concatenate(errors).mean())
 

@@ -48,13 +48,13 @@ def measure(study: StudyConfig, checkpoint: str, path: str) -> None:
     try:
         megatron_to_hf(MegatronToHf(checkpoint, hf, num_workers=1))
         command = [word.replace("{hf}", hf).replace("{output}", output) for word in study.scores.command]
+        if shutil.which(command[0]) is None:
+            raise InputError(f"scores.command: {command[0]} is no program that can be found")
         with open(log, "w", encoding="utf-8") as file:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
         if done.returncode:
             raise RunError(f"the command for scores ended with status {done.returncode} (log: {log})")
         write_json(path, read_scores(output))
-    except FileNotFoundError as error:
-        raise InputError(f"scores.command {study.scores.command[0]}: {error.strerror}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -83,14 +83,13 @@ class Surface:
     deviation: float
     factor: Array
 
-    def with_values(self, values: Array) -> Surface:
-        """The same points, kernel and noise with other values, for a bootstrap."""
-        return Surface(self.scale, self.points, values, self.kernel, self.noise, self.center, self.deviation, self.factor)
+    def weights(self, at: Array) -> Array:
+        """[m, n]: the mean at `at` is center + weights @ (values - center)."""
+        return cho_solve((self.factor, True), self.kernel(self.points, at)).T
 
     def mean(self, at: Array) -> Array:
         """[m, 2] unit coordinates -> [m]"""
-        weights = cho_solve((self.factor, True), (self.values - self.center) / self.deviation)
-        return self.center + self.deviation * (self.kernel(at, self.points) @ weights)
+        return self.center + self.weights(at) @ (self.values - self.center)
 
     def covariance(self, at: Array) -> Array:
         """Of the surface (not of single runs): [m, m]"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -48,31 +47,30 @@ def test_a_good_study_supports_everything(fitted: Fit, tmp_path: Path) -> None:
 
 
 def test_a_flat_metric_is_refused() -> None:
-    flat = fit(make_results(lambda almr, lr: 25.0, metric_noise=0.5))
+    flat = fit(make_results(lambda almr, lr: 25.0, metric_noise=0.5), laws=False)
     assert "flat within the noise" in str(flat.surfaces["mean_metric"].refused)
     assert flat.surfaces["additional"].refused is None
     assert any(note.startswith("mean_metric: the surface is flat") for note in flat.notes)
 
 
 def test_too_few_runs_are_refused() -> None:
-    few = fit(make_results(almrs=(0.0, 1.0), rates=(1e-4, 1e-3)))
+    few = fit(make_results(almrs=(0.0, 1.0), rates=(1e-4, 1e-3)), laws=False)
     assert "4 pairs of ALMR and learning rate have finished; 9 or more" in str(few.surfaces["mixed"].refused)
     assert few.frontier is None
     assert any("they need 3 values or more of each axis" in note for note in few.notes)
 
 
 def test_without_scores_the_frontier_is_that_of_the_balanced_loss() -> None:
-    found = fit(make_results(None))
+    found = fit(make_results(None), laws=False)
     assert found.frontier_of == "balanced"
     assert "mean_metric" not in found.surfaces
 
 
 def test_diverged_and_unfinished_runs_do_not_count(results: Results, fitted: Fit) -> None:
     bad = [dict(row, outcome="diverged", last=False, additional=99.0, run=row["run"] + "_bad") for row in results.rows[:5]]
-    found = fit(Results([*results.rows, *bad], results.scores))
+    found = fit(Results([*results.rows, *bad], results.scores), laws=False)
     assert found.surfaces["additional"].surface.values.tolist() == fitted.surfaces["additional"].surface.values.tolist()
     assert found.notes[0] == "1 runs diverged and are left out: almr0_lr0.0001_seed1_bad"
-    assert dataclasses.asdict(found.d_cpt[0].law) == dataclasses.asdict(fitted.d_cpt[0].law)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -120,12 +118,12 @@ def test_a_limit_that_nothing_keeps(results: Results, fitted: Fit) -> None:
 
 def test_few_runs_are_compared_as_they_are() -> None:
     few = make_results(almrs=(0.0, 0.5, 1.0), rates=(1e-4, 1e-3))
-    choice = choose(few, fit(few), max_general_rise=0.02, confidence=0.9, goal=None)
+    choice = choose(few, fit(few, laws=False), max_general_rise=0.02, confidence=0.9, goal=None)
     assert (choice.almr, choice.lr) == (1.0, 1e-4)  # 0.5 and 1.0 at 1e-3 forget 3 and 7 %
     assert choice.almr_interval is None
     assert any("Only measured pairs were compared" in note for note in choice.notes)
     assert any("learning rate is on the border" in note for note in choice.notes)
     with pytest.raises(InputError, match="no run kept the general loss below"):
-        choose(few, fit(few), max_general_rise=-0.2, confidence=0.9, goal=None)
+        choose(few, fit(few, laws=False), max_general_rise=-0.2, confidence=0.9, goal=None)
     with pytest.raises(InputError, match="goal is mean_metric, which the runs do not have"):
-        choose(few, fit(few), max_general_rise=0.1, confidence=0.9, goal="mean_metric")
+        choose(few, fit(few, laws=False), max_general_rise=0.1, confidence=0.9, goal="mean_metric")

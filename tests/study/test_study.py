@@ -204,3 +204,41 @@ def test_an_interrupted_study_saves_its_runs(runs: Runs) -> None:
     assert "the runs have saved; the same command goes on" in errors
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
     assert (folder / "latest_checkpointed_iteration.txt").exists()
+
+
+# Does the array's tasks one after another, as SLURM would in some order.
+SBATCH = """#!/usr/bin/env bash
+set -euo pipefail
+[ "$#" = 1 ] || exit 3
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%2$/\\1/p' "$1")
+for task in $(seq "$last" -1 0); do SLURM_ARRAY_TASK_ID=$task bash "$1"; done >&2
+echo "Submitted batch job 7"
+"""
+
+
+def test_a_job_array_does_the_same(whole: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every task of the array, through a sbatch that runs them here; the results are those of the local study."""
+    (tmp_path / "sbatch").write_text(SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    path = write_study(runs, "array", almr=[0.6], lr=[1e-3, 4e-3], executor="slurm")
+    submitted = study("run", path, "--slurm.sbatch", '["--partition=gpu"]')
+    assert "Submitted batch job 7" in submitted.stderr
+    script = Path(submitted.stdout.strip()).read_text()
+    assert "#SBATCH --partition=gpu\n" in script
+    assert "names=(start almr0.6_lr0.001_seed1 almr0.6_lr0.004_seed1)" in script
+    for name in ("almr0.6_lr0.001_seed1", "almr0.6_lr0.004_seed1"):
+        ours, theirs = (read_rows(runs.folder / folder / "runs" / name) for folder in ("whole", "array"))
+        assert [row["loss"] for row in ours if "loss" in row] == [row["loss"] for row in theirs if "loss" in row]
+    assert (runs.folder / "array" / "scores" / "start" / "iter_0000000.json").exists()
+    again = study("run", path)
+    assert "0 of 2 runs to do" in again.stderr
+
+
+def test_without_slurm(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    path = write_study(runs, "none", executor="slurm")
+    result = study("run", path, check=False)
+    assert (result.returncode, result.stderr.count("error: sbatch is not there")) == (2, 1)
+    dry = study("run", path, "--slurm.dry_run")
+    assert Path(dry.stdout.strip()).name == "study.sbatch"
