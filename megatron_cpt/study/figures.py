@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from megatron_cpt.study.fit import Fit, FittedSurface, equation
 from megatron_cpt.study.frontier import Line
 from megatron_cpt.study.results import MEAN_METRIC, Results
-from megatron_cpt.study.surfaces import unit_grid
+from megatron_cpt.study.surfaces import Array, unit_grid
 
 GRID = 101
 LEVELS = 14
@@ -158,10 +158,26 @@ def pareto(results: Results, chosen: Chosen, max_general_rise: float | None) -> 
         ax.scatter([places[chosen][0]], [places[chosen][1]], label="chosen", **CHOSEN)
     ax.set_xlabel("change of the general loss (%)")
     ax.set_ylabel("change of the additional loss (%)")
-    ax.set_title("both losses since the start: lower left is better", fontsize=11)
+    x, y = np.array(list(places.values())).T
+    right, top = most_shown(x), most_shown(y)
+    beyond = int(((x > (np.inf if right is None else right)) | (y > (np.inf if top is None else top))).sum())
+    for least, most, limit in ((x.min(), right, ax.set_xlim), (y.min(), top, ax.set_ylim)):
+        if most is not None:
+            limit(least - 0.06 * (most - least), most)
+    outside = f" ({beyond} pairs are beyond the axes)" if beyond else ""
+    ax.set_title(f"both losses since the start: lower left is better{outside}", fontsize=11)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     return figure
+
+
+def most_shown(values: Array) -> float | None:
+    """Where an axis ends: a few values far above all others, of runs that forgot everything, would leave no room for these.
+    None: it shows all.
+    """
+    usual, most = float(np.percentile(values, 75)), float(values.max())
+    width = usual - float(values.min())
+    return usual + width if most > usual + 2 * width else None
 
 
 def markers(number: int) -> list[str]:

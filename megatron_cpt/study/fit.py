@@ -107,6 +107,8 @@ def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01, laws: bo
         frontier, line = metric_frontier(upwards, axis), loss_line(surfaces["mixed"].surface)
         notes += [f"frontier of {frontier_of}: {frontier.refused}"] if frontier.refused else []
         notes += [f"loss line: {line.refused}"] if line.refused else []
+        if frontier.b_interval[0] < 0 < frontier.b_interval[1]:
+            notes.append("frontier: the interval of b contains 0, so the runs do not say in which direction it goes")
     else:
         notes.append(f"no frontier, no loss line: they need {FEWEST_VALUES} values or more of each axis")
     d_cpt, cmr = fit_laws(results, tolerance, notes) if laws else ([], {})
