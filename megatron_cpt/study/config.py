@@ -21,9 +21,10 @@ class LogRange:
     number: int
     """How many, with these two."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError unless this is a range. (In __post_init__, jsonargparse would take it for the other type.)"""
         require(0 < self.min < self.max, "lr.min", self.min, f"a number above 0 and below lr.max {self.max}")
-        require_at_least(self, number=2)
+        require(self.number >= 2, "lr.number", self.number, "2 or more")
 
     def values(self) -> list[float]:
         """To four significant digits, so that names of runs stay short."""
@@ -41,7 +42,8 @@ class ScoresConfig:
     mean_of: list[str] | None = None
     """Scores whose mean is the mean metric. Default: all."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise InputError unless the command can measure. (See LogRange.check.)"""
         for part in ("{hf}", "{output}"):
             require(any(part in word for word in self.command), "scores.command", self.command, f"words with {part} in them")
 
@@ -111,6 +113,10 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, train_tokens=1, processes=1, parallel_runs=1)
+        if isinstance(self.lr, LogRange):
+            self.lr.check()
+        if self.scores is not None:
+            self.scores.check()
         require(self.divergence_factor > 1, "divergence_factor", self.divergence_factor, "a number above 1")
         for name, values in (("almr", self.almr), ("lr", self.rates), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):

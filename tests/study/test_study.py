@@ -182,6 +182,7 @@ def test_wrong_studies_are_refused(runs: Runs) -> None:
 
     assert "almr is 1.5; use numbers from 0 to 1" in refused("--almr", "[0.2,1.5]")
     assert "lr is [0.1, 0.1]; use one or more different values" in refused("--lr", "[0.1,0.1]")
+    assert "lr.min is 0.1; use a number above 0 and below lr.max 0.01" in refused("--lr", "{min: 0.1, max: 0.01, number: 3}")
     assert "words with {output} in them" in refused("--scores.command", '["python","{hf}"]')
     assert "configuration nowhere.yaml: No such file" in refused("--base", "nowhere.yaml")
     assert not (runs.folder / "wrong" / "runs").exists()
