@@ -1,7 +1,7 @@
 """Conversion of checkpoints with the shapes of Llama-3 8B and 70B: speed against copying the same files, and memory.
 
-Random bf16 weights, made shard by shard. Only rows that are asked for by name run: 8B needs 50 GB of disk, and takes ten to
-twenty minutes; the layers of 70B are cut to `BENCH_LAYERS` (default 4: 11 GB of weights, 35 GB of disk). All is removed
+Random bf16 weights, made shard by shard. Only rows that are asked for by name run: 8B needs 50 GB of disk, and took three
+minutes; the layers of 70B are cut to `BENCH_LAYERS` (default 4: 11 GB of weights, 35 GB of disk). All is removed
 at the end.
 
 Copying is `cp` and `sync`; before each copy and each conversion the page cache is emptied where that is allowed (root).

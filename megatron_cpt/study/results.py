@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,9 +158,3 @@ def write_results(study: StudyConfig, results: Results) -> str:
         write(table, path + ".tmp")
         os.replace(path + ".tmp", path)
     return os.path.join(study.folder, PARQUET)
-
-
-def seeds_of(rows: Sequence[dict[str, Any]]) -> int:
-    """Most runs of one ALMR and learning rate."""
-    pairs = [(row["almr"], row["lr"]) for row in rows]
-    return max((pairs.count(pair) for pair in pairs), default=0)
