@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import numpy as np
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_cpt.checkpoint.background import Worker, WorkerError
@@ -25,7 +26,7 @@ from megatron_cpt.checkpoint.folders import publish_folder, temporary_name
 from megatron_cpt.checkpoint.restricted import StrictUnpickler
 from megatron_cpt.errors import InputError
 
-JOB = ".job.json"
+JOB = ".job"  # folder beside the files: what the job is, and a marker for each complete file
 SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_BETWEEN_LINES = 60.0
 
@@ -53,27 +54,39 @@ def resumable_folder(path: str, identity: dict[str, Any]) -> Iterator[str]:
         InputError: another process is at it
     """
     temporary = temporary_name(path)
-    parent = os.path.dirname(temporary)
-    parent_is_ours = not os.path.exists(parent)
-    os.makedirs(temporary, exist_ok=True)
+    made = _missing_parents(temporary)
+    os.makedirs(os.path.join(temporary, JOB), exist_ok=True)
     try:
-        with _locked(os.path.join(temporary, JOB), path) as job:
+        with _locked(os.path.join(temporary, JOB, "description.json"), path) as job:
             if job.read() != json.dumps(identity):
-                _empty(temporary)
+                _clear(temporary, [])
                 job.truncate(0)
                 job.write(json.dumps(identity))
                 job.flush()
             yield temporary
-            os.remove(job.name)
+            shutil.rmtree(os.path.join(temporary, JOB))
             publish_folder(temporary, path)
     except BusyError:
         raise
-    except Exception:
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{path} is unfinished; the same command goes on from here") from None
+    except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if parent_is_ours:
+        for parent in made:
             with contextlib.suppress(OSError):  # somebody else has put something there
                 os.rmdir(parent)
+        if isinstance(error, OSError):
+            raise InputError(f"{path} cannot be written: {error}") from error
         raise
+
+
+def _missing_parents(path: str) -> list[str]:
+    """Folders above `path` that do not exist, the lowest first."""
+    missing, parent = [], os.path.dirname(path)
+    while not os.path.exists(parent):
+        missing.append(parent)
+        parent = os.path.dirname(parent)
+    return missing
 
 
 class BusyError(InputError):
@@ -95,14 +108,18 @@ def _locked(path: str, what: str) -> Iterator[TextIO]:
         yield file
 
 
-def _empty(folder: str) -> None:
-    """Remove everything but the description of the job."""
-    for name in os.listdir(folder):
+def _clear(folder: str, done: Sequence[FileJob]) -> None:
+    """Remove everything but the description of the job, and the files that are complete with their markers."""
+    kept = {JOB, *(job.name for job in done)}
+    for name in set(os.listdir(folder)) - kept:
         path = os.path.join(folder, name)
         if os.path.isdir(path):
             shutil.rmtree(path)
-        elif name != JOB:
+        else:
             os.remove(path)
+    markers = {os.path.basename(_marker(folder, job)) for job in done}
+    for name in set(os.listdir(os.path.join(folder, JOB))) - markers - {"description.json"}:
+        os.remove(os.path.join(folder, JOB, name))
 
 
 def fingerprint(folder: str, names: Sequence[str]) -> dict[str, list[int]]:
@@ -114,10 +131,14 @@ def fingerprint(folder: str, names: Sequence[str]) -> dict[str, list[int]]:
 def write_files(folder: str, jobs: Sequence[FileJob], num_workers: int, description: str) -> list[Any]:
     """Write the files that are not there yet, in forked processes; what each job returned, now or in an earlier attempt.
 
+    Whatever else an earlier attempt has left in the folder is removed.
+
     Raises:
-        InputError: a job failed; its text says how
+        InputError, OSError: a job failed; the text says how
     """
+    done = [job for job in jobs if os.path.exists(_marker(folder, job))]
     todo = [job for job in jobs if not os.path.exists(_marker(folder, job))]
+    _clear(folder, done)
     count = min(num_workers, len(todo))
     workers: list[Worker[None]] = []
     with _Meter(description, sum(job.bytes for job in jobs), sum(job.bytes for job in todo), count) as meter:
@@ -133,7 +154,9 @@ def write_files(folder: str, jobs: Sequence[FileJob], num_workers: int, descript
             for worker in workers:
                 worker.result()
         except WorkerError as error:
-            raise InputError(str(error).removeprefix("InputError: ")) from error
+            text = str(error)
+            system = text.startswith("[Errno")
+            raise OSError(text) if system else InputError(text.removeprefix("InputError: ")) from error
         finally:
             for worker in workers:
                 worker.kill()
@@ -150,7 +173,7 @@ def _write_some(folder: str, jobs: Sequence[FileJob], meter: _Meter, number: int
 
 def _marker(folder: str, job: FileJob) -> str:
     """Is there when the file is complete; holds what the job returned."""
-    return os.path.join(folder, f".{job.name}.done")
+    return os.path.join(folder, JOB, f"{job.name}.done")
 
 
 def _take_result(folder: str, job: FileJob) -> Any:
@@ -159,14 +182,8 @@ def _take_result(folder: str, job: FileJob) -> Any:
     return result
 
 
-def remove_markers(folder: str, jobs: Sequence[FileJob]) -> None:
-    """The folder is about to be published."""
-    for job in jobs:
-        os.remove(_marker(folder, job))
-
-
 class _Meter:
-    """Bytes written by all processes: a bar on a terminal, a line every minute elsewhere."""
+    """Bytes written by all processes: a bar on a terminal, a line every minute elsewhere, and a line at the end."""
 
     def __init__(self, description: str, total: int, todo: int, processes: int) -> None:
         self._description, self._total, self._before = description, total, total - todo
@@ -181,14 +198,18 @@ class _Meter:
         )
         self._bar = Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
         self._task = self._bar.add_task(description, total=total, completed=self._before)
-        self._said = time.monotonic()
+        self._began = self._said = time.monotonic()
 
     def __enter__(self) -> _Meter:
         self._bar.start()
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
+        if kind is None:
+            earlier = f", after {decimal(self._before)} in an earlier attempt" if self._before else ""
+            seconds = time.monotonic() - self._began
+            self._say(f"{decimal(self._total - self._before)} in {seconds:.1f} s ({self._rate()}){earlier}")
 
     def advance(self, number: int, count: int) -> None:
         """Called by process `number`."""
@@ -201,4 +222,10 @@ class _Meter:
         now = time.monotonic()
         if self._bar.disable and now - self._said > SECONDS_BETWEEN_LINES:
             self._said = now
-            print(f"{self._description}: {done / 1e9:.1f} of {self._total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+            self._say(f"{decimal(done)} of {decimal(self._total)} ({self._rate()})")
+
+    def _rate(self) -> str:
+        return decimal(int(self._counts.sum() / max(time.monotonic() - self._began, 1e-9))) + "/s"
+
+    def _say(self, text: str) -> None:
+        print(f"{self._description}: {text}", file=sys.stderr, flush=True)

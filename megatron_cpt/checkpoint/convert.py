@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -16,15 +17,15 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cpt.checkpoint.archives import check_archives
-from megatron_cpt.checkpoint.conversion import JOB, FileJob, fingerprint, remove_markers, resumable_folder, write_files
-from megatron_cpt.checkpoint.foreign import foreign_config
+from megatron_cpt.checkpoint.conversion import JOB, FileJob, fingerprint, resumable_folder, write_files
+from megatron_cpt.checkpoint.foreign import foreign_config, is_ours
 from megatron_cpt.checkpoint.hf_files import HfTensors, Shard, TensorInfo, plan_shards, weight_files, write_safetensors
 from megatron_cpt.checkpoint.hf_weights import Piece, check_shapes, extra_states, open_hf, pieces_of
 from megatron_cpt.checkpoint.layout import (
     checkpoint_name,
     copy_hf_files,
     find_checkpoint,
-    latest_checkpoint,
+    hf_files,
     read_manifest,
     sync_files,
     versions,
@@ -35,6 +36,7 @@ from megatron_cpt.checkpoint.layout import (
 from megatron_cpt.checkpoint.megatron_weights import MegatronTensors
 from megatron_cpt.checkpoint.model_card import model_card
 from megatron_cpt.checkpoint.save_load import dtype_of
+from megatron_cpt.checkpoint.targets import check_hf_target, check_megatron_target, is_done, job_name
 from megatron_cpt.checkpoint.torch_dist import (
     TorchDistReader,
     distcp_name,
@@ -49,10 +51,12 @@ from megatron_cpt.checkpoint.vocabulary import (
     Extension,
     NewRows,
     extension,
+    load,
     replace_tokenizer,
     sentences,
 )
 from megatron_cpt.errors import InputError
+from megatron_cpt.interrupting import interruptible
 from megatron_cpt.model.llama import LlamaConfig, llama_from, read_llama_config
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
@@ -111,15 +115,15 @@ class MegatronToHf:
 
 def hf_to_megatron(config: HfToMegatron) -> str:
     """Run the conversion; returns the checkpoint's folder."""
-    llama = read_llama_config(config.hf)
     check_workers(config.num_workers)
-    if latest_or_none(config.megatron) and not config.overwrite:
-        raise InputError(f"{config.megatron} already holds a checkpoint; use --overwrite true to replace it")
+    check_megatron_target(config.megatron)
+    llama = read_llama_config(config.hf)
     source = open_hf(config.hf, llama)
     check_shapes(source.shapes(), llama, config.hf)
-    dtype = config.dtype if config.dtype != "keep" else one_dtype(source)
+    found = one_dtype(config.hf, {name: info.dtype for name, info in source.infos.items()}, config.dtype != "keep")
+    dtype = found if config.dtype == "keep" else config.dtype
     more = config.extend_tokenizer, config.added_tokens
-    with extension(config.hf, llama, *more, config.new_rows, config.repair_rows, config.seed) as plan:
+    with interruptible(), extension(config.hf, llama, *more, config.new_rows, config.repair_rows, config.seed) as plan:
         return convert_to_megatron(config, dataclasses.replace(llama, vocab_size=plan.vocab_size), source, dtype, plan)
 
 
@@ -143,17 +147,20 @@ def convert_to_megatron(config: HfToMegatron, llama: LlamaConfig, source: HfTens
     }
     identity = (
         manifest
-        | {"new": {str(k): v for k, v in plan.new.items()}, "seed": config.seed}
-        | {"files": fingerprint(config.hf, ["config.json", *weight_files(config.hf)])}
+        | {"new": {str(k): v for k, v in plan.new.items()}, "seed": config.seed, "tokenizer": plan.tokenizer_hash()}
+        | {"files": fingerprint(config.hf, [*hf_files(config.hf), *weight_files(config.hf)])}
         | versions()
     )
+    manifest["job"] = job_name(identity)
+    if is_done(folder, manifest["job"], config.overwrite):
+        write_tracker(config.megatron, None)  # an attempt may have been killed before
+        return folder
     with resumable_folder(folder, identity) as path:
         jobs = []
         for number, part in enumerate(split(chunks, FILE_BYTES)):
             write = partial(write_checked_distcp, path, plans, number, make)
             jobs.append(FileJob(distcp_name(number), sum(chunk.bytes for chunk in part), write))
         results: list[list[WriteResult]] = write_files(path, jobs, config.num_workers, "converting")
-        remove_markers(path, jobs)
         write_metadata(path, metadata_of(chunks, extra), results)
         finish_megatron(path, config.hf, dtype, manifest, plan)
     write_tracker(config.megatron, None)
@@ -171,12 +178,12 @@ def make_chunk(
     """One chunk of the Megatron checkpoint.
 
     Raises:
-        InputError: it holds numbers that are not finite
+        InputError: it holds numbers that are not finite, or that its dtype cannot hold
     """
     piece = pieces[key, offset]
-    tensor = piece.make(tensors, llama)
-    check_finite(tensor, f"{folder}: tensor {' or '.join(piece.sources)}")
-    return tensor.to(piece.chunk.dtype).contiguous()
+    for name in piece.sources:
+        check_numbers(tensors[name], piece.chunk.dtype, f"{folder}: tensor {name}")
+    return piece.make(tensors, llama).to(piece.chunk.dtype).contiguous()
 
 
 def write_checked_distcp(
@@ -195,14 +202,17 @@ def write_checked_distcp(
 
 def finish_megatron(folder: str, hf: str, dtype: str, manifest: dict[str, Any], plan: Extension) -> None:
     """Everything in a checkpoint's folder that is not a tensor."""
-    torch.save({"checkpoint_version": 3.0}, os.path.join(folder, "common.pt"))
+    common = io.BytesIO()
+    torch.save({"checkpoint_version": 3.0}, common)  # not to a file: torch has no OSError for a full disk
+    with open(os.path.join(folder, "common.pt"), "wb") as file:
+        file.write(common.getvalue())
     save_config(CheckpointingConfig("torch_dist", 1), folder)
     target = os.path.join(folder, "hf")
     copy_hf_files(hf, target)
     if plan.tokenizer is not None:
         replace_tokenizer(plan.tokenizer, target)
     set_fields(os.path.join(target, "config.json"), dtype, plan.vocab_size)
-    sizes = {name: size for name, size in sync_files(folder).items() if name != JOB}
+    sizes = {name: size for name, size in sync_files(folder).items() if not name.startswith(JOB + os.sep)}
     write_json(
         os.path.join(folder, "manifest.json"), manifest | {"optimizer": False, "versions": versions(), "files": sizes}
     )
@@ -212,44 +222,50 @@ def megatron_to_hf(config: MegatronToHf) -> str:
     """Run the conversion; returns the HF folder."""
     folder = find_checkpoint(config.megatron)
     check_workers(config.num_workers)
-    check_replaceable(config.hf, config.overwrite)
+    check_hf_target(config.hf)
     fields = described_by(folder, config)
     llama = read_llama_config(os.path.join(folder, "hf")) if fields is None else llama_from(fields, folder)
-    card = make_card(folder, config) if config.upload_ready else None
+    card, run = make_card(folder, config) if config.upload_ready else (None, {})
     tensors = MegatronTensors(TorchDistReader(folder), llama)
-    found = str(tensors.dtype("model.embed_tokens.weight")).removeprefix("torch.")
-    dtype = config.dtype if config.dtype != "keep" else found
+    found = one_dtype(folder, {name: name_of(tensors.dtype(name)) for name in tensors}, config.dtype != "keep")
+    dtype = found if config.dtype == "keep" else config.dtype
     infos = {name: TensorInfo(shape, dtype) for name, shape in tensors.shapes().items()}
     shards, index = plan_shards(infos, config.max_shard_size)
     source = {"kind": "megatron-to-hf", "source": os.path.abspath(folder), "dtype": dtype}
-    names = sorted(name for name in os.listdir(folder) if name.endswith((".distcp", ".metadata")))
-    identity = source | {"max_shard_size": config.max_shard_size, "files": fingerprint(folder, names)} | versions()
-    with resumable_folder(config.hf, identity) as path:
+    names = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
+    beside = os.path.join(folder, "hf") if fields is None else config.tokenizer
+    options = {"max_shard_size": config.max_shard_size, "card": card, "fields": fields}
+    files = {"files": fingerprint(folder, names), "hf_files": fingerprint(beside, hf_files(beside)) if beside else {}}
+    identity = source | options | files | versions()
+    source["job"] = job_name(identity)
+    if is_done(config.hf, source["job"], config.overwrite):
+        return config.hf
+    with interruptible(), resumable_folder(config.hf, identity) as path:
         jobs = [shard_job(shard, infos, tensors) for shard in shards]
         write_files(path, jobs, config.num_workers, "converting")
-        remove_markers(path, jobs)
         if index is not None:
             write_json(os.path.join(path, "model.safetensors.index.json"), index)
-        if fields is None:
-            copy_hf_files(os.path.join(folder, "hf"), path)
-        else:
-            if config.tokenizer is not None:
-                copy_hf_files(config.tokenizer, path)
+        if beside is not None:
+            copy_hf_files(beside, path)
+        if fields is not None:
             write_json(os.path.join(path, "config.json"), fields)
         set_fields(os.path.join(path, "config.json"), dtype, llama.vocab_size)
         if card is not None:
             write_text(os.path.join(path, "README.md"), card)
-        write_json(os.path.join(path, "manifest.json"), source | {"versions": versions()})
+        manifest = source | run | {"versions": versions()}
+        write_json(os.path.join(path, "manifest.json"), manifest)
         sync_files(path)
     return config.hf
 
 
-def make_card(folder: str, config: MegatronToHf) -> str:
-    """The model card of a run's checkpoint."""
-    manifest = os.path.join(folder, "manifest.json")
-    return model_card(
-        os.path.basename(os.path.abspath(config.hf)), read_manifest(manifest) if os.path.exists(manifest) else {}
-    )
+def make_card(folder: str, config: MegatronToHf) -> tuple[str, dict[str, Any]]:
+    """The model card of a run's checkpoint, and what manifest.json has to say for it; no path of this machine."""
+    path = os.path.join(folder, "manifest.json")
+    manifest = read_manifest(path) if os.path.exists(path) else {}
+    card = model_card(os.path.basename(os.path.abspath(config.hf)), manifest)
+    run = {name: manifest[name] for name in ("iteration", "consumed_samples", "tokenizer", "data")}
+    run["config"] = {name: manifest["config"][name] for name in ("training", "optimizer", "lr", "parallel")}
+    return card, {"source": os.path.basename(folder), "run": run | {"versions": manifest["versions"]}}
 
 
 def described_by(folder: str, config: MegatronToHf) -> dict[str, Any] | None:
@@ -258,14 +274,23 @@ def described_by(folder: str, config: MegatronToHf) -> dict[str, Any] | None:
     Raises:
         InputError: it cannot be told, or it is ours and an option for the others is given
     """
-    if os.path.exists(os.path.join(folder, "hf", "config.json")):
+    if is_ours(folder):
         for name in ("tokenizer", "vocab_size"):
             if getattr(config, name) is not None:
                 raise InputError(f"{name} is given but {folder} has its configuration and tokenizer in hf/; leave it out")
         return None
-    if config.tokenizer is not None and not os.path.isdir(config.tokenizer):
-        raise InputError(f"tokenizer {config.tokenizer}: no such folder")
-    return foreign_config(folder, config.vocab_size)
+    if config.vocab_size is not None and config.vocab_size < 1:
+        raise InputError(f"vocab_size is {config.vocab_size}; use a whole number above 0")
+    fields = foreign_config(folder, config.vocab_size)
+    if config.tokenizer is not None:
+        tokenizer = load(config.tokenizer)
+        if len(tokenizer) > fields["vocab_size"]:
+            rows = f"{len(tokenizer)} tokens, more than the model's {fields['vocab_size']}"
+            raise InputError(
+                f"tokenizer {config.tokenizer} has {rows}; use the model's own tokenizer, or another vocab_size"
+            )
+        fields |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return fields
 
 
 def shard_job(shard: Shard, infos: Mapping[str, TensorInfo], tensors: MegatronTensors) -> FileJob:
@@ -273,19 +298,14 @@ def shard_job(shard: Shard, infos: Mapping[str, TensorInfo], tensors: MegatronTe
     own = {name: infos[name] for name in shard.tensors}
 
     def make(name: str) -> torch.Tensor:
-        tensor = tensors[name]
-        check_finite(tensor, f"{tensors.folder}: tensor {name}")
-        return tensor.to(dtype_of(own[name].dtype))
+        tensor, dtype = tensors[name], dtype_of(own[name].dtype)
+        check_numbers(tensor, dtype, f"{tensors.folder}: tensor {name}")
+        return tensor.to(dtype)
 
     def write(path: str, written: Callable[[int], None]) -> None:
         write_safetensors(path, own, make, written)
 
     return FileJob(shard.name, sum(info.bytes for info in own.values()), write)
-
-
-def open_megatron(folder: str) -> MegatronTensors:
-    """The weights of a Megatron checkpoint under HF's names."""
-    return MegatronTensors(TorchDistReader(folder), read_llama_config(os.path.join(folder, "hf")))
 
 
 def check_workers(num_workers: int) -> None:
@@ -294,58 +314,43 @@ def check_workers(num_workers: int) -> None:
         raise InputError(f"num_workers is {num_workers}; use 1 or more")
 
 
-def check_finite(tensor: torch.Tensor, what: str) -> None:
-    """Raise InputError if a number is NaN or infinite: such a model cannot be trained or used."""
-    if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in tensor.aminmax()):
-        raise InputError(f"{what} holds numbers that are not finite (NaN or infinity)")
-
-
-def check_replaceable(folder: str, overwrite: bool) -> None:
-    """Whether a HF folder may be written here: nothing is there, or an earlier conversion's result and `overwrite` is set.
-
-    Anything else is not ours to delete, the checkpoint to convert least of all.
-    """
-    if not folder:
-        raise InputError("hf is empty; use the name of the folder to write")
-    if os.path.islink(folder) or (os.path.exists(folder) and not os.path.isdir(folder)):
-        raise InputError(f"{folder} is not a folder; use another name")
-    if not os.path.isdir(folder) or not os.listdir(folder):
+def check_numbers(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> None:
+    """Raise InputError if a number is NaN or infinite, or would be in `dtype`: such a model cannot be trained or used."""
+    if not tensor.numel():
         return
-    try:
-        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
-            ours = json.load(file).get("kind") == "megatron-to-hf"
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise InputError(f"{folder} is not empty and was not written by this tool; use another folder, or empty it")
-    if not overwrite:
-        raise InputError(f"{folder} is not empty: it holds an earlier conversion; use --overwrite true to replace it")
+    for bound in tensor.aminmax():
+        if not torch.isfinite(bound):
+            raise InputError(f"{what} holds numbers that are not finite (NaN or infinity)")
+        if not torch.isfinite(bound.to(dtype)):
+            most = f"{name_of(dtype)} holds at most {torch.finfo(dtype).max:g}"
+            raise InputError(f"{what} holds {bound.item():g}, and {most}; use another --dtype")
 
 
-def one_dtype(tensors: HfTensors) -> str:
-    """The dtype all tensors share: a Megatron checkpoint has one for the same weight of all layers."""
-    first, *_ = tensors.infos
-    for name, info in tensors.infos.items():
-        if info.dtype not in DTYPES:
-            raise InputError(f"{tensors.folder}: tensor {name} is {info.dtype}; use {', '.join(DTYPES)}")
-        if info.dtype != tensors.infos[first].dtype:
-            both = f"tensor {name} is {info.dtype} but {first} is {tensors.infos[first].dtype}"
-            raise InputError(f"{tensors.folder}: {both}; use one dtype, or give --dtype")
-    return tensors.infos[first].dtype
+def one_dtype(where: str, dtypes: Mapping[str, str], converted: bool) -> str:
+    """The dtype that all tensors share: a checkpoint has one for all. Any of theirs if they are `converted`.
+
+    Raises:
+        InputError: they have several, or one that is not for weights
+    """
+    first, *_ = dtypes
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise InputError(f"{where}: tensor {name} is {dtype}; weights are {', '.join(DTYPES)}")
+        if dtype != dtypes[first] and not converted:
+            both = f"tensor {name} is {dtype} but {first} is {dtypes[first]}"
+            raise InputError(f"{where}: {both}; use one dtype, or give --dtype")
+    return dtypes[first]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """HF's name of a dtype."""
+    return str(dtype).removeprefix("torch.")
 
 
 def set_fields(path: str, dtype: str, vocab_size: int) -> None:
-    """Keep config.json's dtype and vocab_size true; the file is left byte for byte as it was when they already are."""
+    """Keep what config.json says of dtype and vocab_size true; the file is left byte for byte as it was when it is."""
     with open(path, encoding="utf-8") as file:
         fields = json.load(file)
-    name = "torch_dtype" if "torch_dtype" in fields else "dtype"
-    if fields.get(name, "float32") != dtype or fields["vocab_size"] != vocab_size:
-        write_json(path, fields | {name: dtype, "vocab_size": vocab_size})
-
-
-def latest_or_none(root: str) -> str | None:
-    """The newest checkpoint below `root`; a broken one counts as none, for it may be replaced."""
-    try:
-        return latest_checkpoint(root)
-    except InputError:
-        return None
+    true = {name: dtype for name in ("dtype", "torch_dtype") if fields.get(name) is not None} | {"vocab_size": vocab_size}
+    if any(fields[name] != value for name, value in true.items()):
+        write_json(path, fields | true)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +28,25 @@ class Names:
 
 
 COMMON = {
+    "apply_residual_connection_post_layernorm": False,
+    "attention_output_gate": False,
+    "activation_func_clamp_value": None,
+    "attn_logit_softcapping": None,
+    "experimental_attention_variant": None,
+    "final_logit_softcapping": None,
+    "glu_linear_offset": 0.0,
+    "linear_attention_freq": None,
+    "mrope_section": None,
+    "no_rope_freq": None,
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
+    "qk_l2_norm": False,
     "qk_layernorm": False,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "use_mup": False,
     "layernorm_zero_centered_gamma": False,
     "add_qkv_bias": False,
     "num_moe_experts": None,
@@ -42,9 +57,28 @@ MEGATRON_LM = Names(
     "norm_epsilon",
     "max_position_embeddings",
     "use_rope_scaling",
-    COMMON | {"swiglu": True, "num_experts": None, "apply_layernorm_1p": False},
+    COMMON
+    | {
+        "apply_layernorm_1p": False,
+        "hybrid_override_pattern": None,
+        "num_experts": None,
+        "openai_gelu": False,
+        "rotary_seq_len_interpolation_factor": None,
+        "squared_relu": False,
+        "swiglu": True,
+    },
 )
-BRIDGE = Names("layernorm_epsilon", "seq_length", "rope_scaling", COMMON | {"gated_linear_unit": True})
+BRIDGE = Names(
+    "layernorm_epsilon",
+    "seq_length",
+    "rope_scaling",
+    COMMON | {"gated_linear_unit": True, "seq_len_interpolation_factor": None},
+)
+
+
+def is_ours(folder: str) -> bool:
+    """Whether a checkpoint has its HF configuration in it, as this project writes it."""
+    return os.path.exists(os.path.join(folder, "hf", "config.json"))
 
 
 def foreign_config(folder: str, vocab_size: int | None) -> dict[str, Any]:
@@ -63,6 +97,8 @@ def foreign_config(folder: str, vocab_size: int | None) -> dict[str, Any]:
     if args is None:
         places = "hf/config.json, run_config.yaml and args in common.pt are all missing"
         raise InputError(f"{folder} does not describe its model: {places}")
+    if not isinstance(args, Namespace):
+        raise InputError(f"{common}: args is a {type(args).__name__}; wanted the namespace that Megatron-LM saves")
     return llama_fields(f"{common} (args)", dict(vars(args)), MEGATRON_LM, vocab_size)
 
 
@@ -71,8 +107,10 @@ def bridge_settings(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             model = yaml.safe_load(file)["model"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path} has no section 'model' that can be read: {error}") from error
+    if not isinstance(model, dict):
+        raise InputError(f"{path}: model is {model!r}; wanted a section with the settings of the model")
     return {
         name: value["_target_"] if isinstance(value, dict) and "_target_" in value else value
         for name, value in model.items()

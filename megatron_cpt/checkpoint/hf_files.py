@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -75,30 +76,42 @@ class HfTensors(Mapping[str, torch.Tensor]):
 
 
 def weight_files(folder: str) -> list[str]:
-    """The files that hold the weights: those that an index names, else all of the kind that is there.
+    """The files that transformers would load the weights from; without the names it gives them, all .safetensors files.
 
     Raises:
-        InputError: there is none, or one that the index names is missing
+        InputError: there is none, or one that an index names is missing
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
     present = sorted(os.listdir(folder))
-    for index, suffix in zip(WEIGHT_INDICES, (".safetensors", ".bin"), strict=True):
-        path = os.path.join(folder, index)
-        names = [n for n in present if n.endswith(suffix) and (suffix != ".bin" or n.startswith("pytorch_model"))]
+    for whole, index in zip(("model.safetensors", "pytorch_model.bin"), WEIGHT_INDICES, strict=True):
+        if whole in present:
+            return [whole]
         if index in present:
-            try:
-                with open(path, encoding="utf-8") as file:
-                    named = sorted(set(json.load(file)["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise InputError(f"{path} is not an index of weights: {error}") from error
-            for name in named:
-                if name not in present:
-                    raise InputError(f"{os.path.join(folder, str(name))} is missing; {index} names it")
-            return named
-        if names:
-            return names
+            return _named_files(folder, index, present)
+        start, end = os.path.splitext(whole)
+        # "consolidated" are Meta's names for the same numbers
+        others = [n for n in present if n.endswith(end) and (n.startswith(start) or end != ".bin")]
+        others = [n for n in others if not n.startswith("consolidated")]
+        if others:
+            return others
     raise InputError(f"{folder} holds no .safetensors file and no pytorch_model.bin")
+
+
+def _named_files(folder: str, index: str, present: list[str]) -> list[str]:
+    """Those that an index names."""
+    path = os.path.join(folder, index)
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = set(json.load(file)["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is not an index of weights: {error}") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} is not an index of weights: weight_map names {sorted(map(str, names)) or 'no file'}")
+    for name in sorted(names):
+        if name not in present:
+            raise InputError(f"{os.path.join(folder, name)} is missing; {index} names it")
+    return sorted(names)
 
 
 def _open_safetensors(path: str) -> tuple[Any, dict[str, TensorInfo]]:
@@ -117,10 +130,21 @@ def _open_safetensors(path: str) -> tuple[Any, dict[str, TensorInfo]]:
 def _open_bin(path: str) -> tuple[dict[str, torch.Tensor], dict[str, TensorInfo]]:
     try:
         file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(file, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in file.values()):
-        raise InputError(f"{path} holds something else than named tensors")
+    except pickle.UnpicklingError as error:  # torch's text is a page of advice that nobody here should follow
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it names {named[1]}" if named else "its pickle is damaged"
+        raise InputError(f"{path} cannot be read: {what}, where only tensors are allowed (torch's weights_only)") from error
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        first = (str(error).splitlines() or ["it ends too early"])[0]
+        if "mmap can only be used" in first:
+            first = "it is no zip archive, as torch.save has written since version 1.6"
+        raise InputError(f"{path} cannot be read: {first}") from error
+    named_tensors = isinstance(file, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        for name, tensor in file.items()
+    )
+    if not named_tensors:
+        raise InputError(f"{path} holds something else than named, dense tensors")
     infos = {n: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in file.items()}
     return file, infos
 
@@ -140,16 +164,23 @@ def plan_shards(infos: Mapping[str, TensorInfo], max_shard_size: str) -> tuple[l
         InputError: max_shard_size is not a size
     """
     placeholders = {
-        name: torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="meta")
-        for name, info in sorted(infos.items())  # as transformers deals them
+        name: torch.empty(infos[name].shape, dtype=getattr(torch, infos[name].dtype), device="meta")
+        for name in sorted(infos, key=_by_number)  # as transformers deals them
     }
-    try:
-        split = split_torch_state_dict_into_shards(placeholders, max_shard_size=max_shard_size)
-    except ValueError as error:
-        raise InputError(f"max_shard_size is {max_shard_size!r}: {error}") from error
+    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE)
+    if size is None or float(size[1]) == 0:
+        raise InputError(f"max_shard_size is {max_shard_size!r}; use a size above 0 in KB, MB, GB or TB, such as 5GB")
+    split = split_torch_state_dict_into_shards(placeholders, max_shard_size=max_shard_size)
     shards = [Shard(name, tuple(tensors)) for name, tensors in split.filename_to_tensors.items()]
-    index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
-    return shards, index
+    if not split.is_sharded:
+        return shards, None
+    metadata = {"total_parameters": sum(math.prod(info.shape) for info in infos.values()), **split.metadata}
+    return shards, {"metadata": metadata, "weight_map": split.tensor_to_filename}
+
+
+def _by_number(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which layer 2 comes before layer 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def write_safetensors(

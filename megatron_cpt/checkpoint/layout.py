@@ -22,28 +22,16 @@ from megatron_cpt.version import __version__
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-# What makes a HF folder more than its weights, and has to survive the trip through Megatron.
-NOT_WEIGHTS = (".json", ".jinja", ".model", ".txt", ".py", ".md")
 WEIGHT_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Endings of files with weights, in the formats of several libraries. All else makes a HF folder more than its weights, and
+# has to survive the trip through Megatron.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+CHAT_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 
 
 def checkpoint_name(iteration: int | None) -> str:
     """Folder name of a checkpoint; None is a converted one."""
     return RELEASE if iteration is None else f"iter_{iteration:07d}"
-
-
-def latest_checkpoint(root: str) -> str | None:
-    """The newest complete checkpoint below `root`, or None if there is no tracker file.
-
-    Raises:
-        InputError: the tracker names a checkpoint that is not there, or not complete
-    """
-    name = tracked_name(root)
-    if name is None:
-        return None
-    folder = os.path.join(root, name)
-    check_complete(folder)
-    return folder
 
 
 def tracked_name(root: str) -> str | None:
@@ -103,6 +91,8 @@ def iterations(root: str) -> dict[int, str]:
 
 def find_checkpoint(path: str) -> str:
     """A checkpoint folder, given itself or the folder of a run (its newest complete checkpoint)."""
+    if not path:
+        raise InputError("the checkpoint's name is empty; use its folder or that of a run")
     if not os.path.isdir(path):
         raise InputError(f"checkpoint {path}: no such folder")
     if os.path.exists(os.path.join(path, "metadata.json")):
@@ -227,9 +217,21 @@ def versions() -> dict[str, str]:
     return {"megatron_cpt": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
 
 
+def hf_files(folder: str) -> list[str]:
+    """Configuration, tokenizer, licence: the names of all files in a HF folder but the weights."""
+    names = sorted(os.listdir(folder))
+    if CHAT_TEMPLATES in names and os.path.isdir(os.path.join(folder, CHAT_TEMPLATES)):
+        names += [os.path.join(CHAT_TEMPLATES, name) for name in sorted(os.listdir(os.path.join(folder, CHAT_TEMPLATES)))]
+    return [
+        name
+        for name in names
+        if not name.startswith(".") and not name.endswith(WEIGHTS) and os.path.isfile(os.path.join(folder, name))
+    ]
+
+
 def copy_hf_files(source: str, target: str) -> None:
-    """Copy configuration and tokenizer, everything but the weights, from one HF folder to another."""
+    """Copy `hf_files` from one HF folder to another."""
     os.makedirs(target, exist_ok=True)
-    for name in sorted(os.listdir(source)):
-        if name.endswith(NOT_WEIGHTS) and name not in WEIGHT_INDICES and os.path.isfile(os.path.join(source, name)):
-            shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+    for name in hf_files(source):
+        os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+        shutil.copyfile(os.path.join(source, name), os.path.join(target, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -21,7 +22,7 @@ from megatron_cpt.checkpoint.hf_weights import (
 )
 from megatron_cpt.checkpoint.torch_dist import Region, TorchDistReader
 from megatron_cpt.errors import InputError
-from megatron_cpt.model.llama import LlamaConfig
+from megatron_cpt.model.llama import LlamaConfig, read_llama_config
 
 
 class MegatronTensors(Mapping[str, torch.Tensor]):
@@ -135,3 +136,12 @@ class MegatronTensors(Mapping[str, torch.Tensor]):
             below = key.removeprefix(self._prefix)
             if below.startswith(("decoder.", "embedding.", "output_layer.")) and "_extra_state" not in below:
                 raise InputError(f"{self._reader.folder}: tensor {key} does not belong to this architecture")
+
+
+def open_megatron(folder: str) -> MegatronTensors:
+    """The weights of a checkpoint that this project wrote.
+
+    Raises:
+        InputError: it cannot be read
+    """
+    return MegatronTensors(TorchDistReader(folder), read_llama_config(os.path.join(folder, "hf")))

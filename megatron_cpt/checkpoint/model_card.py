@@ -35,7 +35,7 @@ def model_card(name: str, manifest: Mapping[str, Any]) -> str:
         "",
         *table(("corpus", "group", "tokens read", "share"), corpora(manifest)),
         "",
-        "Corpora are told by the SHA-256 of their token files in `manifest.json`.",
+        "`manifest.json` has the SHA-256 of each corpus's token file, the whole schedule of the mixture, and the settings.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import re
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
@@ -13,7 +17,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_cpt.checkpoint.attempt import CheckpointError, save_checkpoint
 from megatron_cpt.checkpoint.background import error_text
 from megatron_cpt.checkpoint.state import Progress, chunk_names, restore_rng, state_to_load
+from megatron_cpt.checkpoint.torch_dist import TorchDistReader
 from megatron_cpt.errors import InputError, StopRequestedError
+
+ADVICE = "if its files are damaged, move it away to go on from the one before"
 
 __all__ = ["CheckpointError", "Progress", "dtype_of", "load_checkpoint", "save_checkpoint"]
 
@@ -26,8 +33,9 @@ def load_checkpoint(folder: str, chunks: Sequence[GPTModel], optimizer: Megatron
     Returns how far the run that saved it had come.
 
     Raises:
-        InputError: it does not fit or is damaged
+        InputError: it does not fit, is damaged, or would run code when it is read
     """
+    check_safe(folder)
     try:
         common = dist_checkpointing.load_common_state_dict(folder)
         loaded = dist_checkpointing.load(state_to_load(chunks, optimizer, common.get("rng_name")), folder)
@@ -37,8 +45,7 @@ def load_checkpoint(folder: str, chunks: Sequence[GPTModel], optimizer: Megatron
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         if isinstance(causes[0], StopRequestedError):
             raise causes[0] from error
-        advice = "if its files are damaged, move it away to go on from the one before"
-        raise InputError(f"checkpoint {folder} cannot be read ({error_text(causes[0])}); {advice}") from error
+        raise InputError(f"checkpoint {folder} cannot be read ({error_text(causes[0])}); {ADVICE}") from error
     for name, chunk in zip(chunk_names(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     if optimizer is not None:
@@ -46,6 +53,33 @@ def load_checkpoint(folder: str, chunks: Sequence[GPTModel], optimizer: Megatron
     if "rng_state" in loaded:
         restore_rng(loaded["rng_state"])
     return Progress(common.get("iteration", 0), common.get("consumed_samples", 0))
+
+
+def check_safe(folder: str) -> None:
+    """Raise InputError on all ranks if reading a checkpoint would run code that is in it.
+
+    megatron-core unpickles .metadata and the objects beside the tensors as they are; common.pt and tensors go through
+    torch's weights_only loader. The first rank looks at them for all.
+    """
+    found: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            for key, content in TorchDistReader(folder).objects():
+                check_pickle(key, content)
+        except InputError as error:
+            found = [f"checkpoint {folder} cannot be read ({error}); {ADVICE}"]
+    dist.broadcast_object_list(found)
+    if found[0] is not None:
+        raise InputError(found[0])
+
+
+def check_pickle(key: str, content: bytes) -> None:
+    """Raise InputError unless torch's weights_only loader takes it."""
+    try:
+        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # there is no one name for what a damaged file leads to
+        named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        raise InputError(f"{key} names {named[1]}" if named else f"{key} is damaged") from error
 
 
 def dtype_of(name: str) -> torch.dtype:

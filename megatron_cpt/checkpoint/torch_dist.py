@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import operator
 import os
 import pickle
 import struct
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -72,17 +74,15 @@ class TorchDistReader:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._metadata: Metadata = load_metadata(os.path.join(folder, ".metadata"))
-        if not isinstance(self._metadata, Metadata):
-            raise InputError(f"{folder}/.metadata holds a {type(self._metadata).__name__}; wanted torch's Metadata")
-        self._tensors = {
-            key: value
-            for key, value in self._metadata.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata)
-        }
-        self._places = {
-            (index.fqn, tuple(index.offset or ())): place for index, place in (self._metadata.storage_data or {}).items()
-        }
+        path = os.path.join(folder, ".metadata")
+        metadata = load_metadata(path)
+        if not isinstance(metadata, Metadata):
+            raise InputError(f"{path} holds a {type(metadata).__name__}; wanted torch's Metadata")
+        try:
+            self._tensors = dict(_described_tensors(metadata))
+            self._places = dict(_described_places(metadata))
+        except (AttributeError, TypeError, ValueError) as error:  # a record may lack any field, or have another in it
+            raise InputError(f"{path} is damaged: {error}") from error
         self._files: dict[str, mmap.mmap] = {}
         self._read: dict[tuple[str, int], torch.Tensor] = {}
 
@@ -97,6 +97,22 @@ class TorchDistReader:
     def dtype(self, key: str) -> torch.dtype:
         """As it was saved."""
         return self._tensors[key].properties.dtype
+
+    def objects(self) -> Iterator[tuple[str, bytes]]:
+        """(key, what torch.save made of it) of everything that is no tensor.
+
+        Raises:
+            InputError: a file is missing, or ends too early
+        """
+        for (key, offset), place in self._places.items():
+            if key not in self._tensors and not offset:
+                content = self._content(place.relative_path)
+                if place.offset + place.length > len(content):
+                    path = os.path.join(self.folder, place.relative_path)
+                    raise InputError(
+                        f"{path} ends at byte {len(content)}; {key} should end at {place.offset + place.length}"
+                    )
+                yield key, content[place.offset : place.offset + place.length]
 
     def read(self, region: Region) -> torch.Tensor:
         """The numbers of a region; where it is one contiguous part of a chunk, the mapped file itself: do not write to it.
@@ -177,6 +193,32 @@ class TorchDistReader:
             except (OSError, ValueError) as error:
                 raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
         return self._files[name]
+
+
+def _described_tensors(metadata: Metadata) -> Iterator[tuple[str, TensorStorageMetadata]]:
+    """(key, entry) of the tensors, with the types that their fields should have."""
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            chunks = [ChunkStorageMetadata(_sizes(chunk.offsets), _sizes(chunk.sizes)) for chunk in entry.chunks]
+            if not isinstance(entry.properties.dtype, torch.dtype):
+                raise TypeError(f"the dtype of {key} is {entry.properties.dtype!r}")
+            size = _sizes(entry.size)
+            if any(not len(size) == len(chunk.offsets) == len(chunk.sizes) for chunk in chunks):
+                raise ValueError(f"the chunks of {key} have another number of dimensions than the tensor")
+            yield str(key), TensorStorageMetadata(TensorProperties(dtype=entry.properties.dtype), size, chunks)
+
+
+def _described_places(metadata: Metadata) -> Iterator[tuple[tuple[str, tuple[int, ...]], _StorageInfo]]:
+    """((key, offset), place in the files) of every chunk and object."""
+    for index, place in (metadata.storage_data or {}).items():
+        if place.offset < 0 or place.length < 0:
+            raise ValueError(f"{index.fqn} lies at byte {place.offset}, {place.length} bytes long")
+        where = _StorageInfo(str(place.relative_path), operator.index(place.offset), operator.index(place.length))
+        yield (str(index.fqn), tuple(_sizes(index.offset or ()))), where
+
+
+def _sizes(numbers: Sequence[int]) -> torch.Size:
+    return torch.Size([operator.index(number) for number in numbers])
 
 
 class _Planner(DefaultSavePlanner):

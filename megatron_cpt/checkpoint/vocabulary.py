@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +23,7 @@ NewRows = Literal["subtokens", "mean", "zero"]
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "merges.txt", "tokenizer.tiktoken", "chat_template.jinja", "chat_template.json"),
 )
 NEAR_ZERO = 0.01  # of the median norm: a row below has hardly been trained
 NOISE = 0.1  # standard deviation of the noise on a mean row, of that of its column
@@ -46,6 +49,14 @@ class Extension:
     repair: bool
     tokenizer: str | None
     seed: int
+
+    def tokenizer_hash(self) -> str | None:
+        """Of the files of the tokenizer that goes along, None: the model's own."""
+        if self.tokenizer is None:
+            return None
+        paths = [os.path.join(self.tokenizer, name) for name in TOKENIZER_FILES]
+        contents = [Path(path).read_bytes() for path in paths if os.path.exists(path)]
+        return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,8 @@ def extension(
     """
     if extend_tokenizer is not None and added_tokens is not None:
         raise InputError("extend_tokenizer and added_tokens are both given; use one")
+    if not 0 <= seed < 1 << 63:
+        raise InputError(f"seed is {seed}; use a whole number from 0 to 2^63 - 1")
     with tempfile.TemporaryDirectory() as folder:
         if added_tokens is not None:
             extend_tokenizer = folder
@@ -95,24 +108,44 @@ def extension(
         if extend_tokenizer is None:
             yield Extension(llama.vocab_size, {}, new_rows, repair, None, seed)
         else:
-            new = new_tokens(hf, extend_tokenizer)
+            new = new_tokens(hf, extend_tokenizer, llama.vocab_size)
             size = max(llama.vocab_size, max(new, default=-1) + 1)
             yield Extension(size, new, new_rows, repair, extend_tokenizer, seed)
 
 
 def add_tokens(hf: str, path: str, folder: str) -> None:
-    """Write the model's tokenizer with the tokens of a file added."""
+    """Write the model's tokenizer with the tokens of a file added; those that it has already are passed over.
+
+    Raises:
+        InputError: naming the file, and the token that cannot be added
+    """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             tokens = [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"added_tokens {path} cannot be read: {error}") from error
-    tokens = [token for token in tokens if token]
+    tokens = [token for token in tokens if token.strip()]
     if not tokens:
         raise InputError(f"added_tokens {path} holds no token; put one on each line")
     tokenizer = load(hf)
-    tokenizer.add_tokens(tokens)
+    new = [token for token in dict.fromkeys(tokens) if not is_token(tokenizer, token)]
+    if not new:
+        raise InputError(f"added_tokens {path}: the tokenizer of {hf} has all of these tokens already")
+    if len(new) < len(tokens):
+        print(f"added_tokens {path}: {len(tokens) - len(new)} of {len(tokens)} are there already", file=sys.stderr)
+    tokenizer.add_tokens(new)
+    for token in new:
+        decoded = tokenizer.decode(tokenizer.convert_tokens_to_ids([token]))
+        if decoded != token:  # as with letters that a byte-level decoder takes for bytes
+            other = "make a tokenizer that has it in its own vocabulary and use --extend_tokenizer"
+            raise InputError(f"added_tokens {path}: token {token!r} would be decoded as {decoded!r}; {other}")
     tokenizer.save_pretrained(folder)
+
+
+def is_token(tokenizer: Any, text: str) -> bool:
+    """Whether a text is one token. Its name in the vocabulary does not tell: byte-level tokenizers spell it in their way."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return len(ids) == 1 and bool(tokenizer.decode(ids) == text)
 
 
 def load(folder: str) -> Any:
@@ -122,13 +155,17 @@ def load(folder: str) -> Any:
     if not os.path.isdir(folder):
         raise InputError(f"tokenizer {folder}: no such folder")
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer {folder} cannot be read: {str(error).splitlines()[0]}") from error
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise what they like, Exception itself among it
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise InputError(f"tokenizer {folder} cannot be read: {reason}") from error
 
 
-def new_tokens(old_folder: str, new_folder: str) -> dict[int, tuple[int, ...]]:
-    """Ids of the tokens that only the new tokenizer has -> ids that the old one gives their text ((): it has none).
+def new_tokens(old_folder: str, new_folder: str, rows: int) -> dict[int, tuple[int, ...]]:
+    """Ids whose rows have to be made -> ids that the old tokenizer gives their text ((): it has none).
+
+    These are the ids that only the new tokenizer has, and all from `rows` on, the model's own number of rows: some
+    tokenizers have tokens, or leave gaps between them, for which their model has no row.
 
     Raises:
         InputError: a token of the old one has another id in the new one, or nothing is new
@@ -139,14 +176,15 @@ def new_tokens(old_folder: str, new_folder: str) -> dict[int, tuple[int, ...]]:
         if new_ids.get(token) != number:
             there = f"id {new_ids[token]}" if token in new_ids else "not there"
             raise InputError(f"{new_folder}: token {token!r} is {there}; in {old_folder} it has id {number}; keep all ids")
-    added = sorted(set(new_ids.values()) - set(old_ids.values()))
-    if not added:
+    known = set(new_ids.values())
+    if known == set(old_ids.values()):
         raise InputError(f"{new_folder} has no token that {old_folder} does not have")
-    found = {}
-    for number in added:
-        text = new.decode([number], skip_special_tokens=False)
+    found: dict[int, tuple[int, ...]] = {}
+    for number in sorted((known - set(old_ids.values())) | set(range(rows, max(known) + 1))):
+        text = new.decode([number], skip_special_tokens=False) if number in known else ""
         # A part of a character has no text of its own.
-        found[number] = () if not text or "\ufffd" in text else tuple(old.encode(text, add_special_tokens=False))
+        parts = old.encode(text, add_special_tokens=False) if text and "\ufffd" not in text else []
+        found[number] = tuple(parts) if max(parts, default=rows) < rows else ()
     return found
 
 
@@ -184,7 +222,7 @@ def near_zero_rows(tensor: torch.Tensor, plan: Extension) -> tuple[list[int], fl
     known = torch.ones(len(norms), dtype=torch.bool)
     known[[number for number in plan.new if number < len(norms)]] = False
     median = norms[known].median().item()
-    return torch.nonzero(known & (norms < NEAR_ZERO * median)).flatten().tolist(), median
+    return torch.nonzero(known & (norms <= NEAR_ZERO * median)).flatten().tolist(), median
 
 
 def extended(tensor: torch.Tensor, plan: Extension, near_zero: list[int]) -> torch.Tensor:
@@ -210,7 +248,7 @@ def extended(tensor: torch.Tensor, plan: Extension, near_zero: list[int]) -> tor
 def moments(tensor: torch.Tensor, alive: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation of each column over the rows that count, fp64 [h] each; in parts, to save memory."""
     total = torch.zeros(tensor.shape[1], dtype=torch.float64)
-    squares, count = total.clone(), int(alive.sum())
+    squares, count = total.clone(), max(int(alive.sum()), 1)
     for rows, chosen in zip(tensor.split(ROWS_AT_ONCE), alive.split(ROWS_AT_ONCE), strict=True):
         values = rows[chosen].double()
         total += values.sum(dim=0)

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cpt.checkpoint.archives import check_archives
-from megatron_cpt.checkpoint.layout import copy_hf_files, fsync
+from megatron_cpt.checkpoint.layout import copy_hf_files, fsync, sync_files
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,7 @@ def common_writer(folder: str, common: dict[str, Any], hf_folder: str) -> Callab
         check_archives(path, [(0, os.path.getsize(path))])
         hf = os.path.join(folder, "hf")
         copy_hf_files(hf_folder, hf)
-        names = [COMMON_STATE_FNAME, *(os.path.join("hf", name) for name in sorted(os.listdir(hf)))]
-        for name in names[1:]:
-            fsync(os.path.join(folder, name))
-        fsync(hf)
-        return Written({name: os.path.getsize(os.path.join(folder, name)) for name in names}, [])
+        sizes = {os.path.join("hf", name): size for name, size in sync_files(hf).items()}
+        return Written({COMMON_STATE_FNAME: os.path.getsize(path)} | sizes, [])
 
     return write

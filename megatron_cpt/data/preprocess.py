@@ -10,9 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
@@ -35,6 +33,7 @@ from megatron_cpt.data.reading import UNIT_BYTES, records_before, sources_beginn
 from megatron_cpt.data.sources import Source, check_unchanged, find_sources, printable
 from megatron_cpt.data.workers import ordered_map
 from megatron_cpt.errors import InputError, ProcessDiedError
+from megatron_cpt.interrupting import interruptible
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.fast import FastTokenizer, NotSupportedError
 from megatron_cpt.version import __version__
@@ -73,23 +72,6 @@ def preprocess(config: PreprocessConfig) -> str:
             done = sum(state.get("counts", {}).get("documents", [])) if state else 0
             kept = f"; {done:,} documents are safe: give the same command again to go on" if done else ""
             raise KeyboardInterrupt(f"{prefix} is unfinished{kept}") from None
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM, which SLURM sends, ends the work as Ctrl-C does: cleanly."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals belong to the main thread
-        return
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

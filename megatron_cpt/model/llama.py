@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +75,7 @@ KNOWN = {field.name for field in dataclasses.fields(LlamaConfig)} | {
     "return_dict",
     "rope_parameters",
     "temperature",
+    "tokenizer_class",
     "top_p",
     "torch_dtype",
     "transformers.js_config",
@@ -103,46 +106,68 @@ def llama_from(fields: dict[str, Any], path: str) -> LlamaConfig:
         if fields.get(name, value) != value:
             raise InputError(f"{path}: {name} is {fields[name]!r}; supported is {value!r}")
     _check_known(path, fields)
-    for name in ("attention_bias", "mlp_bias"):
-        if not isinstance(fields.get(name, False), bool):
-            raise InputError(f"{path}: {name} is {fields[name]!r}; use true or false")
-    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        if not isinstance(fields.get(name), int) or fields[name] < 1:
-            raise InputError(f"{path}: {name} is {fields.get(name)!r}; use a whole number above 0")
-    heads = fields["num_attention_heads"]
-    groups = fields.get("num_key_value_heads") or heads
+    hidden, heads = _count(path, fields, "hidden_size"), _count(path, fields, "num_attention_heads")
+    groups = _count(path, fields, "num_key_value_heads", heads)
     if heads % groups:
         raise InputError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     rope_theta, rope_scaling = _rope(path, fields)
+    dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
+    if not isinstance(dtype, str):
+        raise InputError(f"{path}: dtype is {dtype!r}; use float32, bfloat16 or float16")
     return LlamaConfig(
-        num_hidden_layers=fields["num_hidden_layers"],
-        hidden_size=fields["hidden_size"],
-        intermediate_size=fields["intermediate_size"],
+        num_hidden_layers=_count(path, fields, "num_hidden_layers"),
+        hidden_size=hidden,
+        intermediate_size=_count(path, fields, "intermediate_size"),
         num_attention_heads=heads,
         num_key_value_heads=groups,
-        head_dim=fields.get("head_dim") or fields["hidden_size"] // heads,
-        vocab_size=fields["vocab_size"],
-        max_position_embeddings=fields.get("max_position_embeddings", 2048),
-        rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
+        head_dim=_count(path, fields, "head_dim", hidden // heads),
+        vocab_size=_count(path, fields, "vocab_size"),
+        max_position_embeddings=_count(path, {"max_position_embeddings": 2048} | fields, "max_position_embeddings"),
+        rms_norm_eps=_positive(path, {"rms_norm_eps": 1e-6} | fields, "rms_norm_eps"),
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        tie_word_embeddings=fields.get("tie_word_embeddings", False),
-        dtype=fields.get("dtype") or fields.get("torch_dtype") or "float32",
-        attention_bias=fields.get("attention_bias", False),
-        mlp_bias=fields.get("mlp_bias", False),
+        tie_word_embeddings=_switch(path, fields, "tie_word_embeddings"),
+        dtype=dtype,
+        attention_bias=_switch(path, fields, "attention_bias"),
+        mlp_bias=_switch(path, fields, "mlp_bias"),
     )
+
+
+def _count(path: str, fields: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A whole number above 0; `default` where there is none, or null."""
+    value = default if fields.get(name) is None else fields[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{path}: {name} is {fields.get(name)!r}; use a whole number above 0")
+    return value
+
+
+def _positive(path: str, fields: Mapping[str, Any], name: str) -> float:
+    """A number above 0."""
+    value = fields.get(name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise InputError(f"{path}: {name} is {value!r}; use a number above 0")
+    return value
+
+
+def _switch(path: str, fields: Mapping[str, Any], name: str) -> bool:
+    """True or false; false where there is none."""
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise InputError(f"{path}: {name} is {value!r}; use true or false")
+    return value
 
 
 def _check_known(path: str, fields: dict[str, Any]) -> None:
     """Raise InputError for a field that may change the computation in a way that we do not know."""
-    if "quantization_config" in fields:
+    if fields.get("quantization_config") is not None:
         raise InputError(f"{path}: the weights are quantized (quantization_config); use the model in bf16, fp16 or fp32")
     architectures = fields.get("architectures") or ["LlamaForCausalLM"]
     if architectures != ["LlamaForCausalLM"]:
         raise InputError(f"{path}: architectures is {architectures}; supported is ['LlamaForCausalLM']")
     for name, value in fields.items():
         harmless = name in KNOWN or name in ONLY or name.startswith("_") or name.endswith("_token_id")
-        if not harmless and value is not None and value is not False:
+        off = value is None or value is False or value in ({}, [])
+        if not harmless and not off:
             unknown = f"{name} is {value!r}, a field that is not known here"
             raise InputError(f"{path}: {unknown}; remove it if the model computes the same without it")
 
@@ -162,15 +187,33 @@ def _read_json(path: str) -> dict[str, Any]:
 
 def _rope(path: str, fields: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling; transformers 5 keeps both in rope_parameters, earlier ones in two fields."""
-    scaling = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or fields.get("rope_theta") or 10000.0)
+    given = {name: _rope_of(path, name, fields) for name in ("rope_parameters", "rope_scaling") if fields.get(name)}
+    if not given:
+        return _rope_of(path, "rope_parameters", fields | {"rope_parameters": {}})
+    first, *others = given.values()
+    if any(other != first for other in others):
+        raise InputError(f"{path}: {' and '.join(given)} are both there and say different things; keep the one that is true")
+    return first
+
+
+def _rope_of(path: str, name: str, fields: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """What one of the two fields says."""
+    scaling = fields[name]
+    if not isinstance(scaling, dict):
+        raise InputError(f"{path}: {name} is {scaling!r}; use an object such as {{'rope_type': 'default'}}")
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"{path}: {name}: partial_rotary_factor is {scaling['partial_rotary_factor']!r}; supported is 1.0")
+    place, theta = (f"{path}: {name}", scaling) if scaling.get("rope_theta") is not None else (path, fields)
+    base = float(_positive(place, theta, "rope_theta")) if theta.get("rope_theta") is not None else 10000.0
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
-        return theta, None
+        return base, None
     if kind != "llama3":
         raise InputError(f"{path}: rope_type is {kind!r}; supported are 'default' and 'llama3'")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [name for name in names if name not in scaling]
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    missing = [name for name in (*names, "original_max_position_embeddings") if name not in scaling]
     if missing:
         raise InputError(f"{path}: rope scaling 'llama3' has no {missing[0]}")
-    return theta, RopeScaling(**{name: scaling[name] for name in names})
+    factors = {name: _positive(path, scaling, name) for name in names}
+    length = _count(path, scaling, "original_max_position_embeddings")
+    return base, RopeScaling(**factors, original_max_position_embeddings=length)

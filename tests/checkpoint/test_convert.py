@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ROOT, VARIANTS, make_tiny_llama, run_tool
 
-from megatron_cpt.checkpoint import convert
+from megatron_cpt.checkpoint import conversion, convert
 from megatron_cpt.checkpoint.conversion import resumable_folder
 from megatron_cpt.checkpoint.convert import (
     HfToMegatron,
@@ -24,6 +26,7 @@ from megatron_cpt.checkpoint.convert import (
     hf_to_megatron,
     megatron_to_hf,
 )
+from megatron_cpt.checkpoint.hf_files import weight_files
 from megatron_cpt.checkpoint.verify import DifferentError, Verify, verify
 from megatron_cpt.errors import InputError
 
@@ -109,18 +112,18 @@ def test_only_our_own_results_are_replaced(hf: Path, tmp_path: Path) -> None:
     assert (back / "thesis.txt").exists()
     (back / "thesis.txt").unlink()
     megatron_to_hf(MegatronToHf(megatron, str(back)))
-    with pytest.raises(InputError, match="use --overwrite true"):
-        megatron_to_hf(MegatronToHf(megatron, str(back)))
-    megatron_to_hf(MegatronToHf(megatron, str(back), overwrite=True))
+    with pytest.raises(InputError, match=r"back already holds an earlier conversion, .*; use --overwrite true"):
+        megatron_to_hf(MegatronToHf(megatron, str(back), dtype="bfloat16"))
+    megatron_to_hf(MegatronToHf(megatron, str(back), dtype="bfloat16", overwrite=True))
     assert not list(tmp_path.glob(".*"))
 
 
 def test_incomplete_and_existing_folders_are_refused(hf: Path, tmp_path: Path) -> None:
     megatron = str(tmp_path / "megatron")
     hf_to_megatron(HfToMegatron(str(hf), megatron))
-    with pytest.raises(InputError, match="already holds a checkpoint"):
-        hf_to_megatron(HfToMegatron(str(hf), megatron))
-    hf_to_megatron(HfToMegatron(str(hf), megatron, overwrite=True))
+    with pytest.raises(InputError, match=r"already holds an earlier conversion, .*; use --overwrite true"):
+        hf_to_megatron(HfToMegatron(str(hf), megatron, dtype="bfloat16"))
+    hf_to_megatron(HfToMegatron(str(hf), megatron, dtype="bfloat16", overwrite=True))
     with pytest.raises(InputError, match="is not empty"):
         megatron_to_hf(MegatronToHf(megatron, str(hf)))
     (tmp_path / "megatron" / "release" / ".metadata").unlink()
@@ -141,7 +144,7 @@ def kill_after_first_file(command: list[str], folder: Path) -> None:
     """Run a conversion, and kill -9 it as soon as one of its files is complete."""
     process = subprocess.Popen([sys.executable, "-c", SLOW, *command], cwd=ROOT, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not list(folder.glob(".*.done")):
+    while not list(folder.glob(".job/*.done")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -190,7 +193,7 @@ def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(
     whole = run("whole")
     unfinished = tmp_path / "killed" / ".release.tmp" if direction == "hf-to-megatron" else tmp_path / ".killed.tmp"
     kill_after_first_file(command("killed"), unfinished)
-    done = {path.name.removeprefix(".").removesuffix(".done") for path in unfinished.glob(".*.done")}
+    done = {path.name.removesuffix(".done") for path in unfinished.glob(".job/*.done")}
     before = {name: (unfinished / name).stat().st_mtime_ns for name in done}
     assert 0 < len(done) < len(list(whole.glob("*.distcp" if direction == "hf-to-megatron" else "*.safetensors")))
     again = run("killed")
@@ -229,10 +232,11 @@ def test_numbers_that_are_not_finite_are_refused_by_name(hf: Path, tmp_path: Pat
     assert not (tmp_path / "megatron").exists()
 
 
-def test_shards_are_those_of_transformers(hf: Path, tmp_path: Path) -> None:
-    """The same bytes as transformers' own files, sharded or not."""
+def test_shards_are_those_of_transformers(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    """The same bytes as transformers' own files, sharded or not; with layers of two digits."""
     from transformers import LlamaForCausalLM
 
+    hf = Path(make_tiny_llama(tmp_path / "hf", tiny_tokenizer_dir, num_hidden_layers=12))
     hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
     model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32)
     for size in ("200KB", "5GB"):
@@ -244,6 +248,8 @@ def test_shards_are_those_of_transformers(hf: Path, tmp_path: Path) -> None:
         for name in names:
             if name.endswith(".safetensors"):
                 assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+            else:
+                assert json.loads((ours / name).read_text()) == json.loads((theirs / name).read_text()), name
         assert "tensors equal" in verify(Verify(str(hf), str(ours)))
 
 
@@ -261,7 +267,9 @@ def test_several_files_and_torch_files(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pytorch_model-00002-of-00002\.bin is missing; pytorch_model\.bin\.index\.json"):
         hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron2")))
     torch.save({"a": subprocess.Popen}, hf / "pytorch_model-00002-of-00002.bin")
-    with pytest.raises(InputError, match=r"pytorch_model-00002-of-00002\.bin cannot be read: Weights only load failed"):
+    with pytest.raises(
+        InputError, match=r"pytorch_model-00002-of-00002\.bin cannot be read: it names .*Popen, where only tensors"
+    ):
         hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron2")))
 
 
@@ -305,3 +313,178 @@ def test_what_old_versions_saved_though_it_is_computed_is_left_out(tmp_path: Pat
     save_file(tensors | more, hf / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"ties the word embeddings, but lm_head\.weight is not model\.embed_tokens"):
         hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("size", ["", "5", "5GiB", "0GB", "-1GB", "nanGB", "many"])
+def test_sizes_of_shards(size: str, hf: Path, tmp_path: Path) -> None:
+    hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    with pytest.raises(InputError, match=f"max_shard_size is '{size}'; use a size above 0 in KB, MB, GB or TB"):
+        megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back"), max_shard_size=size))
+
+
+@pytest.mark.parametrize(("dtype", "value", "most"), [("float16", -70000.0, "65504"), ("bfloat16", 3.4e38, "3.38953e+38")])
+def test_numbers_that_a_dtype_cannot_hold_are_refused(dtype: Any, value: float, most: str, hf: Path, tmp_path: Path) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.layers.2.self_attn.v_proj.weight"][1, 1] = value
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    message = re.escape(
+        f"tensor model.layers.2.self_attn.v_proj.weight holds {value:g}, and {dtype} holds at most {most}; use"
+    )
+    with pytest.raises(InputError, match=message):
+        hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "half"), dtype=dtype))
+    hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    with pytest.raises(InputError, match=message):
+        megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back"), dtype=dtype))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float64])
+def test_other_numbers_are_no_weights(dtype: torch.dtype, hf: Path, tmp_path: Path) -> None:
+    """Whatever --dtype says: quantized weights would need their scales."""
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"tensor model\.norm\.weight is \w+; weights are float32, bfloat16, float16"):
+        hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron"), dtype="bfloat16"))
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, module: Any, function: str) -> None:
+    """Have a function interrupt the conversion when it has done its work."""
+    original = getattr(module, function)
+
+    def interrupting(*arguments: Any) -> None:
+        original(*arguments)
+        monkeypatch.setattr(module, function, original)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, function, interrupting)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("function", ["write_json", "finish_megatron", "write_metadata", "write_files"])
+def test_what_an_interrupted_conversion_left_does_not_get_into_the_next(
+    function: str, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "whole")))
+    interrupt_at(monkeypatch, convert, function)
+    with pytest.raises(KeyboardInterrupt, match="release is unfinished; the same command goes on from here"):
+        hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    left = tmp_path / "megatron" / ".release.tmp"
+    (left / "hf").mkdir(exist_ok=True)
+    for name in ("hf/special_tokens_map.json", "manifest.json.tmp", "__0_0.distcp.tmp"):
+        (left / name).write_text("{}")
+    again = hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    assert files_of(Path(again)) == files_of(Path(whole))
+
+
+def test_the_same_command_again_is_done_already(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the first one was killed between the publication and the tracker."""
+    there, back = (
+        HfToMegatron(str(hf), str(tmp_path / "megatron")),
+        MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "b")),
+    )
+    interrupt_at(monkeypatch, conversion, "publish_folder")
+    with pytest.raises(KeyboardInterrupt):
+        hf_to_megatron(there)
+    tracker = tmp_path / "megatron" / "latest_checkpointed_iteration.txt"
+    assert not tracker.exists()
+    for run, folder in (
+        (partial(hf_to_megatron, there), tmp_path / "megatron" / "release"),
+        (partial(megatron_to_hf, back), tmp_path / "b"),
+    ):
+        run()
+        inode = folder.stat().st_ino
+        assert run() == str(folder)
+        assert folder.stat().st_ino == inode
+    assert tracker.read_text() == "release"
+    (hf / "generation_config.json").write_text("{}")
+    with pytest.raises(InputError, match="of another source or with other options; use --overwrite true"):
+        hf_to_megatron(there)
+
+
+def test_what_is_not_a_converted_checkpoint_is_not_replaced(hf: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "a" / "release" / "notes.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    (tmp_path / "run" / "iter_0000100").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    for name, message in (
+        ("a", "release is not empty and was not written by this tool"),
+        ("run", "is the folder of a run .it holds iter_0000100"),
+        ("file", "file is not a folder"),
+        ("file/below", "file is not a folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / name), overwrite=True))
+    with pytest.raises(InputError, match="megatron is empty; use the name of the folder"):
+        hf_to_megatron(HfToMegatron(str(hf), ""))
+    assert precious.exists()
+    assert not list(tmp_path.glob("**/.*"))
+
+
+def test_folders_made_for_a_conversion_that_is_refused_go_with_it(hf: Path, tmp_path: Path) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="not finite"):
+        hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "a" / "b" / "c")))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_everything_but_the_weights_travels_along(hf: Path, tmp_path: Path) -> None:
+    """Licences, chat templates; a config.json that says no dtype goes on saying none."""
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "dtype"}))
+    (hf / "additional_chat_templates").mkdir()
+    for name in ("LICENSE", "NOTICE", "tokenizer.tiktoken", "additional_chat_templates/tool_use.jinja"):
+        (hf / name).write_text(name)
+    (hf / "training_args.bin").write_text("no text")
+    hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    back = Path(megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back"))))
+    found = files_of(back)
+    del found["manifest.json"]
+    expected = files_of(hf)
+    del expected["training_args.bin"]
+    assert found == expected
+
+
+def test_the_files_that_transformers_would_read(hf: Path, tmp_path: Path) -> None:
+    """Not Meta's names for the same numbers; a whole file before an index; an index before other files."""
+    assert weight_files(str(hf)) == ["model.safetensors"]
+    shutil.copy(hf / "model.safetensors", hf / "consolidated.safetensors")
+    index = hf / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "consolidated.safetensors"}}))
+    assert weight_files(str(hf)) == ["model.safetensors"]
+    (hf / "model.safetensors").rename(hf / "weights.safetensors")
+    assert weight_files(str(hf)) == ["consolidated.safetensors"]
+    index.unlink()
+    assert weight_files(str(hf)) == ["weights.safetensors"]
+    for content in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}', "[]", "{"):
+        index.write_text(content)
+        with pytest.raises(InputError, match=r"index\.json is not an index of weights"):
+            weight_files(str(hf))
+
+
+def test_a_full_disk_is_named(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert, "write_distcp", full)
+    with pytest.raises(InputError, match=r"megatron/release cannot be written: \[Errno 28\] No space left on device"):
+        hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_termination_is_an_interruption(hf: Path, tmp_path: Path) -> None:
+    command = ["hf-to-megatron", "--hf", str(hf), "--megatron", str(tmp_path / "megatron")]
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "megatron").glob(".release.tmp/.job/*.done")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert said.endswith("release is unfinished; the same command goes on from here\n")

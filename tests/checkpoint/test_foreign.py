@@ -140,6 +140,11 @@ def test_weights_and_configuration_come_out(kind: str, hf: Path, converted: Path
     assert read_llama_config(back) == read_llama_config(str(hf))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (Path(back) / name).read_bytes() == (hf / name).read_bytes()
+    config = json.loads((Path(back) / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (0, 0)
+    for a, b in ((str(hf), str(folder)), (str(folder), back)):  # padding is left out where the other one says the size
+        assert "tensors equal" in verify(Verify(a, b))
+    assert "top-1 agreement 100" in verify(Verify(str(folder), str(hf), logits=True))
     assert "top-1 agreement 100" in verify(Verify(str(hf), back, tensors=False, logits=True))
 
 
@@ -171,6 +176,10 @@ def test_rope_scaling_and_biases(converted: Path) -> None:
         ({"num_layers": None}, "has no number as num_layers"),
         ({"hidden_size": 128}, r"has shape \[512, 64\]; the configuration asks for"),
         ({"num_layers": 3}, r"has shape \[4, .*\]; the configuration asks for \[3, "),
+        ({"qk_l2_norm": True}, "qk_l2_norm is True; in a Llama model it is False"),
+        ({"softmax_scale": 0.3}, "softmax_scale is 0.3; in a Llama model it is None"),
+        ({"no_rope_freq": [1, 0]}, r"no_rope_freq is \[1, 0\]"),
+        ({"rotary_seq_len_interpolation_factor": 4}, "rotary_seq_len_interpolation_factor is 4"),
         ({"padded_vocab_size": 600}, r"has shape \[512, 64\]; the configuration asks for \[600, 64\]"),
     ],
 )
@@ -184,6 +193,23 @@ def test_other_models_are_refused(change: dict[str, Any], message: str, converte
 def test_no_description_and_wrong_options(hf: Path, converted: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"vocab_size is given but .* has its configuration and tokenizer in hf/"):
         megatron_to_hf(MegatronToHf(str(converted), str(tmp_path / "back"), vocab_size=400))
+    folder = foreign(converted, megatron_lm_args())
+    (tmp_path / "empty").mkdir()
+    for options, message in (
+        ({"vocab_size": 0}, "vocab_size is 0; use a whole number above 0"),
+        ({"tokenizer": str(tmp_path / "empty")}, "tokenizer .*empty cannot be read"),
+        ({"tokenizer": str(hf), "vocab_size": 399}, "tokenizer .* has 400 tokens, more than the model's 399"),
+    ):
+        with pytest.raises(InputError, match=message):
+            megatron_to_hf(MegatronToHf(str(folder), str(tmp_path / "back"), **options))  # type: ignore[arg-type]
+    torch.save({"args": {"num_layers": 4}}, folder / "common.pt")
+    with pytest.raises(InputError, match="args is a dict; wanted the namespace that Megatron-LM saves"):
+        megatron_to_hf(MegatronToHf(str(folder), str(tmp_path / "back")))
+    for content in ("model: [1]", "model: abc", "train: {}", "model: {", "\x00"):
+        (folder / "run_config.yaml").write_text(content)
+        with pytest.raises(InputError, match=r"run_config\.yaml"):
+            megatron_to_hf(MegatronToHf(str(folder), str(tmp_path / "back")))
+    shutil.rmtree(folder)
     folder = foreign(converted)
     with pytest.raises(InputError, match=r"does not describe its model: hf/config\.json, run_config\.yaml and args"):
         megatron_to_hf(MegatronToHf(str(folder), str(tmp_path / "back")))

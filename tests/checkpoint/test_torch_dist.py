@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ from tiny_models import VARIANTS, make_tiny_llama
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_cpt.checkpoint.convert import HfToMegatron, hf_to_megatron, open_megatron
+from megatron_cpt.checkpoint.convert import HfToMegatron, hf_to_megatron
 from megatron_cpt.checkpoint.hf_files import HfTensors
+from megatron_cpt.checkpoint.megatron_weights import open_megatron
 from megatron_cpt.checkpoint.restricted import Opaque, load_metadata, load_settings
 from megatron_cpt.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_cpt.checkpoint.torch_dist import Region, TorchDistReader
-from megatron_cpt.checkpoint.verify import single_process_model
+from megatron_cpt.checkpoint.verify import Verify, single_process_model, verify
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import read_llama_config
 
@@ -129,3 +132,59 @@ def test_unpickling_runs_nothing(converted: Path, tmp_path: Path) -> None:
     assert (found["args"].num_layers, found["args"].dtype) == (2, torch.bfloat16)
     assert isinstance(found["bomb"], Opaque)
     assert not trace.exists()
+
+
+def with_evil_object(converted: Path, trace: Path) -> None:
+    """Put an object that runs a command in the place of the empty states beside the weights."""
+    content = io.BytesIO()
+    torch.save(Bomb(trace), content)
+    path = converted / "__0_0.distcp"
+    offset = path.stat().st_size
+    path.write_bytes(path.read_bytes() + content.getvalue())
+    metadata = load_metadata(str(converted / ".metadata"))
+    for index, place in metadata.storage_data.items():
+        if "_extra_state" in index.fqn:
+            metadata.storage_data[index] = replace(place, offset=offset, length=len(content.getvalue()))
+    (converted / ".metadata").write_bytes(pickle.dumps(metadata))
+    (converted / "manifest.json").unlink()  # it has the old sizes
+
+
+def test_loading_runs_nothing(converted: Path, tmp_path: Path) -> None:
+    """Training refuses such a checkpoint; verify does not look at these states."""
+    trace = tmp_path / "ran"
+    with_evil_object(converted, trace)
+    with (
+        single_process_model(read_llama_config(str(converted / "hf")), "float32") as model,
+        pytest.raises(InputError, match=r"cannot be read \(decoder\.layers\..*_extra_state.* names posix\.system\)"),
+    ):
+        load_checkpoint(str(converted), [model])
+    assert "top-1 agreement 100" in verify(Verify(str(tmp_path / "hf"), str(converted), logits=True))
+    assert not trace.exists()
+
+
+def test_damage_is_found_by_comparing_logits(converted: Path, tmp_path: Path) -> None:
+    path = converted / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="wrong checksum"):
+        verify(Verify(str(tmp_path / "hf"), str(converted), tensors=False, logits=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.storage_data.update({index: replace(place, offset=-5) for index, place in m.storage_data.items()}),
+        lambda m: m.storage_data.update(dict.fromkeys(m.storage_data, 3)),
+        lambda m: setattr(m.state_dict_metadata["output_layer.weight"], "size", "abc"),
+        lambda m: setattr(m.state_dict_metadata["output_layer.weight"], "chunks", None),
+        lambda m: setattr(m.state_dict_metadata["output_layer.weight"].properties, "dtype", "float32"),
+        lambda m: delattr(m, "state_dict_metadata"),
+    ],
+)
+def test_a_damaged_description_is_an_error(change: Any, converted: Path) -> None:
+    metadata = load_metadata(str(converted / ".metadata"))
+    change(metadata)
+    (converted / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(InputError, match=r"\.metadata is damaged: "):
+        read_all(converted)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, make_tiny_llama, run_tool
 
-from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_megatron, megatron_to_hf, open_megatron
+from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_megatron, megatron_to_hf
+from megatron_cpt.checkpoint.megatron_weights import open_megatron
 from megatron_cpt.checkpoint.verify import Verify, verify
 from megatron_cpt.checkpoint.vocabulary import new_tokens
 from megatron_cpt.errors import InputError
@@ -140,6 +141,75 @@ def test_what_is_no_extension_is_refused(untied: Path, added: str, tmp_path: Pat
         assert not (tmp_path / "megatron").exists()
 
 
+def test_a_model_with_fewer_rows_than_its_tokenizer_has_tokens(untied: Path, added: str, tmp_path: Path) -> None:
+    """As after adding a padding token to the tokenizer alone: its rows are made with the new ones."""
+    tensors = load_file(untied / "model.safetensors")
+    for name in (EMBEDDING, OUTPUT):
+        tensors[name] = tensors[name][:390].clone()
+    save_file(tensors, untied / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps(config | {"vocab_size": 390}))
+    folder = hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), added_tokens=added))
+    rows = open_megatron(folder)[EMBEDDING]
+    assert rows.shape == (403, 64)
+    assert torch.equal(rows[:390], tensors[EMBEDDING])
+    assert (rows[390:].norm(dim=1) > 0.02 * rows[:390].norm(dim=1).median()).all()
+    assert json.loads((Path(folder) / "manifest.json").read_text())["vocabulary"]["tensors"][EMBEDDING]["added"] == 13
+
+
+def test_added_tokens_that_are_there_already(untied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A byte order mark is no token, nor is a line of spaces; tokens that the tokenizer has are passed over."""
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "added.txt"
+    path.write_text("\ufeff公园散步\n   \nhe\n公园散步\n", encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(untied)
+    assert len(tokenizer.encode("he")) == 1
+    folder = Path(hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), added_tokens=str(path))))
+    assert "2 of 3 are there already" in capfd.readouterr().err
+    extended = AutoTokenizer.from_pretrained(folder / "hf")
+    assert len(extended) == 401
+    assert extended.encode("公园散步") == [400]
+    path.write_text("he\n")
+    with pytest.raises(InputError, match="has all of these tokens already"):
+        hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "other"), added_tokens=str(path)))
+
+
+def test_a_token_that_would_be_decoded_as_something_else(untied: Path, tmp_path: Path) -> None:
+    """A byte-level decoder takes the letters of an added token for the bytes that they stand for."""
+    path = tmp_path / "added.txt"
+    path.write_text("公园散步\nüber\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"token 'über' would be decoded as '\ufffdber'; .* use --extend_tokenizer"):
+        hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), added_tokens=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[]"), ("tokenizer.json", "")]
+)
+def test_a_tokenizer_that_cannot_be_read(name: str, content: str, untied: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (broken / file).write_bytes((untied / file).read_bytes())
+    (broken / name).write_text(content)
+    with pytest.raises(InputError, match=r"tokenizer .*broken cannot be read: "):
+        hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), extend_tokenizer=str(broken)))
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63])
+def test_seeds(seed: int, untied: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"seed is {seed}; use a whole number from 0"):
+        hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), seed=seed))
+
+
+def test_an_embedding_of_zeros_is_reported(untied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(untied / "model.safetensors")
+    tensors[EMBEDDING].zero_()
+    save_file(tensors, untied / "model.safetensors", metadata={"format": "pt"})
+    hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), repair_rows=True))
+    assert f"{EMBEDDING}: 400 rows are near zero" in capfd.readouterr().err
+
+
 def test_a_part_of_a_character_has_no_sub_tokens(untied: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -150,7 +220,7 @@ def test_a_part_of_a_character_has_no_sub_tokens(untied: Path, tmp_path: Path) -
     content = json.loads((new / "tokenizer.json").read_text())
     content["model"]["vocab"][half * 2] = 400
     (new / "tokenizer.json").write_text(json.dumps(content))
-    assert new_tokens(str(untied), str(new)) == {400: ()}
+    assert new_tokens(str(untied), str(new), 400) == {400: ()}
 
 
 def test_an_extended_model_trains_in_two_parts(added: str, tmp_path: Path, tiny_tokenizer_dir: str) -> None:

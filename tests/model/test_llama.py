@@ -106,7 +106,8 @@ def test_another_computation_is_refused(tmp_path: Path, field: str, value: Any, 
 def test_fields_that_nobody_knows_are_refused_unless_they_are_off(tmp_path: Path, field: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"{field} is .*, a field that is not known here"):
         read(tmp_path, OLD | {field: value})
-    assert read(tmp_path, OLD | {field: None}) == LLAMA_3_1_8B
+    for off in (None, False, {}, []):
+        assert read(tmp_path, OLD | {field: off}) == LLAMA_3_1_8B
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:
@@ -149,6 +150,42 @@ def test_other_rope_scalings_are_refused(tmp_path: Path, spelling: str, kind: st
 def test_incomplete_scaling(tmp_path: Path, missing: str) -> None:
     with pytest.raises(InputError, match=f"config.json: rope scaling 'llama3' has no {missing}"):
         read(tmp_path, COMMON | {"rope_scaling": without(SCALING, missing) | {"rope_type": "llama3"}})
+
+
+LLAMA3 = SCALING | {"rope_type": "llama3"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"head_dim": "16"}, "head_dim is '16'; use a whole number above 0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'; use a whole number"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None; use a whole number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; use a number above 0"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None; use a number above 0"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1; use a number above 0"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings is None; use true or false"),
+        ({"torch_dtype": 16}, "dtype is 16; use float32, bfloat16 or float16"),
+        ({"rope_theta": "abc"}, "rope_theta is 'abc'; use a number above 0"),
+        ({"rope_theta": -5}, "rope_theta is -5; use a number above 0"),
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; use an object"),
+        ({"rope_parameters": [8]}, r"rope_parameters is \[8\]; use an object"),
+        ({"rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; supported is 1.0"),
+        ({"rope_scaling": LLAMA3 | {"factor": None}}, "factor is None; use a number above 0"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 1.5}}, "embeddings is 1.5; use a whole number"),
+        (
+            {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "rope_parameters and rope_scaling are both there and say different things",
+        ),
+    ],
+)
+def test_values_of_another_kind_are_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=f"config.json: .*{message}"):
+        read(tmp_path, OLD | fields)
+
+
+def test_two_places_that_agree(tmp_path: Path) -> None:
+    assert read(tmp_path, OLD | {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}) == LLAMA_3_1_8B
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from tiny_runs import Runs
 from tiny_tokenizer import make_tiny_tokenizer
 
 import megatron_cpt.training  # noqa: F401  (prepares the platform)
-from megatron_cpt.checkpoint.convert import open_megatron
+from megatron_cpt.checkpoint.megatron_weights import open_megatron
 from megatron_cpt.config.lr import LrConfig
 from megatron_cpt.config.run import (
     CheckpointConfig,

@@ -209,6 +209,12 @@ def test_a_trained_checkpoint_is_ready_for_upload(runs: Runs, single: Path, tmp_
     ):
         assert line in card.splitlines()
     assert f"| zh_train | additional | {last['corpus_tokens']['zh_train']:,} |" in card
+    content = (tmp_path / "my-model" / "manifest.json").read_text()
+    run = json.loads(content)["run"]
+    assert run["iteration"] == STEPS
+    assert {use["name"] for use in run["data"]["consumed"] if len(use["bin_sha256"]) == 64} >= {"en_train", "zh_train"}
+    assert str(tmp_path) not in content
+    assert str(runs.folder) not in content
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "my-model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "my-model")
     assert model.generate(**tokenizer("The dog", return_tensors="pt"), max_new_tokens=3).shape[1] >= 4
