@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from scipy import stats
 
 from megatron_cpt.checkpoint.layout import write_json, write_text
 from megatron_cpt.data.mixture_file import read_mixture_fields
@@ -17,11 +16,10 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.study.fit import Fit
 from megatron_cpt.study.points import absolute, parse, read_fields
 from megatron_cpt.study.results import MEAN_METRIC, Results
-from megatron_cpt.study.surfaces import Array, Surface, unit_grid
+from megatron_cpt.study.surfaces import INTERVAL, Array, Surface, unit_grid
 
 CHOICE, CONFIG, MIXTURE = "choice.json", "chosen.yaml", "chosen.mixture.yaml"
 GRID, SAMPLES_GRID, SAMPLES = 101, 33, 400
-INTERVAL = (5.0, 95.0)
 TRANSFER = (
     "taken over unchanged, as the ALMR paper does from 8B to 70B: that the best pair does not move with the size of the "
     "model, the number of tokens and the batch is an assumption, and nothing here measures it"
@@ -92,7 +90,7 @@ def choose_on_surfaces(
 ) -> Choice:
     """On a grid over the studied ranges."""
     at = unit_grid(GRID)
-    bound = general.mean(at) + float(stats.norm.ppf(confidence)) * general.std(at)
+    bound = general.bound(at, confidence)
     heights = sign_of(goal) * wanted.mean(at)
     best = best_within(heights, bound, highest)
     if best is None:
@@ -104,8 +102,7 @@ def choose_on_surfaces(
         )
     free = int(heights.argmax())
     rise = float(general.mean(at[best : best + 1])[0]) / start - 1
-    spread = float(general.std(at[best : best + 1])[0])
-    chance = float(stats.norm.cdf((highest - start * (1 + rise)) / max(spread, 1e-300)))
+    chance = float(general.chance_below(at[best : best + 1], highest)[0])
     almr, lr = float(wanted.scale.share(at[best, 1])), float(wanted.scale.lr(at[best, 0]))
     value, deviation = float(sign_of(goal) * heights[best]), float(wanted.std(at[best : best + 1])[0])
     reason = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -155,25 +156,24 @@ def fit_command(study: FitOptions) -> str:
     """`almr_study.py fit`; returns the path of fit.json."""
     _, found = fitted(study)
     Console(stderr=True).print(fit_table(found))
+    for name, line in ((f"frontier of {found.frontier_of}", found.frontier), ("loss line", found.line)):
+        if line is not None and not math.isnan(line.a):
+            intervals = f"a{interval(line.a_interval)}, b{interval(line.b_interval)}"
+            say(f"{name}: {equation(line)}; {intervals}{' (not supported)' if line.refused else ''}")
     for note in found.notes:
         say(f"note: {note}")
     return write_fit(study.folder, found)
 
 
 def fit_table(found: Fit) -> Table:
-    """The surfaces and the two lines."""
+    """The surfaces."""
     table = Table(title="surfaces over ALMR and log LR", title_justify="left")
     for name in ("", "runs", "noise", "left-out error", "explained", "supported"):
         table.add_column(name, justify="left" if name in ("", "supported") else "right")
     for name, fitted_surface in found.surfaces.items():
-        surface = fitted_surface.surface
-        figures = f"{surface.noise:.3g}", f"{fitted_surface.error:.3g}", f"{fitted_surface.explained:.1%}"
-        table.add_row(name, str(len(surface.values)), *figures, "no" if fitted_surface.refused else "yes")
-    for name, line in ((f"frontier of {found.frontier_of}", found.frontier), ("loss line", found.line)):
-        if line is not None and line.a == line.a:
-            intervals = f"a {interval(line.a_interval)}, b {interval(line.b_interval)}"
-            table.add_section()
-            table.add_row(name, "", "", "", "", f"{equation(line)}; {intervals}{' (not supported)' if line.refused else ''}")
+        runs = str(len(fitted_surface.surface.values))
+        figures = f"{fitted_surface.noise:.3g}", f"{fitted_surface.error:.3g}", f"{fitted_surface.explained:.1%}"
+        table.add_row(name, runs, *figures, "no" if fitted_surface.refused else "yes")
     return table
 
 

@@ -12,6 +12,7 @@ matplotlib.use("Agg")  # no screen
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
 from megatron_cpt.study.fit import Fit, FittedSurface, equation
@@ -62,10 +63,16 @@ def draw_surface(ax: Axes, name: str, fitted: FittedSurface, results: Results, c
     at = unit_grid(GRID)
     rates, shares = (part.reshape(GRID, GRID) for part in (surface.scale.lr(at[:, 0]), surface.scale.share(at[:, 1])))
     heights = surface.mean(at).reshape(GRID, GRID)
-    filled = ax.contourf(rates, shares, heights, levels=LEVELS, cmap=colors)
+    levels: Any = LEVELS
+    shades = None
+    if surface.warp is not None:  # where the differences are, not evenly over a range that a few runs stretch
+        inner = surface.inner(heights)
+        levels = surface.outer(np.linspace(inner.min() - 1e-9, inner.max() + 1e-9, LEVELS + 1))
+        shades = BoundaryNorm(levels, 256)
+    filled = ax.contourf(rates, shares, heights, levels=levels, cmap=colors, norm=shades)
     lines = ax.contour(rates, shares, heights, levels=filled.levels, colors="black", linewidths=0.3, alpha=0.5)
-    ax.clabel(lines, list(lines.levels)[::2], fontsize=7)
-    ax.figure.colorbar(filled, ax=ax, pad=0.02)
+    ax.clabel(lines, list(lines.levels)[::2], fontsize=7, fmt="%.4g")
+    ax.figure.colorbar(filled, ax=ax, pad=0.02, format="%.4g")
     pairs = sorted({(row["lr"], row["almr"]) for row in results.last(name)})
     ax.scatter(*zip(*pairs, strict=True), label="runs", clip_on=False, **RUN)
     diverged = sorted({(row["lr"], row["almr"]) for row in results.rows if row["outcome"] == "diverged"})

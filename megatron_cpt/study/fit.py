@@ -32,12 +32,14 @@ class FittedSurface:
 
     Attributes:
         error: root mean square of left-out runs' errors
+        noise: of seeds, at the run in the middle if these are in order of their noise
         explained: share of the runs' variance that left-out runs' predictions explain; below 0: the mean is better
         refused: why nothing should be concluded from it
     """
 
     surface: Surface
     error: float
+    noise: float
     explained: float
     refused: str | None
 
@@ -102,9 +104,9 @@ def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01, laws: bo
     frontier_of = MEAN_METRIC if MEAN_METRIC in surfaces else "balanced"
     frontier = line = None
     if len(np.unique(results.column("almr"))) >= FEWEST_VALUES and len(np.unique(results.column("lr"))) >= FEWEST_VALUES:
-        best = surfaces[frontier_of].surface
-        upwards = best if frontier_of == MEAN_METRIC else negative(best)
-        frontier, line = metric_frontier(upwards, axis), loss_line(surfaces["mixed"].surface)
+        sign = 1.0 if frontier_of == MEAN_METRIC else -1.0
+        frontier = metric_frontier(surfaces[frontier_of].surface, axis, sign)
+        line = loss_line(surfaces["mixed"].surface)
         notes += [f"frontier of {frontier_of}: {frontier.refused}"] if frontier.refused else []
         notes += [f"loss line: {line.refused}"] if line.refused else []
         if frontier.b_interval[0] < 0 < frontier.b_interval[1]:
@@ -119,10 +121,11 @@ def fitted_surface(results: Results, quantity: str) -> FittedSurface:
     """The surface of one quantity, with its checks."""
     rows = results.last(quantity)
     almr, lr, values = (np.array([row[name] for row in rows], dtype=np.float64) for name in ("almr", "lr", quantity))
-    surface = fit_surface(almr, lr, values)
+    surface = fit_surface(almr, lr, values, loss=quantity != MEAN_METRIC)
     errors = surface.left_out_errors()
     explained = 1 - float((errors**2).sum() / max(((values - values.mean()) ** 2).sum(), 1e-300))
-    return FittedSurface(surface, float(np.sqrt((errors**2).mean())), explained, refusal(surface))
+    noise = float(np.median(surface.noise(surface.points)))
+    return FittedSurface(surface, float(np.sqrt((errors**2).mean())), noise, explained, refusal(surface))
 
 
 def refusal(surface: Surface) -> str | None:
@@ -130,7 +133,7 @@ def refusal(surface: Surface) -> str | None:
     pairs = np.unique(surface.points, axis=0)
     if len(pairs) < FEWEST_POINTS:
         return f"{len(pairs)} pairs of ALMR and learning rate have finished; {FEWEST_POINTS} or more support a surface"
-    chance = chance_of_flat(surface.points, surface.values)
+    chance = chance_of_flat(surface.points, surface.inner(surface.values))
     if chance > SIGNIFICANCE:
         return f"the surface is flat within the noise (F test, p = {chance:.2g}): more seeds, longer runs or wider ranges"
     return None
@@ -156,11 +159,6 @@ def chance_of_flat(points: Array, values: Array) -> float:
     if within <= 0:
         return 0.0 if between > 0 else 1.0
     return float(stats.f.sf(between / degrees[0] / (within / degrees[1]), *degrees))
-
-
-def negative(surface: Surface) -> Surface:
-    """Upside down."""
-    return dataclasses.replace(surface, values=-surface.values, center=-surface.center)
 
 
 def fit_laws(results: Results, tolerance: float, notes: list[str]) -> tuple[list[FittedLaw], dict[float, CmrLaw]]:
@@ -202,7 +200,8 @@ def to_json(found: Fit) -> dict[str, Any]:
                 "runs": len(fitted.surface.values),
                 "left_out_rmse": fitted.error,
                 "left_out_explained": fitted.explained,
-                "seed_noise": fitted.surface.noise,
+                "seed_noise": fitted.noise,
+                "warp": fitted.surface.warp and dataclasses.asdict(fitted.surface.warp),
                 "refused": fitted.refused,
             }
             for name, fitted in found.surfaces.items()

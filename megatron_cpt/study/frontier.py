@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_cpt.study.surfaces import Array, Scale, Surface, unit_grid
+from megatron_cpt.study.surfaces import INTERVAL, Array, Scale, Surface, unit_grid
 
 SLICES = 25  # of the surface, each with one peak at most
 STEPS = 201  # along a slice
 REPLICATES = 300
-INTERVAL = (5.0, 95.0)  # per cent
-LEAST_SHARE = 0.5  # of slices with a peak inside
+LEAST_SLICES = 5  # that are not flat
+LEAST_SHARE = 0.5  # of these with a peak inside
+SIGNIFICANT = 3.0  # deviations by which a slice's highest place is above its lowest, else it is flat: the two are picked
 LEAST_REPLICATES = 0.8  # that must have a line
 FIELD = 101  # points along each axis of the field of gradients
 STEP = 0.01  # of the descent, in unit coordinates
@@ -49,15 +51,26 @@ class Line:
         return self.a + self.b * np.log10(lr)
 
 
-def metric_frontier(surface: Surface, axis: Axis = "almr", replicates: int = REPLICATES, seed: int = 0) -> Line:
-    """Peaks of a surface where higher is better, regressed.
+def metric_frontier(
+    surface: Surface, axis: Axis = "almr", sign: float = 1.0, replicates: int = REPLICATES, seed: int = 0
+) -> Line:
+    """Peaks of a surface, regressed.
 
     Along `axis` "almr", each of 25 learning rates, evenly spaced on the log scale, has the ALMR at which the surface is
-    highest; along "lr" each of 25 ALMRs has its learning rate. Peaks on the border of the studied range say only that the
-    best is not inside: they are left out. The line is the least-squares regression of ALMR on log10 LR over the others.
+    highest; along "lr" each of 25 ALMRs has its learning rate. Slices along which the surface is flat within its uncertainty
+    have no best place; peaks on the border of the studied range say only that the best is not inside: both are left out.
+    The line is the least-squares regression of ALMR on log10 LR over the others.
+
+    `sign`: 1 where higher is better, -1 for losses.
     """
     at = slices(axis)
-    return bootstrapped(surface, at, lambda heights: peaks(heights, axis), regress, replicates, seed, border_reason(axis))
+    alike = {"almr": "at most learning rates all ALMRs", "lr": "at most ALMRs all learning rates"}[axis]
+    use = not_flat(surface, at)
+    if use.sum() < LEAST_SLICES:
+        return no_line(f"{alike} are alike within the noise: more seeds, longer runs or wider ranges")
+    return bootstrapped(
+        surface, at, lambda heights: peaks(sign * heights, use, axis), regress, replicates, seed, border_reason(axis)
+    )
 
 
 def border_reason(axis: Axis) -> str:
@@ -74,11 +87,20 @@ def slices(axis: Axis) -> Array:
     return np.stack([part.ravel() for part in order], axis=-1)
 
 
-def peaks(heights: Array, axis: Axis) -> Array | None:
-    """[n, 2] unit coordinates of the peaks inside, from the heights at `slices`; None: too few of the slices have one."""
+def not_flat(surface: Surface, at: Array) -> npt.NDArray[np.bool_]:
+    """[25]: whether the surface along a slice differs by more than its uncertainty."""
+    heights = surface.inner_mean(at).reshape(SLICES, STEPS)
+    rows = np.arange(SLICES) * STEPS
+    high, low = rows + heights.argmax(axis=1), rows + heights.argmin(axis=1)
+    differences = heights.max(axis=1) - heights.min(axis=1)
+    return differences > SIGNIFICANT * surface.std_of_difference(at[high], at[low])
+
+
+def peaks(heights: Array, use: npt.NDArray[np.bool_], axis: Axis) -> Array | None:
+    """[n, 2] unit coordinates of the peaks inside of the slices in `use`, from the heights at `slices`; None: too few."""
     best = heights.reshape(SLICES, STEPS).argmax(axis=1)
-    inside = (best > 0) & (best < STEPS - 1)
-    if inside.mean() < LEAST_SHARE:
+    inside = use & (best > 0) & (best < STEPS - 1)
+    if inside.sum() < max(LEAST_SHARE * use.sum(), 2):
         return None
     fixed, moving = np.linspace(0.0, 1.0, SLICES)[inside], np.linspace(0.0, 1.0, STEPS)[best[inside]]
     return np.stack([fixed, moving] if axis == "almr" else [moving, fixed], axis=-1)
@@ -159,26 +181,25 @@ def bootstrapped(
     seed: int,
     reason: str,
 ) -> Line:
-    """The line, and how much it moves when every run is measured again.
+    """The line, and how much it moves when every run is measured again (parametric bootstrap).
 
-    Parametric bootstrap: the surface at the runs' points plus noise as it was found between seeds, fitted with the same
-    kernel. `find` makes the path of the line from the heights at `at`, `fit` the line of the path.
+    `find` makes the path of the line from the heights at `at`, `fit` the line of the path.
     """
     path = find(surface.mean(at))
     if path is None:
-        nothing = (float("nan"), float("nan"))
-        return Line(*nothing, nothing, nothing, np.zeros((0, 2)), reason)
+        return no_line(reason)
     a, b = fit(surface.scale, path)
-    random, expected, weights = np.random.default_rng(seed), surface.mean(surface.points), surface.weights(at)
-    found = []
-    for _ in range(replicates):
-        values = expected + surface.noise * random.standard_normal(len(expected))
-        again = find(surface.center + weights @ (values - surface.center))
-        if again is not None:
-            found.append(fit(surface.scale, again))
+    repeated = [find(heights) for heights in surface.repetitions(at, replicates, seed)]
+    found = [fit(surface.scale, again) for again in repeated if again is not None]
     refused = None
     if len(found) < LEAST_REPLICATES * replicates:
         refused = f"{reason} in {replicates - len(found)} of {replicates} repetitions of the runs (bootstrap)"
     (a_low, b_low), (a_high, b_high) = np.percentile(found or [(np.nan, np.nan)], INTERVAL, axis=0)
     points = np.stack([surface.scale.share(path[:, 1]), surface.scale.lr(path[:, 0])], axis=-1)
     return Line(a, b, (float(a_low), float(a_high)), (float(b_low), float(b_high)), points, refused)
+
+
+def no_line(reason: str) -> Line:
+    """Refused."""
+    nothing = (float("nan"), float("nan"))
+    return Line(*nothing, nothing, nothing, np.zeros((0, 2)), reason)

@@ -113,7 +113,7 @@ def surfaces_table(fit: Fit) -> str:
             [
                 name,
                 str(len(found.surface.values)),
-                f"{found.surface.noise:.3g}",
+                f"{found.noise:.3g}",
                 f"{found.error:.3g}",
                 f"{found.explained:.1%}",
                 "no: " + found.refused if found.refused else "yes",

@@ -39,8 +39,8 @@ def propose(study: StudyConfig, results: Results, number: int, seed: int = 0) ->
     pairs = sorted({(row["almr"], row["lr"]) for row in rows})
     surface = None
     if len(pairs) >= FEWEST:
-        columns = ([row[name] for row in rows] for name in ("almr", "lr", quantity))
-        surface = fit_surface(*columns)
+        almrs, rates, values = ([row[name] for row in rows] for name in ("almr", "lr", quantity))
+        surface = fit_surface(almrs, rates, values, loss=quantity != MEAN_METRIC)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -151,7 +151,13 @@ def balanced(row: dict[str, Any], start: dict[str, Any]) -> float | None:
 
 
 def write_results(study: StudyConfig, results: Results) -> str:
-    """Replace results.parquet and results.csv; returns the path of the former."""
+    """Replace results.parquet and results.csv; returns the path of the former.
+
+    Not by those of a part of the study, as `fit --almr '[0.25,0.5]'` looks at.
+    """
+    known = {point.name for point in points(study)}
+    if set(os.listdir(os.path.join(study.folder, "runs"))) - known:
+        return os.path.join(study.folder, PARQUET)
     table = pa.Table.from_pylist(results.rows)
     for name, write in ((PARQUET, pyarrow.parquet.write_table), (CSV, pyarrow.csv.write_csv)):
         path = os.path.join(study.folder, name)

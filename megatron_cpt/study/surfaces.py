@@ -7,12 +7,13 @@ something. Rasmussen and Williams, "Gaussian Processes for Machine Learning" (20
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 from scipy.linalg import cho_solve, cholesky
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -23,6 +24,8 @@ from megatron_cpt.errors import InputError
 Array = npt.NDArray[np.float64]
 RESTARTS = 4  # of the search for the kernel's parameters
 SMOOTHNESS = 2.5  # Matern's nu: twice differentiable, so that gradients mean something
+WIDTHS = (0.3, 0.1, 0.03, 0.01, 0.003)  # of warps that are tried, of the range of the values
+INTERVAL = (5.0, 95.0)  # per cent, of all intervals of a study
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,39 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Warp:
+    """t = asinh((y - floor) / width): as it is near the lowest loss, logarithmic far above it.
+
+    A loss that a model forgets is twice as high on one side of the studied range as in the middle, and differs more
+    between seeds there. In t one length and one noise hold for all of it: a warped Gaussian process (Snelson, Rasmussen and
+    Ghahramani, 2004).
+    """
+
+    floor: float
+    width: float
+
+    def __call__(self, values: Array) -> Array:
+        return np.arcsinh((values - self.floor) / self.width)
+
+    def inverse(self, inner: Array) -> Array:
+        """y of t."""
+        return self.floor + self.width * np.sinh(inner)
+
+    def slope(self, values: Array) -> Array:
+        """dt/dy"""
+        return 1 / np.hypot(values - self.floor, self.width)
+
+
+@dataclass(frozen=True)
 class Surface:
-    """A Gaussian process after it has seen its points.
+    """A Gaussian process after it has seen its points, of the values as they are or of warped ones.
 
     Attributes:
         points: [n, 2], unit coordinates
         values: [n], what was measured there
-        kernel: of the surface itself, in units of the values' deviation
-        noise: deviation of a single run about the surface (seeds), in units of the values
+        warp: None: as they are. All that follows is of the warped values
+        kernel: of the surface itself, in units of the deviation
+        inner_noise: deviation of a single run about the surface (seeds)
         center, deviation: of the values
         factor: Cholesky factor of the covariance of the scaled values
     """
@@ -77,47 +105,95 @@ class Surface:
     scale: Scale
     points: Array
     values: Array
+    warp: Warp | None
     kernel: Any
-    noise: float
+    inner_noise: float
     center: float
     deviation: float
     factor: Array
 
-    def weights(self, at: Array) -> Array:
-        """[m, n]: the mean at `at` is center + weights @ (values - center)."""
-        return cho_solve((self.factor, True), self.kernel(self.points, at)).T
+    def inner(self, values: Array) -> Array:
+        """Warped."""
+        return values if self.warp is None else self.warp(values)
 
-    def mean(self, at: Array) -> Array:
+    def outer(self, inner: Array) -> Array:
+        """The inverse."""
+        return inner if self.warp is None else self.warp.inverse(inner)
+
+    def inner_mean(self, at: Array) -> Array:
         """[m, 2] unit coordinates -> [m]"""
-        return self.center + self.weights(at) @ (self.values - self.center)
+        return self.center + self._weights(at) @ (self.inner(self.values) - self.center)
 
-    def covariance(self, at: Array) -> Array:
-        """Of the surface (not of single runs): [m, m]"""
-        across = self.kernel(at, self.points)
-        inner = self.kernel(at) - across @ cho_solve((self.factor, True), across.T)
-        return self.deviation**2 * inner
-
-    def std(self, at: Array) -> Array:
-        """[m]"""
+    def inner_std(self, at: Array) -> Array:
+        """Of the surface (not of single runs): [m]"""
         across = self.kernel(at, self.points)
         explained = np.einsum("ij,ji->i", across, cho_solve((self.factor, True), across.T))
         return self.deviation * np.sqrt(np.maximum(self.kernel.diag(at) - explained, 0.0))
 
+    def mean(self, at: Array) -> Array:
+        """[m, 2] unit coordinates -> [m]; of a warped process, what is as likely to be above as below."""
+        return self.outer(self.inner_mean(at))
+
+    def std(self, at: Array) -> Array:
+        """[m]; of a warped process, to first order."""
+        return self.inner_std(at) * self._stretch(at)
+
+    def noise(self, at: Array) -> Array:
+        """Deviation of a single run about the surface, [m]; of a warped process, to first order."""
+        return self.inner_noise * self._stretch(at)
+
+    def bound(self, at: Array, confidence: float) -> Array:
+        """Below which the surface lies with this probability, [m]."""
+        return self.outer(self.inner_mean(at) + float(stats.norm.ppf(confidence)) * self.inner_std(at))
+
+    def chance_below(self, at: Array, value: float) -> Array:
+        """Probability that the surface is below a value, [m]."""
+        return stats.norm.cdf((self.inner(np.array(value)) - self.inner_mean(at)) / np.maximum(self.inner_std(at), 1e-300))
+
+    def std_of_difference(self, at: Array, other: Array) -> Array:
+        """Of the (warped) surface between one place and another, [m]."""
+        both = np.concatenate([at, other])
+        covariance, m = self._covariance(both), len(at)
+        diagonal, across = np.diag(covariance), np.diag(covariance[:m, m:])
+        return np.sqrt(np.maximum(diagonal[:m] + diagonal[m:] - 2 * across, 0.0))
+
     def samples(self, at: Array, number: int, seed: int) -> Array:
         """Surfaces that these runs leave possible, [number, m]."""
-        covariance = self.covariance(at)
+        covariance = self._covariance(at)
         covariance[np.diag_indices_from(covariance)] += 1e-8 * self.deviation**2
         normal = np.random.default_rng(seed).standard_normal((len(at), number))
-        return self.mean(at) + (cholesky(covariance, lower=True) @ normal).T
+        return self.outer(self.inner_mean(at) + (cholesky(covariance, lower=True) @ normal).T)
+
+    def repetitions(self, at: Array, number: int, seed: int) -> Iterator[Array]:
+        """Surfaces [m] from runs that are measured again: the surface at their points plus noise, with the same kernel."""
+        random, expected, weights = np.random.default_rng(seed), self.inner_mean(self.points), self._weights(at)
+        for _ in range(number):
+            again = expected + self.inner_noise * random.standard_normal(len(expected))
+            yield self.outer(self.center + weights @ (again - self.center))
 
     def left_out_errors(self) -> Array:
         """Of each run, by a surface that has seen all others (kernel fixed): section 5.4.2 of the book."""
-        inverse = cho_solve((self.factor, True), np.eye(len(self.values)))
-        return self.deviation * (inverse @ ((self.values - self.center) / self.deviation)) / np.diag(inverse)
+        inverse, inner = cho_solve((self.factor, True), np.eye(len(self.values))), self.inner(self.values)
+        errors = self.deviation * (inverse @ ((inner - self.center) / self.deviation)) / np.diag(inverse)
+        return self.values - self.outer(inner - errors)
+
+    def _weights(self, at: Array) -> Array:
+        """[m, n]: the mean at `at` is center + weights @ (values - center)."""
+        return cho_solve((self.factor, True), self.kernel(self.points, at)).T
+
+    def _covariance(self, at: Array) -> Array:
+        across = self.kernel(at, self.points)
+        return self.deviation**2 * (self.kernel(at) - across @ cho_solve((self.factor, True), across.T))
+
+    def _stretch(self, at: Array) -> Array:
+        """dy/dt on the surface."""
+        return np.ones(len(at)) if self.warp is None else 1 / self.warp.slope(self.mean(at))
 
 
-def fit_surface(almr: Sequence[float] | Array, lr: Sequence[float] | Array, values: Sequence[float] | Array) -> Surface:
-    """The Gaussian process with the most likely lengths, height and noise.
+def fit_surface(
+    almr: Sequence[float] | Array, lr: Sequence[float] | Array, values: Sequence[float] | Array, loss: bool
+) -> Surface:
+    """The Gaussian process with the most likely lengths, height and noise, and of a `loss` the most likely warp, if any.
 
     Raises:
         InputError: fewer than four runs, or all with one ALMR or one learning rate
@@ -126,17 +202,27 @@ def fit_surface(almr: Sequence[float] | Array, lr: Sequence[float] | Array, valu
     if len(z) < 4:
         raise InputError(f"{len(z)} finished runs have this; a surface needs four or more")
     scale = Scale.of(x, y)
-    points = scale.unit(x, y)
-    center, deviation = float(z.mean()), float(z.std()) or 1.0
+    points, height = scale.unit(x, y), float(np.ptp(z))
+    warps = [None, *(Warp(float(z.min()), width * height) for width in WIDTHS)] if loss and height > 0 else [None]
+    return max((_fit(scale, points, z, warp) for warp in warps), key=lambda found: found[0])[1]
+
+
+def _fit(scale: Scale, points: Array, values: Array, warp: Warp | None) -> tuple[float, Surface]:
+    """(log likelihood of the values, surface)"""
+    inner = values if warp is None else warp(values)
+    center, deviation = float(inner.mean()), float(inner.std()) or 1.0
     kernel = ConstantKernel(1.0, (1e-2, 1e3)) * Matern([1.0, 1.0], (0.15, 20.0), SMOOTHNESS) + WhiteKernel(1e-2, (1e-6, 2.0))
     process = GaussianProcessRegressor(kernel, alpha=1e-10, n_restarts_optimizer=RESTARTS, random_state=0)
     with warnings.catch_warnings():  # a length at its bound is a surface that is flat in that direction
         warnings.simplefilter("ignore", ConvergenceWarning)
-        process.fit(points, (z - center) / deviation)
+        process.fit(points, (inner - center) / deviation)
     smooth, white = process.kernel_.k1, process.kernel_.k2
-    covariance = smooth(points) + (white.noise_level + 1e-10) * np.eye(len(z))
+    covariance = smooth(points) + (white.noise_level + 1e-10) * np.eye(len(values))
     noise = deviation * float(np.sqrt(white.noise_level))
-    return Surface(scale, points, z, smooth, noise, center, deviation, cholesky(covariance, lower=True))
+    stretched = 0.0 if warp is None else float(np.log(warp.slope(values)).sum())
+    likelihood = process.log_marginal_likelihood_value_ - len(values) * np.log(deviation) + stretched
+    factor = cholesky(covariance, lower=True)
+    return likelihood, Surface(scale, points, values, warp, smooth, noise, center, deviation, factor)
 
 
 def unit_grid(number: int) -> Array:

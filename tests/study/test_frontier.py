@@ -22,7 +22,7 @@ def ridge(almr: np.ndarray, lr: np.ndarray) -> np.ndarray:
 def sampled(function, noise: float, seed: int, seeds: int = 3) -> Surface:
     random = np.random.default_rng(seed)
     almr, lr = (part.ravel().repeat(seeds) for part in np.meshgrid(ALMRS, RATES))
-    return fit_surface(almr, lr, function(almr, lr) + noise * random.standard_normal(len(almr)))
+    return fit_surface(almr, lr, function(almr, lr) + noise * random.standard_normal(len(almr)), loss=False)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -70,6 +70,29 @@ def test_a_peak_that_noise_moves_to_the_border_is_not_trusted() -> None:
     assert line.refused is not None
 
 
+def test_rates_at_which_all_ratios_are_alike_have_no_peak() -> None:
+    """Below 1e-3 nothing is learned and noise decides; the line is that of the rates above."""
+
+    def learned(almr: np.ndarray, lr: np.ndarray) -> np.ndarray:
+        log_lr = np.log10(lr)
+        return -8 * (almr - A - B * log_lr) ** 2 * (1 + np.tanh(4 * (log_lr + 2.9))) / 2
+
+    surface = sampled(learned, 0.05, 0)
+    line = metric_frontier(surface, replicates=100)
+    assert line.points[:, 1].min() > 3e-4
+    assert line.b == pytest.approx(B, abs=0.08)
+    nothing = metric_frontier(sampled(lambda almr, lr: 0 * almr, 0.1, 1), replicates=20)
+    assert (
+        nothing.refused
+        == "at most learning rates all ALMRs are alike within the noise: more seeds, longer runs or wider ranges"
+    )
+
+
+def test_losses_have_their_frontier_where_they_are_least() -> None:
+    line = metric_frontier(sampled(lambda almr, lr: -ridge(almr, lr), 0.05, 0), sign=-1.0, replicates=50)
+    assert line.b == pytest.approx(B, abs=0.03)
+
+
 @pytest.mark.parametrize(("across", "along"), [(1.0, 2.0), (-1.0, 1.0), (0.3, 1.0)])
 def test_the_loss_line_follows_the_gradient(across: float, along: float) -> None:
     """On a plane the steepest direction is that of its gradient, in scaled coordinates."""
@@ -104,14 +127,14 @@ def test_gradients_are_those_of_the_function() -> None:
 
 def test_surfaces_say_what_is_missing() -> None:
     with pytest.raises(InputError, match="3 finished runs have this; a surface needs four"):
-        fit_surface([0, 1, 0], [1e-3, 1e-3, 1e-2], [1, 2, 3])
+        fit_surface([0, 1, 0], [1e-3, 1e-3, 1e-2], [1, 2, 3], loss=False)
     with pytest.raises(InputError, match=r"all finished runs have the same learning rate, 0\.001"):
-        fit_surface([0, 1, 0, 0.5], [1e-3] * 4, [1, 2, 3, 4])
+        fit_surface([0, 1, 0, 0.5], [1e-3] * 4, [1, 2, 3, 4], loss=False)
 
 
 def test_a_surface_knows_its_noise_and_its_errors() -> None:
     surface = sampled(ridge, 0.15, 1)
-    assert surface.noise == pytest.approx(0.15, rel=0.25)
+    assert surface.noise(unit_grid(2)) == pytest.approx([0.15] * 4, rel=0.25)
     assert np.sqrt((surface.left_out_errors() ** 2).mean()) == pytest.approx(0.16, rel=0.25)
     # Left out and fitted anew, with the same kernel
     others = np.arange(len(surface.values)) != 7
@@ -119,8 +142,8 @@ def test_a_surface_knows_its_noise_and_its_errors() -> None:
 
     covariance = surface.factor @ surface.factor.T
     without = Surface(
-        surface.scale, surface.points[others], surface.values[others], surface.kernel, surface.noise, surface.center,
-        surface.deviation, cholesky(covariance[np.ix_(others, others)], lower=True),
+        surface.scale, surface.points[others], surface.values[others], None, surface.kernel, surface.inner_noise,
+        surface.center, surface.deviation, cholesky(covariance[np.ix_(others, others)], lower=True),
     )  # fmt: skip
     expected = surface.values[7] - without.mean(surface.points[7:8])[0]
     assert surface.left_out_errors()[7] == pytest.approx(expected, rel=1e-6)
