@@ -1,0 +1,1 @@
+"""SFT and DPO on Hugging Face checkpoints: data, templates, and TRL's trainers."""

@@ -1,0 +1,318 @@
+"""The data of SFT and DPO: sources by language, mixed by ALMR; every row is used, or counted under what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+
+from megatron_cpt.config.require import require, require_at_least
+from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.conversations import RowError, parse_conversation, parse_preference
+from megatron_cpt.posttrain.rows import read_rows
+from megatron_cpt.posttrain.templates import IGNORED, Example, PairExample, Template
+
+NAMED_ROWS = 5  # of each kind of broken row in the report
+TOO_LONG = "too long"
+
+Group = Literal["general", "additional"]
+Item = TypeVar("Item", Example, PairExample)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One file."""
+
+    path: str
+    """JSON (a list), JSON Lines or Parquet: alpaca, ShareGPT or OpenAI messages; for DPO with chosen and rejected."""
+    language: str
+    """Of its answers, such as en or zh."""
+    group: Group = "general"
+    """general, or additional: the language that ALMR is about."""
+    max_rows: int | None = None
+    """Use so many of its rows, picked at random."""
+
+    def check(self) -> None:
+        """Raise InputError unless it can be one."""
+        require(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train and to evaluate on."""
+
+    sources: list[SourceConfig]
+    """Files to train on."""
+    validation: list[SourceConfig] = field(default_factory=list)
+    """Files to evaluate on. Default: validation_share of each source."""
+    validation_share: float = 0.02
+    """Of each source's rows, where `validation` names no files; 0: no evaluation."""
+    almr: float | None = None
+    """Share of the additional sources in the tokens: rows of the group that has too many are left out, picked at random.
+    Default: all rows."""
+    max_length: int = 2048
+    """Tokens of an example."""
+    too_long: Literal["truncate", "skip", "refuse"] = "truncate"
+    """What becomes of longer ones. Truncated at their end; without a token of an answer left they are skipped."""
+    broken: Literal["skip", "refuse"] = "refuse"
+    """What becomes of rows that cannot be used. Skipped ones are counted and named in the report."""
+    chat_template: str | None = None
+    """llama3, chatml, or a file with a Jinja template. Default: the tokenizer's own."""
+
+    def files(self) -> list[str]:
+        """All paths.
+
+        Raises:
+            InputError: one is missing
+        """
+        paths = [source.path for source in (*self.sources, *self.validation)]
+        for path in paths:
+            if not os.path.isfile(path):
+                raise InputError(f"{path}: no such file")
+        return paths
+
+    def check(self) -> None:
+        """Raise InputError unless this can be done."""
+        require_at_least(self, max_length=8)
+        require(bool(self.sources), "data.sources", self.sources, "one file or more")
+        require(0 <= self.validation_share < 1, "validation_share", self.validation_share, "0 or more, below 1")
+        require(self.almr is None or 0 <= self.almr <= 1, "almr", self.almr, "a number from 0 to 1")
+        for source in (*self.sources, *self.validation):
+            source.check()
+
+
+@dataclass
+class Counts:
+    """What became of the rows of one source.
+
+    Attributes:
+        broken: kind -> numbers of the rows, and what is wrong with the first
+        left_out: for the sake of ALMR or max_rows
+        lengths: tokens of the examples before they were truncated
+    """
+
+    source: SourceConfig
+    rows: int = 0
+    used: int = 0
+    validation: int = 0
+    truncated: int = 0
+    left_out: int = 0
+    with_tools: int = 0
+    broken: dict[str, tuple[list[int], str]] = field(default_factory=dict)
+    lengths: list[int] = field(default_factory=list)
+    tokens: int = 0
+    answer_tokens: int = 0
+
+    def add_broken(self, number: int, error: RowError) -> None:
+        """Count a row."""
+        self.broken.setdefault(error.kind, ([], str(error)))[0].append(number)
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers by name."""
+        lengths = np.percentile(self.lengths, [0, 50, 90, 99, 100]).round().astype(int).tolist() if self.lengths else []
+        return {
+            "path": self.source.path,
+            "language": self.source.language,
+            "group": self.source.group,
+            **{name: getattr(self, name) for name in ("rows", "used", "validation", "truncated", "left_out", "with_tools")},
+            "broken": {
+                kind: {"rows": len(numbers), "first": numbers[:NAMED_ROWS], "example": text}
+                for kind, (numbers, text) in sorted(self.broken.items())
+            },
+            "tokens": self.tokens,
+            "answer_tokens": self.answer_tokens,
+            "lengths": dict(zip(("least", "median", "p90", "p99", "most"), lengths, strict=False)),
+        }
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[Item]):
+    """Examples to train on, those to evaluate on by language, and what became of all rows."""
+
+    train: list[Item]
+    validation: dict[str, list[Item]]
+    counts: list[Counts]
+    almr: float
+
+
+def prepare_sft(config: DataConfig, template: Template, seed: int) -> Prepared[Example]:
+    """Read, check and tokenize conversations.
+
+    Raises:
+        InputError: a row is broken and they are refused, or nothing is left to train on
+    """
+
+    def make(row: Any, counts: Counts) -> Example:
+        conversation = parse_conversation(row)
+        counts.with_tools += conversation.has_tools
+        return template.encode(conversation)
+
+    return _prepare(config, make, cut_example, tokens_of_example, seed)
+
+
+def prepare_dpo(config: DataConfig, template: Template, seed: int) -> Prepared[PairExample]:
+    """Read, check and tokenize preference pairs.
+
+    Raises:
+        InputError: as `prepare_sft`
+    """
+
+    def make(row: Any, counts: Counts) -> PairExample:
+        return template.encode_pair(parse_preference(row))
+
+    return _prepare(config, make, cut_pair, tokens_of_pair, seed)
+
+
+def cut_example(example: Example, max_length: int) -> Example:
+    """Its first tokens.
+
+    Raises:
+        RowError: no token of an answer is among them
+    """
+    cut = Example(example.input_ids[:max_length], example.labels[:max_length])
+    if all(label == IGNORED for label in cut.labels):
+        raise RowError(TOO_LONG, f"the prompt alone has {max_length} tokens or more (max_length)")
+    return cut
+
+
+def cut_pair(pair: PairExample, max_length: int) -> PairExample:
+    """Its prompt with the first tokens of the answers.
+
+    Raises:
+        RowError: no token of the answers is left, or the same of both
+    """
+    room = max_length - len(pair.prompt_ids)
+    if room < 1:
+        raise RowError(TOO_LONG, f"the prompt alone has {len(pair.prompt_ids)} tokens; max_length is {max_length}")
+    chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
+    if chosen == rejected:
+        raise RowError(TOO_LONG, f"chosen and rejected differ only after {max_length} tokens (max_length)")
+    return PairExample(pair.prompt_ids, chosen, rejected)
+
+
+def tokens_of_example(example: Example) -> tuple[int, int]:
+    """(all, of answers)"""
+    return len(example.input_ids), sum(label != IGNORED for label in example.labels)
+
+
+def tokens_of_pair(pair: PairExample) -> tuple[int, int]:
+    """(of prompt and longer answer, of both answers)"""
+    answers = len(pair.chosen_ids), len(pair.rejected_ids)
+    return len(pair.prompt_ids) + max(answers), sum(answers)
+
+
+def _prepare(
+    config: DataConfig,
+    make: Callable[[Any, Counts], Item],
+    cut: Callable[[Item, int], Item],
+    tokens_of: Callable[[Item], tuple[int, int]],
+    seed: int,
+) -> Prepared[Item]:
+    def read(source: SourceConfig) -> tuple[list[Item], Counts]:
+        counts = Counts(source)
+        items: list[Item] = []
+        for number, row in read_rows(source.path):
+            counts.rows += 1
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                item = make(row, counts)
+                length = tokens_of(item)[0]
+                if length > config.max_length:
+                    item = shortened(config, cut, item, length)
+                    counts.truncated += 1
+            except RowError as error:
+                if refused(config, error):
+                    option = "too_long" if error.kind == TOO_LONG else "broken"
+                    raise InputError(f"{source.path}, row {number}: {error}; data.{option}: skip goes on") from error
+                counts.add_broken(number, error)
+                continue
+            counts.lengths.append(length)
+            items.append(item)
+        return items, counts
+
+    chooser = random.Random(seed)
+    train: dict[Group, list[tuple[Item, Counts]]] = {"general": [], "additional": []}
+    validation: dict[str, list[Item]] = {}
+    all_counts = []
+    for source in config.sources:
+        items, counts = read(source)
+        chooser.shuffle(items)
+        held = 0 if config.validation else math.ceil(config.validation_share * len(items))
+        if held:
+            validation.setdefault(source.language, []).extend(items[:held])
+        kept = items[held:] if source.max_rows is None else items[held : held + source.max_rows]
+        counts.validation, counts.left_out = held, len(items) - held - len(kept)
+        train[source.group] += [(item, counts) for item in kept]
+        all_counts.append(counts)
+    for source in config.validation:
+        items, counts = read(source)
+        counts.validation = len(items)
+        validation.setdefault(source.language, []).extend(items[: source.max_rows])
+        all_counts.append(counts)
+    mixed = mix(train, config.almr, lambda item: tokens_of(item)[0], chooser)
+    if not mixed:
+        raise InputError("no row of data.sources is left to train on; the report says what became of them")
+    tokens = {"general": 0, "additional": 0}
+    for item, counts in mixed:
+        all_tokens, answers = tokens_of(item)
+        counts.used += 1
+        counts.tokens += all_tokens
+        counts.answer_tokens += answers
+        tokens[counts.source.group] += all_tokens
+    return Prepared([item for item, _ in mixed], validation, all_counts, tokens["additional"] / sum(tokens.values()))
+
+
+def shortened(config: DataConfig, cut: Callable[[Item, int], Item], item: Item, length: int) -> Item:
+    """An item that is too long, if it may be truncated."""
+    if config.too_long != "truncate":
+        raise RowError(TOO_LONG, f"it has {length} tokens; max_length is {config.max_length}")
+    return cut(item, config.max_length)
+
+
+def refused(config: DataConfig, error: RowError) -> bool:
+    """Whether a row ends the work instead of being counted."""
+    return config.too_long == "refuse" if error.kind == TOO_LONG else config.broken == "refuse"
+
+
+def mix(
+    train: dict[Group, list[tuple[Item, Counts]]],
+    almr: float | None,
+    length: Callable[[Item], int],
+    chooser: random.Random,
+) -> list[tuple[Item, Counts]]:
+    """Both groups in one order; of the one that has too much for `almr`, the first rows of a random order.
+
+    Raises:
+        InputError: a group is empty that has to have a share
+    """
+    for items in train.values():
+        chooser.shuffle(items)
+    if almr is not None:
+        wanted: dict[Group, float] = {"general": 1 - almr, "additional": almr}
+        have: dict[Group, int] = {group: sum(length(item) for item, _ in items) for group, items in train.items()}
+        for group, share in wanted.items():
+            if share > 0 and not have[group]:
+                raise InputError(f"data.almr is {almr:g}, but no row of a source with group {group} can be used")
+        total = min(have[group] / share for group, share in wanted.items() if share > 0)
+        for group, share in wanted.items():
+            train[group], rest = cut_to(train[group], share * total, length)
+            for _, counts in rest:
+                counts.left_out += 1
+    mixed: list[tuple[Item, Counts]] = train["general"] + train["additional"]
+    chooser.shuffle(mixed)
+    return mixed
+
+
+def cut_to(
+    items: list[tuple[Item, Counts]], tokens: float, length: Callable[[Item], int]
+) -> tuple[list[tuple[Item, Counts]], list[tuple[Item, Counts]]]:
+    """(as many of the first items as come nearest to these tokens, the others)"""
+    sums = np.concatenate([[0], np.cumsum([length(item) for item, _ in items])])
+    number = int(np.abs(sums - tokens).argmin())
+    return items[:number], items[number:]

@@ -1,0 +1,119 @@
+"""Direct preference optimization (Rafailov et al., 2023): of two answers, the better one becomes likelier. TRL's trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import datasets
+import torch
+from accelerate import PartialState
+from trl import DPOConfig as TrlConfig
+from trl import DPOTrainer
+
+from megatron_cpt.config.require import require
+from megatron_cpt.posttrain.data import DataConfig, prepare_dpo
+from megatron_cpt.posttrain.models import load_model, load_template, lora, make_ready_to_answer, saved_dtype
+from megatron_cpt.posttrain.report import show_report, write_report
+from megatron_cpt.posttrain.runner import check_folder, check_same, train
+from megatron_cpt.posttrain.settings import (
+    LoraSettings,
+    OptimizerSettings,
+    RunSettings,
+    TrainingSettings,
+    trainer_arguments,
+)
+from megatron_cpt.posttrain.templates import PairExample
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """Preference optimization of a fine-tuned Hugging Face checkpoint."""
+
+    model: str
+    """HF folder to begin with, which is also the reference: what finetune_sft.py has written."""
+    save: str
+    """Folder of the run; the result goes into its subfolder "hf"."""
+    data: DataConfig
+    """What to train on: rows with chosen and rejected."""
+    beta: float = 0.1
+    """Strength of the tie to the reference."""
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "sppo_hard", "apo_zero"] = "sigmoid"
+    """As TRL names them; sigmoid is the paper's."""
+    label_smoothing: float = 0.0
+    """Share of pairs that are taken to be the wrong way round (cDPO; robust)."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """See TrainingSettings."""
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-6))
+    """See OptimizerSettings."""
+    lora: LoraSettings | None = None
+    """Train adapters only; the model without them is the reference. Default: all weights, with the reference's
+    probabilities computed before the first step."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """See RunSettings."""
+
+    def __post_init__(self) -> None:
+        require(self.beta > 0, "beta", self.beta, "a number above 0")
+        require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "0 or more, below 0.5")
+        for section in (self.data, self.training, self.optimizer, self.run):
+            section.check()
+
+
+class TokenizedTrainer(DPOTrainer):
+    """Takes pairs that are tokens already."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset
+
+
+def finetune_dpo(config: DpoConfig) -> str:
+    """Run it; returns the folder of the result."""
+    check_folder(config.save, config.model)
+    datasets.disable_progress_bars()
+    use_cpu = not torch.cuda.is_available()
+    process = PartialState(cpu=use_cpu)
+    arguments = trainer_arguments(config.save, config.training, config.optimizer, config.run, process.num_processes, use_cpu)
+    settings = dataclasses.asdict(config)
+    check_same(config.save, settings, config.data.files())
+    template = load_template(config.model, config.data.chat_template)
+    prepared = prepare_dpo(config.data, template, config.training.seed)
+    folder = os.path.join(config.save, "data")
+    if process.is_main_process:
+        write_report(config.save, prepared)
+        show_report(prepared)
+        as_dataset(prepared.train).save_to_disk(os.path.join(folder, "train"))
+        for language, pairs in prepared.validation.items():
+            as_dataset(pairs).save_to_disk(os.path.join(folder, f"validation_{language}"))
+    process.wait_for_everyone()
+    # From files: the reference's probabilities are kept beside them, where all processes find them
+    validation = {
+        language: datasets.load_from_disk(os.path.join(folder, f"validation_{language}")) for language in prepared.validation
+    }
+    model = load_model(config.model)
+    make_ready_to_answer(model, template)
+    trainer = TokenizedTrainer(
+        model=model,
+        args=TrlConfig(
+            **arguments,
+            max_length=None,
+            beta=config.beta,
+            loss_type=[config.loss_type],
+            label_smoothing=config.label_smoothing,
+            precompute_ref_log_probs=config.lora is None,
+            precompute_ref_batch_size=config.training.micro_batch_size,
+        ),
+        train_dataset=datasets.load_from_disk(os.path.join(folder, "train")),
+        eval_dataset=validation or None,
+        processing_class=template.tokenizer,
+        peft_config=lora(config.lora),
+    )
+    merge = config.lora is None or config.lora.merge
+    return train(trainer, config.save, template.tokenizer, settings, merge, saved_dtype(config.model))
+
+
+def as_dataset(pairs: list[PairExample]) -> datasets.Dataset:
+    """With the names that TRL knows."""
+    names = [item.name for item in dataclasses.fields(PairExample)]
+    return datasets.Dataset.from_dict({name: [getattr(pair, name) for pair in pairs] for name in names})

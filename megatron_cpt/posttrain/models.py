@@ -1,0 +1,74 @@
+"""The model and the tokenizer that SFT and DPO begin with."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+
+from megatron_cpt.checkpoint.save_load import dtype_of
+from megatron_cpt.checkpoint.vocabulary import load
+from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.settings import LoraSettings
+from megatron_cpt.posttrain.templates import Template
+
+
+def load_model(folder: str) -> Any:
+    """transformers' model in fp32, as the weights that are trained have to be.
+
+    Raises:
+        InputError: it cannot be read
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
+    except Exception as error:  # it raises what it likes for files that are damaged, or another library's
+        raise InputError(f"model {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def saved_dtype(folder: str) -> torch.dtype:
+    """Of the weights in a HF folder, as its config.json says."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        fields = json.load(file)
+    return dtype_of(fields.get("dtype") or fields.get("torch_dtype") or "float32")
+
+
+def load_template(folder: str, name: str | None) -> Template:
+    """The tokenizer with a chat template.
+
+    Raises:
+        InputError: see Template
+    """
+    return Template(load(folder), name)
+
+
+def make_ready_to_answer(model: Any, template: Template) -> None:
+    """A model that has learned to end its turns stops there when it generates."""
+    ends = model.generation_config.eos_token_id
+    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if template.end_of_turn not in known:
+        model.generation_config.eos_token_id = [*known, template.end_of_turn]
+    if template.tokenizer.pad_token is None:
+        template.tokenizer.pad_token = template.tokenizer.eos_token
+    model.config.use_cache = True
+
+
+def lora(settings: LoraSettings | None) -> Any:
+    """PEFT's configuration, None: all weights are trained."""
+    if settings is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        task_type="CAUSAL_LM",
+    )

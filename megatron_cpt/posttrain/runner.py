@@ -1,0 +1,213 @@
+"""What surrounds a TRL trainer: where it resumes, what it writes down, how it stops, and the folder it leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from megatron_cpt.checkpoint.folders import appearing_folder
+from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
+from megatron_cpt.errors import InputError
+from megatron_cpt.training.metrics_file import MetricsFile
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+RESULT, REPORT, STATUS, RUN = "hf", "data_report.json", "status.json", "run.json"
+
+
+def newest_checkpoint(folder: str) -> str | None:
+    """The newest complete checkpoint of a run: the trainer writes trainer_state.json last."""
+    found = {}
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        match = re.fullmatch(r"checkpoint-(\d+)", name)
+        if match:
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name, "trainer_state.json")) as file:
+                json.load(file)
+                found[int(match[1])] = os.path.join(folder, name)
+    return found[max(found)] if found else None
+
+
+def check_folder(folder: str, model: str) -> None:
+    """Raise InputError unless a run may go on, or begin, in a folder."""
+    if not folder:
+        raise InputError("save is empty; use the name of a folder")
+    if os.path.exists(os.path.join(folder, RESULT)):
+        raise InputError(f"{folder} holds a finished run; use another folder as save, or remove it")
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise InputError(f"{folder} is no folder; use another name as save")
+    if not os.path.exists(os.path.join(model, "config.json")):
+        wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
+        raise InputError(f"model is {model}, which has no config.json; use {wanted}")
+
+
+def check_same(folder: str, settings: dict[str, Any], files: list[str]) -> None:
+    """Write run.json: the configuration, and how the files of data were; all processes call this, the first writes.
+
+    Raises:
+        InputError: the run in this folder has begun with others, and would go on with these
+    """
+    path = os.path.join(folder, RUN)
+    stats = {name: [os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in files}
+    now = json.loads(json.dumps({"config": settings, "files": stats}))
+    if newest_checkpoint(folder) and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+        for name in sorted(now["config"] | now["files"]):
+            was, now_is = ((facts["config"] | facts["files"]).get(name) for facts in (before, now))
+            if was != now_is:
+                raise InputError(f"{folder} has begun with {name} {was}, now it is {now_is}; use another folder as save")
+    elif PartialState().is_main_process:
+        os.makedirs(folder, exist_ok=True)
+        write_json(path, now | {"versions": versions()})
+
+
+class Record(TrainerCallback):
+    """metrics.jsonl and a line on screen, by the first process."""
+
+    def __init__(self, folder: str, resumed: int) -> None:
+        self._first = PartialState().is_main_process
+        self._file = MetricsFile(folder)
+        self._began = time.monotonic()
+        if self._first:
+            for problem in self._file.keep_until(resumed):
+                print(problem, file=sys.stderr)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """A row of metrics.jsonl, with the trainer's names, and a line."""
+        if not self._first:
+            return
+        evaluated = [name.removesuffix("loss") for name in logs if name.startswith("eval_") and name.endswith("_loss")]
+        prefix = evaluated[0] if len(evaluated) == 1 else ""  # TRL names its own figures without the set
+        named = {
+            prefix + name.removeprefix("eval_") if prefix and "/" in name else name: value
+            for name, value in logs.items()
+            if name != "total_flos"
+        }
+        row = {"iteration": state.global_step} | named
+        self._file.append(row)
+        print(line_of(row, state.max_steps, time.monotonic() - self._began), file=sys.stderr, flush=True)
+
+
+SHOWN = (
+    ("loss", "loss", ".4f"),
+    ("learning_rate", "lr", ".2e"),
+    ("grad_norm", "grad norm", ".2f"),
+    ("rewards/accuracies", "accuracy", ".1%"),
+    ("rewards/margins", "margin", ".3f"),
+)
+
+
+def line_of(row: dict[str, Any], steps: int, seconds: float) -> str:
+    """What a person wants to see of a row."""
+    parts = [f"step {row['iteration']}/{steps}"]
+    parts += [f"{label} {float(row[name]):{form}}" for name, label, form in SHOWN if name in row]
+    if any(name.startswith("eval_") for name in row):
+        parts[0] = f"evaluation at step {row['iteration']}"
+        kept = ("loss", "rewards/accuracies", "rewards/margins")
+        parts += [
+            f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}"
+            for name, value in row.items()
+            if name.startswith("eval_") and name.endswith(kept)
+        ]
+    return " | ".join([*parts, f"{seconds:.0f} s"])
+
+
+class Stop(TrainerCallback):
+    """SIGTERM and SIGUSR1: save after this step, and stop. All processes agree: a signal may reach one before another."""
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """For the length of the block."""
+
+        def ask(number: int, frame: object) -> None:
+            self.asked = signal.Signals(number).name
+
+        before = {number: signal.signal(number, ask) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        """Ask the trainer to save and to stop."""
+        asked = torch.tensor(int(self.asked is not None), device=args.device)
+        if dist.is_initialized():
+            dist.all_reduce(asked)
+        if asked.item():
+            self.asked = self.asked or "a signal to another process"
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], merge: bool, dtype: torch.dtype) -> str:
+    """Evaluate, train, evaluate, and write the result; goes on where an earlier attempt has saved.
+
+    Args:
+        tokenizer: goes along with the model
+        settings: for the manifest
+        merge: of a model with adapters, write their sum with the weights
+        dtype: of the weights that are written
+
+    Returns the folder of the result, or, when it was told to stop, that of the run.
+    """
+    checkpoint, stop = newest_checkpoint(folder), Stop()
+    trainer.remove_callback(PrinterCallback)
+    for callback in (Record(folder, int(checkpoint.rsplit("-", 1)[1]) if checkpoint else -1), stop):
+        trainer.add_callback(callback)
+    first = PartialState().is_main_process
+    if checkpoint and first:
+        print(f"resuming from {checkpoint}", file=sys.stderr)
+    with stop.listening():
+        if trainer.eval_dataset and not checkpoint:
+            trainer.evaluate()
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        steps = int(trainer.state.global_step)
+        if steps < trainer.state.max_steps:
+            if first:
+                write_json(os.path.join(folder, STATUS), {"state": "stopped", "iteration": steps, "reason": stop.asked})
+                print(f"stopped by {stop.asked} after step {steps}; the same command goes on", file=sys.stderr)
+            return folder
+        if trainer.eval_dataset:
+            trainer.evaluate()
+    target = os.path.join(folder, RESULT)
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # of all processes, on the first
+    if first:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with appearing_folder(target) as temporary:
+            write_model(model, weights, temporary, merge, dtype)
+            tokenizer.save_pretrained(temporary)
+            facts = {"kind": "finetune", "iteration": steps, "config": settings, "versions": versions()}
+            write_json(os.path.join(temporary, "manifest.json"), facts)
+            sync_files(temporary)
+        write_json(os.path.join(folder, STATUS), {"state": "finished", "iteration": steps, "loss": result.training_loss})
+    trainer.accelerator.wait_for_everyone()
+    return target
+
+
+def write_model(model: Any, weights: dict[str, torch.Tensor], folder: str, merge: bool, dtype: torch.dtype) -> None:
+    """A Hugging Face folder; of a model with adapters that are not merged, the adapters'."""
+    if hasattr(model, "merge_and_unload"):
+        if not merge:
+            model.save_pretrained(folder)
+            return
+        model = model.merge_and_unload()
+        weights = model.state_dict()
+    model.config.dtype = dtype
+    model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})

@@ -1,0 +1,136 @@
+"""Supervised fine-tuning: a CPT checkpoint learns to answer. TRL's trainer on conversations that data.py has prepared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from trl import SFTConfig as TrlConfig
+from trl import SFTTrainer
+
+from megatron_cpt.posttrain.data import DataConfig, prepare_sft
+from megatron_cpt.posttrain.models import load_model, load_template, lora, make_ready_to_answer, saved_dtype
+from megatron_cpt.posttrain.report import show_report, write_report
+from megatron_cpt.posttrain.runner import check_folder, check_same, train
+from megatron_cpt.posttrain.settings import (
+    LoraSettings,
+    OptimizerSettings,
+    RunSettings,
+    TrainingSettings,
+    trainer_arguments,
+)
+from megatron_cpt.posttrain.templates import IGNORED, Example
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning of a Hugging Face checkpoint on conversations."""
+
+    model: str
+    """HF folder to begin with, such as convert_checkpoint.py megatron-to-hf writes."""
+    save: str
+    """Folder of the run; the result goes into its subfolder "hf"."""
+    data: DataConfig
+    """What to train on."""
+    packing: bool = True
+    """Fill sequences of max_length tokens with whole conversations, which do not see each other."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """See TrainingSettings."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """See OptimizerSettings."""
+    lora: LoraSettings | None = None
+    """Train adapters only. Default: all weights."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """See RunSettings."""
+
+    def __post_init__(self) -> None:
+        for section in (self.data, self.training, self.optimizer, self.run):
+            section.check()
+
+
+class AnswerLossTrainer(SFTTrainer):
+    """Evaluates the mean loss of all answer tokens of a set: the same number for every batch size and layout."""
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """{eval_LANGUAGE_loss, eval_LANGUAGE_tokens}"""
+        sets = eval_dataset or self.eval_dataset or {}
+        model = self._wrap_model(self.model, training=False)
+        was_training = model.training
+        model.eval()
+        metrics: dict[str, float] = {}
+        for name, examples in sets.items():
+            total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+            for batch in own_batches(examples, self.args):
+                inputs = self._prepare_inputs(self.data_collator(batch))
+                labels = inputs["labels"][:, 1:]
+                logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits[:, :-1]
+                losses = torch.nn.functional.cross_entropy(
+                    logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+                )
+                total += torch.stack([losses.double(), (labels != IGNORED).sum().double()])
+            loss, tokens = self.accelerator.reduce(total, "sum").tolist()
+            metrics |= {f"{metric_key_prefix}_{name}_loss": loss / tokens, f"{metric_key_prefix}_{name}_tokens": tokens}
+        model.train(was_training)
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def own_batches(examples: Dataset, args: Any) -> Iterator[list[dict[str, Any]]]:
+    """This process's part of a set. All processes get as many batches, as sharded models need: some may count nothing."""
+    size, world, rank = args.per_device_eval_batch_size, args.world_size, args.process_index
+    own = [examples[number] for number in range(rank, len(examples), world)]
+    empty = examples[0] | {"labels": [IGNORED] * len(examples[0]["input_ids"])}
+    for begin in range(0, -(-len(examples) // world), size):
+        yield own[begin : begin + size] or [empty]
+
+
+def finetune_sft(config: SftConfig) -> str:
+    """Run it; returns the folder of the result."""
+    check_folder(config.save, config.model)
+    datasets.disable_progress_bars()
+    use_cpu = not torch.cuda.is_available()
+    process = PartialState(cpu=use_cpu)
+    arguments = trainer_arguments(config.save, config.training, config.optimizer, config.run, process.num_processes, use_cpu)
+    settings = dataclasses.asdict(config)
+    check_same(config.save, settings, config.data.files())
+    template = load_template(config.model, config.data.chat_template)
+    prepared = prepare_sft(config.data, template, config.training.seed)
+    if process.is_main_process:
+        write_report(config.save, prepared)
+        show_report(prepared)
+    process.wait_for_everyone()
+    model = load_model(config.model)
+    make_ready_to_answer(model, template)
+    trainer = AnswerLossTrainer(
+        model=model,
+        args=TrlConfig(
+            **arguments,
+            max_length=config.data.max_length,
+            packing=config.packing,
+            eval_packing=False,
+            dataset_kwargs={"skip_prepare_dataset": not config.packing},
+        ),
+        train_dataset=as_dataset(prepared.train),
+        eval_dataset={language: as_dataset(examples) for language, examples in prepared.validation.items()} or None,
+        processing_class=template.tokenizer,
+        peft_config=lora(config.lora),
+    )
+    merge = config.lora is None or config.lora.merge
+    return train(trainer, config.save, template.tokenizer, settings, merge, saved_dtype(config.model))
+
+
+def as_dataset(examples: list[Example]) -> Dataset:
+    """With the names that TRL knows."""
+    return Dataset.from_dict(
+        {"input_ids": [example.input_ids for example in examples], "labels": [example.labels for example in examples]}
+    )

@@ -1,0 +1,180 @@
+"""Chat templates: conversations -> tokens, with the answers marked that the loss counts.
+
+Text is rendered turn by turn as it is when a model is asked: everything up to the place where it has to answer, then the
+answer. Both are tokenized apart, so a token never spans the border, and training sees what generation will see.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.conversations import Conversation, Message, Preference, RowError
+
+IGNORED = -100  # label of a token that the loss does not count
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# name -> (template, special tokens in it, the one that ends a turn)
+TEMPLATES = {
+    "llama3": (LLAMA3, ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
+    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
+}
+PROBE = (
+    Message("user", "probe one"),
+    Message("assistant", "probe two"),
+    Message("user", "probe three"),
+    Message("assistant", "probe four"),
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation in tokens; labels are the tokens of the answers, with the one that ends each, and `IGNORED`."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """Two answers in tokens, with the one that ends each."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+
+class Template:
+    """A chat template with its tokenizer, which carries it from then on.
+
+    Attributes:
+        tokenizer: transformers' tokenizer
+        end_of_turn: id of the token at which a model that answers has to stop
+    """
+
+    def __init__(self, tokenizer: Any, name: str | None) -> None:
+        """`name`: llama3, chatml, a file with a Jinja template; None: the tokenizer's own.
+
+        Raises:
+            InputError: there is none, its tokens are not the tokenizer's, or it does not let answers be told from the rest
+        """
+        self.tokenizer = tokenizer
+        tokenizer.chat_template = template_text(tokenizer, name)
+        if name in TEMPLATES:
+            _, wanted, _ = TEMPLATES[name]
+            missing = [token for token in wanted if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
+            if missing:
+                own = f"the tokenizer {tokenizer.name_or_path} has no token {missing[0]}"
+                raise InputError(f"chat_template is {name}, but {own}; use another template, or add its tokens")
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = special | set(tokenizer.all_special_tokens)
+        self._find_special = re.compile("|".join(map(re.escape, sorted(self._special)))).search
+        self.end_of_turn = self._end_of_turn()
+
+    def encode(self, conversation: Conversation) -> Example:
+        """All tokens of a conversation.
+
+        Raises:
+            RowError: a text of it holds one of the tokenizer's special tokens, or cannot be rendered
+        """
+        input_ids: list[int] = []
+        labels: list[int] = []
+        done = ""
+        for number, message in enumerate(conversation.messages):
+            if message.role != "assistant":
+                continue
+            before, after = self._answer(conversation.messages[: number + 1], done)
+            asked, answer = self._ids(before), self._ids(after)
+            end = len(answer) - answer[::-1].index(self.end_of_turn) if self.end_of_turn in answer else len(answer)
+            input_ids += asked + answer
+            labels += [IGNORED] * len(asked) + answer[:end] + [IGNORED] * (len(answer) - end)
+            done += before + after
+        return Example(input_ids, labels)
+
+    def encode_pair(self, preference: Preference) -> PairExample:
+        """Prompt and both answers.
+
+        Raises:
+            RowError: as `encode`
+        """
+        sides = [self._answer((*preference.prompt, side), "") for side in (preference.chosen, preference.rejected)]
+        prompt = self._ids(sides[0][0])
+        answers = [self._ids(after) for _, after in sides]
+        ended = [ids[: len(ids) - ids[::-1].index(self.end_of_turn)] if self.end_of_turn in ids else ids for ids in answers]
+        if ended[0] == ended[1]:
+            raise RowError("identical answers", "chosen and rejected are the same tokens")
+        return PairExample(prompt, *ended)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """What a model is given that has to answer."""
+        return self._render(messages, True)
+
+    def _answer(self, messages: Sequence[Message], done: str) -> tuple[str, str]:
+        """(text from the end of `done` up to the last message's answer, the answer)"""
+        for message in messages:
+            found = self._find_special(message.content)
+            if found is not None:
+                raise RowError("special token in a text", f"a text holds {found[0]}, which the model would take for its own")
+        asked, whole = self._render(messages[:-1], True), self._render(messages, False)
+        if not (whole.startswith(asked) and asked.startswith(done)):
+            raise RowError("template", "the chat template changes earlier turns when later ones come")
+        return asked[len(done) :], whole[len(asked) :]
+
+    def _render(self, messages: Sequence[Message], ask: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+        except TemplateError as error:
+            raise RowError("template", f"the chat template refuses it: {error}") from error
+        return text
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _end_of_turn(self) -> int:
+        """Checks that what is put in comes out again, and finds the token after an answer."""
+        where = f"the chat template of {self.tokenizer.name_or_path}"
+        try:
+            first, second = self._answer(PROBE[:2], ""), self._answer(PROBE, "")
+        except RowError as error:
+            raise InputError(f"{where}: {error}") from error
+        places = [second[0].find(message.content) for message in PROBE[:3]]
+        if min(places) < 0 or places != sorted(places) or not second[1].startswith(PROBE[3].content):
+            raise InputError(f"{where} does not give back the texts of a conversation in their order")
+        ids = self._ids(first[1].removeprefix(PROBE[1].content))
+        special = [number for number in ids if self.tokenizer.decode([number]) in self._special]
+        if not special:
+            raise InputError(
+                f"{where} ends an answer with {first[1].removeprefix(PROBE[1].content)!r}; wanted a special token"
+            )
+        return special[0]
+
+
+def template_text(tokenizer: Any, name: str | None) -> str:
+    """The Jinja text."""
+    if name is None:
+        if not isinstance(tokenizer.chat_template, str):
+            raise InputError(
+                f"the tokenizer {tokenizer.name_or_path} has no chat template; use chat_template: llama3, chatml or a file"
+            )
+        return tokenizer.chat_template
+    if name in TEMPLATES:
+        return TEMPLATES[name][0]
+    if not os.path.isfile(name):
+        raise InputError(f"chat_template is {name}, no file; use llama3, chatml, or a file with a Jinja template")
+    with open(name, encoding="utf-8") as file:
+        return file.read()

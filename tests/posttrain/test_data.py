@@ -1,0 +1,167 @@
+"""Every row is used or counted; groups are mixed by ALMR; what is too long is cut, skipped or refused as asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.data import DataConfig, Prepared, SourceConfig, prepare_dpo, prepare_sft
+from megatron_cpt.posttrain.models import load_template
+from megatron_cpt.posttrain.report import show_report, write_report
+from megatron_cpt.posttrain.templates import IGNORED, Example, Template
+
+
+@pytest.fixture(scope="module")
+def template(chat_tokenizer_dir: str) -> Template:
+    return load_template(chat_tokenizer_dir, "chatml")
+
+
+def rows(number: int, words: int = 5, word: str = "dog") -> list[dict[str, Any]]:
+    return [{"instruction": f"Say {i}.", "output": " ".join([word] * (words + i % 3))} for i in range(number)]
+
+
+def write(path: Path, content: list[Any]) -> str:
+    if path.suffix == ".json":
+        path.write_text(json.dumps(content, ensure_ascii=False))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in content))
+    else:
+        pa.parquet.write_table(pa.Table.from_pylist(content), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
+def test_all_files_give_the_same(template: Template, tmp_path: Path, ending: str) -> None:
+    source = SourceConfig(write(tmp_path / f"rows{ending}", rows(20)), "en")
+    found = prepare_sft(DataConfig([source], validation_share=0.1), template, 1)
+    assert len(found.train) == 18
+    assert {language: len(examples) for language, examples in found.validation.items()} == {"en": 2}
+    assert (found.counts[0].rows, found.counts[0].used, found.counts[0].validation) == (20, 18, 2)
+    again = prepare_sft(DataConfig([source], validation_share=0.1), template, 1)
+    assert again.train == found.train
+    other = prepare_sft(DataConfig([source], validation_share=0.1), template, 2)
+    assert other.train != found.train
+
+
+@pytest.mark.parametrize("almr", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_groups_are_mixed_by_tokens(template: Template, tmp_path: Path, almr: float) -> None:
+    """Within one conversation, using all of the group of which there is too little."""
+    general = SourceConfig(write(tmp_path / "en.json", rows(60)), "en")
+    additional = SourceConfig(write(tmp_path / "zh.json", rows(80, 20, "狗")), "zh", "additional")
+    config = DataConfig([general, additional], validation_share=0, almr=almr)
+    found = prepare_sft(config, template, 3)
+    longest = max(len(example.input_ids) for example in found.train)
+    total = sum(len(example.input_ids) for example in found.train)
+    assert abs(found.almr - almr) <= longest / total
+    used = {counts.source.group: counts.used for counts in found.counts}
+    assert (used["general"] == 60) or (used["additional"] == 80)
+    assert all(counts.used + counts.left_out == counts.rows for counts in found.counts)
+    everything = prepare_sft(replace(config, almr=None), template, 3)
+    assert len(everything.train) == 140
+
+
+def test_an_almr_needs_its_group(template: Template, tmp_path: Path) -> None:
+    source = SourceConfig(write(tmp_path / "en.json", rows(5)), "en")
+    with pytest.raises(InputError, match=r"data\.almr is 0\.5, but no row of a source with group additional can be used"):
+        prepare_sft(DataConfig([source], almr=0.5), template, 1)
+
+
+BROKEN: list[Any] = [
+    "{not json",
+    {"instruction": "a", "output": ""},
+    {"instruction": "a<|im_end|>", "output": "b"},
+    {"text": "no conversation"},
+    {"instruction": "b", "output": ""},
+]
+
+
+def test_broken_rows_are_counted_and_named(template: Template, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = SourceConfig(write(tmp_path / "rows.jsonl", [*rows(10), *BROKEN]), "en")
+    with pytest.raises(InputError, match=r"rows\.jsonl, row 11: unexpected character.*; data\.broken: skip goes on"):
+        prepare_sft(DataConfig([source]), template, 1)
+    found = prepare_sft(DataConfig([source], broken="skip", validation_share=0), template, 1)
+    report = json.loads(Path(write_report(str(tmp_path), found)).read_text())
+    (counts,) = report["sources"]
+    assert (counts["rows"], counts["used"], report["train"]) == (15, 10, 10)
+    kinds = {kind: (facts["rows"], facts["first"]) for kind, facts in counts["broken"].items()}
+    assert kinds == {
+        "not JSON": (1, [11]),
+        "empty answer": (2, [12, 15]),
+        "special token in a text": (1, [13]),
+        "unknown style": (1, [14]),
+    }
+    assert counts["tokens"] == sum(len(example.input_ids) for example in found.train)
+    show_report(found)
+    said = capfd.readouterr().err
+    assert "rows.jsonl: 2 rows left out (empty answer): 12, 15; message 2 is empty" in said
+    assert "data: 10 examples, ALMR 0.000" in said
+
+
+def test_what_is_too_long(template: Template, tmp_path: Path) -> None:
+    """Cut at its end; a prompt that leaves no room for an answer is skipped and counted."""
+    long_answer = {"instruction": "a", "output": "dog " * 100}
+    long_prompt = {"instruction": "dog " * 100, "output": "b"}
+    source = SourceConfig(write(tmp_path / "rows.json", [*rows(3), long_answer, long_prompt]), "en")
+    config = DataConfig([source], validation_share=0, max_length=64)
+    found = prepare_sft(config, template, 1)
+    (counts,) = found.counts
+    assert (counts.used, counts.truncated) == (4, 1)
+    assert counts.broken["too long"][0] == [5]
+    (cut,) = (example for example in found.train if len(example.input_ids) == 64)
+    assert cut.labels[-1] != IGNORED
+    assert max(counts.lengths) > 64
+    skipped = prepare_sft(replace(config, too_long="skip"), template, 1)
+    assert skipped.counts[0].broken["too long"][0] == [4, 5]
+    with pytest.raises(InputError, match=r"row 4: it has \d+ tokens; max_length is 64; data\.too_long: skip goes on"):
+        prepare_sft(replace(config, too_long="refuse"), template, 1)
+
+
+def pairs(number: int) -> list[dict[str, Any]]:
+    return [{"instruction": f"Say {i}.", "chosen": "狗" * (2 + i % 3), "rejected": "dog"} for i in range(number)]
+
+
+def test_pairs(template: Template, tmp_path: Path) -> None:
+    same = {"instruction": "a", "chosen": "b", "rejected": "b"}
+    differ_late = {"instruction": "a", "chosen": "dog " * 50 + "x", "rejected": "dog " * 50 + "y"}
+    source = SourceConfig(write(tmp_path / "pairs.json", [*pairs(8), same, differ_late]), "zh", "additional")
+    config = DataConfig([source], validation_share=0.2, max_length=48, broken="skip")
+    found = prepare_dpo(config, template, 1)
+    (counts,) = found.counts
+    assert (len(found.train), len(found.validation["zh"]), counts.truncated) == (6, 2, 0)
+    assert {kind: numbers for kind, (numbers, _) in counts.broken.items()} == {"identical answers": [9], "too long": [10]}
+    assert found.almr == 1.0
+
+
+def test_validation_files(template: Template, tmp_path: Path) -> None:
+    train = SourceConfig(write(tmp_path / "train.json", rows(10)), "en")
+    valid = SourceConfig(write(tmp_path / "valid.json", rows(6)), "zh", max_rows=4)
+    found = prepare_sft(DataConfig([train], [valid]), template, 1)
+    assert (len(found.train), {k: len(v) for k, v in found.validation.items()}) == (10, {"zh": 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "{}", "holds a JSON dict; wanted a list of rows"),
+        ("a.json", "{", r"is not JSON: .*; files with an object on each line end in \.jsonl"),
+        ("a.parquet", "x", "is not Parquet"),
+        ("a.csv", "x", r"ends in \.csv; wanted one of \.json, \.jsonl, \.parquet"),
+        ("a.jsonl", "\n\n", "no row of data.sources is left to train on"),
+    ],
+)
+def test_files_that_hold_no_rows(template: Template, tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        prepare_sft(DataConfig([SourceConfig(str(tmp_path / name), "en")]), template, 1)
+
+
+def test_reports_of_nothing(template: Template, tmp_path: Path) -> None:
+    found: Prepared[Example] = Prepared([], {}, [], 0.0)
+    assert json.loads(Path(write_report(str(tmp_path), found)).read_text())["sources"] == []

@@ -1,0 +1,11 @@
+"""Make the better one of two answers likelier: direct preference optimization of a fine-tuned checkpoint.
+
+python tools/finetune_dpo.py --config dpo.yaml            (one process)
+torchrun --nproc_per_node 8 tools/finetune_dpo.py --config dpo.yaml
+"""
+
+from megatron_cpt.config.cli import run_tool
+from megatron_cpt.posttrain.dpo import DpoConfig, finetune_dpo
+
+if __name__ == "__main__":
+    run_tool(finetune_dpo, DpoConfig, "Direct preference optimization of a Hugging Face checkpoint.")
