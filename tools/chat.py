@@ -1,7 +1,10 @@
-"""Complete text with an HF checkpoint (a conversation in the terminal comes with the post-training stage)."""
+"""Talk to a Hugging Face checkpoint in the terminal.
+
+python tools/chat.py checkpoints/Llama-3-zh-chat --system "Answer in Chinese."
+"""
 
 from megatron_cpt.config.cli import run_tool
-from megatron_cpt.evaluation.generate import GenerateConfig, generate
+from megatron_cpt.posttrain.chat import ChatConfig, chat
 
 if __name__ == "__main__":
-    run_tool(generate, GenerateConfig, "Complete text with a Hugging Face checkpoint.")
+    run_tool(chat, ChatConfig, "Talk to a Hugging Face checkpoint.", positional="model")

@@ -4,22 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_cpt.errors import InputError
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Complete text with an HF checkpoint, greedily."""
-
-    model: str
-    """Hugging Face folder, as convert_checkpoint.py megatron-to-hf writes it."""
-    prompt: list[str] | str
-    """Text to complete; several are completed one after the other."""
-    max_new_tokens: int = 40
-    """Length of the completion, in tokens."""
 
 
 def load_model(folder: str) -> tuple[Any, Any]:
@@ -52,10 +39,3 @@ def complete(folder: str, prompts: Sequence[str], max_new_tokens: int) -> list[s
             )
         completions.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return completions
-
-
-def generate(config: GenerateConfig) -> str:
-    """Completions of the prompts, one per paragraph, each after its prompt."""
-    prompts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
-    texts = complete(config.model, prompts, config.max_new_tokens)
-    return "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))

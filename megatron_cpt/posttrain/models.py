@@ -15,6 +15,13 @@ from megatron_cpt.posttrain.settings import LoraSettings
 from megatron_cpt.posttrain.templates import Template
 
 
+def check_model(model: str) -> None:
+    """Raise InputError unless it is a Hugging Face folder."""
+    if not os.path.exists(os.path.join(model, "config.json")):
+        wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
+        raise InputError(f"model is {model}, which has no config.json; use {wanted}")
+
+
 def load_model(folder: str) -> Any:
     """transformers' model in fp32, as the weights that are trained have to be.
 

@@ -20,6 +20,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
 from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.models import check_model
 from megatron_cpt.training.metrics_file import MetricsFile
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -46,9 +47,7 @@ def check_folder(folder: str, model: str) -> None:
         raise InputError(f"{folder} holds a finished run; use another folder as save, or remove it")
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"{folder} is no folder; use another name as save")
-    if not os.path.exists(os.path.join(model, "config.json")):
-        wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
-        raise InputError(f"model is {model}, which has no config.json; use {wanted}")
+    check_model(model)
 
 
 def check_same(folder: str, settings: dict[str, Any], files: list[str]) -> None:

@@ -210,7 +210,9 @@ def laws(results: Results, fit: Fit) -> Figure | None:
         return None
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     for ax, quantity in zip(axes, ("general", "additional"), strict=False):
-        fitted = sorted((law for law in fit.d_cpt if law.quantity == quantity), key=lambda law: law.held_out)
+        fitted = sorted(
+            (law for law in fit.d_cpt if law.quantity == quantity), key=lambda law: np.nan_to_num(law.held_out, nan=np.inf)
+        )
         if not fitted:
             ax.set_axis_off()
             continue
@@ -226,7 +228,8 @@ def laws(results: Results, fit: Fit) -> Figure | None:
             ax.plot(
                 shares, best.law.loss(np.full_like(shares, tokens), ratio), color=color, label=f"{tokens / 1e6:.3g} M tokens"
             )
-        ax.set_title(f"D-CPT, {quantity}, LR {best.lr:g}: left-out ratios off by {best.held_out:.2%}", fontsize=10)
+        off = "too few ratios to leave one out" if np.isnan(best.held_out) else f"left-out ratios off by {best.held_out:.2%}"
+        ax.set_title(f"D-CPT, {quantity}, LR {best.lr:g}: {off}", fontsize=10)
         ax.set_xlabel("ALMR")
         ax.set_ylabel("loss (nats per token)")
         ax.legend(fontsize=8)

@@ -98,6 +98,9 @@ def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01, laws: bo
             notes.append(f"{len(names)} runs {kind} and are left out: {', '.join(sorted(names))}")
     quantities = [*LOSSES, *([MEAN_METRIC] if results.last(MEAN_METRIC) else [])]
     surfaces = {name: fitted_surface(results, name) for name in quantities}
+    pairs = {(row["almr"], row["lr"]) for row in results.last("general")}
+    if len(pairs) == len(results.last("general")):
+        notes.append("every pair was run with one seed: what is said of noise, and so the intervals, may be too small")
     for name, found in surfaces.items():
         if found.refused:
             notes.append(f"{name}: {found.refused}")

@@ -12,6 +12,7 @@ which the general loss stays within a tolerance of its start; along the tokens T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -122,8 +123,11 @@ def best_of_starts(
 def held_out_error(tokens: Array, ratio: Array, losses: Array, seed: int = 0) -> float:
     """Mean relative error of the D-CPT law on each ratio inside the range, by the law of all others.
 
-    The lowest and the highest ratio are not left out: no law of this form is meant to guess beyond them.
+    The lowest and the highest ratio are not left out: no law of this form is meant to guess beyond them. NaN: with three
+    ratios, none can be left out.
     """
+    if len(np.unique(ratio)) < 4:
+        return math.nan
     errors = []
     for left_out in np.unique(ratio)[1:-1]:
         seen = ratio != left_out

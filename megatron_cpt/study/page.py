@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -130,7 +131,7 @@ def d_cpt_table(fit: Fit) -> str:
         [
             f"{fitted.quantity}, LR {fitted.lr:g}",
             *(f"{getattr(fitted.law, name):.3g}" for name in names),
-            f"{fitted.held_out:.2%}",
+            "-" if math.isnan(fitted.held_out) else f"{fitted.held_out:.2%}",
         ]
         for fitted in fit.d_cpt
     )

@@ -156,7 +156,8 @@ def write_results(study: StudyConfig, results: Results) -> str:
     Not by those of a part of the study, as `fit --almr '[0.25,0.5]'` looks at.
     """
     known = {point.name for point in points(study)}
-    if set(os.listdir(os.path.join(study.folder, "runs"))) - known:
+    begun = {name for name in os.listdir(os.path.join(study.folder, "runs")) if not name.startswith(".")}  # locks
+    if begun - known:
         return os.path.join(study.folder, PARQUET)
     table = pa.Table.from_pylist(results.rows)
     for name, write in ((PARQUET, pyarrow.parquet.write_table), (CSV, pyarrow.csv.write_csv)):

@@ -150,6 +150,19 @@ def test_fit_plot_and_choose(whole: Path, runs: Runs) -> None:
     assert checked.returncode == 0
 
 
+def test_results_of_a_part_do_not_replace_those_of_the_whole(whole: Path, runs: Runs) -> None:
+    results = runs.folder / "whole" / "results.parquet"
+    before = results.read_bytes()
+    results.unlink()
+    study("fit", whole)
+    assert results.read_bytes() == before
+    results.unlink()
+    part = study("fit", whole, "--lr", "[0.001,0.004]")
+    assert not results.exists(), part.stderr
+    study("fit", whole)
+    assert results.read_bytes() == before
+
+
 def test_the_plan_knows_what_was_done_and_proposes_more(whole: Path) -> None:
     planned = study("plan", whole, "--adaptive", "2").stderr
     assert "8 runs of 24 steps" in planned

@@ -1,0 +1,239 @@
+"""A conversation in the terminal with a Hugging Face checkpoint; answers appear as they are made."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from megatron_cpt.checkpoint.save_load import dtype_of
+from megatron_cpt.config.require import require, require_at_least
+from megatron_cpt.errors import InputError
+from megatron_cpt.evaluation.generate import complete
+from megatron_cpt.posttrain.conversations import Message
+from megatron_cpt.posttrain.models import check_model, load_template
+from megatron_cpt.posttrain.templates import Template
+
+HELP = """/system TEXT  begin anew with another system prompt (no TEXT: with none)
+/new          begin anew
+/undo         take the last question and answer back
+/help         this
+/quit         leave (or Ctrl-D); Ctrl-C ends an answer"""
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a Hugging Face checkpoint."""
+
+    model: str
+    """HF folder."""
+    system: str | None = None
+    """System prompt."""
+    chat_template: str | None = None
+    """llama3, chatml, or a file with a Jinja template. Default: the tokenizer's own."""
+    prompt: list[str] | str | None = None
+    """Text to complete instead of a conversation, greedily, as base models do; several one after the other."""
+    max_new_tokens: int = 512
+    """Longest answer."""
+    temperature: float = 0.7
+    """0: always the likeliest token."""
+    top_p: float = 0.9
+    """Draw from the likeliest tokens that have this probability together."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that were there become less likely."""
+    seed: int | None = None
+    """The same answers again. Default: others each time."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """In which the model is run. Default: as it was saved."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, max_new_tokens=1, temperature=0)
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
+        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")
+
+
+class Speaker:
+    """A model that answers, piece by piece.
+
+    Attributes:
+        tokens, seconds: of the last answer, and how long it took
+    """
+
+    def __init__(self, config: ChatConfig) -> None:
+        """Load it.
+
+        Raises:
+            InputError: it cannot be read, or has no chat template
+        """
+        import transformers
+
+        check_model(config.model)
+        transformers.utils.logging.disable_progress_bar()
+        self.template: Template = load_template(config.model, config.chat_template)
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                config.model, dtype=dtype_of(config.dtype) if config.dtype else "auto", trust_remote_code=False
+            )
+        except Exception as error:  # it raises what it likes for files that are damaged
+            raise InputError(f"model {config.model} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        self._model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self._config = config
+        self.tokens, self.seconds = 0, 0.0
+        self._generator_seed = config.seed
+
+    def room(self) -> int:
+        """Tokens that a prompt may have."""
+        return int(self._model.config.max_position_embeddings) - self._config.max_new_tokens
+
+    def count(self, messages: list[Message]) -> int:
+        """Tokens of a prompt."""
+        return len(self.template.tokenizer.encode(self.template.prompt(messages), add_special_tokens=False))
+
+    def answer(self, messages: list[Message]) -> Iterator[str]:
+        """The pieces of the answer; closing the iterator ends it."""
+        from transformers import StoppingCriteriaList, TextIteratorStreamer
+
+        config, tokenizer = self._config, self.template.tokenizer
+        prompt = tokenizer(self.template.prompt(messages), add_special_tokens=False, return_tensors="pt").to(
+            self._model.device
+        )
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ended = threading.Event()
+        self.tokens, began = 0, time.monotonic()
+        if self._generator_seed is not None:
+            torch.manual_seed(self._generator_seed)
+            self._generator_seed += 1
+
+        def watch(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            self.tokens += 1
+            return torch.full((len(ids),), ended.is_set(), dtype=torch.bool, device=ids.device)
+
+        sampling = (
+            {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
+        )
+        ends = self._model.generation_config.eos_token_id
+        options = {
+            **prompt,
+            **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+            "max_new_tokens": config.max_new_tokens,
+            "repetition_penalty": config.repetition_penalty,
+            "eos_token_id": sorted({self.template.end_of_turn, *(ends if isinstance(ends, list) else [ends or 0])}),
+            "pad_token_id": self.template.end_of_turn,
+            "stopping_criteria": StoppingCriteriaList([watch]),
+            "streamer": streamer,
+        }
+        failed: list[BaseException] = []
+
+        def generate() -> None:
+            try:
+                with torch.inference_mode():
+                    self._model.generate(**options)
+            except BaseException as error:  # raised again where the pieces are read
+                failed.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        try:
+            yield from streamer
+        finally:
+            ended.set()
+            thread.join()
+            self.seconds = time.monotonic() - began
+        if failed:
+            raise failed[0]
+
+
+@dataclass
+class Chat:
+    """What was said so far, and what the commands do to it."""
+
+    speaker: Speaker
+    system: str | None
+    turns: list[Message] = field(default_factory=list)
+
+    def messages(self) -> list[Message]:
+        """The system prompt and the turns that leave room for an answer, the last ones.
+
+        Raises:
+            InputError: the last question alone is too long
+        """
+        system = [Message("system", self.system)] if self.system else []
+        first = 0
+        while self.speaker.count([*system, *self.turns[first:]]) > self.speaker.room():
+            first += 2
+            if first >= len(self.turns):
+                raise InputError(
+                    f"the question has more than {self.speaker.room()} tokens, the room that the model leaves for it"
+                )
+        if first:
+            print(f"[the first {first} turns no longer fit and are left out]", file=sys.stderr)
+        return [*system, *self.turns[first:]]
+
+    def command(self, line: str) -> bool:
+        """Do what a line that begins with / says; whether to go on."""
+        name, _, rest = line.partition(" ")
+        if name == "/quit":
+            return False
+        if name == "/system":
+            self.system, self.turns = rest.strip() or None, []
+        elif name == "/new":
+            self.turns = []
+        elif name == "/undo":
+            del self.turns[-2:]
+        else:
+            print(HELP, file=sys.stderr)
+        return True
+
+    def say(self, text: str) -> None:
+        """Ask, and print the answer as it comes."""
+        self.turns.append(Message("user", text))
+        pieces: list[str] = []
+        try:
+            stream = self.speaker.answer(self.messages())
+        except InputError as error:
+            self.turns.pop()
+            print(f"error: {error}", file=sys.stderr)
+            return
+        try:
+            for piece in stream:
+                pieces.append(piece)
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            stream.close()  # type: ignore[attr-defined]
+        print()
+        speed = self.speaker.tokens / max(self.speaker.seconds, 1e-9)
+        print(f"[{self.speaker.tokens} tokens, {speed:.1f} tokens/s]", file=sys.stderr)
+        self.turns.append(Message("assistant", "".join(pieces)))
+
+
+def chat(config: ChatConfig) -> str | None:
+    """Read questions until the end of the input; or return the prompts with what completes them, a paragraph each."""
+    if config.prompt is not None:
+        prompts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
+        texts = complete(config.model, prompts, config.max_new_tokens)
+        return "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))
+    talk = Chat(Speaker(config), config.system)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  (input() gets history and editing from it)
+
+        print(f"{config.model}: type a question, /help for commands", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if interactive else "")
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        if line.startswith("/"):
+            if not talk.command(line):
+                return None
+        elif line.strip():
+            talk.say(line)

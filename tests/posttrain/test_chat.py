@@ -1,0 +1,127 @@
+"""A conversation as typed: history, commands, an answer that is broken off, questions that are too long."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import ROOT, make_tiny_llama
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.chat import Chat, ChatConfig, Speaker, chat
+from megatron_cpt.posttrain.conversations import Message
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer_dir: str) -> ChatConfig:
+    model = make_tiny_llama(tmp_path_factory.mktemp("chat") / "hf", chat_tokenizer_dir, vocab_size=406)
+    return ChatConfig(model, chat_template="chatml", max_new_tokens=12, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def speaker(config: ChatConfig) -> Speaker:
+    return Speaker(config)
+
+
+def test_an_answer_is_what_transformers_generates(speaker: Speaker, config: ChatConfig) -> None:
+    from transformers import AutoModelForCausalLM
+
+    messages = [Message("system", "Be kind."), Message("user", "Hello?")]
+    pieces = list(speaker.answer(messages))
+    assert speaker.tokens == 12
+    assert speaker.seconds > 0
+    tokenizer, model = speaker.template.tokenizer, AutoModelForCausalLM.from_pretrained(config.model)
+    prompt = tokenizer(speaker.template.prompt(messages), add_special_tokens=False, return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_seeds_repeat_answers(config: ChatConfig) -> None:
+    from dataclasses import replace
+
+    def told(seed: int | None) -> list[str]:
+        speaker = Speaker(replace(config, temperature=2.0, top_p=1.0, seed=seed))
+        return ["".join(speaker.answer([Message("user", "Hello?")])) for _ in range(2)]
+
+    assert told(1) == told(1)
+    assert told(1) != told(2)
+    assert told(1)[0] != told(1)[1]
+
+
+def test_an_answer_can_be_broken_off(speaker: Speaker) -> None:
+    stream = speaker.answer([Message("user", "Hello?")])
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert 1 <= speaker.tokens <= 12
+
+
+def test_history_and_commands(speaker: Speaker, capfd: pytest.CaptureFixture[str]) -> None:
+    talk = Chat(speaker, "Be kind.")
+    talk.say("one")
+    talk.say("two")
+    assert [message.role for message in talk.messages()] == ["system", "user", "assistant", "user", "assistant"]
+    said = capfd.readouterr()
+    assert said.err.count("[12 tokens, ") == 2
+    assert talk.turns[1].content in said.out
+    assert talk.command("/undo")
+    assert [message.content for message in talk.turns if message.role == "user"] == ["one"]
+    assert talk.command("/system Be short.")
+    assert (talk.system, talk.turns) == ("Be short.", [])
+    assert talk.command("/system")
+    assert talk.system is None
+    talk.turns = [Message("user", "x")]
+    assert talk.command("/new")
+    assert talk.turns == []
+    assert talk.command("/what")
+    assert "/undo" in capfd.readouterr().err
+    assert not talk.command("/quit")
+
+
+def test_what_no_longer_fits(speaker: Speaker, capfd: pytest.CaptureFixture[str]) -> None:
+    """The model has 256 positions, 12 of them for the answer."""
+    talk = Chat(speaker, None)
+    for i in range(8):
+        talk.turns += [Message("user", f"dog {i} " * 5), Message("assistant", "fox " * 5)]
+    talk.turns.append(Message("user", "last"))
+    kept = talk.messages()
+    assert kept[-1].content == "last"
+    assert kept[0].role == "user"
+    assert len(kept) < len(talk.turns)
+    assert "no longer fit and are left out" in capfd.readouterr().err
+    talk.say("dog " * 300)
+    assert "the question has more than 244 tokens" in capfd.readouterr().err
+    assert talk.turns[-1].content == "last"
+
+
+def test_the_tool_reads_lines(config: ChatConfig) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "chat.py"), config.model, "--chat_template", "chatml"]
+    lines = "one\n\n/new\ntwo\n/quit\nthree\n"
+    result = subprocess.run(
+        [*command, "--max_new_tokens", "3"], input=lines, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert result.stderr.count("[3 tokens, ") == 2
+
+
+def test_text_is_completed(config: ChatConfig) -> None:
+    from dataclasses import replace
+
+    completed = chat(replace(config, prompt=["The dog", "狗"]))
+    assert completed is not None
+    assert completed.startswith("The dog")
+    assert "\n\n狗" in completed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"temperature": -1.0}, "temperature is -1.0"), ({"top_p": 0.0}, "top_p is 0.0"), ({"max_new_tokens": 0}, "max_new")],
+)
+def test_wrong_options(options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ChatConfig("x", **options)  # type: ignore[arg-type]
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"which has no config\.json"):
+        Speaker(ChatConfig(str(tmp_path)))
