@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cpt.evaluation.generate import complete
+from megatron_cpt.posttrain.generate import complete
 from megatron_cpt.training.metrics_file import read_metrics
 from megatron_cpt.training.report import write_report
 

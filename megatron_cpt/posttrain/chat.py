@@ -14,8 +14,8 @@ import torch
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
-from megatron_cpt.evaluation.generate import complete
 from megatron_cpt.posttrain.conversations import Message
+from megatron_cpt.posttrain.generate import complete
 from megatron_cpt.posttrain.models import check_model, load_template
 from megatron_cpt.posttrain.templates import Template
 

@@ -1,0 +1,166 @@
+"""The wrapper's numbers are lm-eval's; bits per byte are what they are; what cannot be measured is said to be so."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import run_tool, write_yaml
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.evaluation.bits_per_byte import text_loss
+from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskConfig, TextConfig
+from megatron_cpt.evaluation.harness import SUITES, Benchmark, Harness
+from megatron_cpt.evaluation.run import evaluate
+from megatron_cpt.evaluation.table import markdown
+
+CHOICES = Benchmark("Choices", "tiny_choices", "acc,none", 1)
+
+
+def test_scores_are_those_of_lm_evals_own_command(model: str, tasks: str, tmp_path: Path) -> None:
+    score = Harness(model, tasks, 1, False, "cpu").scores([CHOICES], None, False, 1234)["Choices"]
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "tiny_choices", "--include_path", tasks]
+    options = ["--model_args", f"pretrained={model}", "--device", "cpu", "--num_fewshot", "1", "--seed", "1234"]
+    done = subprocess.run(
+        [*command, *options, "--output_path", str(tmp_path / "results")],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next((tmp_path / "results").rglob("results_*.json")).read_text())["results"]["tiny_choices"]
+    assert score.value == found["acc,none"]
+    assert score.stderr == pytest.approx(found["acc_stderr,none"])
+    assert score.samples == 5
+    assert score.missing is None
+
+
+def test_what_cannot_be_measured_is_not_scored(model: str, tasks: str) -> None:
+    harness = Harness(model, tasks, 1, False, "cpu")
+    code = Benchmark("HumanEval", "humaneval", "pass@1,create_test", 0, allow_code=True)
+    scores = harness.scores([Benchmark("Lost", "lost_choices", "acc,none"), code], 2, False, 1)
+    assert scores["Lost"].value is None
+    assert str(scores["Lost"].missing).startswith("its data cannot be had: ")
+    assert scores["HumanEval"].missing == "it runs code that the model has written; use allow_code: true to let it"
+    with pytest.raises(InputError, match="lm-eval has no task no_such_task"):
+        harness.scores([Benchmark("X", "no_such_task", "acc,none")], 2, False, 1)
+    with pytest.raises(InputError, match=r"task tiny_choices has no metric f1,none; it has acc,none"):
+        harness.scores([replace(CHOICES, metric="f1,none")], 2, False, 1)
+
+
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_suites_name_tasks_that_lm_eval_has(suite: str) -> None:
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager().all_tasks)
+    assert [item.task for item in SUITES[suite] if item.task not in known] == []
+
+
+def test_bits_per_byte_predict_every_token(model: str) -> None:
+    """In windows that do not see each other."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    documents = ["The quick brown fox. " * 5, "公园散步。"]
+    found = text_loss(network, tokenizer, documents, 16)
+    nats = count = 0.0
+    for document in documents:
+        ids = tokenizer.encode(document, add_special_tokens=False)
+        count += len(ids)
+        for start in range(0, len(ids), 15):
+            tokens = torch.tensor([[tokenizer.bos_token_id, *ids[start : start + 15]]])
+            nats += network(tokens, labels=tokens).loss.item() * (tokens.shape[1] - 1)
+    size = sum(len(document.encode()) for document in documents)
+    assert (found.tokens, found.bytes) == (count, size)
+    assert found.loss == pytest.approx(nats / count, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    with pytest.raises(InputError, match="there is no text"):
+        text_loss(network, tokenizer, [""], 16)
+
+
+@pytest.fixture
+def config(model: str, tasks: str, tmp_path: Path) -> EvaluateConfig:
+    text, prompts = tmp_path / "text.jsonl", tmp_path / "prompts.json"
+    text.write_text("".join(json.dumps({"text": f"The dog runs {i}."}) + "\n" for i in range(4)))
+    prompts.write_text(json.dumps([{"instruction": f"狗 {i}？", "output": "好"} for i in range(4)]))
+    return EvaluateConfig(
+        models={"base": model, "same": model},
+        output=str(tmp_path / "out"),
+        tasks=[TaskConfig("Choices", "tiny_choices", "acc,none", 0), TaskConfig("Lost", "lost_choices", "acc,none")],
+        tasks_folder=tasks,
+        text=[TextConfig(str(text), "en", 3)],
+        prompts=[PromptsConfig(str(prompts), "zh", 3)],
+        max_new_tokens=8,
+    )
+
+
+def test_a_report_of_two_models(config: EvaluateConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    path = Path(evaluate(config))
+    report = json.loads((path.parent / "report.json").read_text())
+    base = report["models"]["base"]
+    assert base == report["models"]["same"]
+    assert len(base["answers"]["zh"]["answers"]) == 3
+    assert base["text"]["en"]["bytes"] == 3 * len("The dog runs 0.")
+    assert report["settings"]["tasks"][0]["num_fewshot"] == 0
+    page = path.read_text()
+    assert page.splitlines()[0].split("|")[1:4] == [" model ", " Choices      ", " Lost "]
+    assert "- Lost: not measured, its data cannot be had" in page
+    assert "bits per byte, en" in page
+    assert "%zh by script" in page
+    said = capfd.readouterr().err
+    assert "base: benchmarks" in said
+    # What was measured is taken from the files, until something that it depends on changes
+    evaluate(config)
+    assert "base: benchmarks" not in capfd.readouterr().err
+    evaluate(replace(config, limit=2))
+    assert "base: benchmarks" in capfd.readouterr().err
+
+
+def test_the_tool(config: EvaluateConfig, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"models": config.models, "output": config.output, "text": [vars(config.text[0])]}
+    path = write_yaml(tmp_path / "evaluate.yaml", fields)
+    result = run_tool("evaluate.py", "--config", path)
+    assert result.stdout.strip() == str(Path(config.output) / "report.md")
+    wrong = run_tool("evaluate.py", "--config", path, "--models", '{"a": "nowhere"}', check=False)
+    assert wrong.returncode == 2
+    assert "model is nowhere, which has no config.json" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": {}}, "models is {}"),
+        ({"models": {"a/b": "x"}}, "models has the name 'a/b'"),
+        ({"tasks": [], "text": [], "prompts": []}, "there is nothing to measure"),
+        ({"text": [TextConfig("nowhere.jsonl", "en")]}, r"nowhere\.jsonl: no such file"),
+        ({"limit": 0}, "limit is 0"),
+    ],
+)
+def test_wrong_configurations(config: EvaluateConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(config, **changes)
+
+
+def test_files_without_text_or_questions(config: EvaluateConfig, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"txt": "a"}\n')
+    with pytest.raises(InputError, match=r"bad\.jsonl, row 1 has no text"):
+        evaluate(replace(config, text=[TextConfig(str(tmp_path / "bad.jsonl"), "en")]))
+    with pytest.raises(InputError, match=r"bad\.jsonl, row 1: it has no messages"):
+        evaluate(replace(config, text=[], prompts=[PromptsConfig(str(tmp_path / "bad.jsonl"), "en")]))
+
+
+def test_a_table_shows_what_is_missing() -> None:
+    score = {"value": 0.5, "stderr": 0.01, "samples": 3, "missing": None}
+    lost = {"value": None, "stderr": None, "samples": 0, "missing": "its data cannot be had"}
+    text = markdown({"CPT": {"benchmarks": {"MMLU": score, "C-Eval": lost}}, "base": {"benchmarks": {"MMLU": score}}})
+    assert "| CPT   | 50.00 ± 1.0 | -      |" in text
+    assert "| base  | 50.00 ± 1.0 | -      |" in text
+    assert text.count("C-Eval: not measured, its data cannot be had") == 1
