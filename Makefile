@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart test test-matrix test-slow test-gpu sanitize cuda bench lint type format clean
+.PHONY: setup quickstart quickstart-chat test test-matrix test-slow test-gpu sanitize cuda bench lint type format clean
 
 setup: $(READY)
 
@@ -20,6 +20,11 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
 quickstart: setup
 	examples/quickstart/quickstart.sh
+
+# What follows: SFT, DPO and evaluation of the quickstart's result.
+quickstart-chat: setup
+	test -e runs/quickstart/hf-cpt/config.json || examples/quickstart/quickstart.sh
+	examples/quickstart_chat/quickstart_chat.sh
 
 # One thread for each process, and two tests at a time: some start eight processes. File by file, in order: some tests in
 # tests/data count their process's children, and the server of tests/forks.py, which tests/training starts, would be one.
@@ -69,4 +74,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf build *.egg-info megatron_cpt/data/*.so megatron_cpt/lib runs/quickstart .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build *.egg-info megatron_cpt/data/*.so megatron_cpt/lib runs/quickstart runs/quickstart-chat .pytest_cache .mypy_cache .ruff_cache
