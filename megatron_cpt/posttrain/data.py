@@ -174,7 +174,7 @@ def cut_example(example: Example, max_length: int) -> Example:
     Raises:
         RowError: no token of an answer is among them
     """
-    cut = Example(example.input_ids[:max_length], example.labels[:max_length])
+    cut = Example(example.input_ids[:max_length], example.labels[:max_length], example.origin)
     if all(label == IGNORED for label in cut.labels):
         raise RowError(TOO_LONG, f"the prompt alone has {max_length} tokens or more (max_length)")
     return cut
@@ -192,7 +192,7 @@ def cut_pair(pair: PairExample, max_length: int) -> PairExample:
     chosen, rejected = pair.chosen_ids[:room], pair.rejected_ids[:room]
     if chosen == rejected:
         raise RowError(TOO_LONG, f"chosen and rejected differ only after {max_length} tokens (max_length)")
-    return PairExample(pair.prompt_ids, chosen, rejected)
+    return PairExample(pair.prompt_ids, chosen, rejected, pair.origin)
 
 
 def tokens_of_example(example: Example) -> tuple[int, int]:

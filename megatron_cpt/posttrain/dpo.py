@@ -15,6 +15,7 @@ from trl import DPOTrainer
 
 from megatron_cpt.config.require import require
 from megatron_cpt.posttrain.data import DataConfig, prepare_dpo
+from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import load_model, load_template, lora, make_ready_to_answer, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.runner import check_folder, check_same, train
@@ -53,6 +54,8 @@ class DpoConfig:
     probabilities computed before the first step."""
     run: RunSettings = field(default_factory=RunSettings)
     """See RunSettings."""
+    export_to: str | None = None
+    """Write data and settings for LLaMA-Factory into this folder, instead of training."""
 
     def __post_init__(self) -> None:
         require(self.beta > 0, "beta", self.beta, "a number above 0")
@@ -75,6 +78,11 @@ def finetune_dpo(config: DpoConfig) -> str:
     use_cpu = not torch.cuda.is_available()
     process = PartialState(cpu=use_cpu)
     arguments = trainer_arguments(config.save, config.training, config.optimizer, config.run, process.num_processes, use_cpu)
+    if config.export_to is not None:
+        template = load_template(config.model, config.data.chat_template)
+        prepared = prepare_dpo(config.data, template, config.training.seed)
+        show_report(prepared)
+        return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
     check_same(config.save, settings, config.data.files())
     template = load_template(config.model, config.data.chat_template)
@@ -115,5 +123,5 @@ def finetune_dpo(config: DpoConfig) -> str:
 
 def as_dataset(pairs: list[PairExample]) -> datasets.Dataset:
     """With the names that TRL knows."""
-    names = [item.name for item in dataclasses.fields(PairExample)]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return datasets.Dataset.from_dict({name: [getattr(pair, name) for pair in pairs] for name in names})

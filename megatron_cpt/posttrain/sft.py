@@ -15,6 +15,7 @@ from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 from megatron_cpt.posttrain.data import DataConfig, prepare_sft
+from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import load_model, load_template, lora, make_ready_to_answer, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.runner import check_folder, check_same, train
@@ -48,6 +49,8 @@ class SftConfig:
     """Train adapters only. Default: all weights."""
     run: RunSettings = field(default_factory=RunSettings)
     """See RunSettings."""
+    export_to: str | None = None
+    """Write data and settings for LLaMA-Factory into this folder, instead of training."""
 
     def __post_init__(self) -> None:
         for section in (self.data, self.training, self.optimizer, self.run):
@@ -101,6 +104,11 @@ def finetune_sft(config: SftConfig) -> str:
     use_cpu = not torch.cuda.is_available()
     process = PartialState(cpu=use_cpu)
     arguments = trainer_arguments(config.save, config.training, config.optimizer, config.run, process.num_processes, use_cpu)
+    if config.export_to is not None:
+        template = load_template(config.model, config.data.chat_template)
+        prepared = prepare_sft(config.data, template, config.training.seed)
+        show_report(prepared)
+        return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
     check_same(config.save, settings, config.data.files())
     template = load_template(config.model, config.data.chat_template)

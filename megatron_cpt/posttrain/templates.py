@@ -46,6 +46,7 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+    origin: Conversation
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class PairExample:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    origin: Preference
 
 
 class Template:
@@ -102,7 +104,7 @@ class Template:
             input_ids += asked + answer
             labels += [IGNORED] * len(asked) + answer[:end] + [IGNORED] * (len(answer) - end)
             done += before + after
-        return Example(input_ids, labels)
+        return Example(input_ids, labels, conversation)
 
     def encode_pair(self, preference: Preference) -> PairExample:
         """Prompt and both answers.
@@ -116,7 +118,7 @@ class Template:
         ended = [ids[: len(ids) - ids[::-1].index(self.end_of_turn)] if self.end_of_turn in ids else ids for ids in answers]
         if ended[0] == ended[1]:
             raise RowError("identical answers", "chosen and rejected are the same tokens")
-        return PairExample(prompt, *ended)
+        return PairExample(prompt, ended[0], ended[1], preference)
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """What a model is given that has to answer."""

@@ -13,6 +13,7 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 from trl import DPOConfig as TrlConfig
 
+from megatron_cpt.posttrain.conversations import Message, Preference
 from megatron_cpt.posttrain.dpo import DpoConfig, TokenizedTrainer, as_dataset, finetune_dpo
 from megatron_cpt.posttrain.models import load_model, load_template
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings
@@ -45,7 +46,8 @@ def make_pairs() -> list[PairExample]:
     def ids(count: int) -> list[int]:
         return torch.randint(1, 400, (count,), generator=random).tolist()
 
-    return [PairExample(ids(3 + i), ids(4 + i % 3), ids(2 + i)) for i in range(6)]
+    origin = Preference((Message("user", "?"),), Message("assistant", "a"), Message("assistant", "b"))
+    return [PairExample(ids(3 + i), ids(4 + i % 3), ids(2 + i), origin) for i in range(6)]
 
 
 @pytest.mark.parametrize("precomputed", [True, False])

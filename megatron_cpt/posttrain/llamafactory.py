@@ -1,0 +1,148 @@
+"""The same stage in LLaMA-Factory: the data that would be trained on here, dataset_info.json and a YAML with settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from megatron_cpt.checkpoint.folders import appearing_folder
+from megatron_cpt.checkpoint.layout import write_json, write_text
+from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.conversations import Conversation, Message, Preference
+from megatron_cpt.posttrain.data import Prepared
+from megatron_cpt.posttrain.settings import LoraSettings, accumulation
+
+if TYPE_CHECKING:
+    from megatron_cpt.posttrain.dpo import DpoConfig
+    from megatron_cpt.posttrain.sft import SftConfig
+
+FROM = {"user": "human", "assistant": "gpt", "tool": "observation"}
+TEMPLATES = ("llama3", "chatml")
+
+
+def export(folder: str, config: SftConfig | DpoConfig, prepared: Prepared[Any], world_size: int) -> str:
+    """Write the folder; returns the path of the YAML, to be run there with llamafactory-cli train.
+
+    Raises:
+        InputError: the chat template is none that both know, or the folder is not empty
+    """
+    if config.data.chat_template not in TEMPLATES:
+        raise InputError(
+            f"data.chat_template is {config.data.chat_template}; LLaMA-Factory has templates of its own, of which "
+            f"{' and '.join(TEMPLATES)} are the same here: use one of them"
+        )
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise InputError(f"export_to is {folder}, which is not empty; use another folder")
+    stage = "dpo" if hasattr(config, "beta") else "sft"
+    sets = {"train": prepared.train, "validation": [item for items in prepared.validation.values() for item in items]}
+    with appearing_folder(folder) as temporary:
+        info = {}
+        for name, items in sets.items():
+            if items:
+                rows = [row_of(item.origin) for item in items]
+                write_text(os.path.join(temporary, f"{name}.json"), json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
+                info[name] = dataset_info(f"{name}.json", stage)
+        write_json(os.path.join(temporary, "dataset_info.json"), info)
+        settings = settings_of(folder, config, stage, world_size, bool(sets["validation"]))
+        settings["warmup_steps"] = warmup_steps(config, prepared)
+        write_text(os.path.join(temporary, f"{stage}.yaml"), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    return os.path.join(folder, f"{stage}.yaml")
+
+
+def dataset_info(file: str, stage: str) -> dict[str, Any]:
+    """An entry of dataset_info.json."""
+    columns = {"messages": "conversations", "system": "system"}
+    if stage == "dpo":
+        columns |= {"chosen": "chosen", "rejected": "rejected"}
+    return {"file_name": file, "formatting": "sharegpt", "columns": columns} | ({"ranking": True} if stage == "dpo" else {})
+
+
+def row_of(origin: Conversation | Preference) -> dict[str, Any]:
+    """In ShareGPT's style."""
+    if isinstance(origin, Preference):
+        sides = {name: turn(getattr(origin, name)) for name in ("chosen", "rejected")}
+        return turns(origin.prompt) | sides
+    return turns(origin.messages)
+
+
+def turns(messages: Sequence[Message]) -> dict[str, Any]:
+    """The system prompt and the rest."""
+    system = messages[0].content if messages[0].role == "system" else ""
+    return {"system": system, "conversations": [turn(message) for message in messages if message.role != "system"]}
+
+
+def turn(message: Message) -> dict[str, str]:
+    """One message."""
+    return {"from": FROM[message.role], "value": message.content}
+
+
+def settings_of(folder: str, config: SftConfig | DpoConfig, stage: str, world_size: int, validation: bool) -> dict[str, Any]:
+    """By LLaMA-Factory's names."""
+    training, optimizer, run = config.training, config.optimizer, config.run
+    length: dict[str, Any] = {"num_train_epochs": training.epochs}
+    if training.max_steps is not None:
+        length = {"max_steps": training.max_steps}
+    settings = {
+        "model_name_or_path": config.model,
+        "stage": stage,
+        "do_train": True,
+        **adapter_settings(config.lora),
+        "dataset_dir": folder,
+        "dataset": "train",
+        "template": config.data.chat_template,
+        "cutoff_len": config.data.max_length,
+        "output_dir": config.save,
+        **length,
+        "per_device_train_batch_size": training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation(training, world_size),
+        "learning_rate": optimizer.lr,
+        "lr_scheduler_type": optimizer.decay_style,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.clip_grad,
+        "adam_beta1": optimizer.adam_beta1,
+        "adam_beta2": optimizer.adam_beta2,
+        "bf16": training.params_dtype == "bf16",
+        "seed": training.seed,
+        "logging_steps": run.log_interval,
+        "save_strategy": "no" if run.save_interval is None else "steps",
+    }
+    if run.save_interval is not None:
+        settings |= {"save_steps": run.save_interval, "save_total_limit": run.keep_last}
+    if validation:
+        settings |= {"eval_dataset": "validation", "per_device_eval_batch_size": training.micro_batch_size}
+        settings |= {"eval_strategy": "steps", "eval_steps": run.eval_interval} if run.eval_interval else {"do_eval": True}
+    if stage == "dpo":
+        return settings | {"pref_beta": config.beta, "pref_loss": config.loss_type}  # type: ignore[union-attr]
+    packing = config.packing  # type: ignore[union-attr]
+    return settings | {"packing": packing, "neat_packing": packing}  # neat: packed conversations do not see each other
+
+
+def warmup_steps(config: SftConfig | DpoConfig, prepared: Prepared[Any]) -> int:
+    """A number, as versions of transformers differ in how a share is given; packs are counted as if they were full."""
+    training = config.training
+    steps = training.max_steps
+    if steps is None:
+        examples = len(prepared.train)
+        if getattr(config, "packing", False):
+            examples = math.ceil(sum(counts.tokens for counts in prepared.counts) / config.data.max_length)
+        steps = math.ceil(training.epochs * examples / training.global_batch_size)
+    return math.ceil(config.optimizer.warmup_fraction * steps)
+
+
+def adapter_settings(lora: LoraSettings | None) -> dict[str, Any]:
+    """Full or LoRA."""
+    if lora is None:
+        return {"finetuning_type": "full"}
+    target = "all" if lora.target_modules == "all-linear" else lora.target_modules
+    return {
+        "finetuning_type": "lora",
+        "lora_rank": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "lora_target": target if isinstance(target, str) else ",".join(target),
+    }

@@ -1,0 +1,71 @@
+"""What is exported is what is trained on here, in files that LLaMA-Factory reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from chats import dpo_config, sft_config
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.conversations import parse_conversation, parse_preference
+from megatron_cpt.posttrain.data import prepare_dpo, prepare_sft
+from megatron_cpt.posttrain.dpo import finetune_dpo
+from megatron_cpt.posttrain.models import load_template
+from megatron_cpt.posttrain.settings import LoraSettings
+from megatron_cpt.posttrain.sft import finetune_sft
+
+
+def test_conversations(chat_model: str, tmp_path: Path) -> None:
+    config = sft_config(chat_model, tmp_path, export_to=str(tmp_path / "lf"), lora=LoraSettings(r=8))
+    settings = yaml.safe_load(Path(finetune_sft(config)).read_text())
+    assert not Path(config.save).exists()
+    rows = json.loads((tmp_path / "lf" / "train.json").read_text())
+    prepared = prepare_sft(config.data, load_template(chat_model, "chatml"), config.training.seed)
+    assert [parse_conversation(row) for row in rows] == [example.origin for example in prepared.train]
+    info = json.loads((tmp_path / "lf" / "dataset_info.json").read_text())
+    assert set(info) == {"train", "validation"}
+    assert (settings["stage"], settings["template"], settings["cutoff_len"]) == ("sft", "chatml", 160)
+    assert (settings["finetuning_type"], settings["lora_rank"], settings["lora_target"]) == ("lora", 8, "all")
+    assert (settings["packing"], settings["neat_packing"], settings["max_steps"]) == (True, True, 6)
+    assert (settings["gradient_accumulation_steps"], settings["warmup_steps"]) == (2, 1)
+
+
+def test_pairs(chat_model: str, tmp_path: Path) -> None:
+    config = dpo_config(chat_model, tmp_path, export_to=str(tmp_path / "lf"))
+    settings = yaml.safe_load(Path(finetune_dpo(config)).read_text())
+    rows = json.loads((tmp_path / "lf" / "train.json").read_text())
+    prepared = prepare_dpo(config.data, load_template(chat_model, "chatml"), config.training.seed)
+    assert [parse_preference(row) for row in rows] == [pair.origin for pair in prepared.train]
+    assert json.loads((tmp_path / "lf" / "dataset_info.json").read_text())["train"]["ranking"] is True
+    assert (settings["stage"], settings["pref_beta"], settings["pref_loss"]) == ("dpo", 0.1, "sigmoid")
+    with pytest.raises(InputError, match="which is not empty; use another folder"):
+        finetune_dpo(config)
+
+
+def test_a_template_that_both_know_is_needed(chat_model: str, tmp_path: Path) -> None:
+    path = tmp_path / "my.jinja"
+    path.write_text("{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
+    config = sft_config(chat_model, tmp_path, export_to=str(tmp_path / "lf"))
+    with pytest.raises(InputError, match="LLaMA-Factory has templates of its own, of which llama3 and chatml"):
+        finetune_sft(replace(config, data=replace(config.data, chat_template=str(path))))
+
+
+def test_llamafactory_reads_it(chat_model: str, tmp_path: Path) -> None:
+    """Its own parsers of arguments and of dataset_info.json; only where it is installed."""
+    parser = pytest.importorskip("llamafactory.data.parser")
+    hparams = pytest.importorskip("llamafactory.hparams.parser")
+    for name, config in (("sft", sft_config), ("dpo", dpo_config)):
+        folder = tmp_path / name
+        folder.mkdir()
+        made = config(chat_model, folder, export_to=str(folder / "lf"))
+        path = (finetune_sft if name == "sft" else finetune_dpo)(made)  # type: ignore[arg-type]
+        (train,) = parser.get_dataset_list(["train"], str(folder / "lf"))
+        assert (train.formatting, train.messages, train.ranking) == ("sharegpt", "conversations", name == "dpo")
+        arguments = yaml.safe_load(Path(path).read_text())
+        found = hparams._parse_train_args(arguments)
+        assert found[1].cutoff_len in (159, 160)  # with packing it takes one off
+        assert found[2].learning_rate == made.optimizer.lr
