@@ -99,6 +99,7 @@ def finetune_dpo(config: DpoConfig) -> str:
     validation = {
         language: datasets.load_from_disk(os.path.join(folder, f"validation_{language}")) for language in prepared.validation
     }
+    torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
     model = load_model(config.model)
     make_ready_to_answer(model, template)
     trainer = TokenizedTrainer(

@@ -23,6 +23,8 @@ class TrainingSettings:
     """Examples of a step, over all processes."""
     params_dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward and backward pass; the weights that are trained are fp32."""
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Of products of fp32 matrices, as torch names it; medium is faster where the processor has bf16 (TF32 on GPUs)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, to save memory."""
     seed: int = 1234

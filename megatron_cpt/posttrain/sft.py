@@ -117,6 +117,7 @@ def finetune_sft(config: SftConfig) -> str:
         write_report(config.save, prepared)
         show_report(prepared)
     process.wait_for_everyone()
+    torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
     model = load_model(config.model)
     make_ready_to_answer(model, template)
     trainer = AnswerLossTrainer(
