@@ -11,6 +11,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
@@ -146,6 +147,7 @@ def is_done(study: StudyConfig, point: Point) -> bool:
 
 def fitted(study: FitOptions) -> tuple[Results, Fit]:
     """What the runs have found, and what it says."""
+    require_at_least(study, tolerance=0)
     results = collect(study)
     found = fit(results, study.frontier_axis, study.tolerance)
     write_results(study, results)
@@ -204,6 +206,8 @@ def plot(study: Plot) -> str:
 
 def choose_command(study: Choose) -> str:
     """`almr_study.py choose`; returns the path of the configuration to start."""
+    require(0.5 <= study.confidence < 1, "confidence", study.confidence, "0.5 or more, below 1")
+    require(-1 < study.max_general_rise < math.inf, "max_general_rise", study.max_general_rise, "a number above -1")
     results = collect(study)
     found = fit(results, study.frontier_axis, study.tolerance, laws=False)
     choice = choose(results, found, study.max_general_rise, study.confidence, study.goal)

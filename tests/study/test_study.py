@@ -150,6 +150,20 @@ def test_fit_plot_and_choose(whole: Path, runs: Runs) -> None:
     assert checked.returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value", "wanted"),
+    [
+        ("choose", "confidence", "2", "use 0.5 or more, below 1"),
+        ("choose", "max_general_rise", "-1", "use a number above -1"),
+        ("fit", "tolerance", "-0.1", "use 0 or more"),
+    ],
+)
+def test_limits_that_are_none(whole: Path, command: str, option: str, value: str, wanted: str) -> None:
+    refused = study(command, whole, f"--{option}", value, check=False)
+    assert refused.returncode == 2
+    assert f"error: {option} is {float(value)}; {wanted}" in refused.stderr
+
+
 def test_results_of_a_part_do_not_replace_those_of_the_whole(whole: Path, runs: Runs) -> None:
     results = runs.folder / "whole" / "results.parquet"
     before = results.read_bytes()
