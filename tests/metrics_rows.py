@@ -17,9 +17,9 @@ def clockless(folder: Path) -> list[dict[str, Any]]:
 
 
 def steps_taken(folder: Path) -> int:
-    """Rows of steps so far, in a file that may be written at this moment."""
+    """Rows of steps (not of evaluations) so far, in a file that may be written at this moment."""
     metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count('"loss": ') if metrics.exists() else 0
+    return metrics.read_text().count('"grad_norm": ') if metrics.exists() else 0
 
 
 def newest(folder: Path) -> int | None:

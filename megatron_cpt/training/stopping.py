@@ -242,10 +242,8 @@ class Peers:
     def _compare_beats(self) -> None:
         now = time.monotonic()
         for rank in range(1, self.world_size) if self.rank == 0 else (0,):
-            if not self.store.check([f"beats/{rank}"]):
-                continue  # not there yet
-            beats = self.store.get(f"beats/{rank}")
-            last, since = self._beats.get(rank, (b"", now))
+            beats = self.store.get(f"beats/{rank}") if self.store.check([f"beats/{rank}"]) else b""
+            last, since = self._beats.setdefault(rank, (b"", now))  # one that never showed a sign is silent from here on
             if beats != last:
                 self._beats[rank] = (beats, now)
             elif now - since > self.heartbeat_seconds:

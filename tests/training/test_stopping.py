@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from megatron_cpt.errors import ProcessDiedError
 from megatron_cpt.training import stopping
-from megatron_cpt.training.stopping import Peers, Watch
+from megatron_cpt.training.stopping import Peers, Requests, Watch
 
 
 def test_a_rank_that_was_asked_to_stop_has_told_the_others_when_it_leaves(
@@ -25,6 +26,17 @@ def test_a_rank_that_was_asked_to_stop_has_told_the_others_when_it_leaves(
     other = Peers(store, 0, 2, 0.0)
     assert other.store.check(["stop"])
     assert other.reason() == "SIGTERM"
+
+
+def test_a_rank_that_never_showed_a_sign_of_life_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may hang between the start of the process group and its first sign."""
+    clock = iter(range(100))
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: float(next(clock)))
+    peers, requests = Peers(dist.HashStore(), 0, 2, 4.0), Requests()
+    for _ in range(5):
+        peers.exchange(requests)
+    with pytest.raises(ProcessDiedError, match="rank 1 has shown no sign of life for 5 s"):
+        peers.exchange(requests)
 
 
 def test_a_request_that_cannot_be_removed_is_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
