@@ -20,6 +20,8 @@ fi
 python tools/almr_study.py plan --config examples/almr_study/study.yaml
 python tools/almr_study.py run --config examples/almr_study/study.yaml
 python tools/almr_study.py fit --config examples/almr_study/study.yaml
-# Without ALMR 0 and 1, beyond which the losses fall off a cliff that no smooth surface follows
-python tools/almr_study.py choose --config examples/almr_study/study.yaml --almr '[0.25,0.5,0.75]' --max_general_rise 0.02
+python tools/almr_study.py choose --config examples/almr_study/study.yaml --max_general_rise 0.02
 python tools/almr_study.py plot --config examples/almr_study/study.yaml
+# Scores along the tokens, at one learning rate
+python tools/almr_study.py run --config examples/almr_study/trajectories_study.yaml
+python tools/almr_study.py plot --config examples/almr_study/trajectories_study.yaml

@@ -13,13 +13,13 @@ import yaml
 from megatron_cpt.checkpoint.layout import write_json, write_text
 from megatron_cpt.data.mixture_file import read_mixture_fields
 from megatron_cpt.errors import InputError
-from megatron_cpt.study.fit import Fit
+from megatron_cpt.study.fit import Fit, outcome_notes, seed_note
 from megatron_cpt.study.points import absolute, parse, read_fields
 from megatron_cpt.study.results import MEAN_METRIC, Results
-from megatron_cpt.study.surfaces import INTERVAL, Array, Surface, unit_grid
+from megatron_cpt.study.surfaces import INTERVAL, Array, Scale, Surface, unit_grid
 
 CHOICE, CONFIG, MIXTURE = "choice.json", "chosen.yaml", "chosen.mixture.yaml"
-GRID, SAMPLES_GRID, SAMPLES = 101, 33, 400
+GRID, SAMPLES = 51, 400
 TRANSFER = (
     "taken over unchanged, as the ALMR paper does from 8B to 70B: that the best pair does not move with the size of the "
     "model, the number of tokens and the batch is an assumption, and nothing here measures it"
@@ -31,7 +31,7 @@ class Choice:
     """The pair to use.
 
     Attributes:
-        almr_interval, lr_interval: 5 % to 95 % of what other surfaces that fit the runs would have chosen; None: measured
+        almr_interval, lr_interval: 5 % to 95 % of what would be chosen on other surfaces that fit the runs; None: measured
             pairs only were compared
         value: of the goal there
         general_rise: of the general loss there since the start, relative
@@ -68,16 +68,22 @@ def choose(results: Results, fit: Fit, max_general_rise: float, confidence: floa
         raise InputError(f"goal is {goal}, which the runs do not have; they have {', '.join(fit.surfaces)}")
     start = float(np.mean([row["general"] for row in results.rows if row["iteration"] == 0]))
     highest = start * (1 + max_general_rise)
-    refused = [name for name in ("general", goal) if fit.surfaces[name].refused]
+    refused = [f"{name}: {why}" for name in ("general", goal) if (why := fit.surfaces[name].refused)]
+    if (seeds := seed_note(results)) is not None:
+        refused.append(seeds)
     if refused:
         choice = choose_measured(results, goal, start, highest)
-        why = f"Only measured pairs were compared: {refused[0]}: {fit.surfaces[refused[0]].refused}."
-        choice = dataclasses.replace(choice, notes=[*choice.notes, why])
+        notes = [*choice.notes, f"Only measured pairs were compared, as they are: {'; '.join(refused)}."]
     else:
+        places, notes = places_to_choose_from(results, fit.surfaces[goal].surface.scale)
         choice = choose_on_surfaces(
-            fit.surfaces["general"].surface, fit.surfaces[goal].surface, goal, start, highest, confidence
+            fit.surfaces["general"].surface, fit.surfaces[goal].surface, places, goal, start, highest, confidence
         )
-    return dataclasses.replace(choice, notes=[*choice.notes, *border_notes(choice, fit.surfaces[goal].surface)])
+        notes += choice.notes
+    notes += border_notes(choice, fit.surfaces[goal].surface)
+    notes += outcome_notes(results)
+    notes += [note for note in fit.notes if note.startswith(("general: ", f"{goal}: ")) and note not in refused]
+    return dataclasses.replace(choice, notes=notes)
 
 
 def sign_of(goal: str) -> float:
@@ -85,11 +91,33 @@ def sign_of(goal: str) -> float:
     return 1.0 if goal == MEAN_METRIC else -1.0
 
 
-def choose_on_surfaces(
-    general: Surface, wanted: Surface, goal: str, start: float, highest: float, confidence: float
-) -> Choice:
-    """On a grid over the studied ranges."""
+def places_to_choose_from(results: Results, scale: Scale) -> tuple[Array, list[str]]:
+    """A grid over the studied ranges without what is nearest to a pair that has diverged or has not finished: a surface that
+    has seen nothing there would promise what it likes. And a note that says so.
+    """
     at = unit_grid(GRID)
+    finished = {(row["almr"], row["lr"]) for row in results.last("general")}
+    bad = {(row["almr"], row["lr"]) for row in results.rows if row["outcome"] != "finished"}
+    bad |= set(results.planned) - finished
+    if not bad:
+        return at, []
+    good = sorted(finished - bad)
+    distances = [
+        np.linalg.norm(at[:, None] - scale.unit(*np.array(pairs).T)[None], axis=-1).min(axis=1)
+        for pairs in (good, sorted(bad))
+    ]
+    places = at[distances[0] < distances[1]]
+    share = 1 - len(places) / len(at)
+    return places, [
+        f"{len(bad)} pairs have diverged or have not finished; places nearest to these, {share:.0%} of the studied ranges, "
+        "were not considered."
+    ]
+
+
+def choose_on_surfaces(
+    general: Surface, wanted: Surface, at: Array, goal: str, start: float, highest: float, confidence: float
+) -> Choice:
+    """Among places `at` of the studied ranges."""
     bound = general.bound(at, confidence)
     heights = sign_of(goal) * wanted.mean(at)
     best = best_within(heights, bound, highest)
@@ -117,10 +145,14 @@ def choose_on_surfaces(
             f"The limit binds: without it ALMR {wanted.scale.share(at[free, 1]):.3g} and learning rate "
             f"{wanted.scale.lr(at[free, 0]):.3g} would be best ({sign_of(goal) * heights[free]:.4g})."
         )
-    almr_interval, lr_interval, kept = intervals(general, wanted, goal, highest)
+    chosen = chosen_again(general, wanted, at, goal, highest, confidence)
     notes = []
-    if kept < 1:
-        notes.append(f"On {1 - kept:.0%} of the surfaces that fit the runs no pair keeps the limit.")
+    if len(chosen) < SAMPLES:
+        notes.append(f"On {1 - len(chosen) / SAMPLES:.0%} of other surfaces that fit the runs no pair keeps the limit.")
+    ends = np.percentile(np.concatenate([chosen, at[best : best + 1]]), INTERVAL, axis=0)
+    low, high = np.minimum(ends[0], at[best]), np.maximum(ends[1], at[best])
+    shares, rates = wanted.scale.share(np.array([low[1], high[1]])), wanted.scale.lr(np.array([low[0], high[0]]))
+    almr_interval, lr_interval = (float(shares[0]), float(shares[1])), (float(rates[0]), float(rates[1]))
     return Choice(almr, lr, almr_interval, lr_interval, goal, value, rise, chance, reason, notes)
 
 
@@ -130,27 +162,20 @@ def best_within(heights: Array, general: Array, highest: float) -> int | None:
     return int(np.where(allowed, heights, -np.inf).argmax()) if allowed.any() else None
 
 
-def intervals(
-    general: Surface, wanted: Surface, goal: str, highest: float
-) -> tuple[tuple[float, float] | None, tuple[float, float] | None, float]:
-    """Of ALMR and learning rate, by choosing on surfaces drawn from both processes; and on which share a pair keeps the
-    limit.
+def chosen_again(general: Surface, wanted: Surface, at: Array, goal: str, highest: float, confidence: float) -> Array:
+    """[n, 2] what is chosen, with the same confidence, on surfaces drawn from both processes; without those on which no pair
+    keeps the limit.
     """
-    at = unit_grid(SAMPLES_GRID)
-    pairs = zip(wanted.samples(at, SAMPLES, 0), general.samples(at, SAMPLES, 1), strict=True)
-    found = [best_within(sign_of(goal) * height, loss, highest) for height, loss in pairs]
-    chosen = at[[place for place in found if place is not None]]
-    if not len(chosen):
-        return None, None, 0.0
-    low, high = np.percentile(chosen, INTERVAL, axis=0)
-    shares, rates = wanted.scale.share(np.array([low[1], high[1]])), wanted.scale.lr(np.array([low[0], high[0]]))
-    return (float(shares[0]), float(shares[1])), (float(rates[0]), float(rates[1])), len(chosen) / SAMPLES
+    draws = zip(wanted.samples(at, SAMPLES, 0), general.samples(at, SAMPLES, 1, confidence), strict=True)
+    found = [best_within(sign_of(goal) * height, bound, highest) for height, bound in draws]
+    return at[[place for place in found if place is not None]]
 
 
 def choose_measured(results: Results, goal: str, start: float, highest: float) -> Choice:
     """Of the pairs that were run, by the means over their seeds."""
-    rows = results.last(goal)
-    pairs = sorted({(row["almr"], row["lr"]) for row in rows})
+    rows = [row for row in results.last(goal) if row["general"] is not None]
+    unsafe = {(row["almr"], row["lr"]) for row in results.rows if row["outcome"] == "diverged"}  # with another seed
+    pairs = sorted({(row["almr"], row["lr"]) for row in rows} - unsafe)
     means = {
         pair: {
             name: float(np.mean([row[name] for row in rows if (row["almr"], row["lr"]) == pair]))

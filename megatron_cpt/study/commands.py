@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,13 +18,13 @@ from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.fit import Fit, equation, fit, write_fit
 from megatron_cpt.study.frontier import Axis
-from megatron_cpt.study.local import run_locally
+from megatron_cpt.study.local import alone_in, device_shares, environment, run_locally
 from megatron_cpt.study.outcome import read_outcome
 from megatron_cpt.study.page import interval, write_page
 from megatron_cpt.study.plan import make_plan, plan_table
 from megatron_cpt.study.points import Base, Point, points, read_base, read_proposed, run_folder, write_proposed
 from megatron_cpt.study.results import Results, collect, write_results
-from megatron_cpt.study.scores import START, measure, scores_path
+from megatron_cpt.study.scores import START, measure, read_all_scores, scores_path
 from megatron_cpt.study.slurm import submit
 
 
@@ -79,16 +80,18 @@ class Choose(FitOptions):
 
 def plan(study: Plan) -> str:
     """`almr_study.py plan`; returns the study's folder."""
-    if study.adaptive < 0:
-        raise InputError(f"adaptive is {study.adaptive}; use 0 or more")
-    base = read_base(study)
+    require_at_least(study, adaptive=0)
+    base, proposed = read_base(study), read_proposed(study.folder)
     if study.adaptive:
         from megatron_cpt.study.propose import propose  # imports optuna
 
         found = [point for point in points(study) if read_outcome(run_folder(study.folder, point))]
         results = collect(study) if found else Results([], [])
-        write_proposed(study.folder, read_proposed(study.folder) + propose(study, results, study.adaptive))
-    Console(stderr=True).print(plan_table(make_plan(study, base)))
+        proposed += propose(study, results, study.adaptive)
+    table = plan_table(make_plan(study, base, proposed), proposed)
+    if study.adaptive:
+        write_proposed(study.folder, proposed)  # within the limits
+    Console(stderr=True).print(table)
     return study.folder
 
 
@@ -97,7 +100,7 @@ def run(study: Run) -> str:
     base = read_base(study)
     if study.only is not None:
         return run_only(study, base, study.only)
-    make_plan(study, base)  # refuses what a run would refuse
+    make_plan(study, base, read_proposed(study.folder))  # refuses what a run would refuse
     todo = [point for point in points(study) if not is_done(study, point)]
     say(f"{len(todo)} of {len(points(study))} runs to do")
     os.makedirs(os.path.join(study.folder, "runs"), exist_ok=True)
@@ -110,7 +113,13 @@ def run(study: Run) -> str:
     finally:
         if any(read_outcome(run_folder(study.folder, point)) for point in points(study)):
             write_results(study, collect(study))
-    return write_results(study, collect(study))
+    unmeasured = [point.name for point in points(study) if lacks_scores(study, point)]
+    if unmeasured:
+        say(
+            f"{len(unmeasured)} runs finished without scores, and their checkpoints are gone; the first is {unmeasured[0]}. "
+            "Remove their folders to repeat them, or use another folder for a study with scores"
+        )
+    return write_all_results(study, collect(study)) or study.folder
 
 
 def run_only(study: StudyConfig, base: Base, name: str) -> str:
@@ -128,7 +137,17 @@ def run_only(study: StudyConfig, base: Base, name: str) -> str:
 
 def measure_start(study: StudyConfig, base: Base) -> None:
     """The scores of the checkpoint that all runs begin with."""
-    measure(study, base.config.checkpoint.load, scores_path(study.folder, START, 0))
+    with alone_in(study, START, threading.Event()):  # two studies may be started at once
+        load = base.config.checkpoint.load
+        measure(study, load, scores_path(study.folder, START, 0), environment(study, device_shares(study)[0]))
+
+
+def lacks_scores(study: StudyConfig, point: Point) -> bool:
+    """Whether it has finished, and nothing is left of it to measure."""
+    outcome = read_outcome(run_folder(study.folder, point))
+    if study.scores is None or outcome is None or outcome.kind != "finished":
+        return False
+    return is_done(study, point) and not read_all_scores(study.folder, point.name)
 
 
 def is_done(study: StudyConfig, point: Point) -> bool:
@@ -150,8 +169,16 @@ def fitted(study: FitOptions) -> tuple[Results, Fit]:
     require_at_least(study, tolerance=0)
     results = collect(study)
     found = fit(results, study.frontier_axis, study.tolerance)
-    write_results(study, results)
+    write_all_results(study, results)
     return results, found
+
+
+def write_all_results(study: StudyConfig, results: Results) -> str | None:
+    """Write results.parquet, or say why not; returns its path."""
+    path = write_results(study, results)
+    if path is None:
+        say(f"{study.folder} has more runs than are asked for here: results.parquet is left as it is")
+    return path
 
 
 def fit_command(study: FitOptions) -> str:
@@ -161,6 +188,7 @@ def fit_command(study: FitOptions) -> str:
     for name, line in ((f"frontier of {found.frontier_of}", found.frontier), ("loss line", found.line)):
         if line is not None and not math.isnan(line.a):
             intervals = f"a{interval(line.a_interval)}, b{interval(line.b_interval)}"
+            intervals = intervals if math.isfinite(line.b_interval[0]) else "no intervals"
             say(f"{name}: {equation(line)}; {intervals}{' (not supported)' if line.refused else ''}")
     for note in found.notes:
         say(f"note: {note}")
@@ -183,7 +211,10 @@ def plot(study: Plot) -> str:
     """`almr_study.py plot`; returns the path of report.html."""
     from megatron_cpt.study import figures  # imports matplotlib
 
-    results, found = fitted(study)
+    try:
+        results, found = fitted(study)
+    except InputError as error:
+        return plot_trajectories(study, error)
     choice = read_choice(study.folder)
     chosen = figures.chosen_pair(choice)
     rates = sorted({row["lr"] for row in results.last("general")})
@@ -195,13 +226,26 @@ def plot(study: Plot) -> str:
             ("contours", lambda: figures.contours(results, found, chosen)),
             ("languages", lambda: figures.languages(results, found, chosen)),
             ("trajectories", lambda: figures.trajectories(results, lr)),
-            ("pareto", lambda: figures.pareto(results, chosen, limit)),
+            ("pareto", lambda: figures.pareto(results, found, chosen, limit)),
             ("laws", lambda: figures.laws(results, found)),
         ),
     )
     write_fit(study.folder, found)
     title = f"ALMR x LR study: {os.path.basename(os.path.abspath(study.folder))}"
     return write_page(study.folder, title, results, found, choice, images)
+
+
+def plot_trajectories(study: Plot, error: InputError) -> str:
+    """The one figure that needs no surface, say of runs with one learning rate; returns its path."""
+    from megatron_cpt.study import figures
+
+    results = collect(study)
+    rates = sorted({row["lr"] for row in results.rows})
+    say(f"trajectories only: {error}")
+    (path,) = figures.save_all(
+        study.folder, [("trajectories", lambda: figures.trajectories(results, rates[len(rates) // 2]))]
+    )
+    return path
 
 
 def choose_command(study: Choose) -> str:

@@ -61,6 +61,12 @@ class LimitsConfig:
     hours: float | None = None
     """Time in all, where it can be estimated."""
 
+    def check(self) -> None:
+        """Raise InputError for a limit below zero."""
+        for name in ("runs", "tokens", "disk_gb", "hours"):
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"limits.{name}", value, "0 or more")
+
 
 @dataclass(frozen=True)
 class SlurmConfig:
@@ -113,6 +119,8 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, train_tokens=1, processes=1, parallel_runs=1)
+        require(bool(self.folder), "folder", repr(self.folder), "a path")
+        self.limits.check()
         if isinstance(self.lr, LogRange):
             self.lr.check()
         if self.scores is not None:
@@ -132,3 +140,8 @@ class StudyConfig:
     def rates(self) -> list[float]:
         """The learning rates."""
         return self.lr if isinstance(self.lr, list) else self.lr.values()
+
+    def covers(self, pair: tuple[float, float]) -> bool:
+        """Whether an (ALMR, LR) is within the studied ranges."""
+        (almr, lr), rates = pair, self.rates
+        return min(self.almr) <= almr <= max(self.almr) and min(rates) <= lr <= max(rates)

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from megatron_cpt.study.fit import Fit, FittedSurface, equation
 from megatron_cpt.study.frontier import Line
@@ -45,7 +46,7 @@ def contours(results: Results, fit: Fit, chosen: Chosen) -> Figure:
     if fit.frontier is not None:
         draw_line(axes[1], fit.frontier, "frontier", "#e63946", "peaks")
     for ax in axes:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False, fontsize=9)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=9)
     return figure
 
 
@@ -84,6 +85,9 @@ def draw_surface(ax: Axes, name: str, fitted: FittedSurface, results: Results, c
     if chosen is not None:
         ax.scatter([chosen[1]], [chosen[0]], label="chosen", clip_on=False, **CHOSEN)
     ax.set_xscale("log")
+    few_decades = rates.max() / rates.min() < 30
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few_decades else (1.0,)))
+    ax.xaxis.set_minor_formatter(NullFormatter())  # its labels overlap
     ax.set_xlabel("learning rate")
     ax.set_ylabel("ALMR")
     flat = "\nnot supported: see the notes" if fitted.refused else ""
@@ -93,7 +97,7 @@ def draw_surface(ax: Axes, name: str, fitted: FittedSurface, results: Results, c
 
 
 def draw_line(ax: Axes, line: Line, label: str, color: str, points: str | None = None) -> None:
-    """ALMR = a + b log10 LR within the studied ranges; dotted where nothing should be concluded from it."""
+    """ALMR = a + b log10 LR as far as its points go; dotted where nothing should be concluded from it."""
     if not np.isfinite(line.a):
         return
     limits = ax.get_xlim(), ax.get_ylim()
@@ -101,7 +105,7 @@ def draw_line(ax: Axes, line: Line, label: str, color: str, points: str | None =
         ax.scatter(line.points[:, 1], line.points[:, 0], marker=".", s=14, color=color, label=points, zorder=4)
     else:
         ax.plot(line.points[:, 1], line.points[:, 0], color=color, linewidth=1, alpha=0.7)
-    rates = np.geomspace(*limits[0], 400)
+    rates = np.geomspace(line.points[:, 1].min(), line.points[:, 1].max(), 400)
     style = ":" if line.refused else "--"
     ax.plot(rates, line.almr(rates), style, color=color, linewidth=1.8, label=f"{label}: {equation(line)}", zorder=4)
     ax.set_xlim(limits[0])
@@ -112,8 +116,9 @@ def trajectories(results: Results, lr: float) -> Figure:
     """The paper's figure 2: losses and scores along the tokens, one line for each ALMR, at one learning rate."""
     rows = [row for row in results.rows if row["lr"] == lr and row["tokens"] is not None]
     names = ["general", "additional", *results.scores]
-    if MEAN_METRIC in results.rows[0] and len(results.scores) > 1:
+    if len(results.scores) > 1:
         names.append(MEAN_METRIC)
+    names = [name for name in names if any(row.get(name) is not None for row in rows)]
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.6 * lines), layout="constrained", squeeze=False)
@@ -138,8 +143,10 @@ def trajectories(results: Results, lr: float) -> Figure:
     return figure
 
 
-def pareto(results: Results, chosen: Chosen, max_general_rise: float | None) -> Figure:
-    """What the additional language gains against what the general one loses, a point for each pair."""
+def pareto(results: Results, fit: Fit, chosen: Chosen, max_general_rise: float | None) -> Figure:
+    """What the additional language gains against what the general one loses, a point for each pair; the chosen pair where
+    the surfaces have it, if it was not run.
+    """
     starts = {row["run"]: row for row in results.rows if row["iteration"] == 0}
     pairs: dict[tuple[float, float], list[tuple[float, float]]] = {}
     for row in results.last("general"):
@@ -161,8 +168,10 @@ def pareto(results: Results, chosen: Chosen, max_general_rise: float | None) -> 
     ax.plot(*zip(*front, strict=True), color="gray", linewidth=1, zorder=1, label="Pareto front")
     if max_general_rise is not None:
         ax.axvline(100 * max_general_rise, color="#e63946", linestyle="--", linewidth=1, label="limit")
-    if chosen is not None and chosen in places:
-        ax.scatter([places[chosen][0]], [places[chosen][1]], label="chosen", **CHOSEN)
+    if chosen is not None:
+        place = places[chosen] if chosen in places else expected_changes(results, fit, chosen)
+        label = "chosen" if chosen in places else "chosen (by the surfaces)"
+        ax.scatter([place[0]], [place[1]], label=label, **CHOSEN)
     ax.set_xlabel("change of the general loss (%)")
     ax.set_ylabel("change of the additional loss (%)")
     x, y = np.array(list(places.values())).T
@@ -176,6 +185,16 @@ def pareto(results: Results, chosen: Chosen, max_general_rise: float | None) -> 
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     return figure
+
+
+def expected_changes(results: Results, fit: Fit, pair: tuple[float, float]) -> list[float]:
+    """Of the general and the additional loss since the start, per cent, by their surfaces."""
+    changes = []
+    for name in ("general", "additional"):
+        surface = fit.surfaces[name].surface
+        start = float(np.mean([row[name] for row in results.rows if row["iteration"] == 0]))
+        changes.append(100 * (float(surface.mean(surface.scale.unit(*(np.array([x]) for x in pair)))[0]) / start - 1))
+    return changes
 
 
 def most_shown(values: Array) -> float | None:
@@ -206,21 +225,18 @@ def laws(results: Results, fit: Fit) -> Figure | None:
     """D-CPT: measured losses and the law's over the ratio, one line for each number of tokens, at the learning rate whose
     law predicts best; and critical mixture ratios. None: nothing was fitted.
     """
-    if not fit.d_cpt and not fit.cmr:
+    quantities = [name for name in ("general", "additional") if any(law.quantity == name for law in fit.d_cpt)]
+    number = len(quantities) + bool(fit.cmr)
+    if not number:
         return None
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
-    for ax, quantity in zip(axes, ("general", "additional"), strict=False):
-        fitted = sorted(
-            (law for law in fit.d_cpt if law.quantity == quantity), key=lambda law: np.nan_to_num(law.held_out, nan=np.inf)
-        )
-        if not fitted:
-            ax.set_axis_off()
-            continue
-        best = fitted[0]
+    figure, (axes,) = plt.subplots(1, number, figsize=(5 * number, 4.4), layout="constrained", squeeze=False)
+    for ax, quantity in zip(axes, quantities, strict=False):
+        best = min((law for law in fit.d_cpt if law.quantity == quantity), key=lambda law: law.held_out)
         rows = [r for r in results.rows if r["lr"] == best.lr and r["outcome"] == "finished" and r["iteration"] > 0]
+        rows = [row for row in rows if row["almr"] != (1.0 if quantity == "general" else 0.0)]  # as for the fit
         budgets = sorted({row["tokens"] for row in rows})
         kept = budgets[:: max(1, len(budgets) // 4)]
-        shares = np.linspace(0, 1, 101)
+        shares = np.linspace(min(row["almr"] for row in rows), max(row["almr"] for row in rows), 101)
         for tokens, color in zip(kept, plt.get_cmap("viridis")(np.linspace(0.1, 0.9, len(kept))), strict=True):
             here = [row for row in rows if row["tokens"] == tokens]
             ax.scatter([row["almr"] for row in here], [row[quantity] for row in here], s=14, color=color)
@@ -228,22 +244,19 @@ def laws(results: Results, fit: Fit) -> Figure | None:
             ax.plot(
                 shares, best.law.loss(np.full_like(shares, tokens), ratio), color=color, label=f"{tokens / 1e6:.3g} M tokens"
             )
-        off = "too few ratios to leave one out" if np.isnan(best.held_out) else f"left-out ratios off by {best.held_out:.2%}"
-        ax.set_title(f"D-CPT, {quantity}, LR {best.lr:g}: {off}", fontsize=10)
+        ax.set_title(f"D-CPT, {quantity}, LR {best.lr:g}: left-out ratios off by {best.held_out:.2%}", fontsize=10)
         ax.set_xlabel("ALMR")
         ax.set_ylabel("loss (nats per token)")
         ax.legend(fontsize=8)
-    if not fit.cmr:
-        axes[2].set_axis_off()
     for lr, law in fit.cmr.items():
-        (dots,) = axes[2].plot(law.tokens, law.ratios, "o", markersize=4, label=f"LR {lr:g}")
+        (dots,) = axes[-1].plot(law.tokens, law.ratios, "o", markersize=4, label=f"LR {lr:g}")
         tokens = np.linspace(law.tokens.min(), law.tokens.max() * 1.3, 200)
-        axes[2].plot(tokens, [law.ratio(t) for t in tokens], color=dots.get_color())
+        axes[-1].plot(tokens, [law.ratio(t) for t in tokens], color=dots.get_color())
     if fit.cmr:
-        axes[2].set_title("critical mixture ratio (CMR)", fontsize=10)
-        axes[2].set_xlabel("tokens")
-        axes[2].set_ylabel("largest ALMR within the tolerance")
-        axes[2].legend(fontsize=8)
+        axes[-1].set_title("critical mixture ratio (CMR)", fontsize=10)
+        axes[-1].set_xlabel("tokens")
+        axes[-1].set_ylabel("largest ALMR within the tolerance")
+        axes[-1].legend(fontsize=8)
     return figure
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.frontier import Axis, Line, loss_line, metric_frontier
-from megatron_cpt.study.laws import CmrLaw, DCptLaw, fit_cmr, fit_d_cpt, held_out_error
+from megatron_cpt.study.laws import CmrLaw, DCptLaw, check_follows_tokens, fit_cmr, fit_d_cpt, held_out_error
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import Array, Surface, fit_surface
 from megatron_cpt.training.metrics_file import finite
@@ -24,6 +24,9 @@ LOSSES = ("general", "additional", "mixed", "balanced")
 FEWEST_POINTS = 9  # pairs of ALMR and LR
 FEWEST_VALUES = 3  # of each axis
 SIGNIFICANCE = 0.01
+SEED_DEGREES = 5  # runs beyond the first of each pair: fewer say too little of noise
+LEAST_EXPLAINED = 0.5  # below it a surface is noted to know little of places without runs
+LEVEL = 20.0  # degrees: how wide the interval of a line's angle may be that contains level
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class FittedSurface:
     """A surface and how far it can be trusted.
 
     Attributes:
-        error: root mean square of left-out runs' errors
+        error: root mean square of the errors on the runs of left-out pairs
         noise: of seeds, at the run in the middle if these are in order of their noise
-        explained: share of the runs' variance that left-out runs' predictions explain; below 0: the mean is better
+        explained: share of the runs' variance that predictions of left-out pairs explain; below 0: the mean is better
         refused: why nothing should be concluded from it
     """
 
@@ -90,34 +93,91 @@ def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01, laws: bo
     Raises:
         InputError: fewer than four runs have finished, or they do not vary
     """
-    notes = []
-    diverged = {row["run"] for row in results.rows if row["outcome"] == "diverged"}
-    unfinished = {row["run"] for row in results.rows if row["outcome"] == "unfinished"}
-    for kind, names in (("diverged", diverged), ("are not finished", unfinished)):
-        if names:
-            notes.append(f"{len(names)} runs {kind} and are left out: {', '.join(sorted(names))}")
-    quantities = [*LOSSES, *([MEAN_METRIC] if results.last(MEAN_METRIC) else [])]
-    surfaces = {name: fitted_surface(results, name) for name in quantities}
-    pairs = {(row["almr"], row["lr"]) for row in results.last("general")}
-    if len(pairs) == len(results.last("general")):
-        notes.append("every pair was run with one seed: what is said of noise, and so the intervals, may be too small")
-    for name, found in surfaces.items():
-        if found.refused:
-            notes.append(f"{name}: {found.refused}")
+    notes = outcome_notes(results)
+    surfaces: dict[str, FittedSurface] = {}
+    runs = len(results.last("general"))
+    for name in (*LOSSES, *([MEAN_METRIC] if results.last(MEAN_METRIC) else [])):
+        having = len(results.last(name))
+        if having < runs:
+            notes.append(f"{name}: {having} of {runs} finished runs have it")
+        try:
+            surfaces[name] = fitted_surface(results, name)
+        except InputError as error:
+            if name in ("general", "additional", "mixed"):
+                raise
+            notes.append(f"{name}: {error}")
+    if (seeds := seed_note(results)) is not None:
+        notes.append(seeds)
+    notes += [f"{name}: {text}" for name, found in surfaces.items() for text in surface_notes(found)]
     frontier_of = MEAN_METRIC if MEAN_METRIC in surfaces else "balanced"
     frontier = line = None
-    if len(np.unique(results.column("almr"))) >= FEWEST_VALUES and len(np.unique(results.column("lr"))) >= FEWEST_VALUES:
-        sign = 1.0 if frontier_of == MEAN_METRIC else -1.0
-        frontier = metric_frontier(surfaces[frontier_of].surface, axis, sign)
-        line = loss_line(surfaces["mixed"].surface)
-        notes += [f"frontier of {frontier_of}: {frontier.refused}"] if frontier.refused else []
-        notes += [f"loss line: {line.refused}"] if line.refused else []
-        if frontier.b_interval[0] < 0 < frontier.b_interval[1]:
-            notes.append("frontier: the interval of b contains 0, so the runs do not say in which direction it goes")
-    else:
+    if len(np.unique(results.column("almr"))) < FEWEST_VALUES or len(np.unique(results.column("lr"))) < FEWEST_VALUES:
         notes.append(f"no frontier, no loss line: they need {FEWEST_VALUES} values or more of each axis")
+    else:
+        if (wanted := surfaces.get(frontier_of)) is not None:
+            sign = 1.0 if frontier_of == MEAN_METRIC else -1.0
+            frontier = metric_frontier(wanted.surface, axis, sign, refused=wanted.refused)
+            frontier = frontier if seeds is None else without_intervals(frontier)
+            notes += line_notes(f"frontier of {frontier_of}", frontier)
+        line = loss_line(surfaces["mixed"].surface, refused=surfaces["mixed"].refused)
+        line = line if seeds is None else without_intervals(line)
+        notes += line_notes("loss line", line)
     d_cpt, cmr = fit_laws(results, tolerance, notes) if laws else ([], {})
     return Fit(surfaces, frontier, frontier_of, line, d_cpt, cmr, notes)
+
+
+def without_intervals(line: Line) -> Line:
+    """Of runs that say nothing about noise."""
+    none = (-math.inf, math.inf)
+    return dataclasses.replace(line, a_interval=none, b_interval=none, angle_interval=none)
+
+
+def outcome_notes(results: Results) -> list[str]:
+    """Which runs are left out, and why."""
+    notes = []
+    for outcome, words in (("diverged", "diverged"), ("unfinished", "are not finished")):
+        names = sorted({row["run"] for row in results.rows if row["outcome"] == outcome})
+        if names:
+            notes.append(f"{len(names)} runs {words} and are left out: {', '.join(names)}")
+    broken = sorted({row["run"] for row in results.rows if row["last"] and row.get("mixed") is None})
+    if broken:
+        notes.append(f"{len(broken)} finished runs have no number as a loss and are left out: {', '.join(broken)}")
+    return notes
+
+
+def seed_note(results: Results) -> str | None:
+    """What too few seeds leave unknown."""
+    runs, pairs = len(results.last("general")), len({(row["almr"], row["lr"]) for row in results.last("general")})
+    if runs - pairs >= SEED_DEGREES:
+        return None
+    having = "every pair was run with one seed" if runs == pairs else f"{runs} runs of {pairs} pairs"
+    return f"{having}: that says too little about noise for intervals; two or three seeds each say more"
+
+
+def surface_notes(found: FittedSurface) -> list[str]:
+    """Why a surface is refused, or what it does not know."""
+    if found.refused:
+        return [found.refused]
+    if found.explained < LEAST_EXPLAINED:
+        return [
+            f"surfaces without a pair explain {found.explained:.0%} of what its runs show: little is known between and "
+            "beside the pairs; more pairs there, or a narrower range, would tell more"
+        ]
+    return []
+
+
+def line_notes(name: str, line: Line) -> list[str]:
+    """Why a line is refused, or what its interval leaves open."""
+    if line.refused:
+        return [f"{name}: {line.refused}"]
+    low, high = line.angle_interval
+    if math.isinf(low):
+        return []  # the note on seeds says why
+    if low < -90 or high > 90:
+        return [f"{name}: it may be upright, so a and b have no interval"]
+    if low < 0 < high and high - low > LEVEL:
+        return [f"{name}: the interval of b contains 0, so the runs do not say in which direction it goes"]
+    return []
 
 
 def fitted_surface(results: Results, quantity: str) -> FittedSurface:
@@ -128,26 +188,30 @@ def fitted_surface(results: Results, quantity: str) -> FittedSurface:
     errors = surface.left_out_errors()
     explained = 1 - float((errors**2).sum() / max(((values - values.mean()) ** 2).sum(), 1e-300))
     noise = float(np.median(surface.noise(surface.points)))
-    return FittedSurface(surface, float(np.sqrt((errors**2).mean())), noise, explained, refusal(surface))
+    return FittedSurface(surface, float(np.sqrt((errors**2).mean())), noise, explained, refusal(surface, explained))
 
 
-def refusal(surface: Surface) -> str | None:
-    """Why the runs do not support this surface: too few of them, or it is flat."""
+def refusal(surface: Surface, explained: float) -> str | None:
+    """Why the runs do not support this surface: too few of them, it is flat, or it predicts nothing."""
     pairs = np.unique(surface.points, axis=0)
     if len(pairs) < FEWEST_POINTS:
         return f"{len(pairs)} pairs of ALMR and learning rate have finished; {FEWEST_POINTS} or more support a surface"
     chance = chance_of_flat(surface.points, surface.inner(surface.values))
     if chance > SIGNIFICANCE:
         return f"the surface is flat within the noise (F test, p = {chance:.2g}): more seeds, longer runs or wider ranges"
+    if explained <= 0:
+        return "surfaces without a pair tell no more of its runs than their mean does: more pairs"
     return None
 
 
 def chance_of_flat(points: Array, values: Array) -> float:
-    """p of an F test: of the differences between pairs against those between seeds; with one seed each, of a quadratic
-    surface against a plain mean."""
+    """p of an F test: of the differences between pairs against those between seeds; with hardly any second seeds, of a
+    quadratic surface against a plain mean."""
+    if np.ptp(values) <= 1e-9 * np.abs(values).max():
+        return 1.0  # the same numbers, but for rounding
     pairs, which = np.unique(points, axis=0, return_inverse=True)
     groups = [values[which == number] for number in range(len(pairs))]
-    if max(map(len, groups)) > 1:
+    if len(values) - len(groups) >= SEED_DEGREES:
         between = sum(len(group) * (group.mean() - values.mean()) ** 2 for group in groups)
         within = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
         degrees = len(groups) - 1, len(values) - len(groups)
@@ -165,26 +229,33 @@ def chance_of_flat(points: Array, values: Array) -> float:
 
 
 def fit_laws(results: Results, tolerance: float, notes: list[str]) -> tuple[list[FittedLaw], dict[float, CmrLaw]]:
-    """D-CPT of both languages and CMR at each learning rate, from all evaluations after the start of finished runs."""
-    rows = [row for row in results.rows if row["outcome"] == "finished"]
-    laws, cmr, reasons = [], {}, []
+    """D-CPT of both languages (from the runs that read it) and CMR at each learning rate, from all evaluations after the
+    start of finished runs.
+    """
+    rows = [row for row in results.rows if row["outcome"] == "finished" and row["mixed"] is not None]
+    laws: list[FittedLaw] = []
+    cmr: dict[float, CmrLaw] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}  # law, why not -> learning rates
     for lr in sorted({row["lr"] for row in rows}):
         here = [row for row in rows if row["lr"] == lr and row["iteration"] > 0]
         start = next((row["general"] for row in rows if row["iteration"] == 0), math.nan)
         tokens, almr = (np.array([row[name] for row in here], dtype=np.float64) for name in ("tokens", "almr"))
         for quantity, ratio in (("general", 1 - almr), ("additional", almr)):
             losses = np.array([row[quantity] for row in here], dtype=np.float64)
+            read = ratio > 0  # of a language that a run does not read, the law knows nothing
+            seen = tokens[read], ratio[read], losses[read]
             try:
-                law = fit_d_cpt(tokens, ratio, losses)
-                laws.append(FittedLaw(quantity, lr, law, len(losses), held_out_error(tokens, ratio, losses)))
+                law = fit_d_cpt(*seen)
+                check_follows_tokens(law, *seen)
+                laws.append(FittedLaw(quantity, lr, law, len(seen[0]), held_out_error(*seen)))
             except InputError as error:
-                reasons.append(f"D-CPT law of {quantity} at learning rate {lr:g}: {error}")
+                reasons.setdefault((f"D-CPT law of {quantity}", str(error)), []).append(f"{lr:g}")
         general = np.array([row["general"] for row in here], dtype=np.float64)
         try:
             cmr[lr] = fit_cmr(tokens, almr, general, start, tolerance)
         except InputError as error:
-            reasons.append(f"CMR law at learning rate {lr:g}: {error}")
-    notes += reasons
+            reasons.setdefault(("CMR law", str(error)), []).append(f"{lr:g}")
+    notes += [f"{law} at learning rate {', '.join(rates)}: {why}" for (law, why), rates in reasons.items()]
     return laws, cmr
 
 
@@ -230,9 +301,11 @@ def line_json(line: Line | None, of: str) -> dict[str, Any] | None:
     if line is None:
         return None
     fields = {"of": of, "a": line.a, "b": line.b, "a_interval": line.a_interval, "b_interval": line.b_interval}
+    fields |= {"angle": line.angle, "angle_interval": line.angle_interval}
     return fields | {"points": line.points.tolist(), "refused": line.refused}
 
 
 def equation(line: Line) -> str:
     """In words."""
-    return f"ALMR = {line.a:.3g} {'+' if line.b >= 0 else '-'} {abs(line.b):.3g} log10 LR"
+    b = line.b if abs(line.angle) > 1e-6 else 0.0  # not a rounding error
+    return f"ALMR = {line.a:.3g} {'+' if b >= 0 else '-'} {abs(b):.3g} log10 LR"

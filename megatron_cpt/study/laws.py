@@ -12,7 +12,6 @@ which the general loss stays within a tolerance of its start; along the tokens T
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from megatron_cpt.study.surfaces import Array
 HUBER_DELTA = 1e-3  # on the logarithm of the loss, as in the D-CPT paper
 STARTS = 16
 STARTS_LEFT_OUT = 6
+LEAST_ALONG_TOKENS = 0.5  # share of the losses' variance about the mean of each ratio that the law explains
 TOKENS_UNIT = 1e6  # D is counted in these, so that B is a usual number
 
 
@@ -77,11 +77,20 @@ def fit_d_cpt(tokens: Array, ratio: Array, losses: Array, seed: int = 0, starts:
         losses: [n] nats per token
 
     Raises:
-        InputError: fewer points than parameters, or fewer than three ratios or numbers of tokens
+        InputError: fewer points than parameters, fewer than four ratios (one is left out to see what the law predicts),
+            fewer than three numbers of tokens, or a loss that is not above zero
     """
-    for name, values, wanted in (("points", losses, 8), ("ratios", np.unique(ratio), 3), ("budgets", np.unique(tokens), 3)):
+    for name, values, wanted in (("points", losses, 8), ("ratios", np.unique(ratio), 4), ("budgets", np.unique(tokens), 3)):
         if len(values) < wanted:
             raise InputError(f"the D-CPT law has 7 parameters: {len(values)} {name} are too few, {wanted} are needed")
+
+    if losses.min() <= 0:
+        raise InputError(f"a loss is {losses.min():g}; the law is fitted to logarithms of losses, above 0")
+    return minimized(tokens, ratio, losses, seed, starts)
+
+
+def minimized(tokens: Array, ratio: Array, losses: Array, seed: int, starts: int) -> DCptLaw:
+    """The law of the least Huber loss."""
 
     def distance(logarithms: Array) -> tuple[float, Array]:
         expected, derivatives = slopes(np.exp(logarithms), tokens, ratio)
@@ -95,6 +104,20 @@ def fit_d_cpt(tokens: Array, ratio: Array, losses: Array, seed: int = 0, starts:
     bounds = [(np.log(least * 1e-2), np.log(least)), (-12, 6), (-5, 2), (-5, 1.5), (-12, 6), (-7, 1), (-5, 2)]
     best = best_of_starts(distance, random.uniform(low, high, (starts, 7)), bounds)
     return DCptLaw(*np.exp(best).tolist())
+
+
+def check_follows_tokens(law: DCptLaw, tokens: Array, ratio: Array, losses: Array) -> None:
+    """Raise InputError where the law follows the losses along the tokens hardly better than a mean of each ratio does.
+
+    D-CPT's loss can only fall with the tokens, and the loss of a language that is being forgotten rises.
+    """
+    means = np.array([losses[ratio == own].mean() for own in ratio])
+    explained = 1 - ((losses - law.loss(tokens, ratio)) ** 2).sum() / max(((losses - means) ** 2).sum(), 1e-300)
+    if explained < LEAST_ALONG_TOKENS:
+        raise InputError(
+            f"it explains {max(explained, 0.0):.0%} of how the losses change along the tokens, {LEAST_ALONG_TOKENS:.0%} is "
+            "wanted: it can only fall with them"
+        )
 
 
 def huber(errors: Array) -> tuple[float, Array]:
@@ -123,15 +146,12 @@ def best_of_starts(
 def held_out_error(tokens: Array, ratio: Array, losses: Array, seed: int = 0) -> float:
     """Mean relative error of the D-CPT law on each ratio inside the range, by the law of all others.
 
-    The lowest and the highest ratio are not left out: no law of this form is meant to guess beyond them. NaN: with three
-    ratios, none can be left out.
+    The lowest and the highest ratio are not left out: no law of this form is meant to guess beyond them.
     """
-    if len(np.unique(ratio)) < 4:
-        return math.nan
     errors = []
     for left_out in np.unique(ratio)[1:-1]:
         seen = ratio != left_out
-        law = fit_d_cpt(tokens[seen], ratio[seen], losses[seen], seed, STARTS_LEFT_OUT)
+        law = minimized(tokens[seen], ratio[seen], losses[seen], seed, STARTS_LEFT_OUT)
         errors.append(np.abs(law.loss(tokens[~seen], ratio[~seen]) / losses[~seen] - 1))
     return float(np.concatenate(errors).mean())
 

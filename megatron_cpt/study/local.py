@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -44,8 +46,11 @@ def run_locally(study: StudyConfig, base: Base, todo: Sequence[Point], say: Call
         KeyboardInterrupt: SIGINT or SIGTERM; the runs have saved
     """
     stop, failed = threading.Event(), []
+    shares: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for devices in device_shares(study):
+        shares.put(devices)
     with stopping_on_signals(stop), concurrent.futures.ThreadPoolExecutor(study.parallel_runs) as pool:
-        waiting = {pool.submit(run_one, study, base, point, stop): point for point in todo}
+        waiting = {pool.submit(run_one, study, base, point, stop, shares): point for point in todo}
         refused: InputError | None = None
         for number, future in enumerate(concurrent.futures.as_completed(waiting), 1):
             point = waiting[future]
@@ -62,10 +67,11 @@ def run_locally(study: StudyConfig, base: Base, todo: Sequence[Point], say: Call
                 stop.set()
     if refused is not None:
         raise refused
-    if stop.is_set():
+    if stop.is_set() and not failed:
         raise KeyboardInterrupt("the runs have saved; the same command goes on")
     if failed:
-        raise RunError(f"{len(failed)} of {len(todo)} runs failed, the first is {failed[0]} (see above); the rest is done")
+        rest = "the others have saved" if stop.is_set() else "the rest is done"
+        raise RunError(f"{len(failed)} of {len(todo)} runs failed, the first is {failed[0]} (see above); {rest}")
 
 
 @contextlib.contextmanager
@@ -85,8 +91,39 @@ def sentence(outcome: Outcome) -> str:
     return f"finished in {outcome.seconds:.0f} s" if outcome.kind == "finished" else f"diverged ({outcome.reason})"
 
 
-def run_one(study: StudyConfig, base: Base, point: Point, stop: threading.Event) -> Outcome:
+def device_shares(study: StudyConfig) -> list[str | None]:
+    """GPUs of each of the runs that go on at a time, for CUDA_VISIBLE_DEVICES; None: there are none, runs share the cores.
+
+    Raises:
+        InputError: there are GPUs, but too few
+    """
+    visible = visible_devices()
+    if not visible:
+        return [None] * study.parallel_runs
+    wanted = study.parallel_runs * study.processes
+    if len(visible) < wanted:
+        raise InputError(
+            f"parallel_runs {study.parallel_runs} x processes {study.processes} = {wanted} GPUs; this machine shows "
+            f"{len(visible)}. Use fewer, or executor slurm, where each run has a node"
+        )
+    return [",".join(visible[i : i + study.processes]) for i in range(0, wanted, study.processes)]
+
+
+def visible_devices() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES counts them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def run_one(
+    study: StudyConfig, base: Base, point: Point, stop: threading.Event, shares: queue.SimpleQueue[str | None]
+) -> Outcome:
     """Do one run, or what is left of it, and measure its checkpoints.
+
+    `shares`: devices that are free; one is taken meanwhile.
 
     Raises:
         StoppedError: `stop` is set
@@ -95,13 +132,18 @@ def run_one(study: StudyConfig, base: Base, point: Point, stop: threading.Event)
     """
     folder = run_folder(study.folder, point)
     os.makedirs(folder, exist_ok=True)
-    with alone_in(study, point, stop) as lock:
+    with alone_in(study, point.name, stop) as lock, taken(shares) as devices:
+        begun = time.monotonic()
         outcome = read_outcome(folder)
         if outcome is None:
-            outcome = train(study, base, point, stop, lock)
+            outcome = train(study, base, point, stop, lock, environment(study, devices))
             write_outcome(folder, outcome)
-        if study.scores is not None and outcome.kind == "finished":
-            measure_run(study, point)
+            if study.scores is not None and outcome.kind == "finished":
+                measure_run(study, point, environment(study, devices))
+            outcome = dataclasses.replace(outcome, wall_seconds=time.monotonic() - begun)
+            write_outcome(folder, outcome)
+        elif study.scores is not None and outcome.kind == "finished":
+            measure_run(study, point, environment(study, devices))
         if not study.keep_checkpoints:
             for checkpoint in Path(folder).glob("iter_*"):
                 shutil.rmtree(checkpoint)
@@ -109,12 +151,24 @@ def run_one(study: StudyConfig, base: Base, point: Point, stop: threading.Event)
 
 
 @contextlib.contextmanager
-def alone_in(study: StudyConfig, point: Point, stop: threading.Event) -> Iterator[int]:
-    """Wait until nobody else does this run: the training that a killed study has left behind holds the lock, too.
+def taken(shares: queue.SimpleQueue[str | None]) -> Iterator[str | None]:
+    """One of the shares, given back afterwards."""
+    share = shares.get()
+    try:
+        yield share
+    finally:
+        shares.put(share)
+
+
+@contextlib.contextmanager
+def alone_in(study: StudyConfig, name: str, stop: threading.Event) -> Iterator[int]:
+    """Wait until nobody else does this run (or measures this start): the training that a killed study has left behind holds
+    the lock, too.
 
     Yields the lock's file descriptor, for training to inherit.
     """
-    path = os.path.join(study.folder, "runs", f".{point.name}.lock")
+    path = os.path.join(study.folder, "runs", f".{name}.lock")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w") as file:
         while True:
             if stop.is_set():
@@ -128,7 +182,9 @@ def alone_in(study: StudyConfig, point: Point, stop: threading.Event) -> Iterato
         yield file.fileno()
 
 
-def train(study: StudyConfig, base: Base, point: Point, stop: threading.Event, lock: int) -> Outcome:
+def train(
+    study: StudyConfig, base: Base, point: Point, stop: threading.Event, lock: int, environment: dict[str, str]
+) -> Outcome:
     """The run itself, watched."""
     folder, log = run_folder(study.folder, point), log_path(study.folder, point)
     config = write_configuration(study, base, point)
@@ -141,16 +197,16 @@ def train(study: StudyConfig, base: Base, point: Point, stop: threading.Event, l
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
-            env=environment(study),
+            env=environment,
             pass_fds=(lock,),
             start_new_session=True,  # Ctrl-C is for the study, which tells its runs
         )
         reason = watch(study, base, folder, process, stop)
     if reason is not None:
         return Outcome("diverged", reason, training_seconds(folder))
-    if finished(folder):
+    if state_of(folder) == "finished":
         return Outcome("finished", None, training_seconds(folder))
-    if stop.is_set():
+    if stop.is_set() and state_of(folder) in (None, "stopped"):
         raise StoppedError
     problem = f"{last_error(log) or f'ended with status {process.returncode}'} (log: {log})"
     raise InputError(f"{point.name}: {problem}") if process.returncode == 2 else RunError(problem)
@@ -175,26 +231,27 @@ def watch(
 
 def diverged(study: StudyConfig, base: Base, folder: str) -> str | None:
     """Why the run in this folder has diverged, None if it has not."""
-    return divergence(training_rows(folder), study.divergence_factor, base.config.trouble.max_skipped_steps)
-
-
-def training_rows(folder: str) -> list[dict[str, Any]]:
-    """Of metrics.jsonl."""
-    return [row for row in read_metrics(folder) if "loss" in row]
+    train_iters = read_status(folder).get("train_iters")
+    return divergence(read_metrics(folder), study.divergence_factor, base.config.trouble.max_skipped_steps, train_iters)
 
 
 def training_seconds(folder: str) -> float:
     """Of all steps."""
-    return sum(row["seconds"] for row in training_rows(folder))
+    return sum(row["seconds"] for row in read_metrics(folder) if "loss" in row)
 
 
-def finished(folder: str) -> bool:
-    """Whether status.json says so."""
+def read_status(folder: str) -> dict[str, Any]:
+    """status.json; empty: it has not begun."""
     path = os.path.join(folder, "status.json")
     if not os.path.exists(path):
-        return False
+        return {}
     with open(path, encoding="utf-8") as file:
-        return bool(json.load(file)["state"] == "finished")
+        return dict(json.load(file))
+
+
+def state_of(folder: str) -> str | None:
+    """Of status.json."""
+    return read_status(folder).get("state")
 
 
 def command(study: StudyConfig, config: str) -> list[str]:
@@ -206,10 +263,11 @@ def command(study: StudyConfig, config: str) -> list[str]:
     return [sys.executable, *launcher, str(TOOL), "--config", config]
 
 
-def environment(study: StudyConfig) -> dict[str, str]:
-    """The cores shared out to all processes, unless somebody has said otherwise."""
+def environment(study: StudyConfig, devices: str | None) -> dict[str, str]:
+    """The cores shared out to all processes, unless somebody has said otherwise; the GPUs to the runs."""
     threads = max(1, (os.cpu_count() or 1) // (study.processes * study.parallel_runs))
-    return {"OMP_NUM_THREADS": str(threads)} | os.environ
+    own = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+    return {"OMP_NUM_THREADS": str(threads)} | os.environ | own
 
 
 def log_path(folder: str, point: Point) -> str:

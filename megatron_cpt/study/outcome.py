@@ -22,11 +22,14 @@ class Outcome:
     kind: it has read all its tokens, or it was stopped because its loss ran away
     reason: of the latter
     seconds: of training, without start and evaluations
+    wall_seconds: of all that the run took, with its start, its evaluations and its scores; if it was stopped and went on,
+        of the last part; None: an older study did not record it
     """
 
     kind: Literal["finished", "diverged"]
     reason: str | None
     seconds: float
+    wall_seconds: float | None = None
 
 
 def read_outcome(folder: str) -> Outcome | None:
@@ -46,24 +49,35 @@ def write_outcome(folder: str, outcome: Outcome) -> None:
     write_json(os.path.join(folder, OUTCOME), asdict(outcome))
 
 
-def divergence(rows: Sequence[dict[str, Any]], factor: float, max_skipped_steps: int) -> str | None:
-    """Why the run with these training steps (of metrics.jsonl) has diverged; None: it has not.
+def divergence(
+    rows: Sequence[dict[str, Any]], factor: float, max_skipped_steps: int, train_iters: int | None = None
+) -> str | None:
+    """Why the run with these rows of metrics.jsonl has diverged; None: it has not.
+
+    All of the run is looked at, so that it does not matter when.
 
     Args:
-        factor: how many times the loss of the first step is too much, as a mean of ten steps
+        factor: how many times the loss of the first step is too much, as a mean of ten steps, or of half of a run that is
+            shorter than twenty
         max_skipped_steps: in a row that are too few to say so
+        train_iters: steps of the whole run; None: not known yet
     """
+    steps = [row for row in rows if "loss" in row]
     skipped = 0
-    for row in reversed(rows):
-        if not row.get("skipped"):
-            break
-        skipped += 1
-    if skipped > max_skipped_steps:
-        return f"{skipped} steps in a row were skipped up to step {rows[-1]['iteration']}: {rows[-1]['skipped']}"
-    losses = [row["loss"] for row in rows if row["loss"] is not None and math.isfinite(row["loss"])]
-    if len(losses) <= STEPS_OF_MEAN:
-        return None
-    mean = sum(losses[-STEPS_OF_MEAN:]) / STEPS_OF_MEAN
-    if mean <= factor * losses[0]:
-        return None
-    return f"mean loss of {STEPS_OF_MEAN} steps {mean:.4g} at step {rows[-1]['iteration']}, at step 1 {losses[0]:.4g}"
+    for row in steps:
+        skipped = skipped + 1 if row.get("skipped") else 0
+        if skipped > max_skipped_steps:
+            return f"{skipped} steps in a row were skipped up to step {row['iteration']}: {row['skipped']}"
+    for row in rows:
+        for name, figures in row.get("validation", {}).items():
+            if figures["loss"] is None or not math.isfinite(figures["loss"]):
+                return f"the validation loss of {name} at step {row['iteration']} is no number"
+    known = [row for row in steps if row["loss"] is not None and math.isfinite(row["loss"])]
+    losses = [row["loss"] for row in known]
+    window = STEPS_OF_MEAN if train_iters is None else max(1, min(STEPS_OF_MEAN, train_iters // 2))
+    for end in range(window + 1, len(losses) + 1):
+        mean = sum(losses[end - window : end]) / window
+        if mean > factor * losses[0]:
+            at = known[end - 1]["iteration"]
+            return f"mean loss of {window} steps {mean:.4g} at step {at}, at step 1 {losses[0]:.4g}"
+    return None

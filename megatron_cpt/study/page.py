@@ -90,7 +90,7 @@ def choice_section(choice: dict[str, Any]) -> str:
 
 def interval(bounds: Sequence[float] | None) -> str:
     """In brackets; nothing for None."""
-    return "" if bounds is None else f" [{bounds[0]:.3g}, {bounds[1]:.3g}]"
+    return "" if bounds is None or math.isinf(bounds[0]) else f" [{bounds[0]:.3g}, {bounds[1]:.3g}]"
 
 
 def lines_table(fit: Fit) -> str:
@@ -107,7 +107,7 @@ def lines_table(fit: Fit) -> str:
 
 def surfaces_table(fit: Fit) -> str:
     """How good each is."""
-    header = ["", "runs", "noise between seeds", "error on left-out runs", "explained", "supported"]
+    header = ["", "runs", "noise between seeds", "error on left-out pairs", "explained", "supported"]
     return table(
         header,
         (
@@ -131,7 +131,7 @@ def d_cpt_table(fit: Fit) -> str:
         [
             f"{fitted.quantity}, LR {fitted.lr:g}",
             *(f"{getattr(fitted.law, name):.3g}" for name in names),
-            "-" if math.isnan(fitted.held_out) else f"{fitted.held_out:.2%}",
+            f"{fitted.held_out:.2%}",
         ]
         for fitted in fit.d_cpt
     )

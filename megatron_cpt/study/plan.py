@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -17,7 +18,7 @@ from megatron_cpt.planning.layouts import Job, Layout
 from megatron_cpt.planning.timing import throughput
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.outcome import Outcome, read_outcome
-from megatron_cpt.study.points import Base, Point, parse, points, read_proposed, run_fields, run_folder, write_configuration
+from megatron_cpt.study.points import Base, Point, parse, points, run_fields, run_folder, write_configuration
 from megatron_cpt.training.checks import check_run
 from megatron_cpt.training.progress_line import duration
 
@@ -58,13 +59,13 @@ class Plan:
         return self.disk * (len(self.outcomes) if self.study.keep_checkpoints else self.study.parallel_runs)
 
 
-def make_plan(study: StudyConfig, base: Base) -> Plan:
+def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, float]]) -> Plan:
     """Write the configurations of all runs, check one of each ALMR as the run itself will, and estimate.
 
     Raises:
         InputError: a run would refuse its configuration, or the study is above its limits
     """
-    outcomes = {point: read_outcome(run_folder(study.folder, point)) for point in points(study)}
+    outcomes = {point: read_outcome(run_folder(study.folder, point)) for point in points(study, proposed)}
     checked: dict[float, Point] = {}
     for point in outcomes:
         write_configuration(study, base, point)
@@ -73,13 +74,15 @@ def make_plan(study: StudyConfig, base: Base) -> Plan:
         fields = run_fields(study, base, point)
         fields["checkpoint"] = fields["checkpoint"] | {"save": os.path.join(study.folder, "runs", ".check")}  # nothing there
         run = check_run(parse(fields, study.base), study.processes)
-    seconds = [outcome.seconds for outcome in outcomes.values() if outcome is not None and outcome.kind == "finished"]
+    ended = [outcome for outcome in outcomes.values() if outcome is not None and outcome.kind == "finished"]
+    seconds = [outcome.wall_seconds for outcome in ended if outcome.wall_seconds is not None]
     batch = run.config.training.global_batch_size * run.mixture.seq_length
     steps = run.length.train_iters
     if seconds:
         estimate, source = statistics.mean(seconds), f"mean of {len(seconds)} runs that have finished"
     elif study.device is not None:
-        estimate, source = planned_seconds(study, base, run.llama, run.mixture.seq_length, steps), "as plan_run.py estimates"
+        estimate = planned_seconds(study, base, run.llama, run.mixture.seq_length, steps)
+        source = "steps alone, as plan_run.py estimates them"
     else:
         estimate, source = None, "unknown until a run has finished, or device is given"
     plan = Plan(study, outcomes, steps, steps * batch, estimate, source, disk_bytes(base, run.llama, steps))
@@ -125,9 +128,9 @@ def check_limits(plan: Plan) -> None:
             raise InputError(f"the study takes {name} {value:,.4g}; limits.{name} is {limit:,.4g}")
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Plan, proposed: Sequence[tuple[float, float]]) -> Table:
     """A line for each pair of ALMR and learning rate, and the total."""
-    study, proposed = plan.study, set(read_proposed(plan.study.folder))
+    study = plan.study
     table = Table(
         title=f"{len(plan.outcomes)} runs of {plan.steps:,} steps; tokens, time and disk of each",
         title_justify="left",
@@ -157,7 +160,7 @@ def plan_table(plan: Plan) -> Table:
             state + (f", {diverged} diverged" if diverged else ""),
             f"{plan.tokens:,}",
             f"{round(almr * plan.tokens):,}",
-            "?" if plan.seconds is None else duration(plan.seconds),
+            "?" if plan.seconds is None else duration(plan.seconds) if plan.seconds >= 1 else "<1 s",
             size(plan.disk),
         )
     how = "kept" if study.keep_checkpoints else f"removed once measured, {study.parallel_runs} at a time"

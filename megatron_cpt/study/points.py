@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,14 +36,17 @@ class Point:
         return f"almr{self.almr:g}_lr{self.lr:g}_seed{self.seed}"
 
 
-def points(study: StudyConfig) -> list[Point]:
+def points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = None) -> list[Point]:
     """All runs: the grid and what was proposed beside it, seed by seed, so that one seed is whole before the next begins.
+
+    `proposed`: instead of what `plan --adaptive` has written. Of either, what is within the studied ranges.
 
     Raises:
         InputError: two runs would have the same name
     """
     pairs = [(almr, lr) for almr in study.almr for lr in study.rates]
-    pairs += [pair for pair in read_proposed(study.folder) if pair not in pairs]
+    beside = read_proposed(study.folder) if proposed is None else proposed
+    pairs += [pair for pair in beside if pair not in pairs and study.covers(pair)]
     found = [Point(seed, almr, lr) for seed in study.seeds for almr, lr in pairs]
     names = [point.name for point in found]
     for name in names:

@@ -12,6 +12,7 @@ from optuna.trial import create_trial
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.points import points
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import fit_surface
 
@@ -36,7 +37,7 @@ def propose(study: StudyConfig, results: Results, number: int, seed: int = 0) ->
     }
     quantity = MEAN_METRIC if results.last(MEAN_METRIC) else "balanced"
     rows = results.last(quantity)
-    pairs = sorted({(row["almr"], row["lr"]) for row in rows})
+    pairs = sorted({pair for row in rows if study.covers(pair := (row["almr"], row["lr"]))})
     surface = None
     if len(pairs) >= FEWEST:
         almrs, rates, values = ([row[name] for row in rows] for name in ("almr", "lr", quantity))
@@ -50,10 +51,10 @@ def propose(study: StudyConfig, results: Results, number: int, seed: int = 0) ->
         values = [row[quantity] for row in rows if (row["almr"], row["lr"]) == (almr, lr)]
         search.add_trial(create_trial(params={"almr": almr, "lr": lr}, distributions=space, value=float(np.mean(values))))
     found: list[tuple[float, float]] = []
-    known = {(almr, lr) for almr in study.almr for lr in study.rates}
+    known = {(point.almr, point.lr) for point in points(study)}
     while len(found) < number:
         trial = search.ask(space)
-        almr, lr = round(trial.params["almr"], 3), float(f"{trial.params['lr']:.3g}")
+        almr, lr = rounded(study, trial.params["almr"], trial.params["lr"])
         value = 0.0
         if surface is not None:
             value = float(surface.mean(surface.scale.unit(np.array([almr]), np.array([lr])))[0])
@@ -68,7 +69,12 @@ def nudged(study: StudyConfig, almr: float, lr: float, seed: int) -> tuple[float
     """A pair nearby, for one that is there already: the sampler would like it measured again."""
     random = np.random.default_rng(seed)
     low, high = min(study.almr), max(study.almr)
-    almr = float(np.clip(almr + 0.05 * (high - low) * random.uniform(-1, 1), low, high))
     width = np.log(max(study.rates) / min(study.rates))
-    lr = float(np.clip(lr * np.exp(0.05 * width * random.uniform(-1, 1)), min(study.rates), max(study.rates)))
-    return round(almr, 3), float(f"{lr:.3g}")
+    almr, lr = almr + 0.05 * (high - low) * random.uniform(-1, 1), lr * np.exp(0.05 * width * random.uniform(-1, 1))
+    return rounded(study, almr, lr)
+
+
+def rounded(study: StudyConfig, almr: float, lr: float) -> tuple[float, float]:
+    """To three digits, within the studied ranges."""
+    almr, lr = round(almr, 3), float(f"{lr:.3g}")
+    return float(np.clip(almr, min(study.almr), max(study.almr))), float(np.clip(lr, min(study.rates), max(study.rates)))

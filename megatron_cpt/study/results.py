@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,10 +34,12 @@ class Results:
             run); general, additional, mixed (losses, nats per token) and balanced; NAME_loss and NAME_bits_per_byte of each
             validation set; scores and mean_metric
         scores: names of the benchmark scores
+        planned: (ALMR, LR) of all runs of the study, also of those that have not begun
     """
 
     rows: list[dict[str, Any]]
     scores: list[str]
+    planned: list[tuple[float, float]] = field(default_factory=list)
 
     def last(self, quantity: str) -> list[dict[str, Any]]:
         """The last evaluation of each finished run that has this quantity."""
@@ -73,8 +75,9 @@ def collect(study: StudyConfig) -> Results:
     for row in rows:
         found = row.pop("scores")
         row |= {name: found.get(name) for name in scores}
-        row[MEAN_METRIC] = sum(found[name] for name in wanted) / len(wanted) if wanted and found else None
-    return Results(rows, scores)
+        whole = bool(wanted) and all(name in found for name in wanted)
+        row[MEAN_METRIC] = sum(found[name] for name in wanted) / len(wanted) if whole else None
+    return Results(rows, scores, sorted({(point.almr, point.lr) for point in points(study)}))
 
 
 def ledger_path(study: StudyConfig, point: Point) -> str:
@@ -150,15 +153,15 @@ def balanced(row: dict[str, Any], start: dict[str, Any]) -> float | None:
     return sum(changes) / 2 if len(changes) == 2 else None
 
 
-def write_results(study: StudyConfig, results: Results) -> str:
+def write_results(study: StudyConfig, results: Results) -> str | None:
     """Replace results.parquet and results.csv; returns the path of the former.
 
-    Not by those of a part of the study, as `fit --almr '[0.25,0.5]'` looks at.
+    None: not by those of a part of the study, as `fit --almr '[0.25,0.5]'` looks at.
     """
     known = {point.name for point in points(study)}
     begun = {name for name in os.listdir(os.path.join(study.folder, "runs")) if not name.startswith(".")}  # locks
     if begun - known:
-        return os.path.join(study.folder, PARQUET)
+        return None
     table = pa.Table.from_pylist(results.rows)
     for name, write in ((PARQUET, pyarrow.parquet.write_table), (CSV, pyarrow.csv.write_csv)):
         path = os.path.join(study.folder, name)

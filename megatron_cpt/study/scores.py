@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,10 +21,11 @@ LM_EVAL_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "rouge1", "
 START = "start"  # where the scores of the checkpoint are that all runs begin with
 
 
-def measure_run(study: StudyConfig, point: Point) -> None:
+def measure_run(study: StudyConfig, point: Point, environment: dict[str, str]) -> None:
     """Measure every checkpoint of a run that is not measured yet, each into a file of its own."""
     for checkpoint in sorted(Path(run_folder(study.folder, point)).glob("iter_*")):
-        measure(study, str(checkpoint), scores_path(study.folder, point.name, int(checkpoint.name.removeprefix("iter_"))))
+        path = scores_path(study.folder, point.name, int(checkpoint.name.removeprefix("iter_")))
+        measure(study, str(checkpoint), path, environment)
 
 
 def scores_path(folder: str, name: str, iteration: int) -> str:
@@ -31,7 +33,7 @@ def scores_path(folder: str, name: str, iteration: int) -> str:
     return os.path.join(folder, "scores", name, f"iter_{iteration:07d}.json")
 
 
-def measure(study: StudyConfig, checkpoint: str, path: str) -> None:
+def measure(study: StudyConfig, checkpoint: str, path: str, environment: dict[str, str]) -> None:
     """Write {"name": score} of a Megatron checkpoint, unless it is written.
 
     Raises:
@@ -51,7 +53,7 @@ def measure(study: StudyConfig, checkpoint: str, path: str) -> None:
         if shutil.which(command[0]) is None:
             raise InputError(f"scores.command: {command[0]} is no program that can be found")
         with open(log, "w", encoding="utf-8") as file:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
         if done.returncode:
             raise RunError(f"the command for scores ended with status {done.returncode} (log: {log})")
         write_json(path, read_scores(output))
@@ -71,16 +73,21 @@ def read_scores(folder: str) -> dict[str, float]:
     found = json.loads(files[-1].read_text(encoding="utf-8"))
     if isinstance(found, dict) and isinstance(found.get("results"), dict):
         found = {task: lm_eval_score(task, metrics) for task, metrics in found["results"].items()}
-    if not isinstance(found, dict) or not found or not all(isinstance(value, (int, float)) for value in found.values()):
+    if not isinstance(found, dict) or not found or not all(map(is_number, found.values())):
         raise RunError(f"the command for scores has left {str(found)[:200]}; it should be numbers by name")
     return {str(name): float(value) for name, value in found.items()}
+
+
+def is_number(value: Any) -> bool:
+    """JSON as Python reads it has NaN and Infinity, too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def lm_eval_score(task: str, metrics: dict[str, Any]) -> float:
     """The score of a task: of lm-eval's "metric,filter" the first filter of the metric that is usual."""
     for wanted in LM_EVAL_METRICS:
         for name, value in metrics.items():
-            if name.split(",")[0] == wanted and isinstance(value, (int, float)):
+            if name.split(",")[0] == wanted and is_number(value):
                 return float(value)
     raise RunError(f"lm-eval's results for {task} have none of {', '.join(LM_EVAL_METRICS)}; found {', '.join(metrics)}")
 
@@ -89,5 +96,11 @@ def read_all_scores(folder: str, name: str) -> dict[int, dict[str, float]]:
     """iteration -> scores of one run."""
     found = {}
     for path in sorted(Path(folder, "scores", name).glob("iter_*.json")):
-        found[int(path.stem.removeprefix("iter_"))] = json.loads(path.read_text())
+        scores = json.loads(path.read_text())
+        for score, value in scores.items():
+            if not is_number(value):
+                raise InputError(
+                    f"{path}: {score} is {value}; wanted a number. Remove the file and leave {score} out of the mean"
+                )
+        found[int(path.stem.removeprefix("iter_"))] = scores
     return found

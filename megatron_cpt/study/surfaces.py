@@ -157,24 +157,35 @@ class Surface:
         diagonal, across = np.diag(covariance), np.diag(covariance[:m, m:])
         return np.sqrt(np.maximum(diagonal[:m] + diagonal[m:] - 2 * across, 0.0))
 
-    def samples(self, at: Array, number: int, seed: int) -> Array:
-        """Surfaces that these runs leave possible, [number, m]."""
+    def samples(self, at: Array, number: int, seed: int, confidence: float = 0.5) -> Array:
+        """Surfaces that these runs leave possible, [number, m]; of each the bound (see `bound`) that it would be given."""
         covariance = self._covariance(at)
         covariance[np.diag_indices_from(covariance)] += 1e-8 * self.deviation**2
         normal = np.random.default_rng(seed).standard_normal((len(at), number))
-        return self.outer(self.inner_mean(at) + (cholesky(covariance, lower=True) @ normal).T)
+        center = self.inner_mean(at) + float(stats.norm.ppf(confidence)) * self.inner_std(at)
+        return self.outer(center + (cholesky(covariance, lower=True) @ normal).T)
 
     def repetitions(self, at: Array, number: int, seed: int) -> Iterator[Array]:
-        """Surfaces [m] from runs that are measured again: the surface at their points plus noise, with the same kernel."""
+        """Warped surfaces [m] from runs that are measured again: the surface at their points plus noise, with the same
+        kernel.
+        """
         random, expected, weights = np.random.default_rng(seed), self.inner_mean(self.points), self._weights(at)
         for _ in range(number):
             again = expected + self.inner_noise * random.standard_normal(len(expected))
-            yield self.outer(self.center + weights @ (again - self.center))
+            yield self.center + weights @ (again - self.center)
 
     def left_out_errors(self) -> Array:
-        """Of each run, by a surface that has seen all others (kernel fixed): section 5.4.2 of the book."""
+        """Of each run, by a surface that has seen no run of its pair (kernel fixed): section 5.4.2 of the book, in blocks.
+
+        With single runs left out, the other seeds of a pair would tell what it is.
+        """
         inverse, inner = cho_solve((self.factor, True), np.eye(len(self.values))), self.inner(self.values)
-        errors = self.deviation * (inverse @ ((inner - self.center) / self.deviation)) / np.diag(inverse)
+        weighted = inverse @ ((inner - self.center) / self.deviation)
+        errors = np.empty(len(inner))
+        _, which = np.unique(self.points, axis=0, return_inverse=True)
+        for pair in range(which.max() + 1):
+            own = which == pair
+            errors[own] = self.deviation * np.linalg.solve(inverse[np.ix_(own, own)], weighted[own])
         return self.values - self.outer(inner - errors)
 
     def _weights(self, at: Array) -> Array:
@@ -200,7 +211,7 @@ def fit_surface(
     """
     x, y, z = (np.asarray(numbers, dtype=np.float64) for numbers in (almr, lr, values))
     if len(z) < 4:
-        raise InputError(f"{len(z)} finished runs have this; a surface needs four or more")
+        raise InputError(f"finished runs with a value: {len(z)}; a surface needs four or more")
     scale = Scale.of(x, y)
     points, height = scale.unit(x, y), float(np.ptp(z))
     warps = [None, *(Warp(float(z.min()), width * height) for width in WIDTHS)] if loss and height > 0 else [None]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from study_results import ALMRS, RATES
 
 from megatron_cpt.errors import InputError
-from megatron_cpt.study.frontier import Axis, gradients, interpolated, loss_line, metric_frontier
+from megatron_cpt.study.frontier import Axis, gradients, interpolated, loss_line, metric_frontier, steepest_curve
 from megatron_cpt.study.surfaces import Surface, fit_surface, unit_grid
 
 A, B = 1.4, 0.3  # ALMR 0.2 at a learning rate of 1e-4, 0.8 at 1e-2
@@ -52,6 +54,30 @@ def test_along_the_other_axis() -> None:
     # d/dlog_lr of the ridge is zero where 16 B (almr - A - B x) = 0.2 (x + 3)
     slope = (0.2 + 16 * B * B) / (16 * B)
     assert line.b == pytest.approx(slope, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "noise"),
+    [
+        (lambda almr, lr: 30 + 5 * np.minimum(almr, 0.3) + 0.15 * almr, 0.3),
+        (lambda almr, lr: 30 + 5 * (1 - np.exp(-(2 + 2 * (np.log10(lr) + 4)) * almr)), 0.15),
+    ],
+)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_plateau_up_to_the_border_has_no_frontier(
+    metric: Callable[[np.ndarray, np.ndarray], np.ndarray], noise: float, seed: int
+) -> None:
+    """The best ALMR is 1 at all rates; on the plateau before it noise alone makes peaks."""
+    line = metric_frontier(sampled(metric, noise, seed), replicates=20)
+    assert line.refused is not None
+    assert "above the border by less than the noise" in line.refused
+
+
+def test_a_surface_that_is_refused_has_no_lines_either() -> None:
+    surface = sampled(ridge, 0.02, 0)
+    for line in (metric_frontier(surface, replicates=5, refused="too few"), loss_line(surface, 5, refused="too few")):
+        assert line.refused == "too few"
+        assert np.isfinite(line.b)  # drawn, dotted
 
 
 @pytest.mark.parametrize(("axis", "what"), [("almr", "best ALMR"), ("lr", "best learning rate")])
@@ -118,6 +144,29 @@ def test_the_loss_line_bends_to_the_valley() -> None:
     assert np.log10(end_lr) == pytest.approx(-2.5, abs=0.1)
 
 
+def test_the_descent_does_not_go_to_and_fro_at_the_bottom() -> None:
+    """Across a narrow valley a step of fixed length would overshoot again and again; the curve turns into the valley."""
+    u, v = unit_grid(101).T
+    path = steepest_curve((v - 0.305) ** 2 + 0.01 * u)
+    assert path is not None
+    downhill = path[path[:, 1] <= 0.5]
+    assert np.linalg.norm(np.diff(downhill, axis=0), axis=1).sum() == pytest.approx(0.2 + 0.5, abs=0.06)
+    assert (np.diff(downhill[:, 1]) <= 1e-3).all()
+    assert downhill[-1] == pytest.approx([0.0, 0.305], abs=0.011)
+
+
+def test_a_line_that_may_be_upright_has_no_interval() -> None:
+    """The best learning rate is the same for all ratios: an angle near 90 degrees, on either side of it."""
+    surface = sampled(lambda almr, lr: -((np.log10(lr) + 3) ** 2) + 0 * almr, 0.1, 0)
+    line = metric_frontier(surface, axis="lr", replicates=60)
+    assert line.refused is None
+    assert abs(line.angle) > 75
+    assert line.b_interval == (-np.inf, np.inf)
+    low, high = line.angle_interval
+    assert high - low < 30
+    assert low < 90 < high or low < -90 < high
+
+
 def test_gradients_are_those_of_the_function() -> None:
     u, v = unit_grid(101).T
     field = gradients((2 * v * v - 3 * u).reshape(101, 101))
@@ -126,7 +175,7 @@ def test_gradients_are_those_of_the_function() -> None:
 
 
 def test_surfaces_say_what_is_missing() -> None:
-    with pytest.raises(InputError, match="3 finished runs have this; a surface needs four"):
+    with pytest.raises(InputError, match="finished runs with a value: 3; a surface needs four"):
         fit_surface([0, 1, 0], [1e-3, 1e-3, 1e-2], [1, 2, 3], loss=False)
     with pytest.raises(InputError, match=r"all finished runs have the same learning rate, 0\.001"):
         fit_surface([0, 1, 0, 0.5], [1e-3] * 4, [1, 2, 3, 4], loss=False)
@@ -136,8 +185,9 @@ def test_a_surface_knows_its_noise_and_its_errors() -> None:
     surface = sampled(ridge, 0.15, 1)
     assert surface.noise(unit_grid(2)) == pytest.approx([0.15] * 4, rel=0.25)
     assert np.sqrt((surface.left_out_errors() ** 2).mean()) == pytest.approx(0.16, rel=0.25)
-    # Left out and fitted anew, with the same kernel
-    others = np.arange(len(surface.values)) != 7
+    # The pair left out and fitted anew, with the same kernel
+    others = (surface.points != surface.points[7]).any(axis=1)
+    assert others.sum() == len(surface.values) - 3
     from scipy.linalg import cholesky
 
     covariance = surface.factor @ surface.factor.T

@@ -52,7 +52,7 @@ def test_left_out_ratios_are_predicted_and_other_laws_are_not() -> None:
 
 
 def test_too_few_points_for_d_cpt() -> None:
-    with pytest.raises(InputError, match="7 parameters: 2 ratios are too few, 3 are needed"):
+    with pytest.raises(InputError, match="7 parameters: 2 ratios are too few, 4 are needed"):
         fit_d_cpt(np.arange(16.0) + 1, np.tile([0.2, 0.8], 8), np.ones(16))
 
 

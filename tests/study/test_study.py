@@ -178,13 +178,34 @@ def test_results_of_a_part_do_not_replace_those_of_the_whole(whole: Path, runs: 
 
 
 def test_the_plan_knows_what_was_done_and_proposes_more(whole: Path) -> None:
-    planned = study("plan", whole, "--adaptive", "2").stderr
+    folder = Path(yaml.safe_load(whole.read_text())["folder"])
+    refused = study("plan", whole, "--adaptive", "2", "--limits.runs", "7", check=False)
+    assert "the study takes runs 8; limits.runs is 7" in refused.stderr
+    assert not (folder / "proposed.json").exists()
+    planned = " ".join(study("plan", whole, "--adaptive", "2").stderr.split())
     assert "8 runs of 24 steps" in planned
     assert planned.count(" * ") == 2
-    assert "mean of 4 runs that have finished" in planned
+    outcomes = [json.loads(path.read_text()) for path in folder.glob("runs/*/outcome.json")]
+    timed = [o for o in outcomes if o["kind"] == "finished" and o["wall_seconds"] is not None]
+    assert 3 <= len(timed) <= 4  # the first start was killed perhaps while it measured a run
+    assert all(outcome["wall_seconds"] > outcome["seconds"] for outcome in timed)  # with start, evaluations, scores
+    assert f"mean of {len(timed)} runs that have finished" in planned
     assert "1 diverged" in planned
-    with pytest.raises(AssertionError, match=r"the study takes runs 8; limits\.runs is 7"):
-        study("plan", whole, "--limits.runs", "7")
+    # What was proposed beyond a part of the ranges is not of that part
+    assert "2 runs of 24 steps" in study("plan", whole, "--almr", "[0.6]", "--lr", "[0.001,0.004]").stderr
+    proposed = json.loads((folder / "proposed.json").read_text())
+    (folder / "proposed.json").unlink()
+    assert len(proposed) == 2
+
+
+def test_scores_asked_for_too_late_are_said_to_be_missing(runs: Runs) -> None:
+    path = write_study(runs, "late", almr=[0.5], lr=[1e-3], scores=None)
+    study("run", path)
+    path = write_study(runs, "late", almr=[0.5], lr=[1e-3])
+    late = study("run", path)
+    assert (
+        "1 runs finished without scores, and their checkpoints are gone; the first is almr0.5_lr0.001_seed1" in late.stderr
+    )
 
 
 def test_another_base_is_another_study(whole: Path, runs: Runs) -> None:
@@ -212,6 +233,8 @@ def test_wrong_studies_are_refused(runs: Runs) -> None:
     assert "lr.min is 0.1; use a number above 0 and below lr.max 0.01" in refused("--lr", "{min: 0.1, max: 0.01, number: 3}")
     assert "words with {output} in them" in refused("--scores.command", '["python","{hf}"]')
     assert "configuration nowhere.yaml: No such file" in refused("--base", "nowhere.yaml")
+    assert "folder is ''; use a path" in refused("--folder", "")
+    assert "limits.hours is -1.0; use 0 or more" in refused("--limits.hours", "-1")
     assert not (runs.folder / "wrong" / "runs").exists()
 
 
