@@ -15,6 +15,7 @@ from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 from megatron_cpt.posttrain.data import DataConfig, prepare_sft
+from megatron_cpt.posttrain.languages import language_identifier
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import load_model, load_template, lora, make_ready_to_answer, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
@@ -109,13 +110,14 @@ def finetune_sft(config: SftConfig) -> str:
     arguments["gradient_checkpointing"] = config.training.gradient_checkpointing and not recomputes()
     if config.export_to is not None:
         template = load_template(config.model, config.data.chat_template)
-        prepared = prepare_sft(config.data, template, config.training.seed)
+        prepared = prepare_sft(config.data, template, config.training.seed, language_identifier())
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
     check_same(config.save, settings, config.data.files())
     template = load_template(config.model, config.data.chat_template)
-    prepared = prepare_sft(config.data, template, config.training.seed)
+    identify = language_identifier() if process.is_main_process else None  # which writes the report
+    prepared = prepare_sft(config.data, template, config.training.seed, identify)
     if process.is_main_process:
         write_report(config.save, prepared)
         show_report(prepared)
