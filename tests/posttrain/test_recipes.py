@@ -118,9 +118,7 @@ def test_batches_fit_the_processes(name: str, gpus: int, options: list[str], exp
 
 
 def test_the_papers_micro_batch_of_dpo_is_too_much_for_128_gpus() -> None:
-    with pytest.raises(
-        InputError, match="128 is not a multiple of micro_batch_size 2 x 128 processes = 256"
-    ):
+    with pytest.raises(InputError, match="128 is not a multiple of micro_batch_size 2 x 128 processes = 256"):
         accumulation(read_recipe("llama3_8b_dpo").training, 128)
 
 
