@@ -8,19 +8,22 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from chats import dpo_config, read_metrics, sft_config, write_config
 from safetensors.torch import load_file
 from tiny_models import ROOT, make_tiny_llama
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.dpo import finetune_dpo
 from megatron_cpt.posttrain.models import load_model
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import finetune_sft
-from megatron_cpt.posttrain.sharding import check_sharding, is_sharded, receives_weights, unread_model
+from megatron_cpt.posttrain.sharding import check_sharding, is_sharded, receives_weights, sum_in_fp32, unread_model
 
 FSDP = ROOT / "examples" / "posttrain" / "accelerate" / "fsdp_8gpu.yaml"
 FSDP_TO_ONE = 1e-5  # how far losses and weights may be apart: sums in another order
@@ -99,9 +102,8 @@ def test_sft_in_bf16_trains_fp32_weights(chat_tokenizer_dir: str, tmp_path: Path
     assert not torch.equal(weights[name].bfloat16().float(), weights[name]), "more digits than bf16 has"
 
 
-@pytest.mark.parametrize(
-    "lora", [None, pytest.param(LoraSettings(r=4, alpha=8), marks=pytest.mark.slow)], ids=["all weights", "adapters"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LoraSettings(r=4, alpha=8)], ids=["all weights", "adapters"])
 def test_dpo_has_the_same_losses(chat_model: str, tmp_path: Path, lora: LoraSettings | None) -> None:
     """With a sharded reference, and with adapters that are merged in the end."""
     training = TrainingSettings(max_steps=4, micro_batch_size=1, global_batch_size=4)
@@ -144,3 +146,15 @@ def test_one_process_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     assert not is_sharded()
     assert not receives_weights()
+
+
+def test_gradients_are_summed_in_fp32() -> None:
+    """With the forward pass in bf16 as accelerate has it; where nothing is sharded there is nothing to change."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    sharded: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(mixed_precision_policy=policy)))
+    sum_in_fp32(sharded)
+    expected = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
+    assert sharded.state.fsdp_plugin.mixed_precision_policy == expected
+    whole: Any = SimpleNamespace(state=SimpleNamespace())
+    sum_in_fp32(whole)
+    assert vars(whole.state) == {}
