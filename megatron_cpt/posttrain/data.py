@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
@@ -14,6 +15,7 @@ import numpy as np
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.conversations import RowError, parse_conversation, parse_preference
+from megatron_cpt.posttrain.languages import Identify, mismatch, shares
 from megatron_cpt.posttrain.rows import read_rows
 from megatron_cpt.posttrain.templates import IGNORED, Example, PairExample, Template
 
@@ -94,6 +96,7 @@ class Counts:
         broken: kind -> numbers of the rows, and what is wrong with the first
         left_out: for the sake of ALMR or max_rows
         lengths: tokens of the examples before they were truncated
+        languages: of the answers of rows that could be read, by identification; None: not identified
     """
 
     source: SourceConfig
@@ -107,10 +110,15 @@ class Counts:
     lengths: list[int] = field(default_factory=list)
     tokens: int = 0
     answer_tokens: int = 0
+    languages: Counter[str] | None = None
 
     def add_broken(self, number: int, error: RowError) -> None:
         """Count a row."""
         self.broken.setdefault(error.kind, ([], str(error)))[0].append(number)
+
+    def language_warning(self) -> str | None:
+        """Where the source seems not to be in its language."""
+        return None if self.languages is None else mismatch(self.source.language, self.languages)
 
     def to_json(self) -> dict[str, Any]:
         """All numbers by name."""
@@ -126,6 +134,8 @@ class Counts:
             },
             "tokens": self.tokens,
             "answer_tokens": self.answer_tokens,
+            "languages": None if self.languages is None else shares(self.languages),
+            "language_warning": self.language_warning(),
             "lengths": dict(zip(("least", "median", "p90", "p99", "most"), lengths, strict=False)),
         }
 
@@ -140,8 +150,11 @@ class Prepared(Generic[Item]):
     almr: float
 
 
-def prepare_sft(config: DataConfig, template: Template, seed: int) -> Prepared[Example]:
+def prepare_sft(config: DataConfig, template: Template, seed: int, identify: Identify | None = None) -> Prepared[Example]:
     """Read, check and tokenize conversations.
+
+    Args:
+        identify: tells the language of each row's answers for the report
 
     Raises:
         InputError: a row is broken and they are refused, or nothing is left to train on
@@ -150,22 +163,38 @@ def prepare_sft(config: DataConfig, template: Template, seed: int) -> Prepared[E
     def make(row: Any, counts: Counts) -> Example:
         conversation = parse_conversation(row)
         counts.with_tools += conversation.has_tools
+        answers = [message.content for message in conversation.messages if message.role == "assistant"]
+        count_language(counts, identify, "\n".join(answers))
         return template.encode(conversation)
 
     return _prepare(config, make, cut_example, tokens_of_example, seed)
 
 
-def prepare_dpo(config: DataConfig, template: Template, seed: int) -> Prepared[PairExample]:
+def prepare_dpo(
+    config: DataConfig, template: Template, seed: int, identify: Identify | None = None
+) -> Prepared[PairExample]:
     """Read, check and tokenize preference pairs.
+
+    Args:
+        identify: tells the language of each row's chosen answer for the report
 
     Raises:
         InputError: as `prepare_sft`
     """
 
     def make(row: Any, counts: Counts) -> PairExample:
-        return template.encode_pair(parse_preference(row))
+        preference = parse_preference(row)
+        count_language(counts, identify, preference.chosen.content)
+        return template.encode_pair(preference)
 
     return _prepare(config, make, cut_pair, tokens_of_pair, seed)
+
+
+def count_language(counts: Counts, identify: Identify | None, answers: str) -> None:
+    """Of one row, if languages are identified."""
+    if identify is not None:
+        counts.languages = counts.languages or Counter()
+        counts.languages[identify(answers)] += 1
 
 
 def cut_example(example: Example, max_length: int) -> Example:

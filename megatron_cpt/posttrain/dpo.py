@@ -15,6 +15,7 @@ from trl import DPOTrainer
 
 from megatron_cpt.config.require import require
 from megatron_cpt.posttrain.data import DataConfig, prepare_dpo
+from megatron_cpt.posttrain.languages import language_identifier
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import load_model, load_template, lora, make_ready_to_answer, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
@@ -26,6 +27,7 @@ from megatron_cpt.posttrain.settings import (
     TrainingSettings,
     trainer_arguments,
 )
+from megatron_cpt.posttrain.sharding import check_sharding, is_sharded, recomputes, shard
 from megatron_cpt.posttrain.templates import PairExample
 
 
@@ -51,7 +53,7 @@ class DpoConfig:
     """See OptimizerSettings."""
     lora: LoraSettings | None = None
     """Train adapters only; the model without them is the reference. Default: all weights, with the reference's
-    probabilities computed before the first step."""
+    probabilities computed before the first step, or, with FSDP, in each step by a sharded reference."""
     run: RunSettings = field(default_factory=RunSettings)
     """See RunSettings."""
     export_to: str | None = None
@@ -77,16 +79,19 @@ def finetune_dpo(config: DpoConfig) -> str:
     datasets.disable_progress_bars()
     use_cpu = not torch.cuda.is_available()
     process = PartialState(cpu=use_cpu)
+    check_sharding(config.lora)
     arguments = trainer_arguments(config.save, config.training, config.optimizer, config.run, process.num_processes, use_cpu)
+    arguments["gradient_checkpointing"] = config.training.gradient_checkpointing and not recomputes()
     if config.export_to is not None:
         template = load_template(config.model, config.data.chat_template)
-        prepared = prepare_dpo(config.data, template, config.training.seed)
+        prepared = prepare_dpo(config.data, template, config.training.seed, language_identifier())
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
     check_same(config.save, settings, config.data.files())
     template = load_template(config.model, config.data.chat_template)
-    prepared = prepare_dpo(config.data, template, config.training.seed)
+    identify = language_identifier() if process.is_main_process else None  # which writes the report
+    prepared = prepare_dpo(config.data, template, config.training.seed, identify)
     folder = os.path.join(config.save, "data")
     if process.is_main_process:
         write_report(config.save, prepared)
@@ -100,19 +105,24 @@ def finetune_dpo(config: DpoConfig) -> str:
         language: datasets.load_from_disk(os.path.join(folder, f"validation_{language}")) for language in prepared.validation
     }
     torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
+    # TRL would put the reference whole on every GPU to compute these; a sharded one beside the model takes little
+    precompute = config.lora is None and not is_sharded()
+    trl_config = TrlConfig(  # before the model: it says whether DeepSpeed is to partition it as it is read
+        **arguments,
+        max_length=None,
+        beta=config.beta,
+        loss_type=[config.loss_type],
+        label_smoothing=config.label_smoothing,
+        precompute_ref_log_probs=precompute,
+        precompute_ref_batch_size=config.training.micro_batch_size,
+    )
     model = load_model(config.model)
     make_ready_to_answer(model, template)
+    needs_reference = config.lora is None and not precompute
     trainer = TokenizedTrainer(
         model=model,
-        args=TrlConfig(
-            **arguments,
-            max_length=None,
-            beta=config.beta,
-            loss_type=[config.loss_type],
-            label_smoothing=config.label_smoothing,
-            precompute_ref_log_probs=config.lora is None,
-            precompute_ref_batch_size=config.training.micro_batch_size,
-        ),
+        ref_model=shard(load_model(config.model), trl_config.mixed_precision) if needs_reference else None,
+        args=trl_config,
         train_dataset=datasets.load_from_disk(os.path.join(folder, "train")),
         eval_dataset=validation or None,
         processing_class=template.tokenizer,

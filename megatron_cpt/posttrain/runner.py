@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from accelerate import PartialState, init_empty_weights
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.models import check_model
+from megatron_cpt.posttrain.sharding import sum_in_fp32
 from megatron_cpt.training.metrics_file import MetricsFile
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -173,9 +174,10 @@ def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], m
     first = PartialState().is_main_process
     if checkpoint and first:
         print(f"resuming from {checkpoint}", file=sys.stderr)
+    # Within the training, where a sharded model is sharded already
+    trainer.args.eval_on_start = bool(trainer.eval_dataset) and checkpoint is None
+    sum_in_fp32(trainer.accelerator)
     with stop.listening():
-        if trainer.eval_dataset and not checkpoint:
-            trainer.evaluate()
         result = trainer.train(resume_from_checkpoint=checkpoint)
         steps = int(trainer.state.global_step)
         if steps < trainer.state.max_steps:
@@ -186,7 +188,7 @@ def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], m
         if trainer.eval_dataset:
             trainer.evaluate()
     target = os.path.join(folder, RESULT)
-    weights = trainer.accelerator.get_state_dict(trainer.model)  # of all processes, on the first
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes, on the first
     if first:
         model = trainer.accelerator.unwrap_model(trainer.model)
         with appearing_folder(target) as temporary:
@@ -201,12 +203,33 @@ def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], m
 
 
 def write_model(model: Any, weights: dict[str, torch.Tensor], folder: str, merge: bool, dtype: torch.dtype) -> None:
-    """A Hugging Face folder; of a model with adapters that are not merged, the adapters'."""
+    """A Hugging Face folder; of a model with adapters that are not merged, the adapters'.
+
+    Args:
+        model: may be sharded, so its own weights are not looked at
+        weights: all of them
+    """
     if hasattr(model, "merge_and_unload"):
         if not merge:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=weights)
             return
-        model = model.merge_and_unload()
+        model = merged(model, weights)
         weights = model.state_dict()
     model.config.dtype = dtype
-    model.save_pretrained(folder, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
+    again = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}  # the same weights under other names
+    own = {name: tensor.to(dtype) for name, tensor in weights.items() if name not in again}
+    model.save_pretrained(folder, state_dict=own)
+
+
+def merged(model: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """A model with adapters as one without them, of all its weights: the model itself may hold only a part of them."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        whole = AutoModelForCausalLM.from_config(model.config)
+        whole = peft.get_peft_model(whole, model.peft_config["default"])
+    whole.load_state_dict(weights, assign=True)
+    plain = whole.merge_and_unload()
+    plain.generation_config = model.generation_config
+    return plain

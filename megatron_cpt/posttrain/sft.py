@@ -15,6 +15,7 @@ from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 from megatron_cpt.posttrain.data import DataConfig, prepare_sft
+from megatron_cpt.posttrain.languages import language_identifier
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import load_model, load_template, lora, make_ready_to_answer, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
@@ -26,6 +27,7 @@ from megatron_cpt.posttrain.settings import (
     TrainingSettings,
     trainer_arguments,
 )
+from megatron_cpt.posttrain.sharding import check_sharding, recomputes
 from megatron_cpt.posttrain.templates import IGNORED, Example
 
 
@@ -66,7 +68,7 @@ class AnswerLossTrainer(SFTTrainer):
     ) -> dict[str, float]:
         """{eval_LANGUAGE_loss, eval_LANGUAGE_tokens}"""
         sets = eval_dataset or self.eval_dataset or {}
-        model = self._wrap_model(self.model, training=False)
+        model = self.model_wrapped  # which gathers the weights of a sharded model
         was_training = model.training
         model.eval()
         metrics: dict[str, float] = {}
@@ -103,32 +105,36 @@ def finetune_sft(config: SftConfig) -> str:
     datasets.disable_progress_bars()
     use_cpu = not torch.cuda.is_available()
     process = PartialState(cpu=use_cpu)
+    check_sharding(config.lora)
     arguments = trainer_arguments(config.save, config.training, config.optimizer, config.run, process.num_processes, use_cpu)
+    arguments["gradient_checkpointing"] = config.training.gradient_checkpointing and not recomputes()
     if config.export_to is not None:
         template = load_template(config.model, config.data.chat_template)
-        prepared = prepare_sft(config.data, template, config.training.seed)
+        prepared = prepare_sft(config.data, template, config.training.seed, language_identifier())
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
     check_same(config.save, settings, config.data.files())
     template = load_template(config.model, config.data.chat_template)
-    prepared = prepare_sft(config.data, template, config.training.seed)
+    identify = language_identifier() if process.is_main_process else None  # which writes the report
+    prepared = prepare_sft(config.data, template, config.training.seed, identify)
     if process.is_main_process:
         write_report(config.save, prepared)
         show_report(prepared)
     process.wait_for_everyone()
     torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
+    trl_config = TrlConfig(  # before the model: it says whether DeepSpeed is to partition it as it is read
+        **arguments,
+        max_length=config.data.max_length,
+        packing=config.packing,
+        eval_packing=False,
+        dataset_kwargs={"skip_prepare_dataset": not config.packing},
+    )
     model = load_model(config.model)
     make_ready_to_answer(model, template)
     trainer = AnswerLossTrainer(
         model=model,
-        args=TrlConfig(
-            **arguments,
-            max_length=config.data.max_length,
-            packing=config.packing,
-            eval_packing=False,
-            dataset_kwargs={"skip_prepare_dataset": not config.packing},
-        ),
+        args=trl_config,
         train_dataset=as_dataset(prepared.train),
         eval_dataset={language: as_dataset(examples) for language, examples in prepared.validation.items()} or None,
         processing_class=template.tokenizer,

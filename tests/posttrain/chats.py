@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from megatron_cpt.posttrain.data import DataConfig, SourceConfig
 from megatron_cpt.posttrain.dpo import DpoConfig
@@ -71,3 +74,9 @@ def dpo_config(model: str, folder: Path, name: str = "dpo", **changes: Any) -> D
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl of a run."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_config(config: SftConfig | DpoConfig, path: Path) -> str:
+    """For the tools; returns the path."""
+    path.write_text(yaml.safe_dump({name: value for name, value in asdict(config).items() if value is not None}))
+    return str(path)

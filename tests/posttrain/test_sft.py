@@ -8,15 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from chats import read_metrics, sft_config
+from chats import read_metrics, sft_config, write_config
 from safetensors.torch import load_file
 from tiny_models import ROOT, run_tool
 from trl import SFTConfig as TrlConfig
@@ -151,12 +150,6 @@ def test_the_evaluation_is_the_mean_over_all_answer_tokens(whole: tuple[SftConfi
 def test_a_finished_run_is_not_begun_again(whole: tuple[SftConfig, Path]) -> None:
     with pytest.raises(InputError, match="holds a finished run; use another folder"):
         finetune_sft(whole[0])
-
-
-def write_config(config: SftConfig, path: Path) -> str:
-    fields = {name: value for name, value in asdict(config).items() if value is not None}
-    path.write_text(yaml.safe_dump(fields))
-    return str(path)
 
 
 def start(config: str) -> subprocess.Popen[str]:
