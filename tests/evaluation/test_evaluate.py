@@ -19,7 +19,7 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, Benchmark, Harness
-from megatron_cpt.evaluation.run import evaluate
+from megatron_cpt.evaluation.report import evaluate
 from megatron_cpt.evaluation.table import markdown
 
 CHOICES = Benchmark("Choices", "tiny_choices", "acc,none", 1)
