@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from megatron_cpt.evaluation.columns import Column, Measured, all_columns, columns_of
 from megatron_cpt.evaluation.trajectory import Point
@@ -103,6 +104,8 @@ def trajectory(points: Sequence[Point]) -> Figure:
             draw_line(ax, points, column, by_tokens)
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("tokens" if by_tokens else "iteration")
+        if by_tokens:
+            ax.xaxis.set_major_formatter(EngFormatter(sep=" "))  # 1.5 G
         ax.set_ylabel({"benchmarks": "score (%)", "text": "bits per byte", "answers": "share (%)"}[lines[0].part])
         ax.grid(alpha=0.3)
         if len(lines) > 1:
@@ -118,8 +121,9 @@ def draw_line(ax: Axes, points: Sequence[Point], column: Column, by_tokens: bool
     known = [(point, number) for point in points if (number := column.number(point.parts)) is not None]
     x = [point.tokens if by_tokens and point.tokens is not None else point.iteration for point, _ in known]
     errors = [np.nan if number.stderr is None else factor * number.stderr for _, number in known]
+    shown = None if np.isnan(errors).all() else errors
     label = f"by {column.label.split(' by ')[1]}" if column.way else None
-    ax.errorbar(x, [factor * number.value for _, number in known], errors, marker=".", capsize=2, label=label)
+    ax.errorbar(x, [factor * number.value for _, number in known], shown, marker=".", capsize=2, label=label)
 
 
 def save(figure: Figure, path: str) -> None:
