@@ -129,7 +129,9 @@ class Judge:
         except openai.OpenAIError as error:
             raise JudgeError(f"{self._config.url}: {' '.join(str(error).split())[:200]}") from error
         if not isinstance(found, ChatCompletion) or not found.choices:
-            raise JudgeError(f"{self._config.url} does not answer with a chat completion; is it the URL that ends in /v1?")
+            raise JudgeError(
+                f"{self._config.url} answers with no chat completion; wanted the URL of an OpenAI-compatible API"
+            )
         return found.choices[0].message.content or ""
 
 

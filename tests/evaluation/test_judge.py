@@ -77,6 +77,11 @@ def test_a_server_that_always_fails_is_reported(tmp_path: Path) -> None:
     with judge_server(prefers_good, failures=1, status=401) as server, pytest.raises(JudgeError, match="401"):
         Judge(JudgeConfig(url=server.url, model="wise", parallel=1), str(path)).verdicts(PAIRS[:1])
     assert len(server.requests) == 1  # a wrong key does not become right
+    with (
+        judge_server(prefers_good, failures=1000, status=200) as server,
+        pytest.raises(JudgeError, match="no chat completion"),
+    ):
+        Judge(config(server.url), str(path)).verdicts(PAIRS[:1])
 
 
 def test_the_key_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
