@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 
+from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.layout import versions, write_json, write_text
 from megatron_cpt.evaluation import figures
 from megatron_cpt.evaluation.ablation import ablation_table
@@ -16,7 +17,6 @@ from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparisons_ta
 from megatron_cpt.evaluation.run import folder_identity, measure, settings_of, wanted_parts
 from megatron_cpt.evaluation.table import markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
-from megatron_cpt.posttrain.models import check_model
 
 REPORT = "report.json"
 

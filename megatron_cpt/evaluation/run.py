@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.chat_data.conversations import RowError, parse_conversation, parse_preference
+from megatron_cpt.chat_data.rows import read_rows
+from megatron_cpt.chat_data.templates import Template
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
@@ -20,9 +23,6 @@ from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, Benchmark, Harness
 from megatron_cpt.evaluation.language_share import language_share
-from megatron_cpt.posttrain.conversations import RowError, parse_conversation, parse_preference
-from megatron_cpt.posttrain.rows import read_rows
-from megatron_cpt.posttrain.templates import Template
 
 
 def settings_of(config: EvaluateConfig) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class Session:
 
     def _asked(self, tokenizer: Any, question: str) -> str:
         """What the model is given: by its chat template, or the bare question."""
-        from megatron_cpt.posttrain.conversations import Message
+        from megatron_cpt.chat_data.conversations import Message
 
         if tokenizer.chat_template is None and self._config.chat_template is None:
             return question + "\n"
