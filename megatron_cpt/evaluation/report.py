@@ -6,15 +6,16 @@ import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 
 from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.layout import versions, write_json, write_text
 from megatron_cpt.evaluation import figures
 from megatron_cpt.evaluation.ablation import ablation_table
 from megatron_cpt.evaluation.columns import Measured
-from megatron_cpt.evaluation.config import EvaluateConfig
+from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
 from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparisons_table
-from megatron_cpt.evaluation.run import folder_identity, measure, settings_of, wanted_parts
+from megatron_cpt.evaluation.run import folder_identity, measure, wanted_parts
 from megatron_cpt.evaluation.table import markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
 
@@ -37,18 +38,23 @@ def evaluate(config: EvaluateConfig) -> str:
     report = {
         "models": measured,
         "pairwise": [dataclasses.asdict(item) for item in comparisons],
-        "settings": settings_of(config),
+        "settings": dataclasses.asdict(config),
         "versions": versions(),
     }
     write_json(os.path.join(config.output, REPORT), report)
     sections = tables(config, measured, comparisons)
     print("\n\n".join(sections), file=sys.stderr)
-    links = draw_models(config, measured)
-    if config.trajectory is not None:
-        links += follow(config)
+    sections += draw_models(config, measured)
     path = os.path.join(config.output, "report.md")
-    write_text(path, "\n\n".join([*sections, *links]) + "\n")
+    write_text(path, page(sections))  # a trajectory may take days
+    if config.trajectory is not None:
+        write_text(path, page([*sections, follow(config, config.trajectory)]))
     return path
+
+
+def page(sections: Sequence[str]) -> str:
+    """In Markdown."""
+    return "\n\n".join(sections) + "\n"
 
 
 def measure_models(config: EvaluateConfig) -> dict[str, dict[str, object]]:
@@ -84,10 +90,9 @@ def draw_models(config: EvaluateConfig, measured: Measured) -> list[str]:
     return links
 
 
-def follow(config: EvaluateConfig) -> list[str]:
+def follow(config: EvaluateConfig, trajectory: TrajectoryConfig) -> str:
     """trajectory.json, .csv and .png; a link to the last."""
-    assert config.trajectory is not None
-    points = measure_trajectory(config, config.trajectory)
+    points = measure_trajectory(config, trajectory)
     write_trajectory(config, points)
     figures.save(figures.trajectory(points), os.path.join(config.output, "trajectory.png"))
-    return ["![trajectory](trajectory.png)"]
+    return "![trajectory](trajectory.png)"

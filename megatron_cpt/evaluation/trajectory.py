@@ -64,7 +64,12 @@ def measure_trajectory(config: EvaluateConfig, trajectory: TrajectoryConfig) -> 
     if trajectory.run is not None:
         points |= removed_points(config, trajectory.run, folder)
         for iteration, checkpoint in checkpoints_of(trajectory.run, trajectory.every).items():
-            points[iteration] = measure_checkpoint(config, trajectory.run, iteration, checkpoint, folder)
+            try:
+                points[iteration] = measure_checkpoint(config, trajectory.run, iteration, checkpoint, folder)
+            except (InputError, OSError):
+                if os.path.exists(checkpoint):
+                    raise
+                print(f"left out: {checkpoint} has been removed by its run", file=sys.stderr)
     if not points:
         raise InputError(f"trajectory.run is {trajectory.run}, which has no complete checkpoint iter_*")
     return [points[iteration] for iteration in sorted(points)]

@@ -124,6 +124,7 @@ def test_a_report_with_a_judge(model: str, tmp_path: Path, capfd: pytest.Capture
         assert "| same  | base    | 0    | 3    | 0      | 50.0% (" in page
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["pairwise"][0]["ties"] == 3
+        assert report["settings"]["pairwise"]["judge"]["model"] == "wise"
         assert len(report["models"]["same"]["pairwise"]["answers"]) == 3
         # Another judge does not make models answer again; other prompts do
         assert wanted.pairwise is not None

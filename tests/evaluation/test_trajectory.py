@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tiny_models import make_tiny_llama
 
-from megatron_cpt.checkpoint.convert import HfToMegatron, hf_to_megatron
+from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_megatron, megatron_to_hf
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.config import CheckpointConfig, EvaluateConfig, TextConfig, TrajectoryConfig
 from megatron_cpt.evaluation.report import evaluate
@@ -97,6 +97,27 @@ def test_which_checkpoints(run: Path, capfd: pytest.CaptureFixture[str]) -> None
     (run / "iter_0000004" / "common.pt").unlink()
     assert list(checkpoints_of(str(run), 2)) == [2, 5]
     assert "left out: checkpoint" in capfd.readouterr().err
+
+
+def test_a_run_that_removes_a_checkpoint_meanwhile(
+    config: EvaluateConfig, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def converted(config: MegatronToHf) -> str:
+        if config.megatron.endswith("4"):
+            shutil.rmtree(config.megatron)
+        return megatron_to_hf(config)
+
+    monkeypatch.setattr("megatron_cpt.evaluation.trajectory.megatron_to_hf", converted)
+    evaluate(config)
+    assert list(points(config.output)) == [2, 5]
+    assert f"left out: {run / 'iter_0000004'} has been removed by its run" in capfd.readouterr().err
+    # One that is damaged is an error
+    weights = next((run / "iter_0000005").glob("*.distcp"))
+    weights.write_bytes(bytes(weights.stat().st_size))
+    (run / "iter_0000005" / "manifest.json").write_text(json.dumps(manifest_of_run(5)))
+    with pytest.raises((InputError, OSError), match="iter_0000005"):
+        evaluate(config)
+    assert not (Path(config.output) / "trajectory" / ".hf").exists()
 
 
 def test_hf_folders_beside_a_run(config: EvaluateConfig, model: str, run: Path) -> None:
