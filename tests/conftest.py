@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
 from forks import Forks
 from hypothesis import settings
-from tiny_tokenizer import make_tiny_tokenizer
+from tiny_tokenizer import add_template_tokens, make_tiny_tokenizer
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 settings.register_profile("here", deadline=None)  # a busy machine is no failure
@@ -19,6 +20,15 @@ settings.load_profile("here")
 def tiny_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Hugging Face tokenizer folder: byte-level BPE of 400 tokens, `<|endoftext|>` (id 0) both eos and bos."""
     return make_tiny_tokenizer(tmp_path_factory.mktemp("tiny_tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str) -> str:
+    """The tiny tokenizer with the special tokens of both templates, and no template."""
+    folder = tmp_path_factory.mktemp("chat_tokenizer")
+    shutil.copytree(tiny_tokenizer_dir, folder, dirs_exist_ok=True)
+    add_template_tokens(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

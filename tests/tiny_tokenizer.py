@@ -11,6 +11,9 @@ TRAINING_TEXT = [
     "持续预训练让语言模型学习一门新的语言，同时保留已经掌握的知识。今天天气很好，我们去公园散步。",
     "In 2024 there were 365 days and 1 more; numbers like 3.14 and 1,000,000 are split by the tokenizer.",
 ]
+TEMPLATE_TOKENS = [
+    "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+]  # fmt: skip
 
 
 def make_tiny_tokenizer(folder: Path) -> str:
@@ -36,3 +39,12 @@ def make_tiny_tokenizer(folder: Path) -> str:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+def add_template_tokens(folder: Path) -> None:
+    """The tokens of both templates, as special ones from id 400 on."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] += [{"id": 400 + i, "content": token, **flags} for i, token in enumerate(TEMPLATE_TOKENS)]
+    path.write_text(json.dumps(content))

@@ -5,7 +5,7 @@ python tools/evaluate.py --config evaluate.yaml
 
 from megatron_cpt.config.cli import run_tool
 from megatron_cpt.evaluation.config import EvaluateConfig
-from megatron_cpt.evaluation.run import evaluate
+from megatron_cpt.evaluation.report import evaluate
 
 if __name__ == "__main__":
     run_tool(evaluate, EvaluateConfig, "Evaluate Hugging Face checkpoints.")

@@ -22,6 +22,13 @@ from megatron_cpt.errors import InputError
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
+def check_model(model: str) -> None:
+    """Raise InputError unless it is a Hugging Face folder."""
+    if not os.path.exists(os.path.join(model, "config.json")):
+        wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
+        raise InputError(f"model is {model}, which has no config.json; use {wanted}")
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """`dtype` by torch's name, or by that of the file format where torch has none."""

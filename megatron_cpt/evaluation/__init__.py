@@ -1,1 +1,1 @@
-"""What a model can do: generation, and later benchmark suites and reports."""
+"""What models can do: benchmarks, bits per byte, the language of answers, comparisons; reports of them."""

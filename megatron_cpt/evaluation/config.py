@@ -49,13 +49,98 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """Who says which of two answers is better: a model behind an endpoint (url, model), or people (votes)."""
+
+    url: str | None = None
+    """OpenAI-compatible, such as http://localhost:8000/v1."""
+    model: str | None = None
+    """As the endpoint names it."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the API key. Default: none is sent."""
+    prompt: str | None = None
+    """File with {question}, {answer_a} and {answer_b} in it, asking for [[A]], [[B]] or [[C]]. Default: JUDGE_PROMPT."""
+    parallel: int = 4
+    """Questions that are asked at the same time."""
+    votes: str | None = None
+    """JSON Lines with question, model_a, model_b, vote (a, b or tie) and annotator."""
+
+    def __post_init__(self) -> None:
+        if (self.url is None) == (self.votes is None):
+            raise InputError(f"pairwise.judge has url {self.url} and votes {self.votes}; use one of the two")
+        if (self.url is None) != (self.model is None):
+            raise InputError(f"pairwise.judge has url {self.url} and model {self.model}; an endpoint needs both")
+        require_at_least(self, parallel=1)
+
+
+@dataclass(frozen=True)
+class PairwiseConfig:
+    """Which of two models answers better."""
+
+    judge: JudgeConfig
+    prompts: list[PromptsConfig] = field(default_factory=list)
+    """What both are asked; not needed for votes."""
+    pairs: list[list[str]] | None = None
+    """[model, the one it is compared with]. Default: every later model with the first."""
+
+    def __post_init__(self) -> None:
+        if self.judge.url is not None and not self.prompts:
+            raise InputError("pairwise.prompts is empty; a judge needs answers to compare")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A Hugging Face folder at some point of a run."""
+
+    iteration: int
+    model: str
+    """HF folder."""
+    tokens: int | None = None
+    """That it was trained on in the run."""
+
+
+@dataclass(frozen=True)
+class TrajectoryConfig:
+    """The same measurements along a run."""
+
+    run: str | None = None
+    """Folder of a CPT run with iter_* checkpoints."""
+    every: int | None = None
+    """Measure only iterations that this divides, and the last. Default: all checkpoints."""
+    checkpoints: list[CheckpointConfig] = field(default_factory=list)
+    """HF folders, instead of a run or beside it: what it started from, say, at iteration 0."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, every=1)
+        if self.run is None and not self.checkpoints:
+            raise InputError("trajectory has neither run nor checkpoints; use one of the two")
+        iterations = [checkpoint.iteration for checkpoint in self.checkpoints]
+        if len(set(iterations)) < len(iterations):
+            raise InputError(f"trajectory.checkpoints has the iterations {iterations}; use each once")
+        if self.run is not None and not os.path.isdir(self.run):
+            raise InputError(f"trajectory.run is {self.run}; no such folder")
+
+
+@dataclass(frozen=True)
+class VariantConfig:
+    """What went into a model."""
+
+    model: str
+    """Name among `models`."""
+    cpt: bool
+    """Whether it was pre-trained further."""
+    additional_data: bool
+    """Whether it was fine-tuned on data in the additional language."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Benchmarks, bits per byte and language of the answers of one or more Hugging Face checkpoints."""
 
-    models: dict[str, str]
-    """Name in tables -> HF folder."""
     output: str
     """Folder for NAME.json, report.json and report.md; what is there already is not measured again."""
+    models: dict[str, str] = field(default_factory=dict)
+    """Name in tables -> HF folder."""
     suite: Literal["cpt", "chat"] | None = None
     """The paper's benchmarks, as far as lm-eval has them."""
     tasks: list[TaskConfig] = field(default_factory=list)
@@ -66,6 +151,12 @@ class EvaluateConfig:
     """Measure bits per byte on these."""
     prompts: list[PromptsConfig] = field(default_factory=list)
     """Measure the language of the answers to these."""
+    pairwise: PairwiseConfig | None = None
+    """Compare models by their answers."""
+    ablation: list[VariantConfig] = field(default_factory=list)
+    """Lay out models by what went into them."""
+    trajectory: TrajectoryConfig | None = None
+    """Measure the checkpoints of a run."""
     chat: bool = False
     """Ask benchmarks through the model's chat template, too; `prompts` always are where a model has one."""
     chat_template: str | None = None
@@ -84,13 +175,41 @@ class EvaluateConfig:
     """Of the choice of examples."""
 
     def __post_init__(self) -> None:
-        require(bool(self.models), "models", self.models, "a name and a folder for each")
+        require(bool(self.models or self.trajectory), "models", self.models, "a name and a folder for each")
         require_at_least(self, limit=1, max_new_tokens=1, window=8, batch_size=1)
         for name in self.models:
-            if not name or "/" in name or name == "report":
-                raise InputError(f"models has the name {name!r}; use one that can be the name of a file, other than report")
-        if not (self.suite or self.tasks or self.text or self.prompts):
+            if not name or "/" in name or name in ("report", "trajectory"):
+                wanted = "one that can be the name of a file, other than report and trajectory"
+                raise InputError(f"models has the name {name!r}; use {wanted}")
+        parts = self.suite or self.tasks or self.text or self.prompts
+        if not parts and (self.trajectory is not None or self.pairwise is None):
             raise InputError("there is nothing to measure: suite, tasks, text and prompts are all empty")
-        for path in [*(text.path for text in self.text), *(prompts.path for prompts in self.prompts)]:
+        compared = self.pairwise.prompts if self.pairwise is not None else []
+        for path in [*(text.path for text in self.text), *(prompts.path for prompts in [*self.prompts, *compared])]:
             if not os.path.isfile(path):
                 raise InputError(f"{path}: no such file")
+        if self.pairwise is not None:
+            check_pairs(self.pairwise, list(self.models))
+        if self.ablation:
+            check_ablation(self.ablation, list(self.models))
+
+
+def check_pairs(pairwise: PairwiseConfig, models: list[str]) -> None:
+    """Raise InputError unless there are pairs, each of two models that there are."""
+    if len(models) < 2:
+        raise InputError(f"pairwise compares models, and models has {len(models)}; use two or more")
+    for pair in pairwise.pairs or []:
+        if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(models):
+            raise InputError(f"pairwise.pairs has {pair}; use two names of {', '.join(models)}")
+
+
+def check_ablation(variants: list[VariantConfig], models: list[str]) -> None:
+    """Raise InputError unless each is a model that there is, with something of its own, and one has everything."""
+    for variant in variants:
+        if variant.model not in models:
+            raise InputError(f"ablation has the model {variant.model!r}; use one of {', '.join(models)}")
+    kinds = [(variant.cpt, variant.additional_data) for variant in variants]
+    if len(set(kinds)) < len(kinds):
+        raise InputError("ablation has two models with the same cpt and additional_data; use each combination once")
+    if (True, True) not in kinds:
+        raise InputError("ablation has no model with cpt: true and additional_data: true, to which the others compare")

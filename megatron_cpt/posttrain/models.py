@@ -1,4 +1,4 @@
-"""The model and the tokenizer that SFT and DPO begin with."""
+"""The model that SFT and DPO begin with."""
 
 from __future__ import annotations
 
@@ -8,19 +8,11 @@ from typing import Any
 
 import torch
 
+from megatron_cpt.chat_data.templates import Template
 from megatron_cpt.checkpoint.save_load import dtype_of
-from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.settings import LoraSettings
 from megatron_cpt.posttrain.sharding import receives_weights, unread_model
-from megatron_cpt.posttrain.templates import Template
-
-
-def check_model(model: str) -> None:
-    """Raise InputError unless it is a Hugging Face folder."""
-    if not os.path.exists(os.path.join(model, "config.json")):
-        wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
-        raise InputError(f"model is {model}, which has no config.json; use {wanted}")
 
 
 def load_model(folder: str) -> Any:
@@ -49,15 +41,6 @@ def saved_dtype(folder: str) -> torch.dtype:
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         fields = json.load(file)
     return dtype_of(fields.get("dtype") or fields.get("torch_dtype") or "float32")
-
-
-def load_template(folder: str, name: str | None) -> Template:
-    """The tokenizer with a chat template.
-
-    Raises:
-        InputError: see Template
-    """
-    return Template(load(folder), name)
 
 
 def make_ready_to_answer(model: Any, template: Template) -> None:

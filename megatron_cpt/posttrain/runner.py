@@ -18,9 +18,9 @@ from accelerate import PartialState, init_empty_weights
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from megatron_cpt.checkpoint.folders import appearing_folder
+from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
 from megatron_cpt.errors import InputError
-from megatron_cpt.posttrain.models import check_model
 from megatron_cpt.posttrain.sharding import sum_in_fp32
 from megatron_cpt.training.metrics_file import MetricsFile
 

@@ -19,7 +19,7 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, Benchmark, Harness
-from megatron_cpt.evaluation.run import evaluate
+from megatron_cpt.evaluation.report import evaluate
 from megatron_cpt.evaluation.table import markdown
 
 CHOICES = Benchmark("Choices", "tiny_choices", "acc,none", 1)
@@ -126,10 +126,17 @@ def test_a_report_of_two_models(config: EvaluateConfig, capfd: pytest.CaptureFix
 
 def test_the_tool(config: EvaluateConfig, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"models": config.models, "output": config.output, "text": [vars(config.text[0])]}
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text('{"question": "1", "model_a": "same", "model_b": "base", "vote": "a", "annotator": "ann"}\n')
+    fields |= {"pairwise": {"judge": {"votes": str(votes)}, "pairs": [["same", "base"]]}}
+    fields["ablation"] = [{"model": "same", "cpt": True, "additional_data": True}]
     path = write_yaml(tmp_path / "evaluate.yaml", fields)
     result = run_tool("evaluate.py", "--config", path)
+    page = Path(result.stdout.strip()).read_text()
+    assert "| same  | base    | 1    | 0    | 0      | 100.0% (" in page
+    assert "| with | with            | same  |" in page
     assert result.stdout.strip() == str(Path(config.output) / "report.md")
-    wrong = run_tool("evaluate.py", "--config", path, "--models", '{"a": "nowhere"}', check=False)
+    wrong = run_tool("evaluate.py", "--config", path, "--models", '{"base": "nowhere", "same": "nowhere"}', check=False)
     assert wrong.returncode == 2
     assert "model is nowhere, which has no config.json" in wrong.stderr
 

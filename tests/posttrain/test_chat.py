@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_models import ROOT, make_tiny_llama
 
+from megatron_cpt.chat_data.conversations import Message
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.chat import Chat, ChatConfig, Speaker, chat
-from megatron_cpt.posttrain.conversations import Message
 
 
 @pytest.fixture(scope="module")

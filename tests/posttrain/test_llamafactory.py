@@ -10,11 +10,11 @@ import pytest
 import yaml
 from chats import dpo_config, sft_config
 
+from megatron_cpt.chat_data.conversations import parse_conversation, parse_preference
+from megatron_cpt.chat_data.templates import load_template
 from megatron_cpt.errors import InputError
-from megatron_cpt.posttrain.conversations import parse_conversation, parse_preference
 from megatron_cpt.posttrain.data import prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.dpo import finetune_dpo
-from megatron_cpt.posttrain.models import load_template
 from megatron_cpt.posttrain.settings import LoraSettings
 from megatron_cpt.posttrain.sft import finetune_sft
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from tiny_models import ROOT, run_tool
 from trl import SFTConfig as TrlConfig
 
+from megatron_cpt.chat_data.templates import IGNORED, load_template
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import prepare_sft
-from megatron_cpt.posttrain.models import load_model, load_template
+from megatron_cpt.posttrain.models import load_model
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings, accumulation
 from megatron_cpt.posttrain.sft import AnswerLossTrainer, SftConfig, as_dataset, finetune_sft
-from megatron_cpt.posttrain.templates import IGNORED
 
 
 def losses_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:

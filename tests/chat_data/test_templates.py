@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_cpt.chat_data.conversations import Conversation, Message, Preference, RowError
+from megatron_cpt.chat_data.templates import CHATML, IGNORED, Template, load_template
 from megatron_cpt.errors import InputError
-from megatron_cpt.posttrain.conversations import Conversation, Message, Preference, RowError
-from megatron_cpt.posttrain.models import load_template
-from megatron_cpt.posttrain.templates import CHATML, IGNORED, Template
 
 TEXTS = ("The dog runs.", "狗在跑。", "And the fox?", "狐狸睡了。")
 FOUR = tuple(Message("assistant" if i % 2 else "user", text) for i, text in enumerate(TEXTS))

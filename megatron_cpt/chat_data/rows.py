@@ -10,8 +10,8 @@ import orjson
 import pyarrow
 import pyarrow.parquet
 
+from megatron_cpt.chat_data.conversations import RowError
 from megatron_cpt.errors import InputError
-from megatron_cpt.posttrain.conversations import RowError
 
 ENDINGS = (".json", ".jsonl", ".parquet")
 

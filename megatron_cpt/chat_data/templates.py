@@ -14,8 +14,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from megatron_cpt.chat_data.conversations import Conversation, Message, Preference, RowError
+from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
-from megatron_cpt.posttrain.conversations import Conversation, Message, Preference, RowError
 
 IGNORED = -100  # label of a token that the loss does not count
 LLAMA3 = (
@@ -164,6 +165,15 @@ class Template:
                 f"{where} ends an answer with {first[1].removeprefix(PROBE[1].content)!r}; wanted a special token"
             )
         return special[0]
+
+
+def load_template(folder: str, name: str | None) -> Template:
+    """The tokenizer with a chat template.
+
+    Raises:
+        InputError: see Template
+    """
+    return Template(load(folder), name)
 
 
 def template_text(tokenizer: Any, name: str | None) -> str:

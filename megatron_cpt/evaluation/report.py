@@ -1,0 +1,98 @@
+"""tools/evaluate.py: everything that is measured, compared, laid out and drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_cpt.checkpoint.hf_files import check_model
+from megatron_cpt.checkpoint.layout import versions, write_json, write_text
+from megatron_cpt.evaluation import figures
+from megatron_cpt.evaluation.ablation import ablation_table
+from megatron_cpt.evaluation.columns import Measured
+from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
+from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparisons_table
+from megatron_cpt.evaluation.run import folder_identity, measure, wanted_parts
+from megatron_cpt.evaluation.table import markdown
+from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
+
+REPORT = "report.json"
+
+
+def evaluate(config: EvaluateConfig) -> str:
+    """Measure; returns the path of report.md.
+
+    Raises:
+        InputError: a model, file or setting is wrong
+    """
+    along = config.trajectory.checkpoints if config.trajectory is not None else []
+    for folder in [*config.models.values(), *(checkpoint.model for checkpoint in along)]:
+        check_model(folder)
+    os.makedirs(config.output, exist_ok=True)
+    referee = Referee(config, config.pairwise) if config.pairwise is not None else None
+    measured = measure_models(config)
+    comparisons = referee.comparisons(measured) if referee is not None else []
+    report = {
+        "models": measured,
+        "pairwise": [dataclasses.asdict(item) for item in comparisons],
+        "settings": dataclasses.asdict(config),
+        "versions": versions(),
+    }
+    write_json(os.path.join(config.output, REPORT), report)
+    sections = tables(config, measured, comparisons)
+    print("\n\n".join(sections), file=sys.stderr)
+    sections += draw_models(config, measured)
+    path = os.path.join(config.output, "report.md")
+    write_text(path, page(sections))  # a trajectory may take days
+    if config.trajectory is not None:
+        write_text(path, page([*sections, follow(config, config.trajectory)]))
+    return path
+
+
+def page(sections: Sequence[str]) -> str:
+    """In Markdown."""
+    return "\n\n".join(sections) + "\n"
+
+
+def measure_models(config: EvaluateConfig) -> dict[str, dict[str, object]]:
+    """name -> measurements."""
+    parts = wanted_parts(config)
+    if config.pairwise is not None and config.pairwise.judge.url is not None:
+        parts.append("pairwise")
+    measured = {}
+    for name, folder in config.models.items():
+        path = os.path.join(config.output, f"{name}.json")
+        measured[name] = measure(config, parts, name, path, folder_identity(folder), contextlib.nullcontext(folder))
+    return measured
+
+
+def tables(config: EvaluateConfig, measured: Measured, comparisons: list[Comparison]) -> list[str]:
+    """Of the report."""
+    sections = [markdown(measured).strip()]
+    if comparisons:
+        sections.append(comparisons_table(comparisons))
+    if config.ablation:
+        sections.append(ablation_table(config.ablation, measured))
+    return [section for section in sections if section]
+
+
+def draw_models(config: EvaluateConfig, measured: Measured) -> list[str]:
+    """scores.png and languages.png; links to them."""
+    links = []
+    for name, draw in (("scores", figures.scores), ("languages", figures.languages)):
+        figure = draw(measured)
+        if figure is not None:
+            figures.save(figure, os.path.join(config.output, f"{name}.png"))
+            links.append(f"![{name}]({name}.png)")
+    return links
+
+
+def follow(config: EvaluateConfig, trajectory: TrajectoryConfig) -> str:
+    """trajectory.json, .csv and .png; a link to the last."""
+    points = measure_trajectory(config, trajectory)
+    write_trajectory(config, points)
+    figures.save(figures.trajectory(points), os.path.join(config.output, "trajectory.png"))
+    return "![trajectory](trajectory.png)"

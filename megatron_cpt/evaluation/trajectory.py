@@ -1,0 +1,146 @@
+"""The same measurements along a run: each checkpoint is converted, measured and its conversion removed, once."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.checkpoint.convert import MegatronToHf, megatron_to_hf
+from megatron_cpt.checkpoint.layout import (
+    check_complete,
+    checkpoint_name,
+    iterations,
+    read_checkpoint_manifest,
+    versions,
+    write_json,
+)
+from megatron_cpt.checkpoint.model_card import seq_length
+from megatron_cpt.errors import InputError
+from megatron_cpt.evaluation.columns import all_columns
+from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
+from megatron_cpt.evaluation.run import folder_identity, identity_of, measure, recall, settings_of, wanted_parts
+
+FOLDER = "trajectory"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A checkpoint with its measurements."""
+
+    iteration: int
+    tokens: int | None
+    parts: dict[str, Any]
+
+
+def measure_trajectory(config: EvaluateConfig, trajectory: TrajectoryConfig) -> list[Point]:
+    """All checkpoints, in their order, with those that were measured before the run removed them.
+
+    Raises:
+        InputError: there is no checkpoint
+    """
+    folder = os.path.join(config.output, FOLDER)
+    os.makedirs(folder, exist_ok=True)
+    points = {}
+    for item in trajectory.checkpoints:
+        opened = contextlib.nullcontext(item.model)
+        parts = measure(
+            config,
+            wanted_parts(config),
+            f"iteration {item.iteration}",
+            os.path.join(folder, f"hf_{item.iteration:07d}.json"),
+            folder_identity(item.model),
+            opened,
+        )
+        points[item.iteration] = Point(item.iteration, item.tokens, parts)
+    if trajectory.run is not None:
+        points |= removed_points(config, trajectory.run, folder)
+        for iteration, checkpoint in checkpoints_of(trajectory.run, trajectory.every).items():
+            try:
+                points[iteration] = measure_checkpoint(config, trajectory.run, iteration, checkpoint, folder)
+            except (InputError, OSError):
+                if os.path.exists(checkpoint):
+                    raise
+                print(f"left out: {checkpoint} has been removed by its run", file=sys.stderr)
+    if not points:
+        raise InputError(f"trajectory.run is {trajectory.run}, which has no complete checkpoint iter_*")
+    return [points[iteration] for iteration in sorted(points)]
+
+
+def checkpoints_of(run: str, every: int | None) -> dict[int, str]:
+    """iteration -> folder of the complete checkpoints of a run: those that `every` divides, and the last."""
+    found = {}
+    for iteration, name in sorted(iterations(run).items()):
+        path = os.path.join(run, name)
+        try:
+            check_complete(path)
+        except InputError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        found[iteration] = path
+    return {iteration: path for iteration, path in found.items() if not iteration % (every or 1) or iteration == max(found)}
+
+
+def measure_checkpoint(config: EvaluateConfig, run: str, iteration: int, checkpoint: str, folder: str) -> Point:
+    """One of a run's."""
+    manifest = read_checkpoint_manifest(checkpoint)
+    tokens = manifest["consumed_samples"] * seq_length(manifest)
+    with open(os.path.join(checkpoint, "manifest.json"), "rb") as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    model = {"run": os.path.abspath(run), "iteration": iteration, "tokens": tokens, "manifest": digest}
+    path = os.path.join(folder, f"{checkpoint_name(iteration)}.json")
+    opened = converted(checkpoint, os.path.join(folder, ".hf"))
+    return Point(iteration, tokens, measure(config, wanted_parts(config), f"iteration {iteration}", path, model, opened))
+
+
+@contextlib.contextmanager
+def converted(checkpoint: str, folder: str) -> Iterator[str]:
+    """The checkpoint as a HF folder, for as long as it is needed."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    try:
+        yield megatron_to_hf(MegatronToHf(checkpoint, folder, num_workers=1))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def removed_points(config: EvaluateConfig, run: str, folder: str) -> dict[int, Point]:
+    """What was measured in the same way of checkpoints that a run with `keep_last` has removed since."""
+    points = {}
+    here = iterations(run)
+    for path in Path(folder).glob("iter_*.json"):
+        model = json.loads(path.read_text(encoding="utf-8"))["identity"]["model"]
+        parts = recall(str(path), identity_of(config, model))
+        complete = set(wanted_parts(config)) <= set(parts)
+        if complete and model["run"] == os.path.abspath(run) and model["iteration"] not in here:
+            points[model["iteration"]] = Point(model["iteration"], model["tokens"], parts)
+    return points
+
+
+def write_trajectory(config: EvaluateConfig, points: Sequence[Point]) -> None:
+    """trajectory.json with everything, trajectory.csv with the numbers and their standard errors."""
+    rows = [{"iteration": point.iteration, "tokens": point.tokens} | point.parts for point in points]
+    content = {"checkpoints": rows, "settings": settings_of(config), "versions": versions()}
+    write_json(os.path.join(config.output, f"{FOLDER}.json"), content)
+    columns = all_columns({str(point.iteration): point.parts for point in points})
+    header = ["iteration", "tokens"]
+    for column in columns:
+        header += [column.label, f"{column.label}, standard error"] if column.part == "benchmarks" else [column.label]
+    with open(os.path.join(config.output, f"{FOLDER}.csv"), "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for point in points:
+            row: list[Any] = [point.iteration, point.tokens]
+            for column in columns:
+                number = column.number(point.parts)
+                row.append(number.value if number else None)
+                if column.part == "benchmarks":
+                    row.append(number.stderr if number else None)
+            writer.writerow(row)

@@ -1,0 +1,146 @@
+"""Checkpoints of a run are measured once each, also after the run has removed them, and leave no conversion behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import make_tiny_llama
+
+from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_megatron, megatron_to_hf
+from megatron_cpt.errors import InputError
+from megatron_cpt.evaluation.config import CheckpointConfig, EvaluateConfig, TextConfig, TrajectoryConfig
+from megatron_cpt.evaluation.report import evaluate
+from megatron_cpt.evaluation.trajectory import checkpoints_of
+
+SEQ_LENGTH, SAMPLES = 64, 8  # samples of each iteration
+
+
+@pytest.fixture
+def run(model: str, tmp_path: Path, tiny_tokenizer_dir: str) -> Path:
+    """What a run leaves: checkpoints at 2, 4 and 5, of which the last has other weights."""
+    other = make_tiny_llama(tmp_path / "other", tiny_tokenizer_dir, initializer_range=0.5, tie_word_embeddings=True)
+    folder = tmp_path / "run"
+    for iteration, hf in ((2, model), (4, model), (5, other)):
+        made = Path(hf_to_megatron(HfToMegatron(hf, str(tmp_path / f"megatron{iteration}"), num_workers=1)))
+        checkpoint = folder / f"iter_{iteration:07d}"
+        shutil.move(made, checkpoint)
+        path = checkpoint / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | manifest_of_run(iteration)))
+    return folder
+
+
+def manifest_of_run(iteration: int) -> dict[str, Any]:
+    return {
+        "iteration": iteration,
+        "consumed_samples": iteration * SAMPLES,
+        "data": {"segments": [{"mixture": {"seq_length": SEQ_LENGTH}}]},
+        "config": {},
+        "training": {"lr_schedule": {}, "history": {}, "baseline": {}, "evaluated": True},
+    }
+
+
+@pytest.fixture
+def config(run: Path, tmp_path: Path) -> EvaluateConfig:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"The dog runs {i}."}) + "\n" for i in range(3)))
+    return EvaluateConfig(
+        output=str(tmp_path / "out"), text=[TextConfig(str(text), "en")], trajectory=TrajectoryConfig(str(run))
+    )
+
+
+def points(output: str) -> dict[int, Any]:
+    return {row["iteration"]: row for row in json.loads((Path(output) / "trajectory.json").read_text())["checkpoints"]}
+
+
+def test_each_checkpoint_is_measured_once(
+    config: EvaluateConfig, model: str, run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(evaluate(config))
+    found = points(config.output)
+    assert list(found) == [2, 4, 5]
+    assert found[4]["tokens"] == 4 * SAMPLES * SEQ_LENGTH
+    # What is measured is the checkpoint: the same as the HF folder that it came from
+    evaluate(replace(config, models={"base": model}, trajectory=None, output=config.output + "-model"))
+    base = json.loads((Path(config.output + "-model") / "report.json").read_text())["models"]["base"]
+    assert found[2]["text"] == found[4]["text"] == base["text"]
+    assert found[5]["text"] != found[4]["text"]
+    with open(Path(config.output) / "trajectory.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["iteration"] for row in rows] == ["2", "4", "5"]
+    assert float(rows[2]["bits per byte, en"]) == found[5]["text"]["en"]["bits_per_byte"]
+    assert "![trajectory](trajectory.png)" in page.read_text()
+    assert (page.parent / "trajectory.png").read_bytes().startswith(b"\x89PNG")
+    assert not (page.parent / "trajectory" / ".hf").exists()
+    # One that the run has removed stays; nothing is measured again but what has changed
+    capfd.readouterr()
+    shutil.rmtree(run / "iter_0000002")
+    manifest = run / "iter_0000005" / "manifest.json"
+    manifest.write_text(manifest.read_text() + "\n")
+    evaluate(config)
+    said = capfd.readouterr().err
+    assert [line for line in said.splitlines() if line.endswith(": text")] == ["iteration 5: text"]
+    assert points(config.output) == found
+    # With other settings the removed one is unknown
+    evaluate(replace(config, window=16))
+    assert list(points(config.output)) == [4, 5]
+
+
+def test_which_checkpoints(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert list(checkpoints_of(str(run), None)) == [2, 4, 5]
+    assert list(checkpoints_of(str(run), 4)) == [4, 5]
+    (run / "iter_0000004" / "common.pt").unlink()
+    assert list(checkpoints_of(str(run), 2)) == [2, 5]
+    assert "left out: checkpoint" in capfd.readouterr().err
+
+
+def test_a_run_that_removes_a_checkpoint_meanwhile(
+    config: EvaluateConfig, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def converted(config: MegatronToHf) -> str:
+        if config.megatron.endswith("4"):
+            shutil.rmtree(config.megatron)
+        return megatron_to_hf(config)
+
+    monkeypatch.setattr("megatron_cpt.evaluation.trajectory.megatron_to_hf", converted)
+    evaluate(config)
+    assert list(points(config.output)) == [2, 5]
+    assert f"left out: {run / 'iter_0000004'} has been removed by its run" in capfd.readouterr().err
+    # One that is damaged is an error
+    weights = next((run / "iter_0000005").glob("*.distcp"))
+    weights.write_bytes(bytes(weights.stat().st_size))
+    (run / "iter_0000005" / "manifest.json").write_text(json.dumps(manifest_of_run(5)))
+    with pytest.raises((InputError, OSError), match="iter_0000005"):
+        evaluate(config)
+    assert not (Path(config.output) / "trajectory" / ".hf").exists()
+
+
+def test_hf_folders_beside_a_run(config: EvaluateConfig, model: str, run: Path) -> None:
+    trajectory = TrajectoryConfig(str(run), 5, [CheckpointConfig(0, model, 0), CheckpointConfig(3, model)])
+    evaluate(replace(config, trajectory=trajectory))
+    found = points(config.output)
+    assert {iteration: row["tokens"] for iteration, row in found.items()} == {0: 0, 3: None, 5: 5 * SAMPLES * SEQ_LENGTH}
+    assert found[0]["text"] == found[3]["text"]
+
+
+def test_wrong_trajectories(config: EvaluateConfig, model: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="trajectory has neither run nor checkpoints"):
+        TrajectoryConfig()
+    with pytest.raises(InputError, match=r"trajectory\.run is nowhere; no such folder"):
+        TrajectoryConfig("nowhere")
+    with pytest.raises(InputError, match="every is 0"):
+        TrajectoryConfig(str(tmp_path), 0)
+    with pytest.raises(InputError, match=r"iterations \[1, 1\]; use each once"):
+        TrajectoryConfig(checkpoints=[CheckpointConfig(1, model), CheckpointConfig(1, model)])
+    with pytest.raises(InputError, match="there is nothing to measure"):
+        replace(config, text=[])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="has no complete checkpoint"):
+        evaluate(replace(config, trajectory=TrajectoryConfig(str(tmp_path / "empty"))))
+    with pytest.raises(InputError, match="model is nowhere, which has no config"):
+        evaluate(replace(config, trajectory=TrajectoryConfig(checkpoints=[CheckpointConfig(1, "nowhere")])))
