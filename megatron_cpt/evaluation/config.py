@@ -57,11 +57,13 @@ class EvaluateConfig:
     output: str
     """Folder for NAME.json, report.json and report.md; what is there already is not measured again."""
     suite: Literal["cpt", "chat"] | None = None
-    """The paper's benchmarks, as far as lm-eval has them."""
+    """The paper's benchmarks, those of its CPT table or of that of the chat models."""
     tasks: list[TaskConfig] = field(default_factory=list)
     """Further benchmarks."""
     tasks_folder: str | None = None
     """Folder with lm-eval task YAMLs of one's own, say of local data."""
+    data_folder: str | None = None
+    """Folder with data of the package's own tasks, as docs/posttraining.md lays it out. Default: the Hugging Face hub's."""
     text: list[TextConfig] = field(default_factory=list)
     """Measure bits per byte on these."""
     prompts: list[PromptsConfig] = field(default_factory=list)
@@ -79,7 +81,7 @@ class EvaluateConfig:
     batch_size: int = 1
     """Of benchmarks."""
     allow_code: bool = False
-    """Run code that the model writes (HumanEval), in a process with limits. It may do harm all the same."""
+    """Run code that the model writes (HumanEval), in processes with limits. It may do harm all the same."""
     seed: int = 1234
     """Of the choice of examples."""
 
@@ -94,3 +96,6 @@ class EvaluateConfig:
         for path in [*(text.path for text in self.text), *(prompts.path for prompts in self.prompts)]:
             if not os.path.isfile(path):
                 raise InputError(f"{path}: no such file")
+        for folder in (self.tasks_folder, self.data_folder):
+            if folder is not None and not os.path.isdir(folder):
+                raise InputError(f"{folder}: no such folder")

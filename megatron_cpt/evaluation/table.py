@@ -16,6 +16,7 @@ def markdown(measured: Mapping[str, Mapping[str, Any]]) -> str:
             for name, result in measured.items()
         ]
         parts.append(table(["model", *benchmarks], rows))
+        parts.append(settings_table(measured))
         parts += missing_lines(measured)
     languages, asked = names_in(measured, "text"), names_in(measured, "answers")
     if languages or asked:
@@ -43,6 +44,17 @@ def percent(score: Mapping[str, Any] | None) -> str:
         return "-"
     error = "" if score["stderr"] is None else f" ± {100 * score['stderr']:.1f}"
     return f"{100 * score['value']:.2f}{error}"
+
+
+def settings_table(measured: Mapping[str, Mapping[str, Any]]) -> str:
+    """How each benchmark was measured: those of one that no model has a score of are what was wanted."""
+    found: dict[str, list[str]] = {}
+    for result in measured.values():
+        for name, score in result.get("benchmarks", {}).items():
+            if name not in found or score["value"] is not None:
+                shots = "-" if score["num_fewshot"] is None else str(score["num_fewshot"])
+                found[name] = [name, score["task"], score["metric"], shots, str(score["samples"])]
+    return table(["benchmark", "task", "metric", "few-shot", "questions"], list(found.values()))
 
 
 def missing_lines(measured: Mapping[str, Mapping[str, Any]]) -> list[str]:
