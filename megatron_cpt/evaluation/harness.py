@@ -36,6 +36,7 @@ class Score:
 
     Attributes:
         num_fewshot: that were given; None: not the same for all parts of the benchmark, or not known without its data
+        others: further metrics of the task, by lm-eval's names
     """
 
     task: str
@@ -45,6 +46,7 @@ class Score:
     stderr: float | None
     samples: int
     missing: str | None
+    others: dict[str, float]
 
 
 # The paper's tables name the benchmarks. The settings are those that are usual for them, and for those that lm-eval lacks,
@@ -112,7 +114,7 @@ class Harness:
             raise InputError(f"benchmark {benchmark.name}: lm-eval has no task {benchmark.task}; see lm-eval ls tasks")
         missing = self._refused(benchmark.task, allow_code) or self._without_data(benchmark.task)
         if missing is not None:
-            return Score(benchmark.task, benchmark.metric, benchmark.num_fewshot, None, None, 0, missing)
+            return Score(benchmark.task, benchmark.metric, benchmark.num_fewshot, None, None, 0, missing, {})
         return score_of(benchmark, self._results(benchmark, limit, allow_code, seed))
 
     def _refused(self, task: str, allow_code: bool) -> str | None:
@@ -182,10 +184,10 @@ def score_of(benchmark: Benchmark, results: dict[str, Any]) -> Score:
         InputError: it is not among them
     """
     found = results["results"][benchmark.task] | results.get("groups", {}).get(benchmark.task, {})
-    if benchmark.metric not in found:
-        names = ", ".join(name for name in found if "," in name and "_stderr" not in name)
+    values = {name: value for name, value in found.items() if "," in name and "_stderr" not in name}
+    if benchmark.metric not in values:
         raise InputError(
-            f"benchmark {benchmark.name}: task {benchmark.task} has no metric {benchmark.metric}; it has {names}"
+            f"benchmark {benchmark.name}: task {benchmark.task} has no metric {benchmark.metric}; it has {', '.join(values)}"
         )
     name, _, kind = benchmark.metric.partition(",")
     error = found.get(f"{name}_stderr,{kind}")
@@ -194,10 +196,11 @@ def score_of(benchmark: Benchmark, results: dict[str, Any]) -> Score:
         task=benchmark.task,
         metric=benchmark.metric,
         num_fewshot=shots_of(results),
-        value=float(found[benchmark.metric]),
+        value=float(values[benchmark.metric]),
         stderr=float(error) if isinstance(error, float) else None,
         samples=samples,
         missing=None,
+        others={name: float(value) for name, value in values.items() if name != benchmark.metric},
     )
 
 

@@ -55,6 +55,23 @@ def test_what_cannot_be_measured_is_not_scored(model: str, tasks: str) -> None:
         harness.scores([replace(CHOICES, metric="f1,none")], 2, False, 1)
 
 
+def test_packages_that_are_not_there_are_told(model: str, tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval
+    import nltk
+
+    def without_package(*_: Any) -> None:
+        raise ImportError("No module named 'langdetect'")
+
+    ifeval = Benchmark("IFEval", "ifeval", "prompt_level_strict_acc,none", 0)
+    harness = Harness(model, tasks, None, 1, False, "cpu")
+    monkeypatch.setattr(lm_eval.tasks, "get_task_dict", without_package)
+    missing = harness.scores([ifeval], 1, False, 1)["IFEval"].missing
+    assert missing == "a package that it uses is not installed: No module named 'langdetect'"
+    monkeypatch.setattr(lm_eval.tasks, "get_task_dict", lambda *_: {})
+    monkeypatch.setattr(nltk.data, "path", [])
+    assert str(harness.scores([ifeval], 1, False, 1)["IFEval"].missing).startswith("nltk has no punkt_tab")
+
+
 @pytest.mark.parametrize("suite", list(SUITES))
 def test_suites_name_tasks_and_metrics_that_there_are(suite: str) -> None:
     from lm_eval.tasks import TaskManager

@@ -206,6 +206,9 @@ def test_a_model_is_scored_on_all(tmp_path: Path, tiny_tokenizer_dir: str, data_
         assert score.value is not None
         assert 0 <= score.value <= 1
         assert score.samples == 1
+    assert set(scores["LCSTS"].others) == {"rouge1,none", "rouge2,none"}
+    assert set(scores["CMRC"].others) == {"exact_match,none"}
+    assert set(scores["WMT22 en-zh"].others) == {"chrf,none"}
 
 
 def test_scores_are_lm_evals(model: str, data_folder: str, tmp_path: Path) -> None:
