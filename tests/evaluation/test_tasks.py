@@ -71,6 +71,23 @@ def test_published_files_are_asked(name: str, rows: int, text: str, target: Any,
     assert task.doc_to_target(doc) == target
 
 
+def test_examples_are_other_questions(data_folder: str) -> None:
+    """From the file of examples; where there is none, a question is not among its own."""
+    summaries = task_of("lcsts", data_folder)
+    summaries.set_fewshot_seed(1)
+    *examples, asked = summaries.fewshot_context(summaries.eval_docs[0], 2).split("\n\n")
+    assert asked == f"文章：{published.SUMMARIES[0]['text']}\n摘要："
+    pairs = [f"文章：{row['text']}\n摘要：{row['summary']}" for row in published.SUMMARIES]
+    assert len(examples) == 2
+    assert set(examples) <= set(pairs)
+    news = task_of("wmt22_zh_en", data_folder)
+    news.set_fewshot_seed(1)
+    (first, second), (one, two) = published.CHINESE, published.ENGLISH
+    prompt = "将中文翻译成英文。\n中文：{}\n英文：{}"
+    assert news.fewshot_context(news.eval_docs[0], 1) == prompt.format(second, two) + "\n\n" + prompt.format(first, "")
+    assert news.fewshot_context(news.eval_docs[1], 1) == prompt.format(first, one) + "\n\n" + prompt.format(second, "")
+
+
 def test_choices_are_scored_by_likelihood(data_folder: str) -> None:
     for name, choices in (("cluewsc2020", ["是", "否"]), ("eprstmt", ["正面", "负面"])):
         task = task_of(name, data_folder)
