@@ -142,11 +142,13 @@ class EvaluateConfig:
     models: dict[str, str] = field(default_factory=dict)
     """Name in tables -> HF folder."""
     suite: Literal["cpt", "chat"] | None = None
-    """The paper's benchmarks, as far as lm-eval has them."""
+    """The paper's benchmarks, those of its CPT table or of that of the chat models."""
     tasks: list[TaskConfig] = field(default_factory=list)
     """Further benchmarks."""
     tasks_folder: str | None = None
     """Folder with lm-eval task YAMLs of one's own, say of local data."""
+    data_folder: str | None = None
+    """Folder with data of the package's own tasks, as docs/posttraining.md lays it out. Default: the Hugging Face hub's."""
     text: list[TextConfig] = field(default_factory=list)
     """Measure bits per byte on these."""
     prompts: list[PromptsConfig] = field(default_factory=list)
@@ -170,7 +172,7 @@ class EvaluateConfig:
     batch_size: int = 1
     """Of benchmarks."""
     allow_code: bool = False
-    """Run code that the model writes (HumanEval), in a process with limits. It may do harm all the same."""
+    """Run code that the model writes (HumanEval), in processes with limits. It may do harm all the same."""
     seed: int = 1234
     """Of the choice of examples."""
 
@@ -188,6 +190,9 @@ class EvaluateConfig:
         for path in [*(text.path for text in self.text), *(prompts.path for prompts in [*self.prompts, *compared])]:
             if not os.path.isfile(path):
                 raise InputError(f"{path}: no such file")
+        for folder in (self.tasks_folder, self.data_folder):
+            if folder is not None and not os.path.isdir(folder):
+                raise InputError(f"{folder}: no such folder")
         if self.pairwise is not None:
             check_pairs(self.pairwise, list(self.models))
         if self.ablation:

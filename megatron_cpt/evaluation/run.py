@@ -150,7 +150,9 @@ class Session:
         self.close()  # lm-eval loads the model anew
         config = self._config
         wanted = [*SUITES.get(config.suite or "", ()), *(Benchmark(**dataclasses.asdict(task)) for task in config.tasks)]
-        harness = Harness(self._folder, config.tasks_folder, config.batch_size, config.chat, self._device)
+        harness = Harness(
+            self._folder, config.tasks_folder, config.data_folder, config.batch_size, config.chat, self._device
+        )
         scores = harness.scores(wanted, config.limit, config.allow_code, config.seed)
         return {name: dataclasses.asdict(score) for name, score in scores.items()}
 

@@ -12,7 +12,7 @@ def markdown(measured: Measured) -> str:
     parts = []
     benchmarks = columns_of(measured, "benchmarks")
     if benchmarks:
-        parts += [models_table(measured, benchmarks), *missing_lines(measured)]
+        parts += [models_table(measured, benchmarks), settings_table(measured), *missing_lines(measured)]
     languages = [*columns_of(measured, "text"), *columns_of(measured, "answers")]
     if languages:
         parts.append(models_table(measured, languages))
@@ -23,6 +23,17 @@ def models_table(measured: Measured, columns: Sequence[Column]) -> str:
     """A model in each row."""
     rows = [[name, *(column.shown(column.number(parts)) for column in columns)] for name, parts in measured.items()]
     return table(["model", *(column.label for column in columns)], rows)
+
+
+def settings_table(measured: Measured) -> str:
+    """How each benchmark was measured: those of one that no model has a score of are what was wanted."""
+    found: dict[str, list[str]] = {}
+    for result in measured.values():
+        for name, score in result.get("benchmarks", {}).items():
+            if name not in found or score["value"] is not None:
+                shots = "-" if score["num_fewshot"] is None else str(score["num_fewshot"])
+                found[name] = [name, score["task"], score["metric"], shots, str(score["samples"])]
+    return table(["benchmark", "task", "metric", "few-shot", "questions"], list(found.values()))
 
 
 def missing_lines(measured: Measured) -> list[str]:

@@ -18,7 +18,7 @@ from tiny_models import run_tool, write_yaml
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskConfig, TextConfig
-from megatron_cpt.evaluation.harness import SUITES, Benchmark, Harness
+from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Harness, shots_of
 from megatron_cpt.evaluation.report import evaluate
 from megatron_cpt.evaluation.table import markdown
 
@@ -26,7 +26,7 @@ CHOICES = Benchmark("Choices", "tiny_choices", "acc,none", 1)
 
 
 def test_scores_are_those_of_lm_evals_own_command(model: str, tasks: str, tmp_path: Path) -> None:
-    score = Harness(model, tasks, 1, False, "cpu").scores([CHOICES], None, False, 1234)["Choices"]
+    score = Harness(model, tasks, None, 1, False, "cpu").scores([CHOICES], None, False, 1234)["Choices"]
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "tiny_choices", "--include_path", tasks]
     options = ["--model_args", f"pretrained={model}", "--device", "cpu", "--num_fewshot", "1", "--seed", "1234"]
     done = subprocess.run(
@@ -44,24 +44,56 @@ def test_scores_are_those_of_lm_evals_own_command(model: str, tasks: str, tmp_pa
 
 
 def test_what_cannot_be_measured_is_not_scored(model: str, tasks: str) -> None:
-    harness = Harness(model, tasks, 1, False, "cpu")
-    code = Benchmark("HumanEval", "humaneval", "pass@1,create_test", 0, allow_code=True)
-    scores = harness.scores([Benchmark("Lost", "lost_choices", "acc,none"), code], 2, False, 1)
-    assert scores["Lost"].value is None
-    assert str(scores["Lost"].missing).startswith("its data cannot be had: ")
-    assert scores["HumanEval"].missing == "it runs code that the model has written; use allow_code: true to let it"
+    harness = Harness(model, tasks, None, 1, False, "cpu")
+    lost = harness.scores([Benchmark("Lost", "lost_choices", "acc,none", 3)], 2, False, 1)["Lost"]
+    assert lost.value is None
+    assert str(lost.missing).startswith("its data cannot be had: ")
+    assert (lost.task, lost.metric, lost.num_fewshot, lost.samples) == ("lost_choices", "acc,none", 3, 0)
     with pytest.raises(InputError, match="lm-eval has no task no_such_task"):
         harness.scores([Benchmark("X", "no_such_task", "acc,none")], 2, False, 1)
     with pytest.raises(InputError, match=r"task tiny_choices has no metric f1,none; it has acc,none"):
         harness.scores([replace(CHOICES, metric="f1,none")], 2, False, 1)
 
 
+def test_packages_that_are_not_there_are_told(model: str, tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval
+    import nltk
+
+    def without_package(*_: Any) -> None:
+        raise ImportError("No module named 'langdetect'")
+
+    ifeval = Benchmark("IFEval", "ifeval", "prompt_level_strict_acc,none", 0)
+    harness = Harness(model, tasks, None, 1, False, "cpu")
+    monkeypatch.setattr(lm_eval.tasks, "get_task_dict", without_package)
+    missing = harness.scores([ifeval], 1, False, 1)["IFEval"].missing
+    assert missing == "a package that it uses is not installed: No module named 'langdetect'"
+    monkeypatch.setattr(lm_eval.tasks, "get_task_dict", lambda *_: {})
+    monkeypatch.setattr(nltk.data, "path", [])
+    assert str(harness.scores([ifeval], 1, False, 1)["IFEval"].missing).startswith("nltk has no punkt_tab")
+
+
 @pytest.mark.parametrize("suite", list(SUITES))
-def test_suites_name_tasks_that_lm_eval_has(suite: str) -> None:
+def test_suites_name_tasks_and_metrics_that_there_are(suite: str) -> None:
     from lm_eval.tasks import TaskManager
 
-    known = set(TaskManager().all_tasks)
-    assert [item.task for item in SUITES[suite] if item.task not in known] == []
+    known = TaskManager(include_path=str(TASKS)).task_index
+    for item in SUITES[suite]:
+        assert item.metric in metrics_of(known[item.task].cfg), item
+        assert item.num_fewshot is not None
+
+
+def metrics_of(task: dict[str, Any]) -> list[str]:
+    """With their filters, of a task or a group as its YAML has it."""
+    if "aggregate_metric_list" in task:
+        return [f"{metric['metric']},{metric.get('filter_list', 'none')}" for metric in task["aggregate_metric_list"]]
+    filters = [chain["name"] for chain in task.get("filter_list", [{"name": "none"}])]
+    return [f"{metric['metric']},{name}" for metric in task["metric_list"] for name in filters]
+
+
+def test_suites_are_those_of_the_paper() -> None:
+    assert [item.name for item in SUITES["cpt"]] == ["C-Eval", "LCSTS", "MMLU", "AGI-Eval", "BBH", "GSM8K", "HumanEval"]
+    chat = "LCSTS,CLUEWSC,CMRC,DRCD,EPRSTMT,BelleEval,TriviaQA,WMT22 zh-en,WMT22 en-zh,CMMLU,IFEval"
+    assert [item.name for item in SUITES["chat"]] == chat.split(",")
 
 
 def test_bits_per_byte_predict_every_token(model: str) -> None:
@@ -112,6 +144,10 @@ def test_a_report_of_two_models(config: EvaluateConfig, capfd: pytest.CaptureFix
     assert report["settings"]["tasks"][0]["num_fewshot"] == 0
     page = path.read_text()
     assert page.splitlines()[0].split("|")[1:4] == [" model ", " Choices      ", " Lost "]
+    assert "| Choices   | tiny_choices | acc,none | 0        | 5         |" in page
+    assert "| Lost      | lost_choices | acc,none | -        | 0         |" in page
+    found = base["benchmarks"]["Choices"]
+    assert (found["task"], found["metric"], found["num_fewshot"]) == ("tiny_choices", "acc,none", 0)
     assert "- Lost: not measured, its data cannot be had" in page
     assert "bits per byte, en" in page
     assert "%zh by script" in page
@@ -149,6 +185,8 @@ def test_the_tool(config: EvaluateConfig, tmp_path: Path) -> None:
         ({"tasks": [], "text": [], "prompts": []}, "there is nothing to measure"),
         ({"text": [TextConfig("nowhere.jsonl", "en")]}, r"nowhere\.jsonl: no such file"),
         ({"limit": 0}, "limit is 0"),
+        ({"data_folder": "nowhere"}, "nowhere: no such folder"),
+        ({"tasks_folder": "nowhere"}, "nowhere: no such folder"),
     ],
 )
 def test_wrong_configurations(config: EvaluateConfig, changes: dict[str, Any], message: str) -> None:
@@ -165,9 +203,23 @@ def test_files_without_text_or_questions(config: EvaluateConfig, tmp_path: Path)
 
 
 def test_a_table_shows_what_is_missing() -> None:
-    score = {"value": 0.5, "stderr": 0.01, "samples": 3, "missing": None}
-    lost = {"value": None, "stderr": None, "samples": 0, "missing": "its data cannot be had"}
-    text = markdown({"CPT": {"benchmarks": {"MMLU": score, "C-Eval": lost}}, "base": {"benchmarks": {"MMLU": score}}})
+    asked = {"task": "mmlu", "metric": "acc,none", "num_fewshot": 5}
+    score = asked | {"value": 0.5, "stderr": 0.01, "samples": 3, "missing": None}
+    lost = asked | {"task": "ceval-valid", "value": None, "stderr": None, "samples": 0, "missing": "its data cannot be had"}
+    text = markdown(
+        {
+            "CPT": {"benchmarks": {"MMLU": score, "C-Eval": lost}},
+            "base": {"benchmarks": {"MMLU": score | {"value": None, "samples": 0}}},
+        }
+    )
     assert "| CPT   | 50.00 ± 1.0 | -      |" in text
-    assert "| base  | 50.00 ± 1.0 | -      |" in text
+    assert "| base  | -           | -      |" in text
+    assert "| MMLU      | mmlu        | acc,none | 5        | 3         |" in text
+    assert "| C-Eval    | ceval-valid | acc,none | 5        | 0         |" in text
     assert text.count("C-Eval: not measured, its data cannot be had") == 1
+
+
+def test_examples_are_counted_as_they_were_given() -> None:
+    """A task that fixes their number keeps to it; parts of a benchmark may differ."""
+    assert shots_of({"n-shot": {"a": 3, "b": 3}}) == 3
+    assert shots_of({"n-shot": {"a": 3, "b": 0}}) is None
