@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart quickstart-chat test test-matrix test-slow test-gpu sanitize cuda bench lint type format clean
+.PHONY: setup quickstart quickstart-chat test test-matrix test-slow test-llamafactory test-gpu sanitize cuda bench lint type format clean
 
 setup: $(READY)
 
@@ -30,7 +30,7 @@ quickstart-chat: setup
 # tests/data count their process's children, and the server of tests/forks.py, which tests/training starts, would be one.
 WORKERS ?= 2
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
 
 # All 108 layouts, recomputations and precisions; those that `make test` leaves out.
 test-matrix: setup
@@ -38,6 +38,13 @@ test-matrix: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# What `export_to` writes, read by LLaMA-Factory itself, in an environment of its own: it wants other versions (4 GB of packages).
+LLAMAFACTORY := .venv-llamafactory
+test-llamafactory: setup
+	test -x $(LLAMAFACTORY)/bin/python || $(PYTHON) -m venv $(LLAMAFACTORY)
+	$(LLAMAFACTORY)/bin/python -m pip install --quiet llamafactory==0.9.5 torch==2.10.0 torchaudio==2.10.0
+	LLAMAFACTORY_PYTHON=$(CURDIR)/$(LLAMAFACTORY)/bin/python $(BIN)/python -m pytest tests/posttrain/test_llamafactory.py
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

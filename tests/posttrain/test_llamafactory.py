@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,18 +56,25 @@ def test_a_template_that_both_know_is_needed(chat_model: str, tmp_path: Path) ->
         finetune_sft(replace(config, data=replace(config.data, chat_template=str(path))))
 
 
-def test_llamafactory_reads_it(chat_model: str, tmp_path: Path) -> None:
-    """Its own parsers of arguments and of dataset_info.json; only where it is installed."""
-    parser = pytest.importorskip("llamafactory.data.parser")
-    hparams = pytest.importorskip("llamafactory.hparams.parser")
-    for name, config in (("sft", sft_config), ("dpo", dpo_config)):
-        folder = tmp_path / name
-        folder.mkdir()
-        made = config(chat_model, folder, export_to=str(folder / "lf"))
-        path = (finetune_sft if name == "sft" else finetune_dpo)(made)  # type: ignore[arg-type]
-        (train,) = parser.get_dataset_list(["train"], str(folder / "lf"))
-        assert (train.formatting, train.messages, train.ranking) == ("sharegpt", "conversations", name == "dpo")
-        arguments = yaml.safe_load(Path(path).read_text())
-        found = hparams._parse_train_args(arguments)
-        assert found[1].cutoff_len in (159, 160)  # with packing it takes one off
-        assert found[2].learning_rate == made.optimizer.lr
+@pytest.mark.skipif("LLAMAFACTORY_PYTHON" not in os.environ, reason="make test-llamafactory, which installs it elsewhere")
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_llamafactory_reads_it(chat_model: str, tmp_path: Path, stage: str) -> None:
+    """Its own parsers of arguments and of dataset_info.json, and its converter of rows."""
+    made = (sft_config if stage == "sft" else dpo_config)(chat_model, tmp_path, export_to=str(tmp_path / "lf"))
+    path = (finetune_sft if stage == "sft" else finetune_dpo)(made)  # type: ignore[arg-type]
+    script = Path(__file__).parent / "read_with_llamafactory.py"
+    command = [os.environ["LLAMAFACTORY_PYTHON"], str(script), str(tmp_path / "lf"), path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["formatting"], found["messages"], found["ranking"]) == ("sharegpt", "conversations", stage == "dpo")
+    assert found["cutoff_len"] in (159, 160)  # with packing it takes one off
+    assert found["learning_rate"] == made.optimizer.lr
+    assert found["model"] == made.model
+    rows = json.loads((tmp_path / "lf" / "train.json").read_text())
+    assert len(found["rows"]) == len(rows)
+    for ours, theirs in zip(rows, found["rows"], strict=True):
+        turns = [turn["value"] for turn in ours["conversations"] if turn["from"] != "system"]
+        answers = [ours["chosen"]["value"], ours["rejected"]["value"]] if stage == "dpo" else turns[-1:]
+        assert [turn["content"] for turn in theirs["_prompt"]] == (turns if stage == "dpo" else turns[:-1])
+        assert [turn["content"] for turn in theirs["_response"]] == answers
