@@ -23,6 +23,7 @@ from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, Benchmark, Harness
 from megatron_cpt.evaluation.language_share import language_share
+from megatron_cpt.platforms.devices import device_type
 
 
 def settings_of(config: EvaluateConfig) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class Session:
 
     def __init__(self, config: EvaluateConfig, folder: str) -> None:
         self._config, self._folder = config, folder
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = device_type()
         self._loaded: tuple[Any, Any] | None = None
         self._answers: dict[PromptsConfig, list[dict[str, str]]] = {}
 

@@ -17,6 +17,7 @@ from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
+from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.generate import complete
 
 HELP = """/system TEXT  begin anew with another system prompt (no TEXT: with none)
@@ -81,7 +82,7 @@ class Speaker:
             )
         except Exception as error:  # it raises what it likes for files that are damaged
             raise InputError(f"model {config.model} cannot be read: {' '.join(str(error).split())[:300]}") from error
-        self._model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self._model: Any = model.to(device_type()).eval()
         self._config = config
         self.tokens, self.seconds = 0, 0.0
         self._generator_seed = config.seed

@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from megatron_cpt.chat_data.languages import language_identifier
 from megatron_cpt.chat_data.templates import IGNORED, Example, load_template
+from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.data import DataConfig, prepare_sft
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import load_model, lora, make_ready_to_answer, saved_dtype
@@ -103,7 +104,7 @@ def finetune_sft(config: SftConfig) -> str:
     """Run it; returns the folder of the result."""
     check_folder(config.save, config.model)
     datasets.disable_progress_bars()
-    use_cpu = not torch.cuda.is_available()
+    use_cpu = device_type() == "cpu"
     process = PartialState(cpu=use_cpu)
     check_sharding(config.lora)
     arguments = trainer_arguments(config.save, config.training, config.optimizer, config.run, process.num_processes, use_cpu)

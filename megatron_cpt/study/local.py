@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.errors import InputError, RunError
+from megatron_cpt.platforms.devices import visible_gpus
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.outcome import Outcome, divergence, read_outcome, write_outcome
 from megatron_cpt.study.points import Base, Point, run_folder, write_configuration
@@ -97,7 +98,7 @@ def device_shares(study: StudyConfig) -> list[str | None]:
     Raises:
         InputError: there are GPUs, but too few
     """
-    visible = visible_devices()
+    visible = visible_gpus()
     if not visible:
         return [None] * study.parallel_runs
     wanted = study.parallel_runs * study.processes
@@ -107,15 +108,6 @@ def device_shares(study: StudyConfig) -> list[str | None]:
             f"{len(visible)}. Use fewer, or executor slurm, where each run has a node"
         )
     return [",".join(visible[i : i + study.processes]) for i in range(0, wanted, study.processes)]
-
-
-def visible_devices() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES counts them."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def run_one(
