@@ -32,9 +32,11 @@ WORKERS ?= 2
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
 
-# All 108 layouts, recomputations and precisions; those that `make test` leaves out.
+# All 108 layouts, recomputations and precisions, those that `make test` leaves out; and runs that are killed, sharded or a
+# job array's, which take a minute each.
+MATRIX := tests/training/test_matrix.py tests/training/test_kill.py tests/posttrain/test_sharding.py tests/study/test_study.py
 test-matrix: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load tests/training/test_matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load $(MATRIX)
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
