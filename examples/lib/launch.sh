@@ -31,6 +31,9 @@ CHECK=${CHECK:-1}                         # 0: the inputs are not there yet, as 
 DEVICE=${DEVICE:-}                        # as in a100-80g, h100: does the run fit its memory (tools/plan_run.py)
 MODEL=${MODEL:-}                          # with DEVICE, 8B or 70B; empty: the checkpoint that the run starts from
 
+ANSWER_SECONDS=${ANSWER_SECONDS:-30}              # after a failure: a node that does not start a command for so long is gone
+NODE_FAILURE_SECONDS=${NODE_FAILURE_SECONDS:-600} # then SLURM has so long to see it itself (its SlurmdTimeout, usually 300)
+
 # --- Container: off unless an image is named -----------------------------------------------------------------------------
 CONTAINER_IMAGE=${CONTAINER_IMAGE:-}      # as in nvcr.io#nvidia/pytorch:25.03-py3 (pyxis), /images/pytorch.sif (apptainer)
 CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-pyxis}     # pyxis (enroot) or apptainer
@@ -62,7 +65,7 @@ in_job() { [[ -n ${SLURM_JOB_ID:-} && $0 == */slurm_script ]]; }
 
 check_settings() {
   local name
-  for name in NODES RANKS_PER_NODE CPUS_PER_RANK SIGNAL_SECONDS; do
+  for name in NODES RANKS_PER_NODE CPUS_PER_RANK SIGNAL_SECONDS ANSWER_SECONDS NODE_FAILURE_SECONDS; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name is '${!name}'; wanted a whole number above 0"
   done
   for name in GPUS_PER_NODE MAX_STALLED_RESTARTS; do
@@ -201,7 +204,7 @@ run_ranks() {
     if [ -n "$asked" ]; then
       # Again and again: ranks that are still starting do not hear it. Not to the batch step, whose srun would end them.
       say "$asked: the ranks are told to save"
-      scancel --signal=USR1 "$SLURM_JOB_ID.0" || true
+      scancel --signal=USR1 "$SLURM_JOB_ID.0" 2>/dev/null || true  # it may have just ended
     fi
     sleep 5 &
     wait -n "$pid" $! || true  # a trap ends it
@@ -255,7 +258,7 @@ settle() {
   if ((status != 0)) && [ -z "$asked" ]; then
     if ! nodes_answer; then
       say "a node does not answer: waiting for SLURM to see it, take it out and queue the job again"
-      sleep "${NODE_FAILURE_SECONDS:-600}" &
+      sleep "$NODE_FAILURE_SECONDS" &
       wait $! || true
       requeue
     fi
@@ -276,23 +279,22 @@ settle() {
 
 # A dead node's tasks end no differently from any others at first.
 nodes_answer() {
-  timeout "${ANSWER_SECONDS:-30}" srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+  timeout "$ANSWER_SECONDS" srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
     --input=none true 2>/dev/null
 }
 
 # summary STATUS: the first error of the rank that failed first. Others fail in its wake, and bury it.
 summary() {
-  local rank first
-  # Ranks tell each other whose failure was the first. One that is killed tells nothing, but srun and torchrun know.
-  first=$(grep -hm1 -oE 'rank [0-9]+ failed: .*' "$RANK_LOGS"/*.log | head -n1 || true)
-  rank=$(sed -nE 's/^rank ([0-9]+) failed.*/\1/p' <<<"$first")
-  if [ -z "$rank" ]; then
-    rank=$(sed -nE 's/.*srun: error: .*: tasks? ([0-9]+).*/\1/p' "$RANK_LOGS/srun.log" | head -n1 || true)
+  local first rank
+  # srun knows which task ended first. If it was killed, that is it. Else the ranks, who have told each other, know better.
+  first=$(grep -m1 -oE 'error: [^ ]+: tasks? [0-9]+.*' "$RANK_LOGS/srun.log" || true)
+  if [ -z "$first" ] || [[ $first == *"Exited with exit code"* ]]; then
+    first=$(grep -hm1 -oE 'rank [0-9]+ failed: .*' "$RANK_LOGS"/*.log | head -n1 || echo "$first")
   fi
+  rank=$(sed -nE 's/^(rank|.*: tasks?) ([0-9]+).*/\2/p' <<<"$first")
   {
     echo "--- job $SLURM_JOB_ID failed with status $1 at step $(newest_step)"
-    grep -m1 'srun: error: .*: task' "$RANK_LOGS/srun.log" || true
-    [ -z "$first" ] || echo "$first"
+    echo "$first"
     first_error "${rank:-0}"
     echo "--- whole logs: $RANK_LOGS; of each rank but the first also $SAVE/logs"
   } >&2

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from metrics_rows import clockless
+from metrics_rows import clockless, newest
 from slurm_cluster import Cluster
 from tampering import sign_of, signs
 from tiny_models import ROOT, read_rows, run_tool, write_yaml
@@ -114,10 +114,11 @@ def test_a_time_limit_in_mid_run(launcher: str, undisturbed: list[dict[str, Any]
 
 
 def test_a_node_that_is_killed_in_mid_run(undisturbed: list[dict[str, Any]], jobs: Jobs) -> None:
-    """The job goes on from its last checkpoint, on the nodes that are left. The script itself was on another node."""
-    job, sign = jobs.stuck_in_step(4, "killed", until=2)
+    """The job goes on from its last checkpoint, on the nodes that are left. The script itself was on another node: it sees that
+    its ranks have failed long before SLURM sees why, and must not take it for an error of theirs."""
+    job, sign = jobs.stuck_in_step(4, "killed", until=2, ANSWER_SECONDS="5")
     deadline = time.monotonic() + 300
-    while not signs(sign, 3):
+    while not (signs(sign, 3) and newest(jobs.runs.folder / "killed") == 2):  # reading is ahead of training
         assert time.monotonic() < deadline, jobs.cluster.log(job)
         time.sleep(0.2)
     assert jobs.cluster.show(job)["BatchHost"] == "n1"
@@ -129,6 +130,7 @@ def test_a_node_that_is_killed_in_mid_run(undisturbed: list[dict[str, Any]], job
     log = jobs.cluster.log(job)
     assert over["JobState"] == "COMPLETED", log
     assert over["NodeList"] == "n[1,3]"
+    assert "a node does not answer: waiting for SLURM" in log
     assert "on n1 n3, from step 2" in log
     assert jobs.finished("killed") == undisturbed
 
@@ -143,10 +145,25 @@ def test_a_rank_that_fails(launcher: str, jobs: Jobs) -> None:
     ended = time.mktime(time.strptime(over["EndTime"], "%Y-%m-%dT%H:%M:%S"))
     assert ended - os.stat(sign_of(sign, 3)).st_mtime < 60, "the others waited for a rank that was gone"
     summary = jobs.cluster.log(job).partition(f"--- job {job} failed with status ")[2].splitlines()
-    assert "rank 3 failed: ArithmeticError: broken on purpose" in summary[1:3]
+    assert summary[1] == "rank 3 failed: ArithmeticError: broken on purpose"
     trace = [line.partition("3: ")[2] for line in summary if line.lstrip("0").startswith("3: ")]
     assert trace[0] == "Traceback (most recent call last):"
     assert "ArithmeticError: broken on purpose" in trace
+
+
+def test_a_rank_that_is_killed(jobs: Jobs, tmp_path: Path) -> None:
+    """It says nothing, and what others say of it is not the cause."""
+    (tmp_path / "killed.py").write_text(
+        "import os, signal, time\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(2)\n"
+        "raise ConnectionError('rank 0 failed: connection closed by peer')\n"
+    )
+    job = jobs.submit("shot", TOOL=str(tmp_path / "killed.py"))
+    assert jobs.cluster.wait(job)["JobState"] == "FAILED"
+    summary = jobs.cluster.log(job).partition(f"--- job {job} failed with status ")[2].splitlines()
+    assert summary[1] == "error: n1: task 1: Killed"
 
 
 BROKEN = """
@@ -198,6 +215,31 @@ def test_preprocessing_as_an_array(cluster: Cluster, runs: Runs, tiny_tokenizer_
         for kind in ("bin", "idx"):
             ours, theirs = (folder / f"{corpus}.{kind}" for folder in (tmp_path / "data", runs.folder))
             assert ours.read_bytes() == theirs.read_bytes(), f"{corpus}.{kind}"
+
+
+def test_curation_as_arrays(cluster: Cluster, tmp_path: Path) -> None:
+    """One for each step, and a job that joins what they leave: the files of a local run."""
+    english = "The old farmer walked to the market and bought bread with the money that his brother had given him. "
+    chinese = "年轻的老师给图书馆写了一封信，因为城市决定修建一座新的桥梁。"
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        lines = [json.dumps({"text": f"{name} {i}. " + text * 5}) for i in range(5) for text in (english, chinese)]
+        (tmp_path / "in" / f"{name}.jsonl").write_text("\n".join(lines))
+    curate = ["python", str(ROOT / "tools" / "curate_data.py"), "--input", str(tmp_path / "in"), "--keep_languages", "en"]
+    curate += ["--filters", "none", "--deduplicate", "false", "--compression", "none", "--output_folder"]
+    cluster.run(*curate, str(tmp_path / "local"), "--workers", "1")
+    array = [*curate, str(tmp_path / "array"), "--executor", "slurm", "--slurm.partition", "main"]
+    scripts = Path(cluster.run(*array).stdout.strip())
+    jobs = json.loads((scripts / "jobs.json").read_text())
+    for job in jobs:
+        cluster.wait(job)
+        assert cluster.states(job) == {"COMPLETED"}, cluster.log(job)
+    assert (tmp_path / "array" / ".curation" / "report.json").exists()
+    ours, theirs = (
+        {file.name: file.read_text() for file in (tmp_path / folder / "en").iterdir()} for folder in ("array", "local")
+    )
+    assert ours == theirs
+    assert sum(text.count("old farmer") for text in ours.values()) == 50
 
 
 def test_a_study_as_an_array(cluster: Cluster, runs: Runs) -> None:
