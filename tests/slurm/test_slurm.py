@@ -114,8 +114,8 @@ def test_a_time_limit_in_mid_run(launcher: str, undisturbed: list[dict[str, Any]
 
 
 def test_a_node_that_is_killed_in_mid_run(undisturbed: list[dict[str, Any]], jobs: Jobs) -> None:
-    """The job goes on from its last checkpoint, on the nodes that are left. The script itself was on another node: it sees that
-    its ranks have failed long before SLURM sees why, and must not take it for an error of theirs."""
+    """The job goes on from its last checkpoint, on the nodes that are left. The script itself was on another node: it sees
+    that its ranks have failed long before SLURM sees why, and must not take it for an error of theirs."""
     job, sign = jobs.stuck_in_step(4, "killed", until=2, ANSWER_SECONDS="5")
     deadline = time.monotonic() + 300
     while not (signs(sign, 3) and newest(jobs.runs.folder / "killed") == 2):  # reading is ahead of training
