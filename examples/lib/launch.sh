@@ -21,13 +21,13 @@ VENV=${VENV:-$PWD/.venv}                  # Python's; not used if it is not ther
 DRY_RUN=${DRY_RUN:-0}                     # 1: print what would be submitted, and submit nothing
 
 # --- Training ------------------------------------------------------------------------------------------------------------
-LAUNCHER=${LAUNCHER:-srun}                # srun: a task for each rank; torchrun: a task for each node, which starts the ranks
-SAVE=${SAVE:-}                            # the run's folder, checkpoint.save: what tells whether it is over, and its progress
+LAUNCHER=${LAUNCHER:-srun}                # srun: a task for each rank; torchrun: one for each node
+SAVE=${SAVE:-}                            # the run's folder, checkpoint.save: tells how far the run is
 SIGNAL_SECONDS=${SIGNAL_SECONDS:-300}     # before the time limit the ranks are told to save; a save has to fit in
 REQUEUE=${REQUEUE:-1}                     # 0: a run that was told to save is not queued again
-REQUEUE_ON_FAILURE=${REQUEUE_ON_FAILURE:-0}       # 1: nor is one that failed left alone, as where devices break often
+REQUEUE_ON_FAILURE=${REQUEUE_ON_FAILURE:-0}       # 1: one that failed is, too, as where devices break often
 MAX_STALLED_RESTARTS=${MAX_STALLED_RESTARTS:-2}   # restarts in a row that bring no new checkpoint; then the job ends
-CHECK=${CHECK:-1}                         # 0: the inputs are not there yet, as another job makes them: only the layout is checked
+CHECK=${CHECK:-1}                         # 0: check the layout only, as where another job makes the inputs
 DEVICE=${DEVICE:-}                        # as in a100-80g, h100: does the run fit its memory (tools/plan_run.py)
 MODEL=${MODEL:-}                          # with DEVICE, 8B or 70B; empty: the checkpoint that the run starts from
 
@@ -50,7 +50,7 @@ CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-$PWD:$PWD}   # from:to,from:to; data and ch
 #   NCCL_NVLS_ENABLE=0       if starting fails in NVLink SHARP on H100 (it costs memory, too).
 #   NCCL_DEBUG=INFO          shows what it chose, NCCL_DEBUG_SUBSYS=INIT,NET for that part only.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# Tensor and sequence parallelism on GPUs before Blackwell overlap correctly only if kernels start in the order of their launch.
+# For tensor parallelism on GPUs before Blackwell: communication overlaps only where kernels start in the order of launch.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS_PER_RANK}
 
@@ -241,8 +241,11 @@ give_up() {
 }
 
 requeue() {
-  # Nor one that somebody has cancelled: it would come back to life.
-  [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ] || { say "cancelled: not queued again"; exit 1; }
+  # A job that somebody has cancelled would come back to life; one whose node has failed is queued again already.
+  [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ] || {
+    say "SLURM ends this job itself: not queued again from here"
+    exit 1
+  }
   if [ "$(newest_step)" = "$FIRST_STEP" ] && ((STALLED >= MAX_STALLED_RESTARTS)); then give_up; fi
   say "queued again, to go on from step $(newest_step)"
   scontrol requeue "$SLURM_JOB_ID" || exit 1

@@ -2,8 +2,8 @@
 # The quickstart's continued pre-training on 2 nodes with 2 processes each, on CPU:
 #     examples/slurm_quickstart/cpt.sh                submits it, after checks; prints the job's number
 #     DRY_RUN=1 examples/slurm_quickstart/cpt.sh      says what would be submitted
-# Variables: below, and in examples/lib/launch.sh. `sbatch examples/slurm_quickstart/cpt.sh`, from the repository's folder, takes
-# the lines that follow instead, and checks nothing first.
+# Variables: below, and in examples/lib/launch.sh. `sbatch examples/slurm_quickstart/cpt.sh`, from the repository's folder,
+# takes the lines that follow instead, and checks nothing first.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=2
 #SBATCH --requeue

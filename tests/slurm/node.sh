@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start node NODE (1, 2, ...) of the cluster in FOLDER: see up.sh. Whatever it runs ends with the process in run/node.NODE.pid.
+# Start node NODE (1, 2, ...) of the cluster in FOLDER: see up.sh. All it runs ends with the process in run/node.NODE.pid.
 set -euo pipefail
 : "${FOLDER:?}" "${NODE:?}"
 setsid nsenter "--net=/run/netns/cpt-n$NODE" unshare --mount --uts --pid --fork --kill-child --mount-proc bash -c "

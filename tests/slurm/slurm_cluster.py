@@ -68,3 +68,7 @@ class Cluster:
 
     def start_node(self, number: int) -> None:
         self.run(str(HERE / "node.sh"), FOLDER=str(self.folder), NODE=str(number))
+        deadline = time.monotonic() + 60
+        while self.run("sinfo", "--noheader", f"--nodes=n{number}", "--format=%t").stdout.strip() != "idle":
+            assert time.monotonic() < deadline, f"n{number} does not come back"
+            time.sleep(0.5)

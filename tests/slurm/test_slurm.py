@@ -114,9 +114,8 @@ def test_a_time_limit_in_mid_run(launcher: str, undisturbed: list[dict[str, Any]
 
 
 def test_a_node_that_is_killed_in_mid_run(undisturbed: list[dict[str, Any]], jobs: Jobs) -> None:
-    """The job goes on from its last checkpoint, on the nodes that are left. The script itself was on another node: it sees
-    that its ranks have failed long before SLURM sees why, and must not take it for an error of theirs."""
-    job, sign = jobs.stuck_in_step(4, "killed", until=2, ANSWER_SECONDS="5")
+    """The job goes on from its last checkpoint, on the nodes that are left. The script itself was on another node."""
+    job, sign = jobs.stuck_in_step(4, "killed", until=2)
     deadline = time.monotonic() + 300
     while not (signs(sign, 3) and newest(jobs.runs.folder / "killed") == 2):  # reading is ahead of training
         assert time.monotonic() < deadline, jobs.cluster.log(job)
@@ -130,9 +129,22 @@ def test_a_node_that_is_killed_in_mid_run(undisturbed: list[dict[str, Any]], job
     log = jobs.cluster.log(job)
     assert over["JobState"] == "COMPLETED", log
     assert over["NodeList"] == "n[1,3]"
-    assert "a node does not answer: waiting for SLURM" in log
     assert "on n1 n3, from step 2" in log
     assert jobs.finished("killed") == undisturbed
+
+
+def test_a_node_that_is_gone_before_slurm_knows(jobs: Jobs, tmp_path: Path) -> None:
+    """The ranks cannot be started: the script must not take that for a failure of theirs, which would end the job."""
+    (tmp_path / "nothing.py").write_text("")
+    jobs.cluster.kill_node(2)
+    try:
+        job = jobs.submit("gone", TOOL=str(tmp_path / "nothing.py"), ANSWER_SECONDS="5")
+        over = jobs.cluster.wait(job)
+    finally:
+        jobs.cluster.start_node(2)
+    log = jobs.cluster.log(job)
+    assert (over["JobState"], over["NodeList"]) == ("COMPLETED", "n[1,3]"), log
+    assert "a node does not answer: waiting for SLURM" in log
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
@@ -229,8 +241,8 @@ def test_curation_as_arrays(cluster: Cluster, tmp_path: Path) -> None:
     curate += ["--filters", "none", "--deduplicate", "false", "--compression", "none", "--output_folder"]
     cluster.run(*curate, str(tmp_path / "local"), "--workers", "1")
     array = [*curate, str(tmp_path / "array"), "--executor", "slurm", "--slurm.partition", "main"]
-    scripts = Path(cluster.run(*array).stdout.strip())
-    jobs = json.loads((scripts / "jobs.json").read_text())
+    cluster.run(*array)
+    jobs = json.loads((tmp_path / "array" / ".curation" / "slurm" / "jobs.json").read_text())
     for job in jobs:
         cluster.wait(job)
         assert cluster.states(job) == {"COMPLETED"}, cluster.log(job)

@@ -2,7 +2,7 @@
 # A real SLURM on one host, for tests: several nodes, each with a network namespace and an address of its own, so that what
 # works on the loopback interface only fails here as it does on a cluster. Needs root and Debian's packages, not systemd:
 #     apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2
-#     FOLDER=/tmp/cluster tests/slurm/up.sh       then: export SLURM_CONF=/tmp/cluster/slurm.conf; tests/slurm/down.sh stops it
+#     FOLDER=/tmp/cluster tests/slurm/up.sh       then: export SLURM_CONF=/tmp/cluster/slurm.conf; down.sh stops it
 set -euo pipefail
 HERE=$(dirname "$(realpath "$0")")
 FOLDER=$(realpath -m "${FOLDER:?wanted the folder for the cluster}")
@@ -43,7 +43,8 @@ SelectTypeParameters=CR_CPU
 ReturnToService=2
 MinJobAge=86400
 KillWait=5
-NodeName=n[1-$NODES] NodeHostname=$(hostname -s) NodeAddr=$NET.[1-$NODES] Port=[$((PORT + 1))-$((PORT + NODES))] CPUs=$CPUS RealMemory=$MEMORY State=UNKNOWN
+NodeName=n[1-$NODES] NodeHostname=$(hostname -s) NodeAddr=$NET.[1-$NODES] \
+  Port=[$((PORT + 1))-$((PORT + NODES))] CPUs=$CPUS RealMemory=$MEMORY State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
 (umask 077; head -c 128 /dev/urandom >"$FOLDER/munge.key")
