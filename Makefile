@@ -32,9 +32,9 @@ WORKERS ?= 2
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
 
-# All 108 layouts, recomputations and precisions, those that `make test` leaves out; and runs that are killed, sharded or a
-# job array's, which take a minute each.
-MATRIX := tests/training/test_matrix.py tests/training/test_kill.py tests/posttrain/test_sharding.py tests/study/test_study.py
+# All 108 layouts, recomputations and precisions, those that `make test` leaves out; and runs that are killed, sharded, a job
+# array's or of 16 processes, which take a minute each.
+MATRIX := tests/training/test_matrix.py tests/training/test_kill.py tests/posttrain/test_sharding.py tests/study/test_study.py tests/examples
 test-matrix: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load $(MATRIX)
 
@@ -81,6 +81,7 @@ bench: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck --external-sources .ci/run $$(find bench examples tests tools -name '*.sh')
 
 type: setup
 	$(BIN)/mypy

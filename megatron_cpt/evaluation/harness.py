@@ -80,13 +80,22 @@ class Harness:
     """lm-eval on one model."""
 
     def __init__(
-        self, model: str, tasks: str | None, data_folder: str | None, batch_size: int, chat: bool, device: str
+        self,
+        model: str,
+        tasks: str | None,
+        data_folder: str | None,
+        batch_size: int,
+        chat: bool,
+        device: str,
+        spread: bool = False,
     ) -> None:
         """Load the model.
 
         Args:
             tasks: folder with task YAMLs beside lm-eval's own and this package's
             data_folder: with data of this package's tasks; None: they are taken from the Hugging Face hub
+            device: of the model, such as cpu
+            spread: its layers are laid over all GPUs instead
 
         Raises:
             InputError: lm-eval is not installed
@@ -96,7 +105,7 @@ class Harness:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise InputError("benchmarks need lm-eval; wanted: pip install 'megatron-cpt[eval]'") from error
-        self._lm = HFLM(pretrained=model, batch_size=batch_size, device=device, trust_remote_code=False)
+        self._lm = HFLM(pretrained=model, batch_size=batch_size, device=device, parallelize=spread, trust_remote_code=False)
         folders = [str(TASKS), *([tasks] if tasks is not None else [])]
         self._manager = TaskManager(include_path=folders, metadata={"data_folder": data_folder} if data_folder else None)
         self._chat = chat

@@ -151,8 +151,9 @@ class Session:
         self.close()  # lm-eval loads the model anew
         config = self._config
         wanted = [*SUITES.get(config.suite or "", ()), *(Benchmark(**dataclasses.asdict(task)) for task in config.tasks)]
+        spread = config.device_map is not None
         harness = Harness(
-            self._folder, config.tasks_folder, config.data_folder, config.batch_size, config.chat, self._device
+            self._folder, config.tasks_folder, config.data_folder, config.batch_size, config.chat, self._device, spread
         )
         scores = harness.scores(wanted, config.limit, config.allow_code, config.seed)
         return {name: dataclasses.asdict(score) for name, score in scores.items()}
@@ -167,8 +168,10 @@ class Session:
 
         if self._loaded is None:
             transformers.utils.logging.disable_progress_bar()
-            model = transformers.AutoModelForCausalLM.from_pretrained(self._folder, dtype="auto", trust_remote_code=False)
-            self._loaded = (model.to(self._device).eval(), load(self._folder))
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                self._folder, dtype="auto", device_map=self._config.device_map or self._device, trust_remote_code=False
+            )
+            self._loaded = (model.eval(), load(self._folder))
         return self._loaded
 
     def _answered(self, prompts: PromptsConfig) -> list[dict[str, str]]:

@@ -32,8 +32,16 @@ def read_run(config: PlanConfig) -> PlannedRun:
         InputError: it cannot be spread over the devices, or has what the estimates do not know
     """
     path = str(config.run)
-    run = parse_run(path)
-    parallel, training = run.parallel, run.training
+    return spread(config, parse_run(path))
+
+
+def spread(config: PlanConfig, run: RunConfig) -> PlannedRun:
+    """A run on the devices of a plan, whose `run` names it in messages.
+
+    Raises:
+        InputError: as read_run
+    """
+    path, parallel, training = str(config.run), run.parallel, run.training
     for name, known in (("context_parallel_size", 1), ("pipeline_model_parallel_layout", None)):
         value = getattr(parallel, name)
         if value != known:

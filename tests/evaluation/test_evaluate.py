@@ -160,6 +160,15 @@ def test_a_report_of_two_models(config: EvaluateConfig, capfd: pytest.CaptureFix
     assert "base: benchmarks" in capfd.readouterr().err
 
 
+def test_a_model_laid_over_all_devices_has_the_same_scores(config: EvaluateConfig, tmp_path: Path) -> None:
+    """Here the CPU is all there is."""
+    found, config = [], replace(config, models={"base": config.models["base"]}, prompts=[])
+    for name, device_map in (("one", None), ("all", "auto")):
+        evaluate(replace(config, output=str(tmp_path / name), device_map=device_map))  # type: ignore[arg-type]
+        found.append(json.loads((tmp_path / name / "report.json").read_text()))
+    assert found[0]["models"] == found[1]["models"]
+
+
 def test_the_tool(config: EvaluateConfig, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"models": config.models, "output": config.output, "text": [vars(config.text[0])]}
     votes = tmp_path / "votes.jsonl"
