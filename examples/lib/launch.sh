@@ -53,6 +53,8 @@ CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-$PWD:$PWD}   # from:to,from:to; data and ch
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # For tensor parallelism on GPUs before Blackwell: communication overlaps only where kernels start in the order of launch.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+# After SIGTERM, as in a preemption, torchrun and accelerate let ranks save for so long (torch 2.13 and later; else 30 s).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$SIGNAL_SECONDS}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS_PER_RANK}
 
 [ ! -d "$VENV" ] || PATH=$VENV/bin:$PATH
@@ -86,14 +88,13 @@ check_settings() {
 
 # submit OPTION...: this script as a job; prints its number
 submit() {
-  local log=%x_%j extra option gpus=()
-  ((GPUS_PER_NODE == 0)) || gpus=(--gpus-per-node="$GPUS_PER_NODE")
+  local log=%x_%j extra option
   for option in "$@"; do [[ $option != --array=* ]] || log=%x_%A_%a; done
   read -ra extra <<<"$SBATCH_OPTIONS"
   local command=(sbatch --parsable --job-name="$JOB_NAME" --chdir="$PWD" --output="$LOGS/$log.log" --open-mode=append
     --cpus-per-task="$CPUS_PER_RANK" ${TIME:+--time="$TIME"} ${PARTITION:+--partition="$PARTITION"}
     ${ACCOUNT:+--account="$ACCOUNT"} ${DEPENDENCY:+--dependency="$DEPENDENCY" --kill-on-invalid-dep=yes}
-    "$@" "${gpus[@]}" "${extra[@]}" "$SCRIPT")
+    "$@" "${extra[@]}" "$SCRIPT")
   if [ "$DRY_RUN" = 1 ]; then
     words "${command[@]}" >&2
     echo "$JOB_NAME"  # stands for the job's number in what depends on it
@@ -131,18 +132,22 @@ submit_ranks() {
     rank_command "$@"
     words "${rank_command[@]}" >&2
   fi
-  submit --nodes="$NODES" --ntasks-per-node="$RANKS_PER_NODE" --requeue --signal="B:USR1@$SIGNAL_SECONDS"
+  # All of the script's #SBATCH lines, which would hold where nothing is said; also --gpus-per-node=0.
+  submit --nodes="$NODES" --ntasks-per-node="$RANKS_PER_NODE" --gpus-per-node="$GPUS_PER_NODE" --requeue \
+    --signal="B:USR1@$SIGNAL_SECONDS"
 }
 
 # job COMMAND...: a command as one process, as a job of its own
 job() {
+  local gpus=()
   if in_job; then
     single "$@"
-  else
-    check_settings
-    [ "$DRY_RUN" = 0 ] || words "$@" >&2
-    submit --ntasks=1
+    return
   fi
+  check_settings
+  ((GPUS_PER_NODE == 0)) || gpus=(--gpus-per-node="$GPUS_PER_NODE")
+  [ "$DRY_RUN" = 0 ] || words "$@" >&2
+  submit --ntasks=1 "${gpus[@]}"
 }
 
 # single COMMAND...: within a job, a command as one process, in the container if there is one

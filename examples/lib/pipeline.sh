@@ -24,7 +24,7 @@ stage() {
     after+=:${jobs[$before]} waits+="${waits:+, }$before ${jobs[$before]}" check=0
   done
   jobs[$name]=$(env CHECK="$check" ${after:+DEPENDENCY="afterok$after"} "$HERE/$2") || {
-    echo "error: $name is refused; submitted before it: ${graph:-nothing}" >&2
+    echo "error: $name is refused; submitted before it: ${jobs[*]:-nothing}" >&2
     exit 2
   }
   graph+=$(printf '%-14s %-8s %s' "$name" "${jobs[$name]}" "${waits:+after $waits}")$'\n'
