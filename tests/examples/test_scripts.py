@@ -106,7 +106,7 @@ def test_another_recipe() -> None:
         ("8b/sft", {"NODES": "3"}, "1024 is not a multiple of micro_batch_size 8 x 24 processes = 192"),
         (
             "8b/sft",
-            {"LAUNCHER": "torchrun", "ACCELERATE": ""},
+            {"LAUNCHER": "torchrun"},
             "of 8B take 119.7 GiB of 79.2 GiB of each a100-80g; shard it",
         ),
         ("70b/dpo", {"NODES": "1"}, "the reference of 70B take 164.3 GiB of 79.2 GiB of each a100-80g; use more GPUs"),
