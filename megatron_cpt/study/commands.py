@@ -12,6 +12,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cpt.checkpoint.layout import iterations
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
@@ -86,7 +87,7 @@ def plan(study: Plan) -> str:
         from megatron_cpt.study.propose import propose  # imports optuna
 
         found = [point for point in points(study) if read_outcome(run_folder(study.folder, point))]
-        results = collect(study) if found else Results([], [])
+        results = collect(study, base) if found else Results([], [])
         proposed += propose(study, results, study.adaptive)
     table = plan_table(make_plan(study, base, proposed), proposed)
     if study.adaptive:
@@ -112,14 +113,14 @@ def run(study: Run) -> str:
         run_locally(study, base, todo, say)
     finally:
         if any(read_outcome(run_folder(study.folder, point)) for point in points(study)):
-            write_results(study, collect(study))
+            write_results(study, collect(study, base))
     unmeasured = [point.name for point in points(study) if lacks_scores(study, point)]
     if unmeasured:
         say(
             f"{len(unmeasured)} runs finished without scores, and their checkpoints are gone; the first is {unmeasured[0]}. "
             "Remove their folders to repeat them, or use another folder for a study with scores"
         )
-    return write_all_results(study, collect(study)) or study.folder
+    return write_all_results(study, collect(study, base)) or study.folder
 
 
 def run_only(study: StudyConfig, base: Base, name: str) -> str:
@@ -160,14 +161,14 @@ def is_done(study: StudyConfig, point: Point) -> bool:
     if study.keep_checkpoints and (study.scores is None or outcome.kind == "diverged"):
         return True
     if study.keep_checkpoints:
-        return all(os.path.exists(scores_path(study.folder, point.name, int(name.removeprefix("iter_")))) for name in left)
+        return all(os.path.exists(scores_path(study.folder, point.name, iteration)) for iteration in iterations(folder))
     return not left
 
 
 def fitted(study: FitOptions) -> tuple[Results, Fit]:
     """What the runs have found, and what it says."""
     require_at_least(study, tolerance=0)
-    results = collect(study)
+    results = collect(study, read_base(study))
     found = fit(results, study.frontier_axis, study.tolerance)
     write_all_results(study, results)
     return results, found
@@ -239,7 +240,7 @@ def plot_trajectories(study: Plot, error: InputError) -> str:
     """The one figure that needs no surface, say of runs with one learning rate; returns its path."""
     from megatron_cpt.study import figures
 
-    results = collect(study)
+    results = collect(study, read_base(study))
     rates = sorted({row["lr"] for row in results.rows})
     say(f"trajectories only: {error}")
     (path,) = figures.save_all(
@@ -252,7 +253,7 @@ def choose_command(study: Choose) -> str:
     """`almr_study.py choose`; returns the path of the configuration to start."""
     require(0.5 <= study.confidence < 1, "confidence", study.confidence, "0.5 or more, below 1")
     require(-1 < study.max_general_rise < math.inf, "max_general_rise", study.max_general_rise, "a number above -1")
-    results = collect(study)
+    results = collect(study, read_base(study))
     found = fit(results, study.frontier_axis, study.tolerance, laws=False)
     choice = choose(results, found, study.max_general_rise, study.confidence, study.goal)
     path = write_choice(study.folder, choice, study.target or study.base, study.max_general_rise)

@@ -23,8 +23,14 @@ class LogRange:
 
     def check(self) -> None:
         """Raise InputError unless this is a range. (In __post_init__, jsonargparse would take it for the other type.)"""
+        require(0 < self.max < math.inf, "lr.max", self.max, "a number above 0")
         require(0 < self.min < self.max, "lr.min", self.min, f"a number above 0 and below lr.max {self.max}")
         require(self.number >= 2, "lr.number", self.number, "2 or more")
+        if len(set(self.values())) < self.number:
+            raise InputError(
+                f"lr.number is {self.number}; so many learning rates from {self.min:g} to {self.max:g} are not all "
+                "different in four digits: use fewer, or a wider range"
+            )
 
     def values(self) -> list[float]:
         """To four significant digits, so that names of runs stay short."""

@@ -199,7 +199,7 @@ def test_another_base_is_another_study(whole: Path, runs: Runs) -> None:
     other = write_yaml(runs.folder / "other-base.yaml", base)
     result = study("run", whole, "--base", other, check=False)
     assert result.returncode == 2
-    assert "is not what" in result.stderr
+    assert "optimizer.weight_decay is " in result.stderr
     assert "use another folder" in result.stderr
 
 
