@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -17,11 +18,12 @@ from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.critical import predict_critical_ratios
 from megatron_cpt.study.fit import Fit, equation, fit, write_fit
 from megatron_cpt.study.frontier import Axis
 from megatron_cpt.study.local import alone_in, device_shares, environment, run_locally
 from megatron_cpt.study.outcome import read_outcome
-from megatron_cpt.study.page import interval, write_page
+from megatron_cpt.study.page import critical_words, interval, write_page
 from megatron_cpt.study.plan import make_plan, plan_table
 from megatron_cpt.study.points import Base, Point, points, read_base, read_proposed, run_folder, write_proposed
 from megatron_cpt.study.results import Results, collect, write_results
@@ -58,6 +60,8 @@ class FitOptions(StudyConfig):
     """Along which peaks are looked for: the best ALMR for each learning rate, or the best learning rate for each ALMR."""
     tolerance: float = 0.01
     """Relative rise of the general loss, for critical mixture ratios."""
+    token_budget: int | None = None
+    """Predict the critical mixture ratio of a run of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +171,17 @@ def is_done(study: StudyConfig, point: Point) -> bool:
 
 def fitted(study: FitOptions) -> tuple[Results, Fit]:
     """What the runs have found, and what it says."""
-    require_at_least(study, tolerance=0)
+    require_at_least(study, tolerance=0, token_budget=1)
     results = collect(study, read_base(study))
     found = fit(results, study.frontier_axis, study.tolerance)
+    if study.token_budget is not None:
+        critical = predict_critical_ratios(results, found.cmr, study.tolerance, study.token_budget)
+        none = (
+            []
+            if critical
+            else [f"no critical mixture ratio of {study.token_budget:,} tokens: no learning rate has a CMR law"]
+        )
+        found = dataclasses.replace(found, critical=critical, notes=found.notes + none)
     write_all_results(study, results)
     return results, found
 
@@ -191,6 +203,8 @@ def fit_command(study: FitOptions) -> str:
             intervals = f"a{interval(line.a_interval)}, b{interval(line.b_interval)}"
             intervals = intervals if math.isfinite(line.b_interval[0]) else "no intervals"
             say(f"{name}: {equation(line)}; {intervals}{' (not supported)' if line.refused else ''}")
+    for critical in found.critical:
+        say(f"{critical_words(critical)}; tolerance {study.tolerance:.2%}")
     for note in found.notes:
         say(f"note: {note}")
     return write_fit(study.folder, found)

@@ -10,6 +10,9 @@ from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 
 
+STARTING_PAIRS = 4  # the corners of the ranges
+
+
 @dataclass(frozen=True)
 class LogRange:
     """Learning rates at equal distances on a log scale."""
@@ -101,6 +104,9 @@ class StudyConfig:
     """Learning rates: a list, or min, max and number on a log scale."""
     train_tokens: int
     """Tokens of a run."""
+    starting_pairs: int | None = None
+    """Begin with so many pairs of ALMR and learning rate, spread over the grid of all, instead of all of them; `plan
+    --adaptive` then adds pairs. Default: the whole grid."""
     seeds: list[int] = field(default_factory=lambda: [1])
     """Of the order of the data, and of all else that is random; runs of one seed read the same text in the same order."""
     processes: int = 1
@@ -135,6 +141,12 @@ class StudyConfig:
         for name, values in (("almr", self.almr), ("lr", self.rates), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{name} is {list(values)}; use one or more different values")
+        whole = len(self.almr) * len(self.rates)
+        least = min(STARTING_PAIRS, whole)
+        if self.starting_pairs is not None:
+            require(
+                least <= self.starting_pairs <= whole, "starting_pairs", self.starting_pairs, f"{least} to {whole}, the grid"
+            )
         for share in self.almr:
             require(0 <= share <= 1, "almr", share, "numbers from 0 to 1")
         for rate in self.rates:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 from jsonargparse import ArgumentError
 
@@ -37,14 +39,14 @@ class Point:
 
 
 def points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = None) -> list[Point]:
-    """All runs: the grid and what was proposed beside it, seed by seed, so that one seed is whole before the next begins.
+    """All runs: the grid, or the pairs of it to begin with, and what was proposed beside it, seed by seed, so that one seed is whole before the next begins.
 
     `proposed`: instead of what `plan --adaptive` has written. Of either, what is within the studied ranges.
 
     Raises:
         InputError: two runs would have the same name
     """
-    pairs = [(almr, lr) for almr in study.almr for lr in study.rates]
+    pairs = grid(study)
     beside = read_proposed(study.folder) if proposed is None else proposed
     pairs += [pair for pair in beside if pair not in pairs and study.covers(pair)]
     found = [Point(seed, almr, lr) for seed in study.seeds for almr, lr in pairs]
@@ -53,6 +55,30 @@ def points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = 
         if names.count(name) > 1:
             raise InputError(f"two runs have the name {name}: values of almr or lr that agree in six digits; use others")
     return found
+
+
+def grid(study: StudyConfig) -> list[tuple[float, float]]:
+    """(ALMR, LR) pairs that are not proposals: all, or `starting_pairs` of them.
+
+    These are the corners, and then always the one that is farthest from those before (in coordinates in which each axis goes
+    from 0 to 1): more of them include the fewer, and runs that were done belong to the whole grid, too.
+    """
+    pairs = [(almr, lr) for almr in study.almr for lr in study.rates]
+    if study.starting_pairs is None:
+        return pairs
+    shares, rates = np.array(pairs).T
+    at = np.stack([unit(shares), unit(np.log(rates))], axis=-1)
+    corners = np.array([(u, v) for u in (0.0, 1.0) for v in (0.0, 1.0)])
+    chosen = list(dict.fromkeys(int(np.linalg.norm(at - corner, axis=1).argmin()) for corner in corners))
+    while len(chosen) < study.starting_pairs:
+        distances = np.linalg.norm(at[:, None] - at[chosen][None], axis=-1).min(axis=1)
+        chosen.append(int(distances.argmax()))
+    return [pairs[i] for i in sorted(chosen[: study.starting_pairs])]
+
+
+def unit(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """From 0 to 1; 0 where they are all the same."""
+    return (values - values.min()) / (np.ptp(values) or 1.0)
 
 
 def read_proposed(folder: str) -> list[tuple[float, float]]:

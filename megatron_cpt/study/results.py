@@ -106,12 +106,12 @@ def run_rows(study: StudyConfig, point: Point, general: set[str], length: int) -
     if not evaluations:
         return []
     groups = group_of_sets(general, evaluations[0]["validation"], folder)
-    for row in evaluations:
-        if row["validation"].keys() != groups.keys():
-            sets = ", ".join(row["validation"])
+    for evaluation in evaluations:
+        if evaluation["validation"].keys() != groups.keys():
+            sets = ", ".join(evaluation["validation"])
             raise InputError(
-                f"{os.path.join(folder, METRICS)}: step {row['iteration']} has validation sets {sets}; wanted those of step "
-                f"{evaluations[0]['iteration']}: {', '.join(groups)}"
+                f"{os.path.join(folder, METRICS)}: step {evaluation['iteration']} has validation sets {sets}; wanted those "
+                f"of step {evaluations[0]['iteration']}: {', '.join(groups)}"
             )
     scores = read_all_scores(study.folder, START) | read_all_scores(study.folder, point.name)
     rows = []
