@@ -9,8 +9,7 @@ from typing import Literal
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 
-
-STARTING_PAIRS = 4  # the corners of the ranges
+STARTING_PAIRS = 4  # at least: the corners of the ranges
 
 
 @dataclass(frozen=True)

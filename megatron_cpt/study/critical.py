@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,10 +42,10 @@ def predict_critical_ratios(
 ) -> list[CriticalRatio]:
     """Of a budget, at each learning rate that has a law.
 
-    Its interval is that of a bootstrap of the runs: each repetition draws, at each ALMR, as many runs' deviations from their
-    mean as there are runs, with replacement (times sqrt(n / (n - 1)), as they are deviations from a mean of n), adds them to
-    the losses along the tokens, and does all again. A run's deviations stay together, since they hang together along the
-    tokens. What it does not hold: that the law may not go on as it does where nothing was measured.
+    Its interval is that of a parametric bootstrap: in each repetition the mean losses of each ALMR's n runs along the tokens
+    are drawn anew, from a t distribution with n - 1 degrees of freedom and the covariance of the runs over n (what a run has
+    too much hangs together along the tokens), and all is done again. What it does not hold: that the law may not go on as it
+    does where nothing was measured.
     """
     return [predict_one(results, lr, law, tolerance, tokens, replicates) for lr, law in laws.items()]
 
@@ -79,7 +80,7 @@ def predict_one(results: Results, lr: float, law: CmrLaw, tolerance: float, toke
 
 
 def repetitions(
-    rows: list[dict[str, object]], law: CmrLaw, highest: float, tokens: int, replicates: int
+    rows: list[dict[str, Any]], law: CmrLaw, highest: float, tokens: int, replicates: int
 ) -> Iterator[float | None]:
     """The critical ratio of the budget when every run is measured again; None: there is no law then."""
     random = np.random.default_rng(0)
@@ -95,7 +96,7 @@ def repetitions(
         yield None if len(x) < LEAST_BUDGETS else power_law(*fit_power(x, y, starts), tokens)
 
 
-def along_tokens(rows: list[dict[str, object]], share: float, budgets: Array) -> Array:
+def along_tokens(rows: list[dict[str, Any]], share: float, budgets: Array) -> Array:
     """[runs, budgets] general loss of the runs of one ALMR; NaN: not evaluated there."""
     here = [row for row in rows if row["almr"] == share and row["iteration"]]
     runs = sorted({str(row["run"]) for row in here})
@@ -106,10 +107,10 @@ def along_tokens(rows: list[dict[str, object]], share: float, budgets: Array) ->
 
 
 def mean_again(losses: Array, random: np.random.Generator) -> Array:
-    """[budgets] the mean of runs that are drawn again; of one run, itself."""
+    """[budgets] the mean over the runs, as it may have come out too; that of one run is itself."""
     number = len(losses)
     mean: Array = losses.mean(axis=0)
     if number == 1:
         return mean
-    drawn = (losses - mean)[random.integers(0, number, number)]
-    return np.asarray(mean + np.sqrt(number / (number - 1)) * drawn.mean(axis=0))
+    drawn = random.standard_normal(number) @ (losses - mean) / np.sqrt(number * random.chisquare(number - 1))
+    return np.asarray(mean + drawn)

@@ -39,7 +39,8 @@ class Point:
 
 
 def points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = None) -> list[Point]:
-    """All runs: the grid, or the pairs of it to begin with, and what was proposed beside it, seed by seed, so that one seed is whole before the next begins.
+    """All runs: the grid, or the pairs of it to begin with, and what was proposed beside it, seed by seed, so that one seed
+    is whole before the next begins.
 
     `proposed`: instead of what `plan --adaptive` has written. Of either, what is within the studied ranges.
 

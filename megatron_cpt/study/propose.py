@@ -54,10 +54,12 @@ def propose(study: StudyConfig, results: Results, number: int, seed: int = 0) ->
     found: list[tuple[float, float]] = []
     known = {(point.almr, point.lr) for point in points(study)}
 
-    def expected(almr: float, lr: float) -> float:
-        return 0.0 if surface is None else float(surface.mean(surface.scale.unit(np.array([almr]), np.array([lr])))[0])
+    usual = float(np.mean([row[quantity] for row in rows])) if rows else 0.0
 
-    for almr, lr in sorted(known - set(pairs)):
+    def expected(almr: float, lr: float) -> float:
+        return usual if surface is None else float(surface.mean(surface.scale.unit(np.array([almr]), np.array([lr])))[0])
+
+    for almr, lr in sorted(known - {(row["almr"], row["lr"]) for row in results.rows}):
         search.add_trial(create_trial(params={"almr": almr, "lr": lr}, distributions=space, value=expected(almr, lr)))
     while len(found) < number:
         trial = search.ask(space)
