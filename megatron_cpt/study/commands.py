@@ -204,7 +204,7 @@ def fit_command(study: FitOptions) -> str:
             intervals = intervals if math.isfinite(line.b_interval[0]) else "no intervals"
             say(f"{name}: {equation(line)}; {intervals}{' (not supported)' if line.refused else ''}")
     for critical in found.critical:
-        say(f"{critical_words(critical)}; tolerance {study.tolerance:.2%}")
+        say(critical_words(critical))
     for note in found.notes:
         say(f"note: {note}")
     return write_fit(study.folder, found)

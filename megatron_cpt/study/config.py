@@ -103,11 +103,11 @@ class StudyConfig:
     """Learning rates: a list, or min, max and number on a log scale."""
     train_tokens: int
     """Tokens of a run."""
+    seeds: list[int] = field(default_factory=lambda: [1])
+    """Of the order of the data, and of all else that is random; runs of one seed read the same text in the same order."""
     starting_pairs: int | None = None
     """Begin with so many pairs of ALMR and learning rate, spread over the grid of all, instead of all of them; `plan
     --adaptive` then adds pairs. Default: the whole grid."""
-    seeds: list[int] = field(default_factory=lambda: [1])
-    """Of the order of the data, and of all else that is random; runs of one seed read the same text in the same order."""
     processes: int = 1
     """Processes of a run, under torchrun."""
     parallel_runs: int = 1

@@ -22,6 +22,7 @@ class CriticalRatio:
     """Of one learning rate.
 
     Attributes:
+        tolerance: of the general loss
         tokens: the budget
         measured: the least and the most tokens that the law was fitted to
         ratio: the largest ALMR within the tolerance, by the law, from 0 to 1
@@ -30,6 +31,7 @@ class CriticalRatio:
     """
 
     lr: float
+    tolerance: float
     tokens: int
     measured: tuple[float, float]
     ratio: float
@@ -68,7 +70,7 @@ def predict_one(results: Results, lr: float, law: CmrLaw, tolerance: float, toke
     if len(runs) - len(set(runs.values())) < LEAST_DEGREES:
         notes.append("no interval: too few seeds to say how far runs differ")
     else:
-        start = next(row["general"] for row in results.rows if row["iteration"] == 0)
+        start = next(row["general"] for row in rows if row["iteration"] == 0)
         highest = start * (1 + tolerance)
         found = [again for again in repetitions(rows, law, highest, tokens, replicates) if again is not None]
         if len(found) < LEAST_REPLICATES * replicates:
@@ -76,7 +78,7 @@ def predict_one(results: Results, lr: float, law: CmrLaw, tolerance: float, toke
         else:
             low, high = np.percentile([*found, ratio], INTERVAL)
             interval = float(min(low, ratio)), float(max(high, ratio))
-    return CriticalRatio(lr, tokens, (least, most), ratio, interval, notes)
+    return CriticalRatio(lr, tolerance, tokens, (least, most), ratio, interval, notes)
 
 
 def repetitions(

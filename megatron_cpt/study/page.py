@@ -148,7 +148,8 @@ def cmr_table(fit: Fit) -> str:
 
 def critical_words(critical: CriticalRatio) -> str:
     """The prediction of one learning rate, and what should be known of it."""
-    found = f"critical mixture ratio of {critical.tokens:,} tokens at LR {critical.lr:g}: {critical.ratio:.3g}"
+    budget = f"{critical.tokens:,} tokens at LR {critical.lr:g}, tolerance {critical.tolerance:.2%}"
+    found = f"critical mixture ratio of {budget}: {critical.ratio:.3g}"
     return "; ".join([found + interval(critical.interval), *critical.notes])
 
 

@@ -146,6 +146,8 @@ def check_evaluations(folder: str, outcome: Outcome | None, tokens: list[int | N
     repeat = f"though {OUTCOME} says that the run has {outcome.kind}; remove {folder} to repeat it"
     if not tokens or tokens[0] != 0:
         raise InputError(f"{path} has no evaluation before step 1, {repeat}")
+    if None in tokens:
+        raise InputError(f"{path} lacks a step after which it has an evaluation, {repeat}")
     if outcome.kind == "finished" and tokens[-1] != length:
         raise InputError(f"{path} has its last evaluation at {tokens[-1] or 0:,} tokens; wanted one at {length:,}, {repeat}")
 

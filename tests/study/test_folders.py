@@ -141,6 +141,17 @@ def test_messages(study: StudyConfig, path: str, text: str, wanted: str) -> None
         read_all(study)
 
 
+def test_a_lost_step_with_an_evaluation_is_noticed(study: StudyConfig) -> None:
+    """Otherwise nobody knows how many tokens that had read."""
+    path = Path(study.folder, "runs", NAME, "metrics.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], *lines[2:]]))
+    with pytest.raises(
+        InputError, match=r"metrics.jsonl lacks a step after which it has an evaluation, though outcome.json"
+    ):
+        collect(study, read_base(study))
+
+
 @pytest.mark.parametrize("name", ["ledger.json", "metrics.jsonl"])
 def test_files_of_a_finished_run_that_are_missing(study: StudyConfig, name: str) -> None:
     Path(study.folder, "runs", NAME, name).unlink()

@@ -244,7 +244,7 @@ def test_wrong_studies_are_refused(runs: Runs) -> None:
 
 def test_an_interrupted_study_saves_its_runs(runs: Runs) -> None:
     """SIGTERM: the run under way saves and ends; the same command goes on from there."""
-    path = write_study(runs, "stopped", almr=[0.5], lr=[1e-3], train_tokens=40 * TOKENS, scores=None)
+    path = write_study(runs, "stopped", almr=[0.5], lr=[1e-3], train_tokens=10 * TOKENS, scores=None)
     command = [sys.executable, str(ROOT / "tools" / "almr_study.py"), "run", "--config", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     folder = runs.folder / "stopped" / "runs" / "almr0.5_lr0.001_seed1"
@@ -265,7 +265,7 @@ def test_an_interrupted_study_saves_its_runs(runs: Runs) -> None:
     study("run", path, "--folder", str(moved))
     folder = moved / "runs" / folder.name
     assert json.loads((folder / "outcome.json").read_text())["kind"] == "finished"
-    assert [row["iteration"] for row in read_rows(folder) if "loss" in row] == list(range(1, 24 * 40 + 1))
+    assert [row["iteration"] for row in read_rows(folder) if "loss" in row] == list(range(1, 24 * 10 + 1))
     assert not (runs.folder / "stopped").exists()
 
 
