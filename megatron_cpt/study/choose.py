@@ -15,6 +15,7 @@ from megatron_cpt.data.mixture_file import read_mixture_fields
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.fit import Fit, outcome_notes, seed_note
 from megatron_cpt.study.points import absolute, parse, read_fields
+from megatron_cpt.study.records import is_number, number, of_kind, read_json
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import INTERVAL, Array, Surface, bound_between_pairs, unit_grid
 
@@ -259,5 +260,15 @@ def read_choice(folder: str) -> dict[str, Any] | None:
     path = os.path.join(folder, CHOICE)
     if not os.path.exists(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        return dict(yaml.safe_load(file))
+    choice: dict[str, Any] = read_json(path, dict, "a choice; remove the file, or use choose again")
+    for name in ("almr", "lr", "max_general_rise"):
+        number(choice.get(name), f"{path}: {name}")
+    of_kind(choice.get("reason"), str, f"{path}: reason", "a text")
+    for note in of_kind(choice.get("notes"), list, f"{path}: notes", "a list of texts"):
+        of_kind(note, str, f"{path}: notes", "a list of texts")
+    for name in ("almr_interval", "lr_interval"):
+        if choice.get(name) is not None:
+            ends = of_kind(choice[name], list, f"{path}: {name}", "two numbers, or null")
+            if len(ends) != 2 or not all(map(is_number, ends)):
+                raise InputError(f"{path}: {name} is {ends}; wanted two numbers, or null")
+    return choice
