@@ -53,8 +53,6 @@ CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-$PWD:$PWD}   # from:to,from:to; data and ch
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # For tensor parallelism on GPUs before Blackwell: communication overlaps only where kernels start in the order of launch.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# After SIGTERM, as in a preemption, torchrun and accelerate let ranks save for so long (torch 2.13 and later; else 30 s).
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-$SIGNAL_SECONDS}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS_PER_RANK}
 
 [ ! -d "$VENV" ] || PATH=$VENV/bin:$PATH

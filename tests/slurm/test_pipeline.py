@@ -131,6 +131,7 @@ def test_what_waits_for_a_stage_that_fails_is_cancelled(cluster: Cluster, projec
     assert [cluster.wait(job, 300)["JobState"] for job in jobs.values()] == ["CANCELLED"] * 3
 
 
+@pytest.mark.slow  # test_the_chain has the same parts
 def test_the_quickstart(cluster: Cluster, tmp_path: Path, tiny_tokenizer_dir: str) -> None:
     """On 2 nodes x 2 ranks, with inputs that are there already, and smaller."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
