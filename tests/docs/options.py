@@ -20,13 +20,16 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def options_of(config_class: type, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, sections too."""
+    """Dotted names of all fields, sections and entries of lists too."""
     names: list[str] = []
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         names.append(prefix + field.name)
         hint = hints[field.name]
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        members += tuple(
+            inner for member in members if typing.get_origin(member) is list for inner in typing.get_args(member)
+        )
         for member in members:
             if isinstance(member, type) and dataclasses.is_dataclass(member):
                 names += options_of(member, f"{prefix}{field.name}.")

@@ -5,6 +5,11 @@ A block of shell commands is fenced as bash and has one of three marks above it:
 <!-- test -->                  the tests run it, in the order of the page, in a folder with the files it names
 <!-- run by FILE ... -->       these tests run the same tool, or the function behind it, with files of their own
 <!-- not run: REASON -->       REASON begins with one of REASONS
+
+A block of YAML has, in docs/:
+
+<!-- settings of TOOL -->      its fields are those of the tool's configuration
+<!-- a mixture -->             a mixture file
 """
 
 from __future__ import annotations

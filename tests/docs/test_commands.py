@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -116,6 +117,28 @@ def test_all_options_in_the_text_exist_in_some_tool(page: Path, options: dict[st
     for code in re.findall(r"`([^`\n]+)`", prose(page)):
         for word in re.findall(r"(?<![\w-])--([A-Za-z][\w.-]*)", code):
             assert word.replace("-", "_") in known, f"{page.name}: `{code}`"
+
+
+def fields(content: Any, prefix: str, known: list[str]) -> list[str]:
+    """Dotted names of the fields of YAML, down to those that have no fields of their own."""
+    if isinstance(content, list):
+        return [name for item in content for name in fields(item, prefix, known)]
+    if not isinstance(content, dict) or (prefix and not any(name.startswith(prefix) for name in known)):
+        return []  # a value, or a dictionary with names of the user's
+    return [name for key, value in content.items() for name in (f"{prefix}{key}", *fields(value, f"{prefix}{key}.", known))]
+
+
+SETTINGS = [block for page in PAGES for block in blocks(page) if block.language == "yaml" and page.parent != ROOT]
+
+
+@pytest.mark.parametrize("block", SETTINGS, ids=str)
+def test_settings_in_yaml_exist(block: Block, options: dict[str, list[str]]) -> None:
+    if block.mark != "a mixture":  # the commands of that page read it
+        assert block.mark.startswith("settings of "), "wanted a mark above it: settings of TOOL, or a mixture"
+        known = options[block.mark.removeprefix("settings of ")]
+        found = fields(yaml.safe_load(block.text), "", known)
+        assert found
+        assert set(found) <= set(known)
 
 
 def lines_of(language: str, count: int, seed: int = 0) -> str:
