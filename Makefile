@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart quickstart-chat test test-matrix test-slow test-llamafactory test-gpu sanitize cuda bench lint type format docs clean
+.PHONY: setup quickstart quickstart-chat test test-matrix test-slow test-llamafactory test-gpu test-slurm sanitize cuda bench lint type format docs clean
 
 setup: $(READY)
 
@@ -30,11 +30,13 @@ quickstart-chat: setup
 # tests/data count their process's children, and the server of tests/forks.py, which tests/training starts, would be one.
 WORKERS ?= 2
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
 
-# All 108 layouts, recomputations and precisions; those that `make test` leaves out.
+# All 108 layouts, recomputations and precisions, those that `make test` leaves out; and runs that are killed, sharded or a
+# job array's, which take a minute each.
+MATRIX := tests/training/test_matrix.py tests/training/test_kill.py tests/posttrain/test_sharding.py tests/study/test_study.py
 test-matrix: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load tests/training/test_matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load $(MATRIX)
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -48,6 +50,13 @@ test-llamafactory: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# On a real SLURM of three nodes that the tests start on this host. Root on Debian gets the packages; elsewhere tests are skipped.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2
+test-slurm: setup
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v slurmctld >/dev/null; then \
+	  apt-get update && apt-get install -y --no-install-recommends $(SLURM_PACKAGES); fi
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/slurm
 
 # The native code's tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g -O1

@@ -50,7 +50,7 @@ def test_the_steps_without_make_are_those_of_the_makefile() -> None:
         "--constraint constraints.txt torch",
         "--constraint constraints.txt --editable '.[dev,quickstart,curate]'",
         "examples/quickstart/quickstart.sh",
-        '-m pytest -m "not slow and not gpu"',
+        '-m pytest -m "not slow and not gpu and not slurm"',
     ):
         assert piece in README
         assert piece in makefile

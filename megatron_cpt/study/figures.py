@@ -139,7 +139,8 @@ def trajectories(results: Results, lr: float) -> Figure:
     for ax in list(grid.flat)[len(names) :]:
         ax.set_axis_off()
     grid.flat[0].legend(fontsize=8)
-    figure.suptitle(f"learning rate {lr:g}; bands: one standard deviation over seeds", fontsize=10)
+    bands = "; bands: one standard deviation over seeds" if len({row["seed"] for row in rows}) > 1 else ""
+    figure.suptitle(f"learning rate {lr:g}{bands}", fontsize=10)
     return figure
 
 

@@ -23,7 +23,7 @@ from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.platforms.devices import visible_gpus
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.outcome import Outcome, divergence, read_outcome, write_outcome
+from megatron_cpt.study.outcome import Outcome, StoppedError, divergence, read_outcome, write_outcome
 from megatron_cpt.study.points import Base, Point, run_folder, write_configuration
 from megatron_cpt.study.scores import measure_run
 from megatron_cpt.training.metrics_file import read_metrics
@@ -32,10 +32,6 @@ from megatron_cpt.training.stopping import STOP_FILE
 TOOL = Path(__file__).parent.parent.parent / "tools" / "pretrain_cpt.py"
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 5.0  # between looks at a run's losses
-
-
-class StoppedError(Exception):
-    """The study is asked to stop: its runs were told to save, and have ended."""
 
 
 def run_locally(study: StudyConfig, base: Base, todo: Sequence[Point], say: Callable[[str], None]) -> None:
@@ -131,11 +127,11 @@ def run_one(
             outcome = train(study, base, point, stop, lock, environment(study, devices))
             write_outcome(folder, outcome)
             if study.scores is not None and outcome.kind == "finished":
-                measure_run(study, point, environment(study, devices))
+                measure_run(study, point, environment(study, devices), stop)
             outcome = dataclasses.replace(outcome, wall_seconds=time.monotonic() - begun)
             write_outcome(folder, outcome)
         elif study.scores is not None and outcome.kind == "finished":
-            measure_run(study, point, environment(study, devices))
+            measure_run(study, point, environment(study, devices), stop)
         if not study.keep_checkpoints:
             for checkpoint in Path(folder).glob("iter_*"):
                 shutil.rmtree(checkpoint)

@@ -16,6 +16,10 @@ OUTCOME = "outcome.json"
 STEPS_OF_MEAN = 10
 
 
+class StoppedError(Exception):
+    """The study is asked to stop: its runs were told to save, and have ended."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Attributes:

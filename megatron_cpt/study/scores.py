@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_cpt.checkpoint.convert import MegatronToHf, megatron_to_hf
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.outcome import StoppedError
 from megatron_cpt.study.points import Point, run_folder
 
 # Of lm-eval's results, which of a task's metrics is its score: the first of these that is there.
@@ -21,9 +23,15 @@ LM_EVAL_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "rouge1", "
 START = "start"  # where the scores of the checkpoint are that all runs begin with
 
 
-def measure_run(study: StudyConfig, point: Point, environment: dict[str, str]) -> None:
-    """Measure every checkpoint of a run that is not measured yet, each into a file of its own."""
+def measure_run(study: StudyConfig, point: Point, environment: dict[str, str], stop: threading.Event) -> None:
+    """Measure every checkpoint of a run that is not measured yet, each into a file of its own.
+
+    Raises:
+        StoppedError: `stop` is set; what is measured stays
+    """
     for checkpoint in sorted(Path(run_folder(study.folder, point)).glob("iter_*")):
+        if stop.is_set():
+            raise StoppedError
         path = scores_path(study.folder, point.name, int(checkpoint.name.removeprefix("iter_")))
         measure(study, str(checkpoint), path, environment)
 

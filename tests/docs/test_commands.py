@@ -99,6 +99,7 @@ def test_all_tools_and_options_in_commands_exist(options: dict[str, list[str]]) 
 OTHERS = {
     "num_processes",
     "num_machines",
+    "requeue",  # sbatch
     "include_path",
     "model",
     "model_args",

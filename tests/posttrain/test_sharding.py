@@ -64,6 +64,7 @@ def assert_same_weights(first: Path, second: Path, tolerance: float) -> None:
         assert torch.allclose(mine[name], tensor, rtol=0, atol=tolerance), name
 
 
+@pytest.mark.slow
 def test_sft_stops_and_goes_on(chat_model: str, tmp_path: Path) -> None:
     """A signal to one of two processes stops both; the weights in the end are those of an undisturbed process."""
     one = sft_config(chat_model, tmp_path, "one")

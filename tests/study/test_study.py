@@ -150,29 +150,13 @@ def test_fit_plot_and_choose(whole: Path, runs: Runs) -> None:
     assert checked.returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("command", "option", "value", "wanted"),
-    [
-        ("choose", "confidence", "2", "use 0.5 or more, below 1"),
-        ("choose", "max_general_rise", "-1", "use a number above -1"),
-        ("fit", "tolerance", "-0.1", "use 0 or more"),
-    ],
-)
-def test_limits_that_are_none(whole: Path, command: str, option: str, value: str, wanted: str) -> None:
-    refused = study(command, whole, f"--{option}", value, check=False)
-    assert refused.returncode == 2
-    assert f"error: {option} is {float(value)}; {wanted}" in refused.stderr
-
-
 def test_results_of_a_part_do_not_replace_those_of_the_whole(whole: Path, runs: Runs) -> None:
     results = runs.folder / "whole" / "results.parquet"
     before = results.read_bytes()
     results.unlink()
-    study("fit", whole)
-    assert results.read_bytes() == before
-    results.unlink()
     part = study("fit", whole, "--lr", "[0.001,0.004]")
-    assert not results.exists(), part.stderr
+    assert "has more runs than are asked for here: results.parquet is left as it is" in part.stderr
+    assert not results.exists()
     study("fit", whole)
     assert results.read_bytes() == before
 
@@ -228,13 +212,8 @@ def test_wrong_studies_are_refused(runs: Runs) -> None:
         assert result.stderr.count("error: ") == 1
         return result.stderr
 
-    assert "almr is 1.5; use numbers from 0 to 1" in refused("--almr", "[0.2,1.5]")
-    assert "lr is [0.1, 0.1]; use one or more different values" in refused("--lr", "[0.1,0.1]")
     assert "lr.min is 0.1; use a number above 0 and below lr.max 0.01" in refused("--lr", "{min: 0.1, max: 0.01, number: 3}")
-    assert "words with {output} in them" in refused("--scores.command", '["python","{hf}"]')
     assert "configuration nowhere.yaml: No such file" in refused("--base", "nowhere.yaml")
-    assert "folder is ''; use a path" in refused("--folder", "")
-    assert "limits.hours is -1.0; use 0 or more" in refused("--limits.hours", "-1")
     assert not (runs.folder / "wrong" / "runs").exists()
 
 
@@ -267,6 +246,7 @@ echo "Submitted batch job 7"
 """
 
 
+@pytest.mark.slow
 def test_a_job_array_does_the_same(whole: Path, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every task of the array, through a sbatch that runs them here; the results are those of the local study."""
     (tmp_path / "sbatch").write_text(SBATCH)

@@ -111,7 +111,7 @@ class KilledRun:
         assert job.returncode in (-signal.SIGKILL, 1, 0), self.log.read_text()[-3000:]
 
 
-@pytest.mark.parametrize("case", [Case(), Case(tp=2)], ids=str)
+@pytest.mark.parametrize("case", [Case(), pytest.param(Case(tp=2), marks=pytest.mark.slow)], ids=str)
 def test_a_run_survives_any_number_of_kills(tmp_path: Path, tiny_tokenizer_dir: str, forks: Forks, case: Case) -> None:
     runs = Runs(tmp_path, tiny_tokenizer_dir, **VARIANTS["tied"])
     whole = KilledRun(runs, "whole", case)

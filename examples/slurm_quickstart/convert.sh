@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Between Hugging Face and Megatron, as one process: DIRECTION=hf-to-megatron before training, megatron-to-hf after it.
+# Variables: below, and in examples/lib/launch.sh.
+set -euo pipefail
+SCRIPT=$(realpath "$0")
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$SCRIPT")/../..}"
+
+DIRECTION=${DIRECTION:-hf-to-megatron}
+RUN=${RUN:-runs/slurm_quickstart}
+JOB_NAME=${JOB_NAME:-$DIRECTION}
+if [ "$DIRECTION" = hf-to-megatron ]; then
+  HF=${HF:-$RUN/inputs/hf} MEGATRON=${MEGATRON:-$RUN/megatron}
+else
+  HF=${HF:-$RUN/hf-cpt} MEGATRON=${MEGATRON:-$RUN/checkpoints}
+fi
+
+source examples/lib/launch.sh
+if in_job; then
+  single python tools/convert_checkpoint.py "$DIRECTION" --hf "$HF" --megatron "$MEGATRON"
+else
+  check_settings
+  submit --ntasks=1
+fi

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The quickstart on SLURM: fetches the inputs here, then submits a chain of jobs, each of which waits for those it needs.
+#     examples/slurm_quickstart/quickstart.sh
+# Variables: those of examples/lib/launch.sh. The result is runs/slurm_quickstart/hf-cpt.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+HERE=examples/slurm_quickstart
+RUN=runs/slurm_quickstart
+DRY_RUN=${DRY_RUN:-0}
+export PATH=$PWD/.venv/bin:$PATH
+
+[ "$DRY_RUN" = 1 ] || python examples/quickstart/fetch.py $RUN/inputs
+merge=$(CHECK=$((1 - DRY_RUN)) $HERE/preprocess.sh)
+megatron=$($HERE/convert.sh)
+cpt=$(CHECK=0 DEPENDENCY=afterok:$merge:$megatron $HERE/cpt.sh)
+hf=$(DIRECTION=megatron-to-hf DEPENDENCY=afterok:$cpt $HERE/convert.sh)
+cat >&2 <<END
+preprocess -> merge $merge -------+
+hf-to-megatron $megatron ---------+-> cpt $cpt -> megatron-to-hf $hf
+logs: ${LOGS:-runs/slurm}
+END
+echo "$hf"

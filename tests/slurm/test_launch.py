@@ -1,0 +1,112 @@
+"""What the scripts say and refuse before they submit; no SLURM is needed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import ROOT
+from tiny_runs import Layout, Runs
+
+CPT = ROOT / "examples" / "slurm_quickstart" / "cpt.sh"
+
+
+def dry_run(script: Path = CPT, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`sbatch` is not there: whoever called it would fail."""
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PYTHONPATH": str(ROOT),
+        "VENV": "/nowhere",
+        "DRY_RUN": "1",
+        "CHECK": "0",
+        "OMP_NUM_THREADS": "1",
+        "HOME": os.environ.get("HOME", "/"),
+    }
+    return subprocess.run([script], cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=300)
+
+
+def test_a_dry_run_says_all_and_submits_nothing(runs: Runs, tmp_path: Path) -> None:
+    save = tmp_path / "run"
+    done = dry_run(
+        CONFIG=runs.configure("dry", Layout(tp=2, dp=2)),
+        SAVE=str(save),
+        CHECK="1",
+        DEVICE="a100-80g",
+        TIME="4:00:00",
+        SBATCH_OPTIONS="--exclusive --qos=long",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "quickstart-cpt\n"
+    assert "layout: 4 ranks = TP 2 x PP 1 x CP 1 x DP 2; a global batch of 8 samples is 2 micro-batches of 2" in done.stderr
+    assert "token budget: 2,560 tokens = 5 steps of 512" in done.stderr
+    assert "ALMR asked 0.3300" in done.stderr, "the ledger of --check_only"
+    assert "4 x a100-80g" in done.stderr
+    *_, srun, sbatch = done.stderr.splitlines()
+    assert srun.startswith("srun --nodes=2 ")
+    assert srun.rstrip().endswith(f"--checkpoint.save {save}")
+    assert sbatch.startswith("sbatch ")
+    for option in ("--nodes=2", "--ntasks-per-node=2", "--time=4:00:00", "--signal=B:USR1@300", "--exclusive", "--qos=long"):
+        assert f" {option} " in sbatch
+    assert not save.exists()
+
+
+def test_torchrun_and_containers_in_a_dry_run(runs: Runs) -> None:
+    config = {
+        "CONFIG": runs.configure("dry", Layout(tp=2)),
+        "RANKS_PER_NODE": "4",
+        "GPUS_PER_NODE": "4",
+        "LAUNCHER": "torchrun",
+    }
+    done = dry_run(**config, CONTAINER_IMAGE="nvcr.io#nvidia/pytorch:25.03-py3", CONTAINER_MOUNTS="/data:/data")
+    assert done.returncode == 0, done.stderr
+    srun, sbatch = done.stderr.splitlines()[-2:]
+    assert "torchrun --nnodes=2 --nproc-per-node=4 --master-addr=FIRST_NODE" in srun
+    assert "--container-image=nvcr.io#nvidia/pytorch:25.03-py3 --container-mounts=/data:/data" in srun
+    assert " --gpus-per-node=4 " in sbatch
+    done = dry_run(**config, CONTAINER_IMAGE="/images/p.sif", CONTAINER_RUNTIME="apptainer", CONTAINER_MOUNTS="/data:/data")
+    assert f" apptainer exec --bind /data:/data --pwd {ROOT} --nv /images/p.sif bash -c " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"NODES": "two"}, "NODES is 'two'; wanted a whole number above 0"),
+        ({"LAUNCHER": "mpirun"}, "LAUNCHER is 'mpirun'; wanted srun or torchrun"),
+        ({"REQUEUE": "yes"}, "REQUEUE is 'yes'; wanted 0 or 1"),
+        ({"CONTAINER_RUNTIME": "docker"}, "CONTAINER_RUNTIME is 'docker'; wanted pyxis or apptainer"),
+        ({"GPUS_PER_NODE": "8"}, "GPUS_PER_NODE is 8 and RANKS_PER_NODE 2; wanted the same number, or GPUS_PER_NODE 0"),
+        ({"DRY_RUN": "0", "CONFIG": "tiny"}, "sbatch is not there; wanted a machine that submits to SLURM, or DRY_RUN=1"),
+        (
+            {"NODES": "3", "CONFIG": "tiny"},
+            "global_batch_size 8 is not divisible by micro_batch_size 2 x data-parallel size 3",
+        ),
+        ({"NODES": "1", "RANKS_PER_NODE": "3", "CONFIG": "tiny"}, "3 processes cannot hold tensor_model_parallel_size 2"),
+        ({"DEVICE": "a100-40g", "MODEL": "70B", "CONFIG": "tiny"}, "this layout does not do on 4 a100-40g: TP2 PP1 DP2"),
+    ],
+)
+def test_what_is_refused(variables: dict[str, str], message: str, runs: Runs) -> None:
+    if "CONFIG" in variables:
+        variables = variables | {"CONFIG": runs.configure("dry", Layout(tp=2, dp=2))}
+    if variables.get("DRY_RUN") == "0" and Path("/usr/bin/sbatch").exists():
+        pytest.skip("sbatch is there")
+    done = dry_run(**variables)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_the_chain_of_the_quickstart() -> None:
+    done = dry_run(CPT.parent / "quickstart.sh")
+    assert done.returncode == 0, done.stderr
+    submitted = [line for line in done.stderr.splitlines() if line.startswith("sbatch ")]
+    waits = [[word for word in line.split() if word.startswith("--dependency=")] for line in submitted]
+    assert waits == [
+        [],
+        ["--dependency=afterok:preprocess"],
+        [],
+        ["--dependency=afterok:merge:hf-to-megatron"],
+        ["--dependency=afterok:quickstart-cpt"],
+    ]
