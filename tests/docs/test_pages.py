@@ -96,8 +96,8 @@ def test_the_readme_links_to_what_is_there() -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)", (ROOT / target).read_text(encoding="utf-8"), flags=re.M)
             assert anchor in [re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
-    defined = set(re.findall(r"^\[(\w+)\]: https://\S+$", text, flags=re.M))
-    assert set(re.findall(r"\]\[(\w+)\]", text)) == defined
+    defined = set(re.findall(r"^\[([\w-]+)\]: https://\S+$", text, flags=re.M))
+    assert set(re.findall(r"\]\[([\w-]+)\]", text)) == defined
 
 
 # Architecture
