@@ -89,6 +89,7 @@ def adopt(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerInfo, lan
     if not lengths.size or not lengths.min():
         found = f"document {int(lengths.argmin())} without tokens" if lengths.size else "no documents"
         raise InputError(f"{prefix}: {found}; wanted tokens in each")
+    _refuse_another_end(corpus, tokenizer)
     eos = _policy(corpus, "end with eos", tokenizer.eos_id, corpus.sequence_lengths.astype(np.int64) - 1)
     bos = "none"
     if tokenizer.bos_id is not None:
@@ -129,6 +130,17 @@ def adopt(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerInfo, lan
         command=shlex.join(map(printable, sys.argv)),
         duration_seconds=round(seconds, 3),
     )
+
+
+def _refuse_another_end(corpus: IndexedCorpus, tokenizer: Tokenizer) -> None:
+    """InputError when the first document ends with a special token that is not eos."""
+    last, eos = int(corpus[0][-1]), tokenizer.eos_id
+    if last != eos and last < tokenizer.vocab_size and tokenizer.token_bytes()[last] == 0:
+        found, wanted = (f"{tokenizer.decode([token])!r} (id {token})" for token in (last, eos))
+        raise InputError(
+            f"{corpus.prefix}: document 0 ends with {found}; wanted the end-of-document token {wanted}, "
+            f"or eos_token to name another"
+        )
 
 
 def _policy(corpus: IndexedCorpus, what: str, token: int, places: np.ndarray) -> str:

@@ -91,3 +91,11 @@ def test_what_is_refused(tmp_path: Path, tiny_tokenizer_dir: str, documents: lis
     with pytest.raises(InputError, match=r"good\.json: there is a manifest already; wanted none, or overwrite"):
         adopt(good, tiny_tokenizer_dir)
     adopt(good, tiny_tokenizer_dir, overwrite=True, eos_token=EOS)
+
+
+def test_another_end_token_is_named(tmp_path: Path, chat_tokenizer_dir: str, documents: list[list[list[int]]]) -> None:
+    prefix = write_as_megatron(tmp_path / "zh", documents)
+    message = r"zh: document 0 ends with '<\|endoftext\|>' \(id 0\); wanted the end-of-document token '<\|im_end\|>'"
+    with pytest.raises(InputError, match=message):
+        adopt(prefix, chat_tokenizer_dir, eos_token="<|im_end|>")
+    assert not Path(f"{prefix}.json").exists()

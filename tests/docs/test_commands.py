@@ -98,6 +98,9 @@ def test_all_tools_and_options_in_commands_exist(options: dict[str, list[str]]) 
 OTHERS = {
     "num_processes",
     "num_machines",
+    "nproc_per_node",
+    "append_eod",  # Megatron-LM
+    "split_sentences",
     "requeue",  # sbatch
     "include_path",
     "model",
