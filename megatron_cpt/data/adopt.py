@@ -77,23 +77,10 @@ def adopt_corpora(config: AdoptConfig) -> str:
 def adopt(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerInfo, language: str) -> CorpusManifest:
     """The manifest of one corpus. InputError: it is not what `tokenizer` can have made, or damaged."""
     began, prefix = time.monotonic(), corpus.prefix
-    if corpus.dtype.kind not in "iu":
-        raise InputError(f"{prefix}.idx: dtype is {corpus.dtype}; wanted whole numbers, as token ids are")
-    if len(corpus) != corpus.num_documents:
-        found = f"{len(corpus)} sequences in {corpus.num_documents} documents"
-        raise InputError(f"{prefix}.idx: found {found}; wanted one each (made without --split-sentences)")
-    for name, problem in check(corpus, None):
-        if problem:
-            raise InputError(f"{prefix}: {name}: {problem}")
-    lengths = corpus.sequence_lengths
-    if not lengths.size or not lengths.min():
-        found = f"document {int(lengths.argmin())} without tokens" if lengths.size else "no documents"
-        raise InputError(f"{prefix}: {found}; wanted tokens in each")
+    _check_files(corpus)
     _refuse_another_end(corpus, tokenizer)
-    eos = _policy(corpus, "end with eos", tokenizer.eos_id, corpus.sequence_lengths.astype(np.int64) - 1)
-    bos = "none"
-    if tokenizer.bos_id is not None:
-        bos = _policy(corpus, "begin with bos", tokenizer.bos_id, np.zeros(len(corpus), np.int64))
+    eos = _policy(corpus, "end with eos", tokenizer.eos_id, at_end=True)
+    bos = "none" if tokenizer.bos_id is None else _policy(corpus, "begin with bos", tokenizer.bos_id, at_end=False)
     sha256, text_bytes = _read(corpus, tokenizer)
     characters, languages = _sample(corpus, tokenizer, text_bytes)
     files = {
@@ -132,6 +119,22 @@ def adopt(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerInfo, lan
     )
 
 
+def _check_files(corpus: IndexedCorpus) -> None:
+    """InputError unless .bin and .idx are whole and hold one sequence of some token ids a document."""
+    if corpus.dtype.kind not in "iu":
+        raise InputError(f"{corpus.prefix}.idx: dtype is {corpus.dtype}; wanted whole numbers, as token ids are")
+    if len(corpus) != corpus.num_documents:
+        found = f"{len(corpus)} sequences in {corpus.num_documents} documents"
+        raise InputError(f"{corpus.prefix}.idx: found {found}; wanted one each (made without --split-sentences)")
+    for name, problem in check(corpus, None):
+        if problem:
+            raise InputError(f"{corpus.prefix}: {name}: {problem}")
+    lengths = corpus.sequence_lengths
+    if not lengths.size or not lengths.min():
+        found = f"document {int(lengths.argmin())} without tokens" if lengths.size else "no documents"
+        raise InputError(f"{corpus.prefix}: {found}; wanted tokens in each")
+
+
 def _refuse_another_end(corpus: IndexedCorpus, tokenizer: Tokenizer) -> None:
     """InputError when the first document ends with a special token that is not eos."""
     last, eos = int(corpus[0][-1]), tokenizer.eos_id
@@ -143,12 +146,14 @@ def _refuse_another_end(corpus: IndexedCorpus, tokenizer: Tokenizer) -> None:
         )
 
 
-def _policy(corpus: IndexedCorpus, what: str, token: int, places: np.ndarray) -> str:
-    """ "document" when every document has `token` at its place (documents,), "none" when none does. InputError: some do."""
+def _policy(corpus: IndexedCorpus, what: str, token: int, at_end: bool) -> str:
+    """Whether each document has `token` as its last (or first) one: "document", or "none". InputError: some have."""
     found = 0
     for start in range(0, len(corpus), CHUNK):
-        begins = corpus.sequence_pointers[start : start + CHUNK] // corpus.dtype.itemsize
-        found += int((corpus.tokens[begins + places[start : start + CHUNK]] == token).sum())
+        places = corpus.sequence_pointers[start : start + CHUNK] // corpus.dtype.itemsize
+        if at_end:
+            places = places + corpus.sequence_lengths[start : start + CHUNK] - 1
+        found += int((corpus.tokens[places] == token).sum())
     if 0 < found < len(corpus):
         raise InputError(
             f"{corpus.prefix}: {found:,} of {len(corpus):,} documents {what} (id {token}); "
