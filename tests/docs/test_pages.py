@@ -39,9 +39,18 @@ def templates(path: Path) -> list[str]:
     return found
 
 
+def templates_of_shell(path: Path) -> list[str]:
+    """What a script of ours says or refuses with, "…" for variables and the output of commands."""
+    text = path.read_text(encoding="utf-8").replace('" \\\n    "', " ")
+    found = re.findall(r'\b(?:say|refuse) "((?:[^"$]|\$(?!\()|\$\([^)]*\))*)"', text)
+    return [re.sub(r"\$\([^)]*\)|\$\{[^}]*\}|\$\w+", "…", message) for message in found]
+
+
 @cache
 def all_templates() -> frozenset[str]:
-    return frozenset(" ".join(text.split()) for path in PACKAGE.rglob("*.py") for text in templates(path))
+    launcher = ROOT / "examples/lib"
+    texts = [text for path in (*PACKAGE.rglob("*.py"), launcher / "layout.py") for text in templates(path)]
+    return frozenset(" ".join(text.split()) for text in texts + templates_of_shell(launcher / "launch.sh"))
 
 
 MESSAGES = [row[0] for header, row in table_rows(read("troubleshooting.md")) if header[0] == "message"]
