@@ -118,7 +118,8 @@ def measure(kind: str, batch: tuple[int, int, int], *options: str) -> tuple[floa
     """Tokens per second in the median step; highest memory use, bytes."""
     with Contender(WORK / "gpu" / str(batch[0]), batch, kind, options=["--bf16", *options]) as contender:
         seconds = [contender.step() for _ in range(WARM_UP + STEPS)][WARM_UP:]
-        print(f"{kind} {batch} {' '.join(options)}: {[round(value, 4) for value in seconds]} s", file=sys.stderr)
+        seen = f"{[round(value, 4) for value in seconds]} s, {contender.peak / 1e9:.2f} GB at most"
+        print(f"{kind} {batch} {' '.join(options)}: {seen}", file=sys.stderr)
         return batch[0] * batch[2] / statistics.median(seconds), contender.peak
 
 
