@@ -58,8 +58,10 @@ def has_transformer_engine() -> bool:
 
 
 def has_weight_gradient_kernel() -> bool:
-    """Whether Apex was built with the kernel that megatron-core's own linear layers, the output layer with Transformer
-    Engine too, need for `gradient_accumulation_fusion`."""
+    """Whether Apex was built with the kernel of `gradient_accumulation_fusion`.
+
+    megatron-core's own linear layers refuse the setting without it, and with Transformer Engine the output layer is one.
+    """
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 

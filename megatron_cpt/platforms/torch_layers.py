@@ -7,6 +7,7 @@ same as with Transformer Engine's layers, so one checkpoint serves both.
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +97,7 @@ class SdpaCoreAttention(torch.nn.Module):
 def packed_attention() -> Callable[..., torch.Tensor] | None:
     """Flash attention over packed documents, of torch 2.11 and later (2.10 takes other arguments)."""
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        varlen_attn: Callable[..., Any] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except ImportError:
         return None
     parameters = inspect.signature(varlen_attn).parameters

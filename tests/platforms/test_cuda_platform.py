@@ -1,4 +1,4 @@
-"""Training on one GPU: the losses of the CPU in fp32, resumed bit for bit, and the memory that was planned."""
+"""Training on one GPU: the losses of the CPU in fp32, runs resumed bit for bit, and the parts that only a GPU has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from layout_cases import PACKED
+from layout_cases import FP32, PACKED
 from metrics_rows import clockless
 from tiny_models import VARIANTS, read_rows
 from tiny_runs import SAVE_INTERVAL, STEPS, Layout, Runs
@@ -67,7 +67,7 @@ def rows_of_steps(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def assert_alike(folder: Path, wanted: Path, loss: float, grad_norm: float) -> None:
+def assert_alike(folder: Path, wanted: Path, *, loss: float, grad_norm: float) -> None:
     """Relative differences of all steps and evaluations are at most these; what was read is the same."""
     found, expected = rows_of_steps(folder), rows_of_steps(wanted)
     assert expected[0]["loss"] - expected[-1]["loss"] > 0.1, "it learns nothing: equal losses would show little"
@@ -83,13 +83,13 @@ def assert_alike(folder: Path, wanted: Path, loss: float, grad_norm: float) -> N
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_fp32_is_that_of_the_cpu(trainer: Trainer, settings: str) -> None:
     on_cpu = trainer.on_cpu(*(("cpu-packed", *PACKED) if settings == "packed" else ("cpu",)))
-    assert_alike(trainer.on_gpu(settings, *SETTINGS[settings]), on_cpu, 5e-6, 2e-5)
+    assert_alike(trainer.on_gpu(settings, *SETTINGS[settings]), on_cpu, **FP32)
 
 
 @pytest.mark.parametrize("settings", ["plain", "packed", "full"])
 def test_bf16_is_close_to_fp32(trainer: Trainer, settings: str) -> None:
     on_cpu = trainer.on_cpu(*(("cpu-packed", *PACKED) if settings == "packed" else ("cpu",)))
-    assert_alike(trainer.on_gpu(f"bf16-{settings}", *BF16, *SETTINGS[settings]), on_cpu, 1e-2, 5e-2)
+    assert_alike(trainer.on_gpu(f"bf16-{settings}", *BF16, *SETTINGS[settings]), on_cpu, loss=1e-2, grad_norm=5e-2)
 
 
 @pytest.mark.parametrize("settings", [(), PACKED, DETERMINISTIC, (*BF16, *DETERMINISTIC), (*BF16, *PACKED, *DETERMINISTIC)])
@@ -106,7 +106,7 @@ def test_a_checkpoint_of_a_gpu_goes_on_on_a_cpu(trainer: Trainer) -> None:
     whole = trainer.on_gpu("plain")
     interrupted = trainer.runs.interrupted(whole, "gpu-then-cpu")
     trainer.runs.train(interrupted.name, Layout())
-    assert_alike(interrupted, whole, 5e-6, 2e-5)
+    assert_alike(interrupted, whole, **FP32)
 
 
 def test_an_asynchronous_save_holds_the_state_of_its_step(trainer: Trainer) -> None:
