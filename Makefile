@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart quickstart-chat test test-matrix test-slow test-llamafactory test-gpu test-slurm sanitize cuda bench lint type format clean
+.PHONY: setup quickstart quickstart-chat test test-matrix test-slow test-llamafactory test-gpu test-slurm sanitize cuda bench lint type format docs clean
 
 setup: $(READY)
 
@@ -92,6 +92,10 @@ type: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The site of docs/, into build/site. A broken link, a missing anchor or a page outside of the navigation ends it.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build *.egg-info megatron_cpt/data/*.so megatron_cpt/lib runs/quickstart runs/quickstart-chat .pytest_cache .mypy_cache .ruff_cache

@@ -23,6 +23,11 @@ def additional_loss(almr: float, lr: float, tokens: float) -> float:
     return 5.0 - tokens * (0.2 + 1.2 * almr) * (0.4 + 0.3 * (np.log10(lr) + 4))
 
 
+def tilted_metric(almr: float, lr: float) -> float:
+    """Best at ALMR 0.5 and a learning rate of 1e-3."""
+    return float(50 - 8 * (almr - 0.5 - 0.3 * (np.log10(lr) + 3)) ** 2 - 1.5 * (np.log10(lr) + 3) ** 2)
+
+
 def make_results(
     metric: Callable[[float, float], float] | None = None,
     noise: float = 0.002,

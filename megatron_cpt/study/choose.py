@@ -15,8 +15,9 @@ from megatron_cpt.data.mixture_file import read_mixture_fields
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.fit import Fit, outcome_notes, seed_note
 from megatron_cpt.study.points import absolute, parse, read_fields
+from megatron_cpt.study.records import is_number, number, of_kind, read_json
 from megatron_cpt.study.results import MEAN_METRIC, Results
-from megatron_cpt.study.surfaces import INTERVAL, Array, Scale, Surface, unit_grid
+from megatron_cpt.study.surfaces import INTERVAL, Array, Surface, bound_between_pairs, unit_grid
 
 CHOICE, CONFIG, MIXTURE = "choice.json", "chosen.yaml", "chosen.mixture.yaml"
 GRID, SAMPLES = 51, 400
@@ -71,15 +72,17 @@ def choose(results: Results, fit: Fit, max_general_rise: float, confidence: floa
     refused = [f"{name}: {why}" for name in ("general", goal) if (why := fit.surfaces[name].refused)]
     if (seeds := seed_note(results)) is not None:
         refused.append(seeds)
+    places, place_notes = places_to_choose_from(results, fit.surfaces["general"].surface)
+    if not refused and len(places) == 0:
+        refused.append("the finished pairs surround no place to choose")
     if refused:
         choice = choose_measured(results, goal, start, highest)
         notes = [*choice.notes, f"Only measured pairs were compared, as they are: {'; '.join(refused)}."]
     else:
-        places, notes = places_to_choose_from(results, fit.surfaces[goal].surface.scale)
         choice = choose_on_surfaces(
             fit.surfaces["general"].surface, fit.surfaces[goal].surface, places, goal, start, highest, confidence
         )
-        notes += choice.notes
+        notes = [*place_notes, *choice.notes]
     notes += border_notes(choice, fit.surfaces[goal].surface)
     notes += outcome_notes(results)
     notes += [note for note in fit.notes if note.startswith(("general: ", f"{goal}: ")) and note not in refused]
@@ -91,42 +94,53 @@ def sign_of(goal: str) -> float:
     return 1.0 if goal == MEAN_METRIC else -1.0
 
 
-def places_to_choose_from(results: Results, scale: Scale) -> tuple[Array, list[str]]:
-    """A grid over the studied ranges without what is nearest to a pair that has diverged or has not finished: a surface that
-    has seen nothing there would promise what it likes. And a note that says so.
+def places_to_choose_from(results: Results, general: Surface) -> tuple[Array, list[str]]:
+    """A grid between the outermost finished pairs, without what is nearest to one that has diverged or has not finished: a
+    surface that has seen nothing there would promise what it likes. And notes that say so.
     """
-    at = unit_grid(GRID)
+    grid = unit_grid(GRID)
+    at = grid[~np.isnan(bound_between_pairs(general, grid, 0.5))]
+    notes = []
+    if len(at) < len(grid):
+        notes.append(
+            f"Places that no finished pairs surround, {1 - len(at) / len(grid):.0%} of the ranges, were not considered."
+        )
     finished = {(row["almr"], row["lr"]) for row in results.last("general")}
     bad = {(row["almr"], row["lr"]) for row in results.rows if row["outcome"] != "finished"}
     bad |= set(results.planned) - finished
     if not bad:
-        return at, []
+        return at, notes
     good = sorted(finished - bad)
     distances = [
-        np.linalg.norm(at[:, None] - scale.unit(*np.array(pairs).T)[None], axis=-1).min(axis=1)
+        np.linalg.norm(at[:, None] - general.scale.unit(*np.array(pairs).T)[None], axis=-1).min(axis=1)
         for pairs in (good, sorted(bad))
     ]
     places = at[distances[0] < distances[1]]
-    share = 1 - len(places) / len(at)
-    return places, [
-        f"{len(bad)} pairs have diverged or have not finished; places nearest to these, {share:.0%} of the studied ranges, "
-        "were not considered."
-    ]
+    which = f"{len(bad)} pairs have diverged or have not finished; "
+    if len(places) == len(at):
+        return places, [*notes, which + "none of the places that were considered is nearest to one of them."]
+    share = (len(at) - len(places)) / len(grid)
+    return places, [*notes, f"{which}places nearest to these, {share:.1%} of the ranges, were not considered."]
 
 
 def choose_on_surfaces(
     general: Surface, wanted: Surface, at: Array, goal: str, start: float, highest: float, confidence: float
 ) -> Choice:
-    """Among places `at` of the studied ranges."""
-    bound = general.bound(at, confidence)
+    """Among places `at` of the studied ranges.
+
+    The general loss is taken to be nowhere below what the measured pairs around a place say: beside a cliff its surface may
+    be.
+    """
+    least = bound_between_pairs(general, at, confidence)
+    bound = np.maximum(general.bound(at, confidence), least)
     heights = sign_of(goal) * wanted.mean(at)
     best = best_within(heights, bound, highest)
     if best is None:
-        least = int(bound.argmin())
+        surest = int(bound.argmin())
         raise InputError(
-            f"no pair keeps the general loss below {highest:.4g} with a probability of {confidence:.0%}; the surest is "
-            f"ALMR {wanted.scale.share(at[least, 1]):.3g}, learning rate {wanted.scale.lr(at[least, 0]):.3g} with a rise of "
-            f"up to {bound[least] / start - 1:+.2%}: allow more, or study lower learning rates and ALMRs"
+            f"no pair keeps the general loss below {highest:.4g} with a probability of {confidence:.0%}; the surest is ALMR "
+            f" {wanted.scale.share(at[surest, 1]):.3g}, learning rate {wanted.scale.lr(at[surest, 0]):.3g} with a rise of "
+            f"up to {bound[surest] / start - 1:+.2%}: allow more, or study lower learning rates and ALMRs"
         )
     free = int(heights.argmax())
     rise = float(general.mean(at[best : best + 1])[0]) / start - 1
@@ -145,7 +159,7 @@ def choose_on_surfaces(
             f"The limit binds: without it ALMR {wanted.scale.share(at[free, 1]):.3g} and learning rate "
             f"{wanted.scale.lr(at[free, 0]):.3g} would be best ({sign_of(goal) * heights[free]:.4g})."
         )
-    chosen = chosen_again(general, wanted, at, goal, highest, confidence)
+    chosen = chosen_again(general, wanted, at, least, goal, highest, confidence)
     notes = []
     if len(chosen) < SAMPLES:
         notes.append(f"On {1 - len(chosen) / SAMPLES:.0%} of other surfaces that fit the runs no pair keeps the limit.")
@@ -162,11 +176,14 @@ def best_within(heights: Array, general: Array, highest: float) -> int | None:
     return int(np.where(allowed, heights, -np.inf).argmax()) if allowed.any() else None
 
 
-def chosen_again(general: Surface, wanted: Surface, at: Array, goal: str, highest: float, confidence: float) -> Array:
+def chosen_again(
+    general: Surface, wanted: Surface, at: Array, least: Array, goal: str, highest: float, confidence: float
+) -> Array:
     """[n, 2] what is chosen, with the same confidence, on surfaces drawn from both processes; without those on which no pair
     keeps the limit.
     """
-    draws = zip(wanted.samples(at, SAMPLES, 0), general.samples(at, SAMPLES, 1, confidence), strict=True)
+    bounds = np.maximum(general.samples(at, SAMPLES, 1, confidence), least)
+    draws = zip(wanted.samples(at, SAMPLES, 0), bounds, strict=True)
     found = [best_within(sign_of(goal) * height, bound, highest) for height, bound in draws]
     return at[[place for place in found if place is not None]]
 
@@ -243,5 +260,15 @@ def read_choice(folder: str) -> dict[str, Any] | None:
     path = os.path.join(folder, CHOICE)
     if not os.path.exists(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        return dict(yaml.safe_load(file))
+    choice: dict[str, Any] = read_json(path, dict, "a choice; remove the file, or use choose again")
+    for name in ("almr", "lr", "max_general_rise"):
+        number(choice.get(name), f"{path}: {name}")
+    of_kind(choice.get("reason"), str, f"{path}: reason", "a text")
+    for note in of_kind(choice.get("notes"), list, f"{path}: notes", "a list of texts"):
+        of_kind(note, str, f"{path}: notes", "a list of texts")
+    for name in ("almr_interval", "lr_interval"):
+        if choice.get(name) is not None:
+            ends = of_kind(choice[name], list, f"{path}: {name}", "two numbers, or null")
+            if len(ends) != 2 or not all(map(is_number, ends)):
+                raise InputError(f"{path}: {name} is {ends}; wanted two numbers, or null")
+    return choice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -12,15 +13,17 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cpt.checkpoint.layout import iterations
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.critical import predict_critical_ratios
 from megatron_cpt.study.fit import Fit, equation, fit, write_fit
 from megatron_cpt.study.frontier import Axis
 from megatron_cpt.study.local import alone_in, device_shares, environment, run_locally
 from megatron_cpt.study.outcome import read_outcome
-from megatron_cpt.study.page import interval, write_page
+from megatron_cpt.study.page import critical_words, interval, write_page
 from megatron_cpt.study.plan import make_plan, plan_table
 from megatron_cpt.study.points import Base, Point, points, read_base, read_proposed, run_folder, write_proposed
 from megatron_cpt.study.results import Results, collect, write_results
@@ -57,6 +60,8 @@ class FitOptions(StudyConfig):
     """Along which peaks are looked for: the best ALMR for each learning rate, or the best learning rate for each ALMR."""
     tolerance: float = 0.01
     """Relative rise of the general loss, for critical mixture ratios."""
+    token_budget: int | None = None
+    """Predict the critical mixture ratio of a run of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def plan(study: Plan) -> str:
         from megatron_cpt.study.propose import propose  # imports optuna
 
         found = [point for point in points(study) if read_outcome(run_folder(study.folder, point))]
-        results = collect(study) if found else Results([], [])
+        results = collect(study, base) if found else Results([], [])
         proposed += propose(study, results, study.adaptive)
     table = plan_table(make_plan(study, base, proposed), proposed)
     if study.adaptive:
@@ -112,14 +117,14 @@ def run(study: Run) -> str:
         run_locally(study, base, todo, say)
     finally:
         if any(read_outcome(run_folder(study.folder, point)) for point in points(study)):
-            write_results(study, collect(study))
+            write_results(study, collect(study, base))
     unmeasured = [point.name for point in points(study) if lacks_scores(study, point)]
     if unmeasured:
         say(
             f"{len(unmeasured)} runs finished without scores, and their checkpoints are gone; the first is {unmeasured[0]}. "
             "Remove their folders to repeat them, or use another folder for a study with scores"
         )
-    return write_all_results(study, collect(study)) or study.folder
+    return write_all_results(study, collect(study, base)) or study.folder
 
 
 def run_only(study: StudyConfig, base: Base, name: str) -> str:
@@ -160,15 +165,23 @@ def is_done(study: StudyConfig, point: Point) -> bool:
     if study.keep_checkpoints and (study.scores is None or outcome.kind == "diverged"):
         return True
     if study.keep_checkpoints:
-        return all(os.path.exists(scores_path(study.folder, point.name, int(name.removeprefix("iter_")))) for name in left)
+        return all(os.path.exists(scores_path(study.folder, point.name, iteration)) for iteration in iterations(folder))
     return not left
 
 
 def fitted(study: FitOptions) -> tuple[Results, Fit]:
     """What the runs have found, and what it says."""
-    require_at_least(study, tolerance=0)
-    results = collect(study)
+    require_at_least(study, tolerance=0, token_budget=1)
+    results = collect(study, read_base(study))
     found = fit(results, study.frontier_axis, study.tolerance)
+    if study.token_budget is not None:
+        critical = predict_critical_ratios(results, found.cmr, study.tolerance, study.token_budget)
+        none = (
+            []
+            if critical
+            else [f"no critical mixture ratio of {study.token_budget:,} tokens: no learning rate has a CMR law"]
+        )
+        found = dataclasses.replace(found, critical=critical, notes=found.notes + none)
     write_all_results(study, results)
     return results, found
 
@@ -190,6 +203,8 @@ def fit_command(study: FitOptions) -> str:
             intervals = f"a{interval(line.a_interval)}, b{interval(line.b_interval)}"
             intervals = intervals if math.isfinite(line.b_interval[0]) else "no intervals"
             say(f"{name}: {equation(line)}; {intervals}{' (not supported)' if line.refused else ''}")
+    for critical in found.critical:
+        say(critical_words(critical))
     for note in found.notes:
         say(f"note: {note}")
     return write_fit(study.folder, found)
@@ -239,7 +254,7 @@ def plot_trajectories(study: Plot, error: InputError) -> str:
     """The one figure that needs no surface, say of runs with one learning rate; returns its path."""
     from megatron_cpt.study import figures
 
-    results = collect(study)
+    results = collect(study, read_base(study))
     rates = sorted({row["lr"] for row in results.rows})
     say(f"trajectories only: {error}")
     (path,) = figures.save_all(
@@ -252,7 +267,7 @@ def choose_command(study: Choose) -> str:
     """`almr_study.py choose`; returns the path of the configuration to start."""
     require(0.5 <= study.confidence < 1, "confidence", study.confidence, "0.5 or more, below 1")
     require(-1 < study.max_general_rise < math.inf, "max_general_rise", study.max_general_rise, "a number above -1")
-    results = collect(study)
+    results = collect(study, read_base(study))
     found = fit(results, study.frontier_axis, study.tolerance, laws=False)
     choice = choose(results, found, study.max_general_rise, study.confidence, study.goal)
     path = write_choice(study.folder, choice, study.target or study.base, study.max_general_rise)

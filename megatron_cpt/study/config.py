@@ -9,6 +9,8 @@ from typing import Literal
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 
+STARTING_PAIRS = 4  # at least: the corners of the ranges
+
 
 @dataclass(frozen=True)
 class LogRange:
@@ -23,8 +25,14 @@ class LogRange:
 
     def check(self) -> None:
         """Raise InputError unless this is a range. (In __post_init__, jsonargparse would take it for the other type.)"""
+        require(0 < self.max < math.inf, "lr.max", self.max, "a number above 0")
         require(0 < self.min < self.max, "lr.min", self.min, f"a number above 0 and below lr.max {self.max}")
         require(self.number >= 2, "lr.number", self.number, "2 or more")
+        if len(set(self.values())) < self.number:
+            raise InputError(
+                f"lr.number is {self.number}; so many learning rates from {self.min:g} to {self.max:g} are not all "
+                "different in four digits: use fewer, or a wider range"
+            )
 
     def values(self) -> list[float]:
         """To four significant digits, so that names of runs stay short."""
@@ -97,6 +105,9 @@ class StudyConfig:
     """Tokens of a run."""
     seeds: list[int] = field(default_factory=lambda: [1])
     """Of the order of the data, and of all else that is random; runs of one seed read the same text in the same order."""
+    starting_pairs: int | None = None
+    """Begin with so many pairs of ALMR and learning rate, spread over the grid of all, instead of all of them; `plan
+    --adaptive` then adds pairs. Default: the whole grid."""
     processes: int = 1
     """Processes of a run, under torchrun."""
     parallel_runs: int = 1
@@ -129,6 +140,12 @@ class StudyConfig:
         for name, values in (("almr", self.almr), ("lr", self.rates), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{name} is {list(values)}; use one or more different values")
+        whole = len(self.almr) * len(self.rates)
+        least = min(STARTING_PAIRS, whole)
+        if self.starting_pairs is not None:
+            require(
+                least <= self.starting_pairs <= whole, "starting_pairs", self.starting_pairs, f"{least} to {whole}, the grid"
+            )
         for share in self.almr:
             require(0 <= share <= 1, "almr", share, "numbers from 0 to 1")
         for rate in self.rates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
 from megatron_cpt.study.fit import Fit, FittedSurface, equation
 from megatron_cpt.study.frontier import Line
@@ -46,7 +47,7 @@ def contours(results: Results, fit: Fit, chosen: Chosen) -> Figure:
     if fit.frontier is not None:
         draw_line(axes[1], fit.frontier, "frontier", "#e63946", "peaks")
     for ax in axes:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=9)
+        legend_below(ax)
     return figure
 
 
@@ -55,7 +56,13 @@ def languages(results: Results, fit: Fit, chosen: Chosen) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     for ax, name in zip(axes, ("general", "additional"), strict=True):
         draw_surface(ax, name, fit.surfaces[name], results, chosen, "viridis_r")
+        legend_below(ax)
     return figure
+
+
+def legend_below(ax: Axes) -> None:
+    """What the marks are, out of the contours' way."""
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=9)
 
 
 def draw_surface(ax: Axes, name: str, fitted: FittedSurface, results: Results, chosen: Chosen, colors: str) -> None:
@@ -86,7 +93,11 @@ def draw_surface(ax: Axes, name: str, fitted: FittedSurface, results: Results, c
         ax.scatter([chosen[1]], [chosen[0]], label="chosen", clip_on=False, **CHOSEN)
     ax.set_xscale("log")
     few_decades = rates.max() / rates.min() < 30
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few_decades else (1.0,)))
+    if few_decades:
+        ax.xaxis.set_major_locator(FixedLocator([f * 10.0**n for n in range(-12, 3) for f in (1, 2, 5)]))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    else:
+        ax.xaxis.set_major_locator(LogLocator())
     ax.xaxis.set_minor_formatter(NullFormatter())  # its labels overlap
     ax.set_xlabel("learning rate")
     ax.set_ylabel("ALMR")
@@ -99,17 +110,33 @@ def draw_surface(ax: Axes, name: str, fitted: FittedSurface, results: Results, c
 def draw_line(ax: Axes, line: Line, label: str, color: str, points: str | None = None) -> None:
     """ALMR = a + b log10 LR as far as its points go; dotted where nothing should be concluded from it."""
     if not np.isfinite(line.a):
+        ax.plot([], [], " ", label=f"no {label}: see the notes")
         return
     limits = ax.get_xlim(), ax.get_ylim()
     if points is not None:
         ax.scatter(line.points[:, 1], line.points[:, 0], marker=".", s=14, color=color, label=points, zorder=4)
     else:
         ax.plot(line.points[:, 1], line.points[:, 0], color=color, linewidth=1, alpha=0.7)
-    rates = np.geomspace(line.points[:, 1].min(), line.points[:, 1].max(), 400)
-    style = ":" if line.refused else "--"
-    ax.plot(rates, line.almr(rates), style, color=color, linewidth=1.8, label=f"{label}: {equation(line)}", zorder=4)
+    rates, shares = ends_within(line, limits)
+    style, refused = (":", " (not supported: see the notes)") if line.refused else ("--", "")
+    ax.plot(rates, shares, style, color=color, linewidth=1.8, label=f"{label}: {equation(line)}{refused}", zorder=4)
     ax.set_xlim(limits[0])
     ax.set_ylim(limits[1])
+
+
+def ends_within(line: Line, limits: tuple[tuple[float, float], tuple[float, float]]) -> tuple[Array, Array]:
+    """Learning rates and ALMRs of the two ends of the line: as far as its points go along both axes, within the picture.
+
+    A steep line covers all ALMRs of its points within a narrow range of learning rates, perhaps wider than these have.
+    """
+    (lowest, highest), (least, most) = limits
+    log_lr, almr = np.log10(line.points[:, 1]), line.points[:, 0]
+    if abs(line.angle) > 45:
+        shares = np.clip([almr.min(), almr.max()], least, most)
+        ends = np.clip((shares - line.a) / line.b, np.log10(lowest), np.log10(highest))
+    else:
+        ends = np.array([log_lr.min(), log_lr.max()])
+    return 10**ends, line.a + line.b * ends
 
 
 def trajectories(results: Results, lr: float) -> Figure:
@@ -236,7 +263,7 @@ def laws(results: Results, fit: Fit) -> Figure | None:
         rows = [r for r in results.rows if r["lr"] == best.lr and r["outcome"] == "finished" and r["iteration"] > 0]
         rows = [row for row in rows if row["almr"] != (1.0 if quantity == "general" else 0.0)]  # as for the fit
         budgets = sorted({row["tokens"] for row in rows})
-        kept = budgets[:: max(1, len(budgets) // 4)]
+        kept = spread(budgets, 5)
         shares = np.linspace(min(row["almr"] for row in rows), max(row["almr"] for row in rows), 101)
         for tokens, color in zip(kept, plt.get_cmap("viridis")(np.linspace(0.1, 0.9, len(kept))), strict=True):
             here = [row for row in rows if row["tokens"] == tokens]
@@ -261,14 +288,23 @@ def laws(results: Results, fit: Fit) -> Figure | None:
     return figure
 
 
+def spread(values: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly, with the first and the last."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
 def save_all(folder: str, drawn: Iterable[tuple[str, Callable[[], Figure | None]]]) -> list[str]:
     """Draw and write PNGs; returns the paths of those that there are."""
     paths = []
     for name, draw in drawn:
         figure = draw()
-        if figure is None:
-            continue
         path = os.path.join(folder, f"{name}.png")
+        if figure is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)  # of other results
+            continue
         figure.savefig(path + ".tmp.png", dpi=130)
         plt.close(figure)
         os.replace(path + ".tmp.png", path)

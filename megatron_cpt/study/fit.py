@@ -13,6 +13,7 @@ from scipy import stats
 
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.errors import InputError
+from megatron_cpt.study.critical import CriticalRatio
 from megatron_cpt.study.frontier import Axis, Line, loss_line, metric_frontier
 from megatron_cpt.study.laws import CmrLaw, DCptLaw, check_follows_tokens, fit_cmr, fit_d_cpt, held_out_error
 from megatron_cpt.study.results import MEAN_METRIC, Results
@@ -71,6 +72,7 @@ class Fit:
     line: of the mixed loss
     d_cpt, cmr: at each learning rate that has enough; cmr's keys are learning rates
     notes: what could not be fitted or should not be believed, and why
+    critical: critical mixture ratios of the token budget that was asked for
     """
 
     surfaces: dict[str, FittedSurface]
@@ -80,6 +82,7 @@ class Fit:
     d_cpt: list[FittedLaw]
     cmr: dict[float, CmrLaw]
     notes: list[str]
+    critical: list[CriticalRatio] = dataclasses.field(default_factory=list)
 
 
 def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01, laws: bool = True) -> Fit:
@@ -292,6 +295,7 @@ def to_json(found: Fit) -> dict[str, Any]:
             | {"tokens": law.tokens.tolist(), "ratios": law.ratios.tolist()}
             for lr, law in found.cmr.items()
         ],
+        "critical_ratios": [dataclasses.asdict(critical) for critical in found.critical],
         "notes": found.notes,
     }
 

@@ -18,13 +18,13 @@ from scipy.integrate import solve_ivp
 from megatron_cpt.study.surfaces import INTERVAL, Array, Scale, Surface, unit_grid
 
 SLICES = 25  # of the surface, each with one peak at most
-STEPS = 201  # along a slice
+STEPS = 101  # along a slice
 REPLICATES = 300
 LEAST_SLICES = 5  # with a peak
 LEAST_SHARE = 0.5  # of the slices that are not flat, with a peak inside
 SIGNIFICANT = 3.0  # deviations by which a slice's best place must be above a border: it was picked as the highest
 LEAST_REPLICATES = 0.8  # that must have a line
-FIELD = 101  # points along each axis of the field of gradients
+FIELD = 51  # points along each axis of the field of gradients
 STEP, LONGEST = 0.01, 4.0  # of the descent: between its points, and in all, in unit coordinates
 FLAT_GRADIENT = 1e-3  # of the steepest: where the descent ends
 
@@ -255,7 +255,7 @@ def bootstrapped(
     if path is None:
         return no_line(refused or reason)
     a, b = fit(surface.scale, path)
-    repeated = [find(heights) for heights in surface.repetitions(at, replicates, seed)]
+    repeated = [find(heights) for heights in surface.inner_samples(at, replicates, seed)]
     found = np.array([fit(surface.scale, again) for again in repeated if again is not None] or [(a, b)])
     if refused is None and len(found) < LEAST_REPLICATES * replicates:
         refused = f"{reason} (in {replicates - len(found)} of {replicates} repetitions of the runs)"

@@ -25,6 +25,7 @@ HUBER_DELTA = 1e-3  # on the logarithm of the loss, as in the D-CPT paper
 STARTS = 16
 STARTS_LEFT_OUT = 6
 LEAST_ALONG_TOKENS = 0.5  # share of the losses' variance about the mean of each ratio that the law explains
+LEAST_BUDGETS = 4  # with a critical mixture ratio, for the CMR law
 TOKENS_UNIT = 1e6  # D is counted in these, so that B is a usual number
 
 
@@ -174,7 +175,12 @@ class CmrLaw:
 
     def ratio(self, tokens: float) -> float:
         """Of a budget; between 0 and 1."""
-        return float(np.clip(self.b0 + self.b1 * (tokens / TOKENS_UNIT) ** self.s, 0.0, 1.0))
+        return power_law(self.b0, self.b1, self.s, tokens)
+
+
+def power_law(b0: float, b1: float, s: float, tokens: float) -> float:
+    """R, between 0 and 1."""
+    return float(np.clip(b0 + b1 * (tokens / TOKENS_UNIT) ** s, 0.0, 1.0))
 
 
 def critical_ratio(ratio: Array, losses: Array, highest: float) -> float | None:
@@ -205,29 +211,40 @@ def fit_cmr(tokens: Array, ratio: Array, losses: Array, start: float, tolerance:
     Raises:
         InputError: fewer than four budgets have a critical ratio within the studied range
     """
-    budgets = [t for t in np.unique(tokens) if t > 0 and set(ratio[tokens == t]) == set(ratio)]
-    found = []
-    for budget in budgets:
-        shares = np.unique(ratio)
-        means = np.array([losses[(tokens == budget) & (ratio == share)].mean() for share in shares])
-        critical = critical_ratio(shares, means, start * (1 + tolerance))
-        if critical is not None:
-            found.append((budget, critical))
-    if len(found) < 4:
+    budgets = np.array([t for t in np.unique(tokens) if t > 0 and set(ratio[tokens == t]) == set(ratio)])
+    shares = np.unique(ratio)
+    means = np.array([[losses[(tokens == t) & (ratio == share)].mean() for t in budgets] for share in shares])
+    x, y = critical_ratios(budgets, shares, means, start * (1 + tolerance))
+    if len(x) < LEAST_BUDGETS:
         raise InputError(
-            f"{len(found)} of {len(budgets)} budgets have a critical mixture ratio within the studied range at a tolerance "
-            f"of {tolerance:.1%}; 4 are needed: change the tolerance or the range"
+            f"{len(x)} of {len(budgets)} budgets have a critical mixture ratio within the studied range at a tolerance "
+            f"of {tolerance:.1%}; {LEAST_BUDGETS} are needed: change the tolerance or the range"
         )
-    x, y = np.array(found).T
-    parameters = fit_power(x, y, seed)
+    random = np.random.default_rng(seed)
+    starts = random.uniform([-1.0, -1.0, -1.5], [2.0, 1.0, 1.5], (STARTS, 3))
+    parameters = fit_power(x, y, starts)
     before = max(3, len(x) - max(1, len(x) // 4))
-    b0, b1, s = fit_power(x[:before], y[:before], seed)
+    b0, b1, s = fit_power(x[:before], y[:before], starts)
     error = np.abs(b0 + b1 * (x[before:] / TOKENS_UNIT) ** s - y[before:]).mean()
     return CmrLaw(*parameters, x, y, float(error))
 
 
-def fit_power(tokens: Array, ratios: Array, seed: int) -> tuple[float, float, float]:
-    """b0, b1, s by Huber loss and L-BFGS from many starts."""
+def critical_ratios(budgets: Array, shares: Array, means: Array, highest: float) -> tuple[Array, Array]:
+    """The budgets that have a critical ratio, and these ratios.
+
+    Args:
+        budgets: [b] numbers of tokens
+        shares: [s] of the additional language
+        means: [s, b] general loss, over the seeds
+        highest: that it may be
+    """
+    found = [critical_ratio(shares, column, highest) for column in means.T]
+    having = np.array([critical is not None for critical in found], dtype=bool)
+    return budgets[having], np.array([critical for critical in found if critical is not None], dtype=np.float64)
+
+
+def fit_power(tokens: Array, ratios: Array, starts: Array) -> tuple[float, float, float]:
+    """b0, b1, s by Huber loss and L-BFGS from `starts`, [n, 3]."""
     amount = tokens / TOKENS_UNIT
 
     def distance(parameters: Array) -> tuple[float, Array]:
@@ -236,7 +253,5 @@ def fit_power(tokens: Array, ratios: Array, seed: int) -> tuple[float, float, fl
         value, slope = huber(b0 + b1 * power - ratios)
         return value, np.array([slope.sum(), slope @ power, slope @ (b1 * power * np.log(amount))])
 
-    random = np.random.default_rng(seed)
-    starts = random.uniform([-1.0, -1.0, -1.5], [2.0, 1.0, 1.5], (STARTS, 3))
     b0, b1, s = best_of_starts(distance, starts, [(-5, 5), (-5, 5), (-3, 3)])
     return float(b0), float(b1), float(s)

@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import queue
 import shutil
@@ -25,8 +24,8 @@ from megatron_cpt.platforms.devices import visible_gpus
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.outcome import Outcome, StoppedError, divergence, read_outcome, write_outcome
 from megatron_cpt.study.points import Base, Point, run_folder, write_configuration
+from megatron_cpt.study.records import of_kind, read_json, read_run_metrics
 from megatron_cpt.study.scores import measure_run
-from megatron_cpt.training.metrics_file import read_metrics
 from megatron_cpt.training.stopping import STOP_FILE
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "pretrain_cpt.py"
@@ -176,6 +175,7 @@ def train(
     """The run itself, watched."""
     folder, log = run_folder(study.folder, point), log_path(study.folder, point)
     config = write_configuration(study, base, point)
+    diverged(study, base, folder)  # what is there can be read, before a process is started
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(folder, STOP_FILE))  # of a study that was killed after it had found a divergence
     os.makedirs(os.path.dirname(log), exist_ok=True)
@@ -220,12 +220,12 @@ def watch(
 def diverged(study: StudyConfig, base: Base, folder: str) -> str | None:
     """Why the run in this folder has diverged, None if it has not."""
     train_iters = read_status(folder).get("train_iters")
-    return divergence(read_metrics(folder), study.divergence_factor, base.config.trouble.max_skipped_steps, train_iters)
+    return divergence(read_run_metrics(folder), study.divergence_factor, base.config.trouble.max_skipped_steps, train_iters)
 
 
 def training_seconds(folder: str) -> float:
     """Of all steps."""
-    return sum(row["seconds"] for row in read_metrics(folder) if "loss" in row)
+    return sum(row["seconds"] for row in read_run_metrics(folder) if "loss" in row)
 
 
 def read_status(folder: str) -> dict[str, Any]:
@@ -233,8 +233,10 @@ def read_status(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, "status.json")
     if not os.path.exists(path):
         return {}
-    with open(path, encoding="utf-8") as file:
-        return dict(json.load(file))
+    status: dict[str, Any] = read_json(path, dict, "the status of a run; remove the file to start the run again")
+    if status.get("train_iters") is not None:
+        of_kind(status["train_iters"], int, f"{path}: train_iters", "a whole number or null")
+    return status
 
 
 def state_of(folder: str) -> str | None:

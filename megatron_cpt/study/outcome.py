@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.errors import InputError
+from megatron_cpt.study.records import described, number, number_or_none, of_kind, read_json
 
 OUTCOME = "outcome.json"
 STEPS_OF_MEAN = 10
@@ -39,13 +39,19 @@ class Outcome:
 def read_outcome(folder: str) -> Outcome | None:
     """Of the run in a folder; None: it is not over."""
     path = os.path.join(folder, OUTCOME)
-    try:
-        with open(path, encoding="utf-8") as file:
-            return Outcome(**json.load(file))
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not the outcome of a run: {error}; remove it to look at the run again") from error
+    found = read_json(path, dict, "the outcome of a run; remove the file to look at the run again")
+    if set(found) - {entry.name for entry in fields(Outcome)}:
+        raise InputError(
+            f"{path} has fields {', '.join(found)}; wanted those of an outcome: kind, reason, seconds, wall_seconds"
+        )
+    if found.get("kind") not in ("finished", "diverged"):
+        raise InputError(f"{path}: kind is {described(found.get('kind'))}; wanted finished or diverged")
+    if found.get("reason") is not None:
+        of_kind(found["reason"], str, f"{path}: reason", "a text or null")
+    seconds, wall_seconds = number(found.get("seconds"), f"{path}: seconds"), found.get("wall_seconds")
+    return Outcome(found["kind"], found.get("reason"), seconds, number_or_none(wall_seconds, f"{path}: wall_seconds"))
 
 
 def write_outcome(folder: str, outcome: Outcome) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.checkpoint.layout import write_text
+from megatron_cpt.study.critical import CriticalRatio
 from megatron_cpt.study.fit import Fit, equation
 from megatron_cpt.study.frontier import Line
 from megatron_cpt.study.results import MEAN_METRIC, Results
@@ -56,6 +57,7 @@ def write_page(
         parts += ["<h2>D-CPT law</h2>", d_cpt_table(fit)]
     if fit.cmr:
         parts += ["<h2>Critical mixture ratio</h2>", cmr_table(fit)]
+        parts += [f"<p>{html.escape(critical_words(critical))}</p>" for critical in fit.critical]
     parts += ["<h2>Runs</h2>", runs_table(results)]
     body = "\n".join(parts)
     path = os.path.join(folder, PAGE)
@@ -142,6 +144,13 @@ def cmr_table(fit: Fit) -> str:
     """Parameters."""
     rows = ([f"LR {lr:g}", f"{c.b0:.3g}", f"{c.b1:.3g}", f"{c.s:.3g}", f"{c.error:.3g}"] for lr, c in fit.cmr.items())
     return table(["", "b0", "b1", "s", "error on the last budgets"], rows)
+
+
+def critical_words(critical: CriticalRatio) -> str:
+    """The prediction of one learning rate, and what should be known of it."""
+    budget = f"{critical.tokens:,} tokens at LR {critical.lr:g}, tolerance {critical.tolerance:.2%}"
+    found = f"critical mixture ratio of {budget}: {critical.ratio:.3g}"
+    return "; ".join([found + interval(critical.interval), *critical.notes])
 
 
 def runs_table(results: Results) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import yaml
 from jsonargparse import ArgumentError
 
@@ -18,6 +19,7 @@ from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.mixture_file import read_mixture_fields
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.records import has_begun, number, of_kind, read_json
 
 PROPOSED = "proposed.json"
 
@@ -37,14 +39,15 @@ class Point:
 
 
 def points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = None) -> list[Point]:
-    """All runs: the grid and what was proposed beside it, seed by seed, so that one seed is whole before the next begins.
+    """All runs: the grid, or the pairs of it to begin with, and what was proposed beside it, seed by seed, so that one seed
+    is whole before the next begins.
 
     `proposed`: instead of what `plan --adaptive` has written. Of either, what is within the studied ranges.
 
     Raises:
         InputError: two runs would have the same name
     """
-    pairs = [(almr, lr) for almr in study.almr for lr in study.rates]
+    pairs = grid(study)
     beside = read_proposed(study.folder) if proposed is None else proposed
     pairs += [pair for pair in beside if pair not in pairs and study.covers(pair)]
     found = [Point(seed, almr, lr) for seed in study.seeds for almr, lr in pairs]
@@ -55,16 +58,42 @@ def points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = 
     return found
 
 
+def grid(study: StudyConfig) -> list[tuple[float, float]]:
+    """(ALMR, LR) pairs that are not proposals: all, or `starting_pairs` of them.
+
+    These are the corners, and then always the one that is farthest from those before (in coordinates in which each axis goes
+    from 0 to 1): more of them include the fewer, and runs that were done belong to the whole grid, too.
+    """
+    pairs = [(almr, lr) for almr in study.almr for lr in study.rates]
+    if study.starting_pairs is None:
+        return pairs
+    shares, rates = np.array(pairs).T
+    at = np.stack([unit(shares), unit(np.log(rates))], axis=-1)
+    corners = np.array([(u, v) for u in (0.0, 1.0) for v in (0.0, 1.0)])
+    chosen = list(dict.fromkeys(int(np.linalg.norm(at - corner, axis=1).argmin()) for corner in corners))
+    while len(chosen) < study.starting_pairs:
+        distances = np.linalg.norm(at[:, None] - at[chosen][None], axis=-1).min(axis=1)
+        chosen.append(int(distances.argmax()))
+    return [pairs[i] for i in sorted(chosen[: study.starting_pairs])]
+
+
+def unit(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """From 0 to 1; 0 where they are all the same."""
+    return (values - values.min()) / (np.ptp(values) or 1.0)
+
+
 def read_proposed(folder: str) -> list[tuple[float, float]]:
     """(ALMR, LR) pairs that `plan --adaptive` has added to the grid."""
     path = os.path.join(folder, PROPOSED)
     if not os.path.exists(path):
         return []
-    try:
-        with open(path, encoding="utf-8") as file:
-            return [(float(pair["almr"]), float(pair["lr"])) for pair in json.load(file)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a list of almr and lr: {error}") from error
+    found = read_json(path, list, "a list of almr and lr")
+    for i, pair in enumerate(found):
+        of_kind(pair, dict, f"{path}: {i}", "almr and lr")
+        almr, lr = (number(pair.get(name), f"{path}: {i}.{name}") for name in ("almr", "lr"))
+        if not (0 <= almr <= 1 and lr > 0):
+            raise InputError(f"{path}: {i} is almr {almr:g}, lr {lr:g}; wanted an almr from 0 to 1 and an lr above 0")
+    return [(float(pair["almr"]), float(pair["lr"])) for pair in found]
 
 
 def write_proposed(folder: str, pairs: list[tuple[float, float]]) -> str:
@@ -119,7 +148,7 @@ def read_fields(path: str) -> dict[str, Any]:
             fields = yaml.safe_load(file)
     except OSError as error:
         raise InputError(f"configuration {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
         raise InputError(f"configuration {path} must hold fields, found {type(fields).__name__}")
@@ -182,21 +211,61 @@ def write_configuration(study: StudyConfig, base: Base, point: Point) -> str:
     """Write what a run reads; returns the path of its configuration.
 
     Raises:
-        InputError: the run was begun with another configuration: its results would not belong to this study
+        InputError: see `check_same_study`
     """
+    check_same_study(study, base, point)
     os.makedirs(os.path.join(study.folder, "configs"), exist_ok=True)
-    mixture = dict(base.mixture) | {"almr": point.almr, "seed": point.seed}
-    contents = {config_path(study.folder, point): run_fields(study, base, point), mixture_path(study.folder, point): mixture}
-    for path, fields in contents.items():
+    for path, fields in configuration(study, base, point).items():
         text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                if file.read() == text:
-                    continue
-            if os.path.exists(run_folder(study.folder, point)):
-                raise InputError(
-                    f"{path} is not what {study.base} asks for now, and its run has begun; use another folder, or remove "
-                    f"{path} and {run_folder(study.folder, point)} to repeat it"
-                )
-        write_text(path, text)
+        if not os.path.exists(path) or read_fields(path) != fields:
+            write_text(path, text)
     return config_path(study.folder, point)
+
+
+def configuration(study: StudyConfig, base: Base, point: Point) -> dict[str, dict[str, Any]]:
+    """path -> content of the files that a run reads."""
+    mixture = dict(base.mixture) | {"almr": point.almr, "seed": point.seed}
+    return {config_path(study.folder, point): run_fields(study, base, point), mixture_path(study.folder, point): mixture}
+
+
+def check_same_study(study: StudyConfig, base: Base, point: Point) -> None:
+    """Raise InputError where a run was begun with another configuration: its results would not belong to this study.
+
+    Names of its own files may differ: the study's folder can be moved.
+    """
+    folder = run_folder(study.folder, point)
+    if not has_begun(folder):
+        return
+    for path, fields in configuration(study, base, point).items():
+        repeat = f"use another folder, or remove {path} and {folder} to repeat it"
+        if not os.path.exists(path):
+            raise InputError(f"{path} is missing, so that {folder} may be a run of another study; {repeat}")
+        old = without_own_paths(read_fields(path))
+        different = first_difference(old, without_own_paths(fields))
+        if different is not None:
+            name, before, now = different
+            raise InputError(
+                f"{path}: {name} is {before}, {study.base} and the study ask for {now}; its run has begun: {repeat}"
+            )
+
+
+def without_own_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration without the paths within the study's folder; a mixture as it is."""
+    left = {name: value for name, value in fields.items() if name != "mixture"}
+    if isinstance(left.get("checkpoint"), dict):
+        left["checkpoint"] = {name: value for name, value in left["checkpoint"].items() if name != "save"}
+    return left
+
+
+def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The name of the first field that differs, with both values; paths are alike where they lead to the same place."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(i), before, now) for i, (before, now) in enumerate(zip(old, new, strict=True))]
+    elif old == new or (name.endswith((".prefix", ".load")) and os.path.realpath(str(old)) == os.path.realpath(str(new))):
+        return None
+    else:
+        return name, old, new
+    found = (first_difference(before, now, f"{name}.{key}".lstrip(".")) for key, before, now in pairs)
+    return next((different for different in found if different is not None), None)

@@ -20,10 +20,11 @@ FEWEST = 4  # pairs with results: below, points are spread over the ranges
 
 
 def propose(study: StudyConfig, results: Results, number: int, seed: int = 0) -> list[tuple[float, float]]:
-    """(ALMR, LR) pairs within the studied ranges that are not there yet.
+    """(ALMR, LR) pairs within the studied ranges that are not there yet, as runs or as what is to be run.
 
     What is looked for is the highest mean metric or, without scores, the lowest balanced loss, as for the frontier. Each
-    proposal is taken to come out as the surface says before the next one is made, so that they do not crowd in one place.
+    proposal is taken to come out as the surface says before the next one is made, so that they do not crowd in one place; so
+    are pairs that are to be run, as when a study was stopped before it had run what was proposed last.
 
     Raises:
         InputError: an axis has no range
@@ -52,13 +53,18 @@ def propose(study: StudyConfig, results: Results, number: int, seed: int = 0) ->
         search.add_trial(create_trial(params={"almr": almr, "lr": lr}, distributions=space, value=float(np.mean(values))))
     found: list[tuple[float, float]] = []
     known = {(point.almr, point.lr) for point in points(study)}
+
+    usual = float(np.mean([row[quantity] for row in rows])) if rows else 0.0
+
+    def expected(almr: float, lr: float) -> float:
+        return usual if surface is None else float(surface.mean(surface.scale.unit(np.array([almr]), np.array([lr])))[0])
+
+    for almr, lr in sorted(known - {(row["almr"], row["lr"]) for row in results.rows}):
+        search.add_trial(create_trial(params={"almr": almr, "lr": lr}, distributions=space, value=expected(almr, lr)))
     while len(found) < number:
         trial = search.ask(space)
         almr, lr = rounded(study, trial.params["almr"], trial.params["lr"])
-        value = 0.0
-        if surface is not None:
-            value = float(surface.mean(surface.scale.unit(np.array([almr]), np.array([lr])))[0])
-        search.tell(trial, value)
+        search.tell(trial, expected(almr, lr))
         if (almr, lr) in known | set(found):
             almr, lr = nudged(study, almr, lr, len(found) + seed)
         found.append((almr, lr))

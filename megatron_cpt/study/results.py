@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +14,11 @@ import pyarrow.parquet
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.outcome import read_outcome
-from megatron_cpt.study.points import Point, points, run_folder
+from megatron_cpt.study.outcome import OUTCOME, Outcome, read_outcome
+from megatron_cpt.study.points import Base, Point, check_same_study, points, run_folder
+from megatron_cpt.study.records import LEDGER, general_languages, planned_tokens, read_ledger, read_run_metrics
 from megatron_cpt.study.scores import START, read_all_scores
-from megatron_cpt.training.metrics_file import read_metrics
+from megatron_cpt.training.metrics_file import METRICS
 
 PARQUET, CSV = "results.parquet", "results.csv"
 MEAN_METRIC = "mean_metric"
@@ -50,24 +49,28 @@ class Results:
         return np.array([row[quantity] for row in self.last(quantity)], dtype=np.float64)
 
 
-def collect(study: StudyConfig) -> Results:
+def collect(study: StudyConfig, base: Base) -> Results:
     """Read what the runs have written.
 
     Raises:
-        InputError: no run has begun, or the mixture has no validation set of one of the two groups
+        InputError: no run has begun, one is of another study, a file is damaged or missing, or the mixture has no validation
+            set of one of the two groups
     """
     rows: list[dict[str, Any]] = []
     names: set[str] = set()
-    begun = [point for point in points(study) if os.path.exists(ledger_path(study, point))]
-    general = general_languages(ledger_path(study, point) for point in begun)
-    for point in begun:
-        of_run = run_rows(study, point, general)
+    ledgers = {point: ledger for point in points(study) if (ledger := ledger_of(study, base, point)) is not None}
+    general = set().union(*map(general_languages, ledgers.values()))
+    for point, ledger in ledgers.items():
+        of_run = run_rows(study, point, general, planned_tokens(ledger))
         for row in of_run:
             names |= row["scores"].keys()
         rows += of_run
     if not rows:
         raise InputError(f"{study.folder} has no results yet; use run first")
     scores = sorted(names)
+    taken = [name for name in scores if name in rows[0]]
+    if taken:
+        raise InputError(f"a score has the name {taken[0]}, which is a column of the results; have the command give another")
     wanted = study.scores.mean_of if study.scores is not None and study.scores.mean_of is not None else scores
     for name in wanted:
         if name not in scores and scores:
@@ -80,30 +83,36 @@ def collect(study: StudyConfig) -> Results:
     return Results(rows, scores, sorted({(point.almr, point.lr) for point in points(study)}))
 
 
-def ledger_path(study: StudyConfig, point: Point) -> str:
-    """What a run has read."""
-    return os.path.join(run_folder(study.folder, point), "ledger.json")
+def ledger_of(study: StudyConfig, base: Base, point: Point) -> dict[str, Any] | None:
+    """What a run reads; None: it has not begun.
+
+    Raises:
+        InputError: it is over and has none, or it was begun with another configuration
+    """
+    check_same_study(study, base, point)
+    folder = run_folder(study.folder, point)
+    begun = os.path.exists(os.path.join(folder, LEDGER)) or read_outcome(folder) is not None
+    return read_ledger(folder) if begun else None
 
 
-def general_languages(ledgers: Iterable[str]) -> set[str]:
-    """Languages of general corpora, of all runs together: one without any (ALMR 1) does not say."""
-    found = set()
-    for path in ledgers:
-        with open(path, encoding="utf-8") as file:
-            found |= {row["language"] for row in json.load(file)["planned"]["rows"] if row["group"] == "general"}
-    return found
-
-
-def run_rows(study: StudyConfig, point: Point, general: set[str]) -> list[dict[str, Any]]:
-    """The evaluations of one run."""
+def run_rows(study: StudyConfig, point: Point, general: set[str], length: int) -> list[dict[str, Any]]:
+    """The evaluations of one run of `length` tokens."""
     folder = run_folder(study.folder, point)
     outcome = read_outcome(folder)
-    metrics = read_metrics(folder)
+    metrics = read_run_metrics(folder)
     evaluations = [row for row in metrics if "validation" in row]
+    tokens = {0: 0} | {row["iteration"]: row["consumed_tokens"] for row in metrics if "consumed_tokens" in row}
+    check_evaluations(folder, outcome, [tokens.get(row["iteration"]) for row in evaluations], length)
     if not evaluations:
         return []
     groups = group_of_sets(general, evaluations[0]["validation"], folder)
-    tokens = {0: 0} | {row["iteration"]: row["consumed_tokens"] for row in metrics if "consumed_tokens" in row}
+    for evaluation in evaluations:
+        if evaluation["validation"].keys() != groups.keys():
+            sets = ", ".join(evaluation["validation"])
+            raise InputError(
+                f"{os.path.join(folder, METRICS)}: step {evaluation['iteration']} has validation sets {sets}; wanted those "
+                f"of step {evaluations[0]['iteration']}: {', '.join(groups)}"
+            )
     scores = read_all_scores(study.folder, START) | read_all_scores(study.folder, point.name)
     rows = []
     for evaluation in evaluations:
@@ -125,6 +134,22 @@ def run_rows(study: StudyConfig, point: Point, general: set[str]) -> list[dict[s
     for row in rows:
         row["balanced"] = balanced(row, rows[0])
     return rows
+
+
+def check_evaluations(folder: str, outcome: Outcome | None, tokens: list[int | None], length: int) -> None:
+    """Raise InputError where a run that is over has no evaluations, or a finished one none after its last step: lines of its
+    metrics.jsonl are lost.
+    """
+    if outcome is None:
+        return
+    path = os.path.join(folder, METRICS)
+    repeat = f"though {OUTCOME} says that the run has {outcome.kind}; remove {folder} to repeat it"
+    if not tokens or tokens[0] != 0:
+        raise InputError(f"{path} has no evaluation before step 1, {repeat}")
+    if None in tokens:
+        raise InputError(f"{path} lacks a step after which it has an evaluation, {repeat}")
+    if outcome.kind == "finished" and tokens[-1] != length:
+        raise InputError(f"{path} has its last evaluation at {tokens[-1] or 0:,} tokens; wanted one at {length:,}, {repeat}")
 
 
 def group_of_sets(general: set[str], sets: dict[str, Any], folder: str) -> dict[str, str]:

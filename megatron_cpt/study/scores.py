@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.checkpoint.convert import MegatronToHf, megatron_to_hf
-from megatron_cpt.checkpoint.layout import write_json
+from megatron_cpt.checkpoint.layout import iterations, write_json
 from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.outcome import StoppedError
 from megatron_cpt.study.points import Point, run_folder
+from megatron_cpt.study.records import is_number, read_json
 
 # Of lm-eval's results, which of a task's metrics is its score: the first of these that is there.
 LM_EVAL_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "rouge1", "rougeL", "bleu")
@@ -29,11 +30,11 @@ def measure_run(study: StudyConfig, point: Point, environment: dict[str, str], s
     Raises:
         StoppedError: `stop` is set; what is measured stays
     """
-    for checkpoint in sorted(Path(run_folder(study.folder, point)).glob("iter_*")):
+    folder = run_folder(study.folder, point)
+    for iteration, name in sorted(iterations(folder).items()):
         if stop.is_set():
             raise StoppedError
-        path = scores_path(study.folder, point.name, int(checkpoint.name.removeprefix("iter_")))
-        measure(study, str(checkpoint), path, environment)
+        measure(study, os.path.join(folder, name), scores_path(study.folder, point.name, iteration), environment)
 
 
 def scores_path(folder: str, name: str, iteration: int) -> str:
@@ -78,7 +79,13 @@ def read_scores(folder: str) -> dict[str, float]:
     files = sorted(Path(folder).rglob("*.json"), key=os.path.getmtime)
     if not files:
         raise RunError("the command for scores has left no .json file below {output}")
-    found = json.loads(files[-1].read_text(encoding="utf-8"))
+    text = files[-1].read_text(encoding="utf-8", errors="replace")
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise RunError(
+            f"the command for scores has left {text[:200]!r}, which is not JSON; it should be numbers by name"
+        ) from error
     if isinstance(found, dict) and isinstance(found.get("results"), dict):
         found = {task: lm_eval_score(task, metrics) for task, metrics in found["results"].items()}
     if not isinstance(found, dict) or not found or not all(map(is_number, found.values())):
@@ -86,13 +93,10 @@ def read_scores(folder: str) -> dict[str, float]:
     return {str(name): float(value) for name, value in found.items()}
 
 
-def is_number(value: Any) -> bool:
-    """JSON as Python reads it has NaN and Infinity, too."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def lm_eval_score(task: str, metrics: dict[str, Any]) -> float:
+def lm_eval_score(task: str, metrics: Any) -> float:
     """The score of a task: of lm-eval's "metric,filter" the first filter of the metric that is usual."""
+    if not isinstance(metrics, dict):
+        raise RunError(f"lm-eval's results for {task} are {str(metrics)[:200]}; they should be numbers by name")
     for wanted in LM_EVAL_METRICS:
         for name, value in metrics.items():
             if name.split(",")[0] == wanted and is_number(value):
@@ -104,7 +108,11 @@ def read_all_scores(folder: str, name: str) -> dict[int, dict[str, float]]:
     """iteration -> scores of one run."""
     found = {}
     for path in sorted(Path(folder, "scores", name).glob("iter_*.json")):
-        scores = json.loads(path.read_text())
+        if re.fullmatch(r"iter_\d+", path.stem) is None:
+            raise InputError(f"{path} is no name of scores; wanted iter_ and a number, such as iter_0000016.json")
+        scores = read_json(str(path), dict, "numbers by name")
+        if not scores:
+            raise InputError(f"{path} holds no scores; wanted numbers by name. Remove the file")
         for score, value in scores.items():
             if not is_number(value):
                 raise InputError(

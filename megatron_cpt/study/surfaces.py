@@ -7,13 +7,14 @@ something. Rasmussen and Williams, "Gaussian Processes for Machine Learning" (20
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
+from scipy.interpolate import LinearNDInterpolator
 from scipy.linalg import cho_solve, cholesky
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -24,6 +25,7 @@ from megatron_cpt.errors import InputError
 Array = npt.NDArray[np.float64]
 RESTARTS = 4  # of the search for the kernel's parameters
 SMOOTHNESS = 2.5  # Matern's nu: twice differentiable, so that gradients mean something
+DIAGONALS = np.array([[[1.0, 0.01], [0.01, 1.0]], [[1.0, -0.01], [-0.01, 1.0]]])  # shears: each makes one the shorter
 WIDTHS = (0.3, 0.1, 0.03, 0.01, 0.003)  # of warps that are tried, of the range of the values
 INTERVAL = (5.0, 95.0)  # per cent, of all intervals of a study
 
@@ -157,22 +159,19 @@ class Surface:
         diagonal, across = np.diag(covariance), np.diag(covariance[:m, m:])
         return np.sqrt(np.maximum(diagonal[:m] + diagonal[m:] - 2 * across, 0.0))
 
-    def samples(self, at: Array, number: int, seed: int, confidence: float = 0.5) -> Array:
-        """Surfaces that these runs leave possible, [number, m]; of each the bound (see `bound`) that it would be given."""
+    def inner_samples(self, at: Array, number: int, seed: int) -> Array:
+        """(Warped) surfaces that these runs leave possible, [number, m]: they differ by what noise hides, and by what nobody
+        knows between the points.
+        """
         covariance = self._covariance(at)
         covariance[np.diag_indices_from(covariance)] += 1e-8 * self.deviation**2
         normal = np.random.default_rng(seed).standard_normal((len(at), number))
-        center = self.inner_mean(at) + float(stats.norm.ppf(confidence)) * self.inner_std(at)
-        return self.outer(center + (cholesky(covariance, lower=True) @ normal).T)
+        return self.inner_mean(at) + (cholesky(covariance, lower=True) @ normal).T
 
-    def repetitions(self, at: Array, number: int, seed: int) -> Iterator[Array]:
-        """Warped surfaces [m] from runs that are measured again: the surface at their points plus noise, with the same
-        kernel.
-        """
-        random, expected, weights = np.random.default_rng(seed), self.inner_mean(self.points), self._weights(at)
-        for _ in range(number):
-            again = expected + self.inner_noise * random.standard_normal(len(expected))
-            yield self.center + weights @ (again - self.center)
+    def samples(self, at: Array, number: int, seed: int, confidence: float = 0.5) -> Array:
+        """The same, not warped, [number, m]; of each the bound (see `bound`) that it would be given."""
+        margin = float(stats.norm.ppf(confidence)) * self.inner_std(at)
+        return self.outer(self.inner_samples(at, number, seed) + margin)
 
     def left_out_errors(self) -> Array:
         """Of each run, by a surface that has seen no run of its pair (kernel fixed): section 5.4.2 of the book, in blocks.
@@ -234,6 +233,22 @@ def _fit(scale: Scale, points: Array, values: Array, warp: Warp | None) -> tuple
     likelihood = process.log_marginal_likelihood_value_ - len(values) * np.log(deviation) + stretched
     factor = cholesky(covariance, lower=True)
     return likelihood, Surface(scale, points, values, warp, smooth, noise, center, deviation, factor)
+
+
+def bound_between_pairs(surface: Surface, at: Array, confidence: float) -> Array:
+    """What the measured pairs around a place say, [m]: the bound of each pair, from its own runs and the noise of seeds
+    alone, and between these as straight lines go; nan beyond the outermost pairs.
+
+    Beside a cliff a smooth surface may dip below all that was measured around it; this does not. Of the triangles between
+    pairs of a regular grid there are two ways to choose (either diagonal of a rectangle): the higher one counts.
+    """
+    pairs, which, runs = np.unique(surface.points, axis=0, return_inverse=True, return_counts=True)
+    means = np.bincount(which, surface.inner(surface.values)) / runs
+    bounds = surface.outer(means + float(stats.norm.ppf(confidence)) * surface.inner_noise / np.sqrt(runs))
+    if np.linalg.matrix_rank(pairs - pairs[0], tol=1e-6) < 2:  # all on one line
+        return np.full(len(at), np.nan)
+    found = [LinearNDInterpolator(pairs @ sheared, bounds)(at @ sheared) for sheared in DIAGONALS]
+    return np.asarray(np.fmax(*found))
 
 
 def unit_grid(number: int) -> Array:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.commands import Choose, FitOptions, choose_command, fit_command
-from megatron_cpt.study.config import LimitsConfig, ScoresConfig, StudyConfig
+from megatron_cpt.study.config import LimitsConfig, LogRange, ScoresConfig, StudyConfig
 
 FIELDS: dict[str, Any] = {"base": "base.yaml", "folder": "study", "almr": [0.5], "lr": [1e-3], "train_tokens": 1000}
 
@@ -19,6 +19,12 @@ FIELDS: dict[str, Any] = {"base": "base.yaml", "folder": "study", "almr": [0.5],
         ({"almr": [0.2, 1.5]}, "almr is 1.5; use numbers from 0 to 1"),
         ({"almr": []}, r"almr is \[\]; use one or more different values"),
         ({"lr": [0.1, 0.1]}, r"lr is \[0.1, 0.1\]; use one or more different values"),
+        ({"lr": LogRange(1e-4, float("inf"), 3)}, "lr.max is inf; use a number above 0"),
+        ({"lr": LogRange(float("nan"), 1.0, 3)}, "lr.min is nan; use a number above 0 and below lr.max 1.0"),
+        ({"lr": LogRange(1e-4, float("nan"), 3)}, "lr.max is nan; use a number above 0"),
+        ({"lr": LogRange(1e-3, 1.001e-3, 5)}, "lr.number is 5; so many learning rates from 0.001 to 0.001001 are not all"),
+        ({"almr": [0.0, 0.5, 1.0], "lr": [1e-4, 1e-3], "starting_pairs": 3}, "starting_pairs is 3; use 4 to 6, the grid"),
+        ({"almr": [0.0, 0.5, 1.0], "lr": [1e-4, 1e-3], "starting_pairs": 7}, "starting_pairs is 7; use 4 to 6, the grid"),
         ({"lr": [0.0]}, "lr is 0.0; use numbers above 0"),
         ({"seeds": [-1]}, "seeds is -1; use 0 to"),
         ({"folder": ""}, "folder is ''; use a path"),

@@ -1,4 +1,4 @@
-"""What a study says as a whole, and what it refuses to say; the choice."""
+"""What a study says as a whole, and what it refuses to say."""
 
 from __future__ import annotations
 
@@ -7,22 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study_results import START, additional_loss, general_loss, make_results
+from study_results import make_results, tilted_metric
 
-from megatron_cpt.errors import InputError
-from megatron_cpt.study.choose import choose
 from megatron_cpt.study.fit import Fit, chance_of_flat, fit, write_fit
 from megatron_cpt.study.results import Results
 
 
-def metric(almr: float, lr: float) -> float:
-    """Best at ALMR 0.5 and a learning rate of 1e-3."""
-    return float(50 - 8 * (almr - 0.5 - 0.3 * (np.log10(lr) + 3)) ** 2 - 1.5 * (np.log10(lr) + 3) ** 2)
-
-
 @pytest.fixture(scope="module")
 def results() -> Results:
-    return make_results(metric)
+    return make_results(tilted_metric)
 
 
 @pytest.fixture(scope="module")
@@ -136,99 +129,3 @@ def test_a_slope_is_seen_with_hardly_any_second_seed(repeated: int) -> None:
     points = np.concatenate([points, points[:repeated]])
     sloped = [chance_of_flat(points, 4 * points[:, 0] + random.standard_normal(len(points))) for _ in range(100)]
     assert np.mean([p < 0.01 for p in sloped]) > 0.95
-
-
-def diverged_at(results: Results, almr: float, lr: float) -> Results:
-    """Without the pairs from these values on."""
-    gone = {row["run"] for row in results.rows if row["almr"] >= almr and row["lr"] >= lr}
-    rows = [row | {"outcome": "diverged", "last": False} if row["run"] in gone else row for row in results.rows]
-    return Results(rows, results.scores)
-
-
-def test_nothing_is_chosen_where_runs_have_diverged() -> None:
-    """The metric rises towards them, so that a surface promises most there."""
-    whole = make_results(lambda almr, lr: float(30 + 4 * almr + 2 * np.log10(lr)))
-    results = diverged_at(whole, 0.75, 3e-3)
-    choice = choose(results, fit(results, laws=False), max_general_rise=0.5, confidence=0.9, goal=None)
-    assert choice.almr < 0.65 or choice.lr < 2e-3
-    assert choice.almr_interval is not None
-    assert any(note.startswith("4 pairs have diverged or have not finished; places nearest") for note in choice.notes)
-    # So with those that have not begun
-    rows = [row for row in whole.rows if not (row["almr"] >= 0.75 and row["lr"] >= 3e-3)]
-    missing = Results(rows, whole.scores, sorted({(row["almr"], row["lr"]) for row in whole.rows}))
-    assert choose(missing, fit(missing, laws=False), 0.5, 0.9, None).almr == choice.almr
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_one_seed_is_not_asked_for_a_probability(seed: int) -> None:
-    results = make_results(metric, seeds=1, seed=seed, noise=0.01)
-    choice = choose(results, fit(results, laws=False), max_general_rise=0.02, confidence=0.9, goal="additional")
-    assert choice.chance is None
-    assert choice.almr_interval is None
-    assert any("every pair was run with one seed" in note for note in choice.notes)
-    assert (choice.almr, choice.lr) in {(row["almr"], row["lr"]) for row in results.rows}
-
-
-def test_a_pair_with_a_diverged_seed_is_no_measured_choice() -> None:
-    results = make_results(metric, seeds=2, almrs=(0.0, 0.5), rates=(1e-4, 1e-3))
-    best = choose(results, fit(results, laws=False), 0.5, 0.9, "additional")
-    name = f"almr{best.almr:g}_lr{best.lr:g}_seed2"
-    rows = [row | {"outcome": "diverged", "last": False} if row["run"] == name else row for row in results.rows]
-    other = Results(rows, results.scores)
-    again = choose(other, fit(other, laws=False), 0.5, 0.9, "additional")
-    assert (again.almr, again.lr) != (best.almr, best.lr)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_choice_is_in_its_intervals(seed: int) -> None:
-    results = make_results(metric, seed=seed, noise=0.01)
-    choice = choose(results, fit(results, laws=False), max_general_rise=0.01, confidence=0.95, goal="additional")
-    assert choice.almr_interval is not None
-    assert choice.lr_interval is not None
-    assert choice.almr_interval[0] <= choice.almr <= choice.almr_interval[1]
-    assert choice.lr_interval[0] <= choice.lr <= choice.lr_interval[1]
-    assert choice.almr_interval[0] < choice.almr_interval[1]
-
-
-def test_the_choice_keeps_the_limit(results: Results, fitted: Fit) -> None:
-    choice = choose(results, fitted, max_general_rise=0.01, confidence=0.9, goal="additional")
-    assert general_loss(choice.almr, choice.lr, 1.0) / START["general"] - 1 < 0.0125
-    assert choice.chance is not None
-    assert choice.chance >= 0.9
-    assert "The limit binds" in choice.reason
-    # No pair of a fine grid that keeps the limit is much better
-    pairs = [(almr, lr) for almr in np.linspace(0, 1, 41) for lr in np.geomspace(1e-4, 1e-2, 41)]
-    kept = [pair for pair in pairs if general_loss(*pair, 1.0) <= START["general"] * 1.01]
-    assert additional_loss(choice.almr, choice.lr, 1.0) < min(additional_loss(*pair, 1.0) for pair in kept) + 0.1
-    assert choice.almr_interval is not None
-    assert choice.almr_interval[0] <= choice.almr <= choice.almr_interval[1]
-
-
-def test_a_limit_that_does_not_bind(results: Results, fitted: Fit) -> None:
-    choice = choose(results, fitted, max_general_rise=0.5, confidence=0.9, goal=None)
-    assert choice.goal == "mean_metric"
-    assert "The limit does not bind" in choice.reason
-    assert choice.almr == pytest.approx(0.5, abs=0.08)
-    assert np.log10(choice.lr) == pytest.approx(-3, abs=0.2)
-    assert choice.almr_interval is not None
-    assert choice.lr_interval is not None
-    assert choice.almr_interval[0] <= 0.5 <= choice.almr_interval[1]
-    assert choice.lr_interval[0] <= 1e-3 <= choice.lr_interval[1]
-
-
-def test_a_limit_that_nothing_keeps(results: Results, fitted: Fit) -> None:
-    with pytest.raises(InputError, match=r"no pair keeps the general loss below 2\.7 .* with a rise of up to"):
-        choose(results, fitted, max_general_rise=-0.1, confidence=0.9, goal=None)
-
-
-def test_few_runs_are_compared_as_they_are() -> None:
-    few = make_results(almrs=(0.0, 0.5, 1.0), rates=(1e-4, 1e-3))
-    choice = choose(few, fit(few, laws=False), max_general_rise=0.02, confidence=0.9, goal=None)
-    assert (choice.almr, choice.lr) == (1.0, 1e-4)  # 0.5 and 1.0 at 1e-3 forget 3 and 7 %
-    assert choice.almr_interval is None
-    assert any("Only measured pairs were compared" in note for note in choice.notes)
-    assert any("learning rate is on the border" in note for note in choice.notes)
-    with pytest.raises(InputError, match="no run kept the general loss below"):
-        choose(few, fit(few, laws=False), max_general_rise=-0.2, confidence=0.9, goal=None)
-    with pytest.raises(InputError, match="goal is mean_metric, which the runs do not have"):
-        choose(few, fit(few, laws=False), max_general_rise=0.1, confidence=0.9, goal="mean_metric")

@@ -9,7 +9,7 @@ import pytest
 from study_results import ALMRS, RATES
 
 from megatron_cpt.errors import InputError
-from megatron_cpt.study.frontier import Axis, gradients, interpolated, loss_line, metric_frontier, steepest_curve
+from megatron_cpt.study.frontier import FIELD, Axis, gradients, interpolated, loss_line, metric_frontier, steepest_curve
 from megatron_cpt.study.surfaces import Surface, fit_surface, unit_grid
 
 A, B = 1.4, 0.3  # ALMR 0.2 at a learning rate of 1e-4, 0.8 at 1e-2
@@ -45,6 +45,30 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         line = metric_frontier(sampled(ridge, 0.15, seed), replicates=80)
         held += line.a_interval[0] <= A <= line.a_interval[1]
     assert held >= 24
+
+
+def lopsided(almr: np.ndarray, lr: np.ndarray) -> np.ndarray:
+    """Four times as steep above ALMR = 0.4 - 0.1 log10 LR as below."""
+    past = almr - 0.4 + 0.1 * np.log10(lr)
+    return 50 - np.where(past < 0, 5, 20) * past**2
+
+
+def narrow(almr: np.ndarray, lr: np.ndarray) -> np.ndarray:
+    """A bell about ALMR = 0.14 - 0.12 log10 LR, narrower than the ALMRs are apart."""
+    return 50 + 5 * np.exp(-(((almr - 0.14 + 0.12 * np.log10(lr)) / 0.2) ** 2))
+
+
+@pytest.mark.parametrize(("metric", "a", "b"), [(lopsided, 0.4, -0.1), (narrow, 0.14, -0.12)])
+def test_intervals_hold_what_is_unknown_between_the_ratios(
+    metric: Callable[[np.ndarray, np.ndarray], np.ndarray], a: float, b: float
+) -> None:
+    """Where five ALMRs are too few for the ridge, its line is off by more than the noise, and the interval says so."""
+    held = 0
+    for seed in range(6):
+        line = metric_frontier(sampled(metric, 0.15, seed), replicates=80)
+        assert line.refused is None
+        held += line.a_interval[0] <= a <= line.a_interval[1] and line.b_interval[0] <= b <= line.b_interval[1]
+    assert held >= 5
 
 
 def test_along_the_other_axis() -> None:
@@ -146,7 +170,7 @@ def test_the_loss_line_bends_to_the_valley() -> None:
 
 def test_the_descent_does_not_go_to_and_fro_at_the_bottom() -> None:
     """Across a narrow valley a step of fixed length would overshoot again and again; the curve turns into the valley."""
-    u, v = unit_grid(101).T
+    u, v = unit_grid(FIELD).T
     path = steepest_curve((v - 0.305) ** 2 + 0.01 * u)
     assert path is not None
     downhill = path[path[:, 1] <= 0.5]
@@ -168,8 +192,8 @@ def test_a_line_that_may_be_upright_has_no_interval() -> None:
 
 
 def test_gradients_are_those_of_the_function() -> None:
-    u, v = unit_grid(101).T
-    field = gradients((2 * v * v - 3 * u).reshape(101, 101))
+    u, v = unit_grid(FIELD).T
+    field = gradients((2 * v * v - 3 * u).reshape(FIELD, FIELD))
     for place in ((0.0, 0.0), (0.503, 0.251), (1.0, 1.0)):
         assert interpolated(field, np.array(place)) == pytest.approx([-3.0, 4 * place[1]], abs=1e-6)
 

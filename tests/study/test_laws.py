@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.errors import InputError
+from megatron_cpt.study.critical import CriticalRatio, predict_critical_ratios
 from megatron_cpt.study.laws import critical_ratio, fit_cmr, fit_d_cpt, held_out_error, predict, slopes
+from megatron_cpt.study.results import Results
 
 TRUE = np.array([2.0, 0.35, 0.4, 0.3, 0.25, 0.05, 0.6])  # E, B, eta, beta, C, epsilon, gamma
 # 5 ratios, 16 evaluations, 3 seeds
@@ -80,3 +82,56 @@ def test_a_tolerance_that_nothing_reaches() -> None:
     losses = np.full(len(TOKENS), 3.0)
     with pytest.raises(InputError, match=r"0 of 16 budgets have a critical mixture ratio .* 1\.0%; 4 are needed"):
         fit_cmr(TOKENS, RATIOS, losses, start=3.0, tolerance=0.01)
+
+
+def study_of_a_known_law(seeds: int = 3, seed: int = 0) -> Results:
+    """Runs whose losses cross 1 % at R = 0.9 - 0.3 T^0.5, up to 4 million tokens, each with an offset."""
+    random, rows = np.random.default_rng(seed), []
+    for number in range(seeds):
+        for almr in np.linspace(0, 1, 5):
+            of_run = 0.0005 * random.standard_normal()
+            for step, tokens in enumerate(np.linspace(0, 4e6, 13)):
+                loss = 3.0 * (1.01 + 0.05 * (almr - 0.9 + 0.3 * (tokens / 1e6) ** 0.5))
+                loss *= 1 + of_run + 0.0002 * random.standard_normal()
+                row = {"run": f"{almr}_{number}", "almr": almr, "lr": 1e-3, "seed": number, "outcome": "finished"}
+                losses = {"general": loss if step else 3.0, "mixed": loss}
+                rows.append(row | {"iteration": step, "tokens": round(tokens), "last": step == 12} | losses)
+    return Results(rows, [])
+
+
+def predicted(results: Results, tokens: int) -> CriticalRatio:
+    here = [row for row in results.rows if row["iteration"]]
+    columns = (np.array([row[name] for row in here], dtype=np.float64) for name in ("tokens", "almr", "general"))
+    law = fit_cmr(*columns, start=3.0, tolerance=0.01)
+    (found,) = predict_critical_ratios(results, {1e-3: law}, 0.01, tokens, replicates=30)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_budget_has_a_critical_ratio_with_an_interval(seed: int) -> None:
+    found = predicted(study_of_a_known_law(seed=seed), 2_000_000)
+    true = 0.9 - 0.3 * 2**0.5
+    assert found.ratio == pytest.approx(true, abs=0.02)
+    assert found.interval is not None
+    assert found.interval[0] - 0.01 < true < found.interval[1] + 0.01
+    assert found.interval[0] < found.ratio < found.interval[1]
+    assert found.notes == []
+
+
+def test_a_budget_beyond_the_runs_says_how_far_it_is() -> None:
+    results = study_of_a_known_law()
+    inside, beyond = predicted(results, 4_000_000), predicted(results, 8_000_000)
+    assert beyond.notes == ["extrapolated: 2 times the most tokens measured, 4,000,000"]
+    assert beyond.interval is not None
+    assert inside.interval is not None
+    assert np.ptp(beyond.interval) > 2 * np.ptp(inside.interval)
+    assert beyond.ratio == pytest.approx(0.9 - 0.3 * 8**0.5, abs=0.05)
+    (below,) = predicted(results, 100_000).notes
+    assert below == "extrapolated: 3.33 times below the fewest tokens that have a critical ratio, 333,333"
+    assert any(note.startswith("on the border of the studied ALMRs, 0 to 1") for note in predicted(results, 10**9).notes)
+
+
+def test_one_seed_gives_no_interval_of_a_critical_ratio() -> None:
+    found = predicted(study_of_a_known_law(seeds=1), 2_000_000)
+    assert found.interval is None
+    assert found.notes == ["no interval: too few seeds to say how far runs differ"]

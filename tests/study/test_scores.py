@@ -18,10 +18,12 @@ def test_scores_by_name_and_of_lm_eval(tmp_path: Path) -> None:
     assert read_scores(str(tmp_path)) == {"task": 0.4}
 
 
-@pytest.mark.parametrize("text", ['{"zh": NaN}', '{"zh": true}', '{"zh": "0.5"}', "{}", "[0.5]", '{"zh": Infinity}'])
+@pytest.mark.parametrize(
+    "text", ['{"zh": NaN}', '{"zh": true}', '{"zh": "0.5"}', "{}", "[0.5]", "no JSON", '{"zh": Infinity}']
+)
 def test_what_is_no_score(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(RunError, match="it should be numbers by name"):
+    with pytest.raises(RunError, match=r"it should be numbers by name|which is not JSON"):
         read_scores(str(tmp_path))
 
 
@@ -30,6 +32,10 @@ def test_a_file_that_was_spoiled(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "iter_0000003.json").write_text('{"zh": 0.5}')
     assert read_all_scores(str(tmp_path), "run") == {3: {"zh": 0.5}}
+    for text in ("", "[]", "{}"):
+        (folder / "iter_0000003.json").write_text(text)
+        with pytest.raises(InputError, match=r"iter_0000003\.json .*numbers by name"):
+            read_all_scores(str(tmp_path), "run")
     (folder / "iter_0000003.json").write_text('{"zh": NaN}')
     with pytest.raises(InputError, match=r"iter_0000003\.json: zh is nan; wanted a number"):
         read_all_scores(str(tmp_path), "run")

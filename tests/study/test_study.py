@@ -182,6 +182,31 @@ def test_the_plan_knows_what_was_done_and_proposes_more(whole: Path) -> None:
     assert len(proposed) == 2
 
 
+@pytest.mark.slow
+def test_a_study_that_begins_with_a_part_of_its_grid(runs: Runs) -> None:
+    """The corners, killed and gone on with; then a pair where it tells most, as often as one likes."""
+    grid = {"almr": [0.2, 0.4, 0.6], "lr": [1e-3, 2e-3, 4e-3], "starting_pairs": 4}
+    path = write_study(runs, "adaptive", scores=None, train_tokens=TOKENS // 4, **grid)
+    folder = runs.folder / "adaptive"
+    command = [sys.executable, str(ROOT / "tools" / "almr_study.py"), "run", "--config", str(path)]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("runs/*/outcome.json")):
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    study("run", path)
+    assert {over.parent.name for over in folder.glob("runs/*/outcome.json")} == {
+        f"almr{almr}_lr{lr}_seed1" for almr in (0.2, 0.6) for lr in (0.001, 0.004)
+    }
+    for number in (5, 6):
+        assert f"{number} runs of 6 steps" in study("plan", path, "--adaptive", "1").stderr
+        assert f"1 of {number} runs to do" in study("run", path).stderr
+    assert "0 of 6 runs to do" in study("run", path).stderr
+
+
 def test_scores_asked_for_too_late_are_said_to_be_missing(runs: Runs) -> None:
     path = write_study(runs, "late", almr=[0.5], lr=[1e-3], scores=None)
     study("run", path)
@@ -199,7 +224,7 @@ def test_another_base_is_another_study(whole: Path, runs: Runs) -> None:
     other = write_yaml(runs.folder / "other-base.yaml", base)
     result = study("run", whole, "--base", other, check=False)
     assert result.returncode == 2
-    assert "is not what" in result.stderr
+    assert "optimizer.weight_decay is " in result.stderr
     assert "use another folder" in result.stderr
 
 
@@ -219,7 +244,7 @@ def test_wrong_studies_are_refused(runs: Runs) -> None:
 
 def test_an_interrupted_study_saves_its_runs(runs: Runs) -> None:
     """SIGTERM: the run under way saves and ends; the same command goes on from there."""
-    path = write_study(runs, "stopped", almr=[0.5], lr=[1e-3], train_tokens=40 * TOKENS, scores=None)
+    path = write_study(runs, "stopped", almr=[0.5], lr=[1e-3], train_tokens=10 * TOKENS, scores=None)
     command = [sys.executable, str(ROOT / "tools" / "almr_study.py"), "run", "--config", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     folder = runs.folder / "stopped" / "runs" / "almr0.5_lr0.001_seed1"
@@ -234,6 +259,14 @@ def test_an_interrupted_study_saves_its_runs(runs: Runs) -> None:
     assert "the runs have saved; the same command goes on" in errors
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
     assert (folder / "latest_checkpointed_iteration.txt").exists()
+    # Its folder may be moved meanwhile
+    moved = runs.folder / "moved"
+    os.rename(runs.folder / "stopped", moved)
+    study("run", path, "--folder", str(moved))
+    folder = moved / "runs" / folder.name
+    assert json.loads((folder / "outcome.json").read_text())["kind"] == "finished"
+    assert [row["iteration"] for row in read_rows(folder) if "loss" in row] == list(range(1, 24 * 10 + 1))
+    assert not (runs.folder / "stopped").exists()
 
 
 # Does the array's tasks one after another, as SLURM would in some order.

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_results import ALMRS, RATES
 
-from megatron_cpt.study.surfaces import Surface, Warp, fit_surface, unit_grid
+from megatron_cpt.study.surfaces import Surface, Warp, bound_between_pairs, fit_surface, unit_grid
 
 
 def forgetting(almr: np.ndarray, lr: np.ndarray) -> np.ndarray:
@@ -74,3 +74,17 @@ def test_the_deviation_of_a_difference() -> None:
     at, other = np.array([[0.2, 0.4]]), np.array([[0.9, 0.1]])
     drawn = surface.samples(np.concatenate([at, other]), 4000, 0)
     assert surface.std_of_difference(at, other)[0] == pytest.approx((drawn[:, 0] - drawn[:, 1]).std(), rel=0.05)
+
+
+def test_between_pairs_the_higher_diagonal_counts() -> None:
+    """One corner of a rectangle is high: linear between all three ways to it; at the pairs what they measured."""
+    almr, lr = (part.ravel() for part in np.meshgrid(ALMRS, RATES))
+    random, high = np.random.default_rng(0), (almr == 1.0) & (lr == max(RATES))
+    surface = fit_surface(almr, lr, 3 + high + 1e-4 * random.standard_normal(len(almr)), loss=True)
+    bound = bound_between_pairs(surface, unit_grid(17), 0.5).reshape(17, 17)
+    assert bound[::4, ::4].T.ravel() == pytest.approx(surface.values, abs=1e-3)
+    assert bound[14, 14] == pytest.approx(3.5, abs=1e-2)
+    assert [bound[16, 13], bound[13, 16]] == pytest.approx([3.25, 3.25], abs=1e-2)
+    assert bound[14, 13] == pytest.approx(3.25, abs=1e-2)
+    higher = bound_between_pairs(surface, unit_grid(17), 0.95)
+    assert (higher >= bound.ravel()).all()
