@@ -170,7 +170,7 @@ class Harness:
     """lm-eval on one model."""
 
     def __init__(self, model: str, catalog: Catalog, batch_size: int, chat: bool, device: str, spread: bool = False) -> None:
-        """`model`: HF folder, loaded when it is first asked; `chat`: by its template; `spread`: over all GPUs, no `device`."""
+        """`model`: HF folder, loaded when it is first asked; `chat`: by its template; `spread`: over all GPUs."""
         self._catalog, self._chat = catalog, chat
         self._options = {"pretrained": model, "batch_size": batch_size, "device": device, "parallelize": spread}
         self._options |= {"trust_remote_code": False}
