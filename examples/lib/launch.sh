@@ -11,7 +11,7 @@ NODES=${NODES:-1}
 RANKS_PER_NODE=${RANKS_PER_NODE:-1}       # processes of training: one for each GPU
 GPUS_PER_NODE=${GPUS_PER_NODE:-0}         # 0: on CPU, over gloo
 CPUS_PER_RANK=${CPUS_PER_RANK:-1}
-TIME=${TIME:-}                            # hours:minutes:seconds; empty: what the partition gives
+TIME=${TIME:-}                            # hours:minutes:seconds, or as sbatch takes it; empty: what the partition gives
 PARTITION=${PARTITION:-}
 ACCOUNT=${ACCOUNT:-}
 DEPENDENCY=${DEPENDENCY:-}                # as in afterok:1234
@@ -80,6 +80,20 @@ check_settings() {
   [[ $LAUNCHER != accelerate || -f $ACCELERATE ]] || refuse "ACCELERATE is '$ACCELERATE'; wanted accelerate's configuration"
   [[ $CONTAINER_RUNTIME == pyxis || $CONTAINER_RUNTIME == apptainer ]] ||
     refuse "CONTAINER_RUNTIME is '$CONTAINER_RUNTIME'; wanted pyxis or apptainer"
+  [[ $JOB_NAME != */* ]] || refuse "JOB_NAME is '$JOB_NAME'; wanted a name without /, since logs are called by it"
+  [[ -z $TIME || ${TIME,,} =~ ^(unlimited|infinite|([0-9]+-)?[0-9]+(:[0-9]+){0,2})$ ]] ||
+    refuse "TIME is '$TIME'; wanted hours:minutes:seconds, or as sbatch takes it"
+}
+
+# seconds_of LIMIT: in seconds what sbatch takes as a limit: [days-]hours[:minutes[:seconds]], minutes[:seconds] without days and
+# with less than two colons; 0 if there is none
+seconds_of() {
+  local days=0 clock=${1##*-} hours minutes seconds
+  [[ $1 =~ ^[0-9] ]] || { echo 0; return; }
+  [[ $1 != *-* ]] || days=${1%-*}
+  [[ $1 == *-* || $clock == *:*:* ]] || clock=0:$clock
+  IFS=: read -r hours minutes seconds <<<"$clock"
+  echo $((((10#$days * 24 + 10#$hours) * 60 + 10#${minutes:-0}) * 60 + 10#${seconds:-0}))
 }
 
 # --- Submitting ----------------------------------------------------------------------------------------------------------
@@ -115,11 +129,14 @@ check_run() {
 
 # launch TOOL OPTION...: a tool on all ranks
 launch() {
+  local limit
   check_settings
   [ -n "$SAVE" ] || refuse "SAVE is empty; wanted the run's folder"
   if ((GPUS_PER_NODE > 0 && GPUS_PER_NODE != RANKS_PER_NODE)); then
     refuse "GPUS_PER_NODE is $GPUS_PER_NODE and RANKS_PER_NODE $RANKS_PER_NODE; wanted the same number, or GPUS_PER_NODE 0"
   fi
+  limit=$(seconds_of "$TIME")
+  ((limit == 0 || SIGNAL_SECONDS < limit)) || refuse "SIGNAL_SECONDS is $SIGNAL_SECONDS and TIME $TIME; wanted less than that"
   if in_job; then run_ranks "$@"; else submit_ranks "$@"; fi
 }
 
@@ -217,7 +234,8 @@ run_ranks() {
   mkdir -p "$RANK_LOGS"
   count_stalled_restarts
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) RANKS_PER_NODE
+  # Below 32768, where the kernel takes ports for connections.
+  export MASTER_ADDR=${hosts[0]} MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) RANKS_PER_NODE
   # shellcheck disable=SC2016  # expanded by torchrun; srun --label writes the same
   export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='${rank}: '
   rank_command "$@"

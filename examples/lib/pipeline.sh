@@ -9,8 +9,10 @@ refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
 for name in CONFIG SAVE TOOL JOB_NAME SCRIPT LAUNCHER; do
   [ -z "${!name:-}" ] || refuse "$name is '${!name}', which is of one stage; start the stage's own script with it"
 done
+read -rd '' -a wanted <<<"$STAGES" || true  # also of several lines
+STAGES="${wanted[*]}"
 [ -n "$STAGES" ] || refuse "STAGES is empty; wanted some of ${ALL[*]}"
-for name in $STAGES; do
+for name in "${wanted[@]}"; do
   [[ " ${ALL[*]} " == *" $name "* ]] || refuse "STAGES has '$name'; wanted some of ${ALL[*]}"
 done
 
@@ -43,9 +45,12 @@ submit_stages() {
   CONFIG=$HERE/evaluate_chat.yaml stage evaluate_chat evaluate.sh dpo
 }
 
-# What one stage would refuse is refused before any is queued.
+# What one stage would refuse is refused before any is queued. The stage's last words, which may be a traceback's, say why.
 if [ "$DRY_RUN" = 0 ]; then
-  refusal=$(DRY_RUN=1 submit_stages 2>&1 >/dev/null) || { grep '^error: ' <<<"$refusal" | head -n 1 >&2; exit 2; }
+  refusal=$(DRY_RUN=1 submit_stages 2>&1 >/dev/null) || {
+    cause=$(tail -n 2 <<<"$refusal" | head -n 1)
+    refuse "${cause#error: }"
+  }
 fi
 submit_stages
 printf 'stage          job\n%s' "$graph"

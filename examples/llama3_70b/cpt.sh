@@ -14,7 +14,7 @@
 #SBATCH --signal=B:USR1@600
 set -euo pipefail
 SCRIPT=$(realpath "$0")
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$SCRIPT")/../..}"
+[[ $0 == */slurm_script ]] || cd "$(dirname "$SCRIPT")/../.."   # a job begins there
 
 RECIPE=${RECIPE:-cpt}                # cpt: the paper's; cpt_8k, cpt_8k_fp8: as one would set it up today
 CONFIG=${CONFIG:-examples/llama3_70b/$RECIPE.yaml}

@@ -3,7 +3,7 @@
 # Variables: below, and in examples/lib/launch.sh.
 set -euo pipefail
 SCRIPT=$(realpath "$0")
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$SCRIPT")/../..}"
+[[ $0 == */slurm_script ]] || cd "$(dirname "$SCRIPT")/../.."   # a job begins there
 
 CONFIG=${CONFIG:-examples/llama3_8b/convert.yaml}
 CPUS_PER_RANK=${CPUS_PER_RANK:-16}

@@ -13,7 +13,7 @@
 #SBATCH --signal=B:USR1@600
 set -euo pipefail
 SCRIPT=$(realpath "$0")
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$SCRIPT")/../..}"
+[[ $0 == */slurm_script ]] || cd "$(dirname "$SCRIPT")/../.."   # a job begins there
 
 CONFIG=${CONFIG:-examples/llama3_8b/sft.yaml}
 SAVE=${SAVE:-runs/llama3-8b/sft}

@@ -11,7 +11,7 @@
 #SBATCH --signal=B:USR1@300
 set -euo pipefail
 SCRIPT=$(realpath "$0")
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$SCRIPT")/../..}"
+[[ $0 == */slurm_script ]] || cd "$(dirname "$SCRIPT")/../.."   # a job begins there
 
 NODES=${NODES:-2}
 RANKS_PER_NODE=${RANKS_PER_NODE:-2}

@@ -113,10 +113,12 @@ def test_another_recipe() -> None:
         ("8b/dpo", {"CHECK": "1"}, "runs/llama3-8b/sft/hf"),
         ("8b/evaluate", {"CHECK": "1"}, "raw/valid/en.jsonl: no such file"),
         ("70b/evaluate", {"GPUS_PER_NODE": "1"}, "in bf16 take 131.4 GiB of the 79.2 GiB of 1 x a100-80g; use device_map"),
+        ("8b/evaluate", {"GPUS_PER_NODE": "one"}, "GPUS_PER_NODE is 'one'; wanted a whole number, 0 or more"),
         ("8b/preprocess", {"CHECK": "1"}, "raw/en_dolma/* is not there; wanted it, CORPORA without en_dolma, or CHECK=0"),
         ("8b/preprocess", {"CORPORA": " "}, "CORPORA is empty"),
         ("8b/preprocess", {"PARTS": "0"}, "PARTS is '0'; wanted a whole number above 0"),
         ("8b/pipeline", {"SAVE": "runs/x"}, "SAVE is 'runs/x', which is of one stage"),
+        ("8b/pipeline", {"STAGES": " "}, "STAGES is empty; wanted some of preprocess convert cpt"),
         ("8b/pipeline", {"STAGES": "cpt sftt"}, "STAGES has 'sftt'; wanted some of preprocess convert cpt"),
     ],
 )
@@ -158,6 +160,22 @@ def test_what_is_submitted_waits_for_jobs_by_number(sbatch: Path, tmp_path: Path
     done = start(script("8b", "pipeline"), STAGES="export sft evaluate", MODEL="70B", **variables)
     assert_refused(done, "the weights of 70B in bf16 take 131.4 GiB")
     assert not (sbatch / "calls").exists(), "export was submitted though a later stage is refused"
+
+
+def test_stages_may_stand_in_lines_of_their_own() -> None:
+    done = start(script("8b", "pipeline"), STAGES="convert\n  preprocess\n")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["stage", "preprocess", "convert"]
+
+
+def test_why_a_stage_cannot_be_tried(sbatch: Path, tmp_path: Path) -> None:
+    """Its check ends with a traceback, as where the project is not installed; nothing is submitted."""
+    python = tmp_path / "bin/python"
+    python.write_text("#!/bin/sh\necho Traceback >&2; echo 'ModuleNotFoundError: torch' >&2; exit 1\n")
+    python.chmod(0o755)
+    done = start(script("8b", "pipeline"), DRY_RUN="0", PATH=f"{sbatch}:/usr/bin:/bin", LOGS=str(tmp_path))
+    assert_refused(done, "error: ModuleNotFoundError: torch")
+    assert not (sbatch / "calls").exists()
 
 
 def test_scripts_of_both_sizes_are_alike() -> None:

@@ -69,6 +69,9 @@ def test_torchrun_and_containers_in_a_dry_run(runs: Runs) -> None:
         ({"LAUNCHER": "mpirun"}, "LAUNCHER is 'mpirun'; wanted srun, torchrun or accelerate"),
         ({"REQUEUE": "yes"}, "REQUEUE is 'yes'; wanted 0 or 1"),
         ({"LAUNCHER": "accelerate"}, "ACCELERATE is ''; wanted accelerate's configuration"),
+        ({"TIME": "soon"}, "TIME is 'soon'; wanted hours:minutes:seconds"),
+        ({"TIME": "00:05:00"}, "SIGNAL_SECONDS is 300 and TIME 00:05:00; wanted less than that"),
+        ({"JOB_NAME": "runs/a"}, "JOB_NAME is 'runs/a'; wanted a name without /"),
         ({"CONTAINER_RUNTIME": "docker"}, "CONTAINER_RUNTIME is 'docker'; wanted pyxis or apptainer"),
         ({"GPUS_PER_NODE": "8"}, "GPUS_PER_NODE is 8 and RANKS_PER_NODE 2; wanted the same number, or GPUS_PER_NODE 0"),
         ({"DRY_RUN": "0", "CONFIG": "tiny"}, "sbatch is not there; wanted a machine that submits to SLURM, or DRY_RUN=1"),
@@ -86,6 +89,28 @@ def test_what_is_refused(variables: dict[str, str], message: str, runs: Runs) ->
     if variables.get("DRY_RUN") == "0" and Path("/usr/bin/sbatch").exists():
         pytest.skip("sbatch is there")
     assert_refused(dry_run(**variables), message)
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("2", 120), ("2:05", 125), ("08:09:10", 29350), ("1-2", 93600), ("1-2:3", 93780), ("1-2:3:4", 93784), ("UNLIMITED", 0)],
+)
+def test_a_time_limit_in_seconds(limit: str, seconds: int) -> None:
+    """As sbatch reads it; 0: there is none."""
+    source = f"source {ROOT}/examples/lib/launch.sh; seconds_of {limit}"
+    done = subprocess.run(["bash", "-euc", source, str(CPT)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == seconds
+
+
+def test_from_a_shell_of_salloc(runs: Runs, tmp_path: Path) -> None:
+    """Where SLURM has set its variables, and the folder is another."""
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = start(CPT, CONFIG=runs.configure("dry", Layout(tp=2, dp=2)), cwd=tmp_path, **allocation)
+    assert (done.returncode, done.stdout) == (0, "quickstart-cpt\n"), done.stderr
+
+
+def test_the_quickstart_fetches_nothing_for_a_wrong_variable() -> None:
+    assert_refused(dry_run(CPT.parent / "quickstart.sh", DRY_RUN="yes"), "DRY_RUN is 'yes'; wanted 0 or 1")
 
 
 def test_the_chain_of_the_quickstart() -> None:
