@@ -285,15 +285,28 @@ give_up() {
   exit 1
 }
 
+# insist COMMAND...: up to five times; SLURM's controller may be busy, or start anew
+insist() {
+  local try
+  for try in 1 2 3 4 5; do
+    "$@" && return
+    say "try $try of 5 failed: $*"
+    sleep 5
+  done
+  return 1
+}
+
 requeue() {
+  local state
   # A job that somebody has cancelled would come back to life; one whose node has failed is queued again already.
-  [ "$(squeue --noheader --job "$SLURM_JOB_ID" --format=%T)" = RUNNING ] || {
+  state=$(insist squeue --noheader --job "$SLURM_JOB_ID" --format=%T) || true
+  [ "${state:-RUNNING}" = RUNNING ] || {
     say "SLURM ends this job itself: not queued again from here"
     exit 1
   }
   if [ "$(newest_step)" = "$FIRST_STEP" ] && ((STALLED >= MAX_STALLED_RESTARTS)); then give_up; fi
   say "queued again, to go on from step $(newest_step)"
-  scontrol requeue "$SLURM_JOB_ID" || exit 1
+  insist scontrol requeue "$SLURM_JOB_ID" || { say "SLURM does not queue it again: submit it anew"; exit 1; }
   exit 0
 }
 
@@ -321,7 +334,11 @@ settle() {
   fi
   ((status == 0)) || summary "$status"
   say "stopped at step $(newest_step): ${reason:-$asked}"
-  if [ "$REQUEUE" = 0 ] || [[ -z $asked && $reason == *stop_now* ]]; then exit 0; fi
+  if [[ -z $asked && $reason == *stop_now* ]]; then exit 0; fi
+  if [ "$REQUEUE" = 0 ]; then
+    say "not queued again (REQUEUE 0), and not finished: status 1, or what waits for it would start"
+    exit 1
+  fi
   requeue
 }
 
@@ -342,7 +359,7 @@ summary() {
   rank=$(sed -nE 's/^(rank|.*: tasks?) ([0-9]+).*/\2/p' <<<"$first")
   {
     echo "--- job $SLURM_JOB_ID failed with status $1 at step $(newest_step)"
-    echo "$first"
+    echo "${first:-neither srun nor a rank says why}"
     first_error "${rank:-0}"
     echo "--- whole logs: $RANK_LOGS; of each rank but the first also $SAVE/logs"
   } >&2
