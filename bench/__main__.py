@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench import convert, loader, preprocess, train
+from bench import convert, gpu, loader, preprocess, train
 from bench.row import Row
 
-GROUPS = (preprocess, loader, train, convert)
+GROUPS = (preprocess, loader, train, convert, gpu)
 
 
 def main() -> None:

@@ -84,7 +84,8 @@ def against_peers(model: str, kinds: Sequence[str], names: dict[str, str]) -> It
 def in_turn(model: str, kinds: Sequence[str], threads: int | None = None) -> dict[str, list[float]]:
     """Seconds of every step that counts, by contender; the same place in each list is the same turn."""
     with ExitStack() as stack:
-        contenders = {kind: stack.enter_context(Contender(model, kind, threads)) for kind in kinds}
+        folder, batch = WORK / "train" / FOLDERS[model], BATCH[model]
+        contenders = {kind: stack.enter_context(Contender(folder, batch, kind, threads)) for kind in kinds}
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for number in range(1 + -(-STEPS // (TURN - 1))):
             order = list(kinds)[number % len(kinds) :] + list(kinds)[: number % len(kinds)]
@@ -96,12 +97,22 @@ def in_turn(model: str, kinds: Sequence[str], threads: int | None = None) -> dic
 
 
 class Contender:
-    """A process that takes a step when told to."""
+    """A process that takes a step when told to.
 
-    def __init__(self, model: str, kind: str, threads: int | None = None) -> None:
-        seq_length, micro, batch = BATCH[model]
-        folder = WORK / "train" / FOLDERS[model]
-        command = [sys.executable, "-m", "bench.train_contender", kind, str(folder), str(seq_length), str(micro), str(batch)]
+    Args:
+        folder: with hf/, megatron/ and mixture.yaml
+        batch: seq_length, micro-batch, global batch
+        options: of bench/train_contender.py
+
+    Attributes:
+        peak: highest memory use so far, bytes; on a GPU what torch has allocated there
+    """
+
+    def __init__(
+        self, folder: Path, batch: tuple[int, int, int], kind: str, threads: int | None = None, options: Sequence[str] = ()
+    ) -> None:
+        self.peak = 0
+        command = [sys.executable, "-m", "bench.train_contender", kind, str(folder), *map(str, batch), *options]
         environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
         pipe = subprocess.PIPE
         log = open(folder / f"{kind}.log", "w", encoding="utf-8")  # noqa: SIM115 (closed below)
@@ -126,7 +137,9 @@ class Contender:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("seconds "):
-                return float(line.split()[1])
+                _, seconds, _, peak = line.split()
+                self.peak = int(peak)
+                return float(seconds)
         sys.exit(f"error: {' '.join(map(str, self.process.args))} ended: {Path(self.log.name).read_text()[-3000:]}")  # type: ignore[arg-type]
 
     def __exit__(self, *exc_info: object) -> None:

@@ -1,17 +1,20 @@
 """One contender of bench/train.py: python -m bench.train_contender KIND FOLDER SEQ_LENGTH MICRO_BATCH GLOBAL_BATCH.
 
-Takes a step for each line on stdin and says how long it took. FOLDER holds hf/, megatron/ and mixture.yaml; all contenders
-train the same model on the same samples in fp32 with AdamW and clipping, the loss averaged over the global batch.
+Takes a step for each line on stdin and says how long it took and what memory it has needed. FOLDER holds hf/, megatron/ and
+mixture.yaml; all contenders train the same model on the same samples with AdamW and clipping, the loss averaged over the
+global batch: in fp32, or with --bf16 in bf16. With --packed ours keeps attention within documents.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 LR, WEIGHT_DECAY, BETAS, CLIP = 1e-5, 0.01, (0.9, 0.95), 1.0
 MANY = 100_000  # steps: the harness ends the process
@@ -24,16 +27,34 @@ class Gate:
         self.since: float | None = None
 
     def __call__(self) -> None:
+        import torch
+
+        from megatron_cpt.platforms import current_platform
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # what is queued belongs to this step
         seconds = 0.0 if self.since is None else time.perf_counter() - self.since
-        print(f"seconds {seconds}", flush=True)
+        print(f"seconds {seconds} peak {current_platform().peak_memory_bytes()}", flush=True)
         if not sys.stdin.readline():
             sys.exit()
         self.since = time.perf_counter()
 
 
-def ours(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> None:
+@dataclass(frozen=True)
+class Task:
+    """What all contenders are given."""
+
+    folder: Path
+    seq_length: int
+    micro: int
+    batch: int
+    dtype: Literal["fp32", "bf16"]
+    packed: bool
+
+
+def ours(task: Task, gate: Gate) -> None:
     """tools/pretrain_cpt.py's function; the gate is where it logs a step."""
-    from megatron_cpt.config.run import CheckpointConfig, OptimizerConfig, RunConfig, TrainingConfig
+    from megatron_cpt.config.run import CheckpointConfig, DataConfig, OptimizerConfig, RunConfig, TrainingConfig
     from megatron_cpt.training.log import RunLog
     from megatron_cpt.training.pretrain import setup
 
@@ -48,15 +69,18 @@ def ours(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> N
     with tempfile.TemporaryDirectory() as save:
         setup(
             RunConfig(
-                mixture=str(folder / "mixture.yaml"),
-                checkpoint=CheckpointConfig(load=str(folder / "megatron"), save=save),
-                training=TrainingConfig(MANY, micro_batch_size=micro, global_batch_size=batch),
+                mixture=str(task.folder / "mixture.yaml"),
+                checkpoint=CheckpointConfig(load=str(task.folder / "megatron"), save=save),
+                training=TrainingConfig(
+                    MANY, micro_batch_size=task.micro, global_batch_size=task.batch, params_dtype=task.dtype
+                ),
+                data=DataConfig(reset_attention_mask=task.packed),
                 optimizer=OptimizerConfig(lr=LR, weight_decay=WEIGHT_DECAY, adam_beta1=BETAS[0], adam_beta2=BETAS[1]),
             )
         )
 
 
-def bare(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> None:
+def bare(task: Task, gate: Gate) -> None:
     """megatron-core's forward-backward function and optimizer step on batches that are there already."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -68,16 +92,18 @@ def bare(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> N
 
     with tempfile.TemporaryDirectory() as save:
         config = RunConfig(
-            mixture=str(folder / "mixture.yaml"),
-            checkpoint=CheckpointConfig(load=str(folder / "megatron"), save=save),
-            training=TrainingConfig(MANY, micro_batch_size=micro, global_batch_size=batch),
+            mixture=str(task.folder / "mixture.yaml"),
+            checkpoint=CheckpointConfig(load=str(task.folder / "megatron"), save=save),
+            training=TrainingConfig(
+                MANY, micro_batch_size=task.micro, global_batch_size=task.batch, params_dtype=task.dtype
+            ),
         )
         run = check_run(config, 1)
     with process_groups(config.parallel, 1) as ranks:
-        chunks, optimizer = build(config, run.llama, seq_length, ranks)
+        chunks, optimizer = build(config, run.llama, task.seq_length, ranks)
         load_checkpoint(run.start_from, unwrap(chunks))
         optimizer.reload_model_params()
-        steps = batches(folder, micro, batch)
+        steps = batches(task)
 
         def forward(iterator: Iterator[Any], module: Any) -> Any:
             tokens = next(iterator)
@@ -104,25 +130,31 @@ def bare(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> N
                 data_iterator=iter(microbatches),
                 model=chunks,
                 num_microbatches=len(microbatches),
-                seq_length=seq_length,
-                micro_batch_size=micro,
+                seq_length=task.seq_length,
+                micro_batch_size=task.micro,
                 forward_only=False,
             )
             optimizer.step()
 
 
-def transformers_loop(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> None:
-    """What one writes by hand: transformers' model and loss, torch's fused AdamW, gradient accumulation, clipping."""
+def transformers_loop(task: Task, gate: Gate) -> None:
+    """What one writes by hand: transformers' model and loss, torch's fused AdamW, gradient accumulation, clipping.
+
+    With bf16 everything is in bf16, weights and moments too: less memory and work than ours, which keeps both in fp32.
+    """
     import torch
     from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    from megatron_cpt.platforms.devices import device_type
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[task.dtype]
+    model = LlamaForCausalLM.from_pretrained(task.folder / "hf", dtype=dtype).to(device_type())
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), LR, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    for microbatches in batches(folder, micro, batch):
+    for microbatches in batches(task):
         gate()
         for tokens in microbatches:
-            (model(**inputs(tokens)).loss / len(microbatches)).backward()
+            (model(**inputs(tokens.to(device_type()))).loss / len(microbatches)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -134,14 +166,16 @@ def inputs(tokens: Any) -> dict[str, Any]:
     return {"input_ids": tokens[..., :-1], "labels": targets, "shift_labels": targets}
 
 
-def trainer(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -> None:
+def trainer(task: Task, gate: Gate) -> None:
     """The HF Trainer with its defaults."""
     import torch
     from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+    from megatron_cpt.platforms.devices import device_type
+
     class Samples(torch.utils.data.IterableDataset):
         def __iter__(self) -> Iterator[dict[str, Any]]:
-            for microbatches in batches(folder, micro, batch):
+            for microbatches in batches(task):
                 for tokens in microbatches:
                     yield from map(inputs, tokens)
 
@@ -151,12 +185,12 @@ def trainer(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -
 
     with tempfile.TemporaryDirectory() as output:
         Trainer(
-            model=LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32),
+            model=LlamaForCausalLM.from_pretrained(task.folder / "hf", dtype=torch.float32),
             args=TrainingArguments(
                 output_dir=output,
                 max_steps=MANY,
-                per_device_train_batch_size=micro,
-                gradient_accumulation_steps=batch // micro,
+                per_device_train_batch_size=task.micro,
+                gradient_accumulation_steps=task.batch // task.micro,
                 learning_rate=LR,
                 weight_decay=WEIGHT_DECAY,
                 adam_beta2=BETAS[1],
@@ -165,14 +199,14 @@ def trainer(folder: Path, seq_length: int, micro: int, batch: int, gate: Gate) -
                 save_strategy="no",
                 report_to=[],
                 logging_steps=1,
-                use_cpu=True,
+                use_cpu=device_type() == "cpu",
             ),
             train_dataset=Samples(),
             callbacks=[AtTheGate()],
         ).train()
 
 
-def batches(folder: Path, micro: int, batch: int) -> Iterator[list[Any]]:
+def batches(task: Task) -> Iterator[list[Any]]:
     """The micro-batches of each step, int64 [micro, seq_length + 1], in the order in which our run reads them."""
     import torch
 
@@ -181,17 +215,25 @@ def batches(folder: Path, micro: int, batch: int) -> Iterator[list[Any]]:
     from megatron_cpt.data.mixture_file import load_mixture
     from megatron_cpt.data.state import begin
 
-    mixture = load_mixture(str(folder / "mixture.yaml"))
-    schedule = mixture.schedule(MANY * batch)
-    order = begin(mixture, schedule, batch).order(mixture, schedule)
+    mixture = load_mixture(str(task.folder / "mixture.yaml"))
+    schedule = mixture.schedule(MANY * task.batch)
+    order = begin(mixture, schedule, task.batch).order(mixture, schedule)
     data = TrainingData([corpus.data for corpus in mixture.corpora], order, DataConfig())
     for step in range(MANY):
-        yield [torch.from_numpy(read().tokens) for read in data.microbatches(step * batch, BatchShape(micro, batch, 0, 1))]
+        shape = BatchShape(task.micro, task.batch, 0, 1)
+        yield [torch.from_numpy(read().tokens) for read in data.microbatches(step * task.batch, shape)]
 
 
 CONTENDERS = {"ours": ours, "bare": bare, "transformers": transformers_loop, "trainer": trainer}
 
 
 if __name__ == "__main__":
-    kind, folder, *numbers = sys.argv[1:]
-    CONTENDERS[kind](Path(folder), *map(int, numbers), Gate())
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=CONTENDERS)
+    parser.add_argument("folder", type=Path)
+    for number in ("seq_length", "micro", "batch"):
+        parser.add_argument(number, type=int)
+    parser.add_argument("--bf16", dest="dtype", action="store_const", const="bf16", default="fp32")
+    parser.add_argument("--packed", action="store_true")
+    arguments = vars(parser.parse_args())
+    CONTENDERS[arguments.pop("kind")](Task(**arguments), Gate())

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.preprocess import WORK
 from bench.train import BATCH, FOLDERS, TINY, WARM_UP, prepare
-from bench.train_contender import CONTENDERS
+from bench.train_contender import CONTENDERS, Task
 
 STEPS = 3
 MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
@@ -83,4 +83,5 @@ def part_of(event: Any) -> str:
 if __name__ == "__main__":
     kind, model = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else TINY
     prepare(WORK / "train")
-    CONTENDERS[kind](WORK / "train" / FOLDERS[model], *BATCH[model], ProfilingGate())  # type: ignore[arg-type]
+    task = Task(WORK / "train" / FOLDERS[model], *BATCH[model], dtype="fp32", packed=False)
+    CONTENDERS[kind](task, ProfilingGate())  # type: ignore[arg-type]

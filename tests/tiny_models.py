@@ -61,8 +61,10 @@ def make_tiny_llama(folder: Path, tokenizer_dir: str, dtype: torch.dtype = torch
     return str(folder)
 
 
-def run_tool(tool: str, *arguments: str, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a tool as a user would, under torchrun when it takes several processes."""
+def run_tool(
+    tool: str, *arguments: str, processes: int = 1, check: bool = True, gpu: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run a tool as a user would, under torchrun when it takes several processes; without `gpu` it sees none."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     if launcher:  # any free port: several runs may be under way
         launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
@@ -71,7 +73,7 @@ def run_tool(tool: str, *arguments: str, processes: int = 1, check: bool = True)
         capture_output=True,
         text=True,
         timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
     )
     if check and result.returncode:
         raise AssertionError(f"{tool} {' '.join(arguments)} exited with {result.returncode}:\n{result.stderr[-6000:]}")

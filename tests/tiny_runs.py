@@ -94,10 +94,10 @@ class Runs:
         }
         return write_yaml(self.folder / f"{name}.yaml", config)
 
-    def train(self, name: str, layout: Layout, *extra: str, check: bool = True) -> Path:
+    def train(self, name: str, layout: Layout, *extra: str, check: bool = True, gpu: bool = False) -> Path:
         """Run (or resume) the training named `name` to its end; returns its folder. `result` is the finished process."""
         path = self.configure(name, layout)
-        self.result = run_tool("pretrain_cpt.py", "--config", path, *extra, processes=layout.processes, check=check)
+        self.result = run_tool("pretrain_cpt.py", "--config", path, *extra, processes=layout.processes, check=check, gpu=gpu)
         return self.folder / name
 
     def interrupted(self, finished: Path, name: str) -> Path:

@@ -3,6 +3,10 @@
 python tools/plan_run.py 70B --devices 128 --device a100-80g --seq_length 2048 --global_batch_size 256
 """
 
+import os
+
+os.environ["MEGATRON_CPT_PLATFORM"] = "cpu"  # a simulation takes the same code and gives the same numbers beside a GPU
+
 from megatron_cpt.config.cli import run_tool
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.run import run

@@ -7,6 +7,7 @@ RUN=runs/quickstart-chat
 PATH="$PWD/.venv/bin:$PATH"
 START=$SECONDS
 export OMP_NUM_THREADS=2
+export OMP_WAIT_POLICY=passive                      # threads that wait leave the core to other programs
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1        # fewer page faults
 export HF_HUB_OFFLINE=1                             # nothing comes from the hub
 export HF_DATASETS_CACHE=$PWD/$RUN/cache

@@ -135,9 +135,12 @@ def messages_of(row: Any, prompt_only: bool = False) -> tuple[Message, ...]:
 def alpaca_turns(fields: Mapping[str, Any], prompt_only: bool) -> list[Message]:
     """Of instruction, input, output and history."""
     turns = []
-    for pair in fields.get("history") or []:
+    history = fields.get("history") or []
+    if not isinstance(history, Sequence):
+        raise RowError("history", f"history is {shortened(history)}; wanted a list of questions and answers")
+    for pair in history:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise RowError("history", f"history holds {pair!r}; wanted pairs of question and answer")
+            raise RowError("history", f"history holds {shortened(pair)}; wanted pairs of question and answer")
         turns += [Message("user", text_of(pair[0], "history")), Message("assistant", text_of(pair[1], "history"))]
     parts = [text_of(fields["instruction"], "instruction"), text_of(fields.get("input") or "", "input")]
     turns.append(Message("user", "\n".join(part for part in parts if part)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -35,9 +36,15 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
         yield from _lines(path)
 
 
+def without_mark(text: bytes) -> bytes:
+    """Without the mark that some editors put at the beginning of UTF-8."""
+    return text.removeprefix(codecs.BOM_UTF8)
+
+
 def _lines(path: str) -> Iterator[tuple[int, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            line = without_mark(line) if number == 1 else line
             if not line.strip():
                 continue
             try:
@@ -49,7 +56,7 @@ def _lines(path: str) -> Iterator[tuple[int, Any]]:
 def _json_rows(path: str) -> list[Any]:
     with open(path, "rb") as file:
         try:
-            rows = orjson.loads(file.read())
+            rows = orjson.loads(without_mark(file.read()))
         except orjson.JSONDecodeError as error:
             raise InputError(f"{path} is not JSON: {error}; files with an object on each line end in .jsonl") from error
     if not isinstance(rows, list):
@@ -62,5 +69,5 @@ def _parquet_rows(path: str) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path} is not Parquet: {str(error).splitlines()[0]}") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not Parquet, or damaged: {' '.join(str(error).split())[:200]}") from error

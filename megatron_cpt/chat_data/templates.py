@@ -49,6 +49,10 @@ class Example:
     labels: list[int]
     origin: Conversation
 
+    def sequences(self) -> list[list[int]]:
+        """What the model reads."""
+        return [self.input_ids]
+
 
 @dataclass(frozen=True)
 class PairExample:
@@ -58,6 +62,10 @@ class PairExample:
     chosen_ids: list[int]
     rejected_ids: list[int]
     origin: Preference
+
+    def sequences(self) -> list[list[int]]:
+        """What the model reads."""
+        return [self.prompt_ids + self.chosen_ids, self.prompt_ids + self.rejected_ids]
 
 
 class Template:

@@ -278,7 +278,8 @@ def write_distcp(
 
     `make(key, offset)` gives a chunk's tensor; `written` is told the bytes of each.
     """
-    writer = _Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+    # Where it sees a GPU, torch would copy ahead on a stream of it; this process is forked and must not touch it
+    writer = _Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(True)
     plan = writer.prepare_global_plan(list(plans))[number]
     return writer.write_data(plan, _Planner(make, written)).wait()

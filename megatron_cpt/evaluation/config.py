@@ -170,7 +170,9 @@ class EvaluateConfig:
     window: int = 2048
     """Tokens of text that are read at once."""
     batch_size: int = 1
-    """Of benchmarks."""
+    """Questions of benchmarks, and prompts, that are asked at once. In bf16 answers may depend on it."""
+    device_map: Literal["auto"] | None = None
+    """auto: a model's layers are laid over all GPUs, for models that are too large for one. Default: all on one device."""
     allow_code: bool = False
     """Run code that the model writes (HumanEval), in processes with limits. It may do harm all the same."""
     seed: int = 1234

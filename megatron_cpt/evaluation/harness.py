@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ class Benchmark:
         task: lm-eval's, or one of a folder of tasks
         metric: of it, as lm-eval names it, with its filter: "acc,none"
         num_fewshot: examples before each question; None: the task's own
+        absent: why there is no task of it, if there is none
     """
 
     name: str
     task: str
     metric: str
     num_fewshot: int | None = None
+    absent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Score:
     missing: str | None
     others: dict[str, float]
 
+
+UNVERIFIED = "there is no task of it: in which form its data are published, and how they are scored, could not be verified"
 
 # The paper's tables name the benchmarks. The settings are those that are usual for them, and for those that lm-eval lacks,
 # ours: examples show a base model what an answer looks like, a chat model is told.
@@ -72,17 +76,16 @@ CHAT = (
     Benchmark("WMT22 en-zh", "wmt22_en_zh", "bleu,none", 0),
     Benchmark("CMMLU", "cmmlu", "acc,none", 5),
     Benchmark("IFEval", "ifeval", "prompt_level_strict_acc,none", 0),
+    *(Benchmark(name, "-", "-", absent=UNVERIFIED) for name in ("SECEU", "TAPTAP", "BotChat's Turing test")),
 )
 SUITES = {"cpt": CPT, "chat": CHAT}
 
 
-class Harness:
-    """lm-eval on one model."""
+class Catalog:
+    """lm-eval's tasks, this package's, and those of a folder; which of them can be asked here."""
 
-    def __init__(
-        self, model: str, tasks: str | None, data_folder: str | None, batch_size: int, chat: bool, device: str
-    ) -> None:
-        """Load the model.
+    def __init__(self, tasks: str | None, data_folder: str | None) -> None:
+        """Find them.
 
         Args:
             tasks: folder with task YAMLs beside lm-eval's own and this package's
@@ -92,38 +95,54 @@ class Harness:
             InputError: lm-eval is not installed
         """
         try:
-            from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise InputError("benchmarks need lm-eval; wanted: pip install 'megatron-cpt[eval]'") from error
-        self._lm = HFLM(pretrained=model, batch_size=batch_size, device=device, trust_remote_code=False)
         folders = [str(TASKS), *([tasks] if tasks is not None else [])]
-        self._manager = TaskManager(include_path=folders, metadata={"data_folder": data_folder} if data_folder else None)
-        self._chat = chat
+        self.manager = TaskManager(include_path=folders, metadata={"data_folder": data_folder} if data_folder else None)
+        self._missing: dict[tuple[str, bool], str | None] = {}
 
-    def scores(self, benchmarks: Sequence[Benchmark], limit: int | None, allow_code: bool, seed: int) -> dict[str, Score]:
-        """Of each benchmark, by its name.
-
-        Raises:
-            InputError: a task is not known, or has no such metric
-        """
-        return {item.name: self._score(item, limit, allow_code, seed) for item in benchmarks}
-
-    def _score(self, benchmark: Benchmark, limit: int | None, allow_code: bool, seed: int) -> Score:
-        if benchmark.task not in self._manager.all_tasks:
+    def check(self, benchmark: Benchmark) -> None:
+        """Raise InputError if there is no such task, though there should be."""
+        if benchmark.absent is None and benchmark.task not in self.manager.all_tasks:
             raise InputError(f"benchmark {benchmark.name}: lm-eval has no task {benchmark.task}; see lm-eval ls tasks")
-        missing = self._refused(benchmark.task, allow_code) or self._without_data(benchmark.task)
-        if missing is not None:
-            return Score(benchmark.task, benchmark.metric, benchmark.num_fewshot, None, None, 0, missing, {})
-        return score_of(benchmark, self._results(benchmark, limit, allow_code, seed))
+
+    def missing(self, task: str, allow_code: bool) -> str | None:
+        """Why a task cannot be asked, if it cannot; found out once."""
+        key = task, allow_code
+        if key not in self._missing:
+            self._missing[key] = self._refused(task, allow_code) or self._without_data(task)
+        return self._missing[key]
+
+    def code_tasks(self, item: Any, inherited: bool = False) -> list[str]:
+        """The tasks that run code which the model has written: this one, or those of a group or tag.
+
+        Args:
+            item: name of a task, group or tag, or what a group has in a name's place
+            inherited: whether the group around it says that its tasks do
+        """
+        fields = item if isinstance(item, dict) else {}
+        name = str(fields.get("group") or fields.get("task") if fields else item)
+        entry = self.manager.task_index.get(name)
+        own = (entry.cfg if entry is not None else None) or {}
+        unsafe = any((inherited, own.get("unsafe_code"), fields.get("unsafe_code")))
+        members = [*(entry.tags if entry is not None and not own else ())]
+        for listed in (fields.get("task"), own.get("task")):
+            members += listed if isinstance(listed, list) else []
+        if members:
+            return [task for member in members for task in self.code_tasks(member, unsafe)]
+        return [name] if unsafe else []
 
     def _refused(self, task: str, allow_code: bool) -> str | None:
         """Why a task that runs code which the model has written is left out, if it is."""
-        entry = self._manager.task_index[task]
-        if not (entry.cfg or {}).get("unsafe_code"):
+        running = self.code_tasks(task)
+        if not running:
             return None
-        if entry.yaml_path.parent != TASKS:
-            return "it runs code that the model has written in this very process; use humaneval_sandboxed"
+        index = self.manager.task_index
+        for name in running:
+            if name not in index or index[name].yaml_path.parent != TASKS:
+                which = "it" if name == task else f"its part {name}"
+                return f"{which} runs code that the model has written in this very process; use humaneval_sandboxed"
         if not allow_code:
             return "it runs code that the model has written; use allow_code: true to let it"
         try:
@@ -137,7 +156,7 @@ class Harness:
         import lm_eval
 
         try:
-            lm_eval.tasks.get_task_dict([task], self._manager)  # reads the data
+            lm_eval.tasks.get_task_dict([task], self.manager)  # reads the data
         except (OSError, ValueError) as error:  # InputError, and datasets' errors of files and connections, are among these
             return f"its data cannot be had: {' '.join(str(error).split())[:200]}"
         except ImportError as error:
@@ -146,18 +165,49 @@ class Harness:
             return "nltk has no punkt_tab to count sentences with; use python -m nltk.downloader punkt_tab"
         return None
 
+
+class Harness:
+    """lm-eval on one model."""
+
+    def __init__(self, model: str, catalog: Catalog, batch_size: int, chat: bool, device: str, spread: bool = False) -> None:
+        """`model`: HF folder, loaded when it is first asked; `chat`: by its template; `spread`: over all GPUs."""
+        self._catalog, self._chat = catalog, chat
+        self._options = {"pretrained": model, "batch_size": batch_size, "device": device, "parallelize": spread}
+        self._options |= {"trust_remote_code": False}
+
+    def score(self, benchmark: Benchmark, limit: int | None, allow_code: bool, seed: int) -> Score:
+        """Of one benchmark.
+
+        Raises:
+            InputError: the task is not known, or has no such metric
+        """
+        self._catalog.check(benchmark)
+        missing = benchmark.absent or self._catalog.missing(benchmark.task, allow_code)
+        if missing is None and self._chat and self._lm.tokenizer.chat_template is None:
+            missing = "the model has no chat template; use chat: false"
+        if missing is not None:
+            return Score(benchmark.task, benchmark.metric, benchmark.num_fewshot, None, None, 0, missing, {})
+        return score_of(benchmark, self._results(benchmark, limit, allow_code, seed))
+
+    @cached_property
+    def _lm(self) -> Any:
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(**self._options)
+
     def _results(self, benchmark: Benchmark, limit: int | None, allow_code: bool, seed: int) -> dict[str, Any]:
         import lm_eval
 
         results: dict[str, Any] = lm_eval.simple_evaluate(
             model=self._lm,
             tasks=[benchmark.task],
-            task_manager=self._manager,
+            task_manager=self._catalog.manager,
             num_fewshot=benchmark.num_fewshot,
             limit=limit,
             apply_chat_template=self._chat,
             fewshot_as_multiturn=self._chat,
-            confirm_run_unsafe_code=allow_code,
+            # lm-eval refuses code as well where none was found
+            confirm_run_unsafe_code=allow_code and bool(self._catalog.code_tasks(benchmark.task)),
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,

@@ -128,11 +128,12 @@ class Judge:
             )
         except openai.OpenAIError as error:
             raise JudgeError(f"{self._config.url}: {' '.join(str(error).split())[:200]}") from error
-        if not isinstance(found, ChatCompletion) or not found.choices:
+        message = found.choices[0].message if isinstance(found, ChatCompletion) and found.choices else None
+        if message is None:
             raise JudgeError(
                 f"{self._config.url} answers with no chat completion; wanted the URL of an OpenAI-compatible API"
             )
-        return found.choices[0].message.content or ""
+        return message.content or ""
 
 
 def parse(said: str) -> Letter | None:
@@ -178,14 +179,14 @@ def api_key(name: str | None) -> str:
 
 
 def read_said(path: str) -> dict[str, str]:
-    """What was said in earlier runs. A line that a kill has cut off is left out, and so asked again."""
+    """What was said in earlier runs. A line that a kill has cut off, or that is no row, is left out, and so asked again."""
     said = {}
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as file:
             for line in file:
-                with contextlib.suppress(json.JSONDecodeError):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     row = json.loads(line)
-                    said[row["key"]] = row["said"]
+                    said[str(row["key"])] = str(row["said"])
     return said
 
 

@@ -14,8 +14,9 @@ from megatron_cpt.evaluation import figures
 from megatron_cpt.evaluation.ablation import ablation_table
 from megatron_cpt.evaluation.columns import Measured
 from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
+from megatron_cpt.evaluation.harness import Catalog
 from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparisons_table
-from megatron_cpt.evaluation.run import folder_identity, measure, wanted_parts
+from megatron_cpt.evaluation.run import benchmarks_of, folder_identity, measure, wanted_parts
 from megatron_cpt.evaluation.table import markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
 
@@ -33,7 +34,8 @@ def evaluate(config: EvaluateConfig) -> str:
         check_model(folder)
     os.makedirs(config.output, exist_ok=True)
     referee = Referee(config, config.pairwise) if config.pairwise is not None else None
-    measured = measure_models(config)
+    catalog = catalog_of(config)
+    measured = measure_models(config, catalog)
     comparisons = referee.comparisons(measured) if referee is not None else []
     report = {
         "models": measured,
@@ -48,7 +50,7 @@ def evaluate(config: EvaluateConfig) -> str:
     path = os.path.join(config.output, "report.md")
     write_text(path, page(sections))  # a trajectory may take days
     if config.trajectory is not None:
-        write_text(path, page([*sections, follow(config, config.trajectory)]))
+        write_text(path, page([*sections, follow(config, catalog, config.trajectory)]))
     return path
 
 
@@ -57,7 +59,22 @@ def page(sections: Sequence[str]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def measure_models(config: EvaluateConfig) -> dict[str, dict[str, object]]:
+def catalog_of(config: EvaluateConfig) -> Catalog | None:
+    """Of the benchmarks, if there are any: what is wrong with them is known before hours are spent.
+
+    Raises:
+        InputError: a task is not known, two benchmarks have the same name, or lm-eval is not installed
+    """
+    benchmarks = benchmarks_of(config)
+    if not benchmarks:
+        return None
+    catalog = Catalog(config.tasks_folder, config.data_folder)
+    for benchmark in benchmarks:
+        catalog.check(benchmark)
+    return catalog
+
+
+def measure_models(config: EvaluateConfig, catalog: Catalog | None) -> dict[str, dict[str, object]]:
     """name -> measurements."""
     parts = wanted_parts(config)
     if config.pairwise is not None and config.pairwise.judge.url is not None:
@@ -65,7 +82,7 @@ def measure_models(config: EvaluateConfig) -> dict[str, dict[str, object]]:
     measured = {}
     for name, folder in config.models.items():
         path = os.path.join(config.output, f"{name}.json")
-        measured[name] = measure(config, parts, name, path, folder_identity(folder), contextlib.nullcontext(folder))
+        measured[name] = measure(config, catalog, parts, name, path, folder_identity(folder), contextlib.nullcontext(folder))
     return measured
 
 
@@ -90,9 +107,9 @@ def draw_models(config: EvaluateConfig, measured: Measured) -> list[str]:
     return links
 
 
-def follow(config: EvaluateConfig, trajectory: TrajectoryConfig) -> str:
+def follow(config: EvaluateConfig, catalog: Catalog | None, trajectory: TrajectoryConfig) -> str:
     """trajectory.json, .csv and .png; a link to the last."""
-    points = measure_trajectory(config, trajectory)
+    points = measure_trajectory(config, catalog, trajectory)
     write_trajectory(config, points)
     figures.save(figures.trajectory(points), os.path.join(config.output, "trajectory.png"))
     return "![trajectory](trajectory.png)"

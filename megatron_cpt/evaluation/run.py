@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextConfig
-from megatron_cpt.evaluation.harness import SUITES, Benchmark, Harness
+from megatron_cpt.evaluation.harness import SUITES, Benchmark, Catalog, Harness
 from megatron_cpt.evaluation.language_share import language_share
 from megatron_cpt.platforms.devices import device_type
 
@@ -45,12 +46,19 @@ def identity_of(config: EvaluateConfig, model: dict[str, Any]) -> Any:
 
 
 def recall(path: str, identity: Any) -> dict[str, Any]:
-    """The parts that were measured before, none if something that they depend on has changed."""
+    """The parts that were measured before, none if something that they depend on has changed.
+
+    Raises:
+        InputError: the file is damaged
+    """
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8") as file:
-        before = json.load(file)
-    return dict(before["parts"]) if before["identity"] == identity else {}
+        try:
+            before = json.load(file)
+            return dict(before["parts"]) if before["identity"] == identity else {}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged: {error}; remove it to measure again") from error
 
 
 def wanted_parts(config: EvaluateConfig) -> list[str]:
@@ -59,17 +67,58 @@ def wanted_parts(config: EvaluateConfig) -> list[str]:
     return [part for part, given in wanted.items() if given]
 
 
+def benchmarks_of(config: EvaluateConfig) -> list[Benchmark]:
+    """Of the suite, and the further ones.
+
+    Raises:
+        InputError: two have the same name
+    """
+    found = [*SUITES.get(config.suite or "", ()), *(Benchmark(**dataclasses.asdict(task)) for task in config.tasks)]
+    names = Counter(benchmark.name for benchmark in found)
+    for name, number in names.items():
+        if number > 1:
+            raise InputError(f"tasks and suite {config.suite} have the name {name} {number} times; use other names")
+    return found
+
+
+def names_in(config: EvaluateConfig, part: str) -> list[str]:
+    """What a part of the measurements consists of: languages, benchmarks."""
+    if part == "benchmarks":
+        return [benchmark.name for benchmark in benchmarks_of(config)]
+    if part == "pairwise":
+        return ["prompts", "answers"]
+    return list(dict.fromkeys(item.language for item in (config.text if part == "text" else config.prompts)))
+
+
+def is_complete(config: EvaluateConfig, parts: Sequence[str], found: dict[str, Any]) -> bool:
+    """Whether there is something of everything, be it only why a benchmark could not be measured."""
+    return all(name in found.get(part, {}) for part in parts for name in names_in(config, part))
+
+
+def without_mended(config: EvaluateConfig, scores: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
+    """Scores without the benchmarks that could not be measured and now can."""
+    asked = {benchmark.name: benchmark for benchmark in benchmarks_of(config)}
+
+    def mended(name: str) -> bool:
+        lost = scores[name]["missing"] is not None and asked[name].absent is None
+        return lost and catalog.missing(asked[name].task, config.allow_code) is None
+
+    return {name: score for name, score in scores.items() if name in asked and not mended(name)}
+
+
 def measure(
     config: EvaluateConfig,
+    catalog: Catalog | None,
     parts: Sequence[str],
     name: str,
     path: str,
     model: dict[str, Any],
     opened: AbstractContextManager[str],
 ) -> dict[str, Any]:
-    """The parts of one model; those in the file `path` are taken from there if nothing that they depend on has changed.
+    """The parts of one model; what is in the file `path` is taken from there if nothing that it depends on has changed.
 
     Args:
+        catalog: of benchmarks, if there are any
         name: for the screen
         model: what tells it from others
         opened: gives its HF folder; entered only if there is something to measure
@@ -78,15 +127,21 @@ def measure(
     found = recall(path, identity)
     if config.pairwise is not None and found.get("pairwise", {}).get("prompts") != asked_for_pairs(config):
         found.pop("pairwise", None)
-    todo = [part for part in parts if part not in found]
-    if not todo:
+    if catalog is not None and "benchmarks" in found:
+        found["benchmarks"] = without_mended(config, found["benchmarks"], catalog)
+    if is_complete(config, parts, found):
         return found
     with opened as folder:
-        session = Session(config, folder)
-        for part in todo:
-            print(f"{name}: {part}", file=sys.stderr, flush=True)
-            found[part] = session.part(part)
-            write_json(path, {"identity": identity, "parts": found})
+        session = Session(config, catalog, folder)
+        for part in parts:
+            names = names_in(config, part)
+            for key in names:
+                content = found.get(part, {})
+                if key not in content:
+                    print(f"{name}: {part}: {key}", file=sys.stderr, flush=True)
+                    content = content | {key: session.measure(part, key)}
+                    found[part] = {known: content[known] for known in names if known in content}  # in the order of tables
+                    write_json(path, {"identity": identity, "parts": found})
         session.close()
     return found
 
@@ -99,67 +154,62 @@ def asked_for_pairs(config: EvaluateConfig) -> list[dict[str, Any]]:
 class Session:
     """A model in memory while it is measured."""
 
-    def __init__(self, config: EvaluateConfig, folder: str) -> None:
-        self._config, self._folder = config, folder
+    def __init__(self, config: EvaluateConfig, catalog: Catalog | None, folder: str) -> None:
+        self._config, self._catalog, self._folder = config, catalog, folder
         self._device = device_type()
         self._loaded: tuple[Any, Any] | None = None
+        self._harness: Harness | None = None
         self._answers: dict[PromptsConfig, list[dict[str, str]]] = {}
 
-    def part(self, name: str) -> dict[str, Any]:
-        """One of text, answers, pairwise and benchmarks."""
-        parts: dict[str, Callable[[], dict[str, Any]]] = {
+    def measure(self, part: str, name: str) -> Any:
+        """One of the names in one of the parts text, answers, pairwise and benchmarks."""
+        parts: dict[str, Callable[[str], Any]] = {
             "text": self.text,
             "answers": self.answers,
             "pairwise": self.pairwise,
-            "benchmarks": self.benchmarks,
+            "benchmarks": self.benchmark,
         }
-        return parts[name]()
+        return parts[part](name)
 
-    def text(self) -> dict[str, Any]:
-        """language -> loss, bits per byte."""
+    def text(self, language: str) -> dict[str, Any]:
+        """Loss, bits per byte."""
         model, tokenizer = self._model()
         window = min(self._config.window, model.config.max_position_embeddings)
-        found: dict[str, list[str]] = {}
-        for text in self._config.text:
-            found.setdefault(text.language, []).extend(documents_of(text))
-        return {
-            language: dataclasses.asdict(text_loss(model, tokenizer, documents, window))
-            for language, documents in found.items()
-        }
+        documents = [text for item in self._config.text if item.language == language for text in documents_of(item)]
+        return dataclasses.asdict(text_loss(model, tokenizer, documents, window))
 
-    def answers(self) -> dict[str, Any]:
-        """language -> shares of the answers' tokens that are in it, and the answers."""
+    def answers(self, language: str) -> dict[str, Any]:
+        """Shares of the answers' tokens that are in the language, and the answers."""
         _, tokenizer = self._model()
-        found = {}
-        for prompts in self._config.prompts:
-            pairs = self._answered(prompts)
-            try:
-                share = dataclasses.asdict(language_share([p["answer"] for p in pairs], prompts.language, tokenizer))
-            except InputError as error:
-                share = {"script": None, "identified": None, "tokens": 0, "missing": str(error)}
-            found[prompts.language] = share | {"answers": pairs}
-        return found
+        asked = [prompts for prompts in self._config.prompts if prompts.language == language]
+        pairs = [pair for prompts in asked for pair in self._answered(prompts)]
+        try:
+            share = dataclasses.asdict(language_share([pair["answer"] for pair in pairs], language, tokenizer))
+        except InputError as error:
+            share = {"script": None, "identified": None, "tokens": 0, "missing": str(error)}
+        return share | {"answers": pairs}
 
-    def pairwise(self) -> dict[str, Any]:
-        """Answers for a judge, and what they are answers to."""
+    def pairwise(self, name: str) -> list[dict[str, Any]]:
+        """Answers for a judge, or what they are answers to."""
+        if name == "prompts":
+            return asked_for_pairs(self._config)
         asked = self._config.pairwise.prompts if self._config.pairwise is not None else []
-        answers = [pair for prompts in asked for pair in self._answered(prompts)]
-        return {"prompts": asked_for_pairs(self._config), "answers": answers}
+        return [pair for prompts in asked for pair in self._answered(prompts)]
 
-    def benchmarks(self) -> dict[str, Any]:
-        """name -> score."""
-        self.close()  # lm-eval loads the model anew
+    def benchmark(self, name: str) -> dict[str, Any]:
+        """A score."""
+        assert self._catalog is not None
         config = self._config
-        wanted = [*SUITES.get(config.suite or "", ()), *(Benchmark(**dataclasses.asdict(task)) for task in config.tasks)]
-        harness = Harness(
-            self._folder, config.tasks_folder, config.data_folder, config.batch_size, config.chat, self._device
-        )
-        scores = harness.scores(wanted, config.limit, config.allow_code, config.seed)
-        return {name: dataclasses.asdict(score) for name, score in scores.items()}
+        if self._harness is None:
+            self.close()  # lm-eval loads the model anew
+            spread = config.device_map is not None
+            self._harness = Harness(self._folder, self._catalog, config.batch_size, config.chat, self._device, spread)
+        benchmark = next(item for item in benchmarks_of(config) if item.name == name)
+        return dataclasses.asdict(self._harness.score(benchmark, config.limit, config.allow_code, config.seed))
 
     def close(self) -> None:
         """Give its memory back."""
-        self._loaded = None
+        self._loaded = self._harness = None
         gc.collect()
 
     def _model(self) -> tuple[Any, Any]:
@@ -167,20 +217,30 @@ class Session:
 
         if self._loaded is None:
             transformers.utils.logging.disable_progress_bar()
-            model = transformers.AutoModelForCausalLM.from_pretrained(self._folder, dtype="auto", trust_remote_code=False)
-            self._loaded = (model.to(self._device).eval(), load(self._folder))
+            tokenizer = load(self._folder)
+            try:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    self._folder,
+                    dtype="auto",
+                    device_map=self._config.device_map or self._device,
+                    trust_remote_code=False,
+                )
+            except Exception as error:  # it raises what it likes for files that are damaged
+                raise InputError(f"model {self._folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
+            self._loaded = (model.eval(), tokenizer)
         return self._loaded
 
     def _answered(self, prompts: PromptsConfig) -> list[dict[str, str]]:
         """Questions with answers; the same prompts are answered once."""
         if prompts not in self._answers:
             model, tokenizer = self._model()
+            config, questions = self._config, questions_of(prompts)
+            asked = [self._asked(tokenizer, question) for question in questions]
+            answers: list[str] = []
+            for begin in range(0, len(asked), config.batch_size):
+                answers += answers_to(model, tokenizer, asked[begin : begin + config.batch_size], config.max_new_tokens)
             self._answers[prompts] = [
-                {
-                    "question": question,
-                    "answer": answer_to(model, tokenizer, self._asked(tokenizer, question), self._config.max_new_tokens),
-                }
-                for question in questions_of(prompts)
+                {"question": question, "answer": answer} for question, answer in zip(questions, answers, strict=True)
             ]
         return self._answers[prompts]
 
@@ -195,20 +255,25 @@ class Session:
 
 
 @torch.inference_mode()
-def answer_to(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """The likeliest continuation, token by token."""
-    inputs = tokenizer(prompt, add_special_tokens=tokenizer.chat_template is None, return_tensors="pt").to(model.device)
+def answers_to(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """The likeliest continuations, token by token, of all at once."""
+    ids = [tokenizer.encode(prompt, add_special_tokens=tokenizer.chat_template is None) for prompt in prompts]
+    width = max(map(len, ids))
+    padding = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
     output = model.generate(
-        **inputs,
+        input_ids=inputs,
+        attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         temperature=None,
         top_p=None,
         top_k=None,
-        pad_token_id=tokenizer.eos_token_id,
+        pad_token_id=padding,
     )
-    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+    texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return texts
 
 
 def documents_of(text: TextConfig) -> list[str]:

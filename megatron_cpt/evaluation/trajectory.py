@@ -27,7 +27,8 @@ from megatron_cpt.checkpoint.model_card import seq_length
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.columns import all_columns
 from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
-from megatron_cpt.evaluation.run import folder_identity, identity_of, measure, recall, settings_of, wanted_parts
+from megatron_cpt.evaluation.harness import Catalog
+from megatron_cpt.evaluation.run import folder_identity, identity_of, is_complete, measure, recall, settings_of, wanted_parts
 
 FOLDER = "trajectory"
 
@@ -41,7 +42,7 @@ class Point:
     parts: dict[str, Any]
 
 
-def measure_trajectory(config: EvaluateConfig, trajectory: TrajectoryConfig) -> list[Point]:
+def measure_trajectory(config: EvaluateConfig, catalog: Catalog | None, trajectory: TrajectoryConfig) -> list[Point]:
     """All checkpoints, in their order, with those that were measured before the run removed them.
 
     Raises:
@@ -54,6 +55,7 @@ def measure_trajectory(config: EvaluateConfig, trajectory: TrajectoryConfig) -> 
         opened = contextlib.nullcontext(item.model)
         parts = measure(
             config,
+            catalog,
             wanted_parts(config),
             f"iteration {item.iteration}",
             os.path.join(folder, f"hf_{item.iteration:07d}.json"),
@@ -65,7 +67,7 @@ def measure_trajectory(config: EvaluateConfig, trajectory: TrajectoryConfig) -> 
         points |= removed_points(config, trajectory.run, folder)
         for iteration, checkpoint in checkpoints_of(trajectory.run, trajectory.every).items():
             try:
-                points[iteration] = measure_checkpoint(config, trajectory.run, iteration, checkpoint, folder)
+                points[iteration] = measure_checkpoint(config, catalog, trajectory.run, iteration, checkpoint, folder)
             except (InputError, OSError):
                 if os.path.exists(checkpoint):
                     raise
@@ -89,7 +91,9 @@ def checkpoints_of(run: str, every: int | None) -> dict[int, str]:
     return {iteration: path for iteration, path in found.items() if not iteration % (every or 1) or iteration == max(found)}
 
 
-def measure_checkpoint(config: EvaluateConfig, run: str, iteration: int, checkpoint: str, folder: str) -> Point:
+def measure_checkpoint(
+    config: EvaluateConfig, catalog: Catalog | None, run: str, iteration: int, checkpoint: str, folder: str
+) -> Point:
     """One of a run's."""
     manifest = read_checkpoint_manifest(checkpoint)
     tokens = manifest["consumed_samples"] * seq_length(manifest)
@@ -98,7 +102,8 @@ def measure_checkpoint(config: EvaluateConfig, run: str, iteration: int, checkpo
     model = {"run": os.path.abspath(run), "iteration": iteration, "tokens": tokens, "manifest": digest}
     path = os.path.join(folder, f"{checkpoint_name(iteration)}.json")
     opened = converted(checkpoint, os.path.join(folder, ".hf"))
-    return Point(iteration, tokens, measure(config, wanted_parts(config), f"iteration {iteration}", path, model, opened))
+    name = f"iteration {iteration}"
+    return Point(iteration, tokens, measure(config, catalog, wanted_parts(config), name, path, model, opened))
 
 
 @contextlib.contextmanager
@@ -118,7 +123,7 @@ def removed_points(config: EvaluateConfig, run: str, folder: str) -> dict[int, P
     for path in Path(folder).glob("iter_*.json"):
         model = json.loads(path.read_text(encoding="utf-8"))["identity"]["model"]
         parts = recall(str(path), identity_of(config, model))
-        complete = set(wanted_parts(config)) <= set(parts)
+        complete = is_complete(config, wanted_parts(config), parts)
         if complete and model["run"] == os.path.abspath(run) and model["iteration"] not in here:
             points[model["iteration"]] = Point(model["iteration"], model["tokens"], parts)
     return points

@@ -94,7 +94,7 @@ def transformer_config(
         use_cpu_initialization=True,
         perform_initialization=False,  # the weights always come from a checkpoint
         masked_softmax_fusion=False,  # of the unfused attention, which is not used
-        **current_platform().fusions(),
+        **current_platform().fusions(params_dtype),
     )
 
 

@@ -132,5 +132,7 @@ def working_bytes(job: Job, layout: Layout, stage: int) -> int:
         number = 1 if layout.parallel.recompute_method == "block" else layout.parallel.recompute_num_layers or 1
         layer += number * sum(full.values())
     layer += sum(full[{"mlp": "mlp", "core_attn": "attention"}[m]] for m in recomputed_modules(layout) if m != "layernorm")
-    logits = n.tokens * n.vocab * 2 if element == 2 else 0  # beside the fp32 copy, which is among the saved
+    # In bf16 the compiled loss holds the logits, and in fp32 what comes before the probabilities, which are among the saved;
+    # in fp32 it works in place. Measured on one GPU (docs/planning.md).
+    logits = n.tokens * n.vocab * (2 + 4) if element == 2 else 0
     return max(layer, logits if stage == layout.pipeline - 1 else 0)

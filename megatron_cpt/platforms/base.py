@@ -57,8 +57,8 @@ class Platform(Protocol):
     def refuses(self, parallel: ParallelConfig, training: TrainingConfig) -> str | None:
         """Which setting this platform cannot do, and why; None: it can do them all."""
 
-    def fusions(self) -> dict[str, bool]:
-        """Which of TransformerConfig's fused computations to use, by its names."""
+    def fusions(self, params_dtype: torch.dtype) -> dict[str, bool]:
+        """Which of TransformerConfig's fused computations to use for parameters of this type, by its names."""
 
     def monitored(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Gives what is to be called after each step, for a monitor outside the process that ends it when it hangs."""

@@ -57,6 +57,14 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def has_weight_gradient_kernel() -> bool:
+    """Whether Apex was built with the kernel of `gradient_accumulation_fusion`.
+
+    megatron-core's own linear layers refuse the setting without it, and with Transformer Engine the output layer is one.
+    """
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 class CudaPlatform:
     """NVIDIA GPUs."""
 
@@ -67,16 +75,24 @@ class CudaPlatform:
         from megatron_cpt.platforms.everywhere import save_without_queue_server
 
         save_without_queue_server()
+        if not has_weight_gradient_kernel():
+            from megatron_cpt.platforms.torch_fusions import add_weight_gradients_where_they_are_summed
+
+            add_weight_gradients_where_they_are_summed()
         if not has_transformer_engine():
+            from megatron_cpt.platforms.torch_fusions import rotate_in_one_function
             from megatron_cpt.platforms.torch_layers import recompute_norms_without_fp8
 
+            rotate_in_one_function()
             recompute_norms_without_fp8()
         if not (has_transformer_engine() or importlib.util.find_spec("apex")):
+            from megatron_cpt.platforms.fused_adam import install_fused_adam
+            from megatron_cpt.platforms.torch_fusions import scale_gradients_in_place
+
             # torch's AdamW keeps its step count where the distributed optimizer cannot save it; ours keeps it where
             # Apex does.
-            from megatron_cpt.platforms.fused_adam import install_fused_adam
-
             install_fused_adam()
+            scale_gradients_in_place()
 
     def device(self, local_rank: int) -> torch.device:
         torch.cuda.set_device(local_rank)
@@ -98,9 +114,13 @@ class CudaPlatform:
             return None
         return needs_transformer_engine(parallel, training, "Transformer Engine is not installed")
 
-    def fusions(self) -> dict[str, bool]:
-        needs_te = ("gradient_accumulation_fusion", "apply_rope_fusion")
-        return {name: name not in needs_te or has_transformer_engine() for name in FUSIONS}
+    def fusions(self, params_dtype: torch.dtype) -> dict[str, bool]:
+        here = {
+            "apply_rope_fusion": has_transformer_engine(),
+            # It rounds the gradient of the logits to bf16, whatever they are
+            "cross_entropy_loss_fusion": params_dtype == torch.bfloat16,
+        }
+        return {name: here.get(name, True) for name in FUSIONS}
 
     @contextlib.contextmanager
     def monitored(self) -> Iterator[Callable[[], None]]:

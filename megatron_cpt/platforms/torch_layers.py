@@ -6,6 +6,10 @@ same as with Transformer Engine's layers, so one checkpoint serves both.
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,19 +60,24 @@ class SdpaCoreAttention(torch.nn.Module):
         if attention_mask is not None:
             raise ValueError("attention_mask must be None: samples and documents are told apart without one")
         if packed_seq_params is not None:
-            return self.attend_within_documents(query, key, value, packed_seq_params.cu_seqlens_q)
+            return self.attend_within_documents(query, key, value, packed_seq_params)
         seq_length, batch, heads, head_dim = query.shape
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # -> [b, heads, s, dim]
         return self.attend(query, key, value).permute(2, 0, 1, 3).reshape(seq_length, batch, heads * head_dim)
 
     def attend_within_documents(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: PackedSeqParams
     ) -> torch.Tensor:
-        """[tokens, heads or groups, dim], cu_seqlens [documents + 1] -> [tokens, heads * dim]; document by document.
+        """[tokens, heads or groups, dim] -> [tokens, heads * dim]; where torch has no kernel for it, document by document.
 
         Costs the sum of the squared lengths instead of the square of their sum, and no mask has to be stored.
         """
-        lengths = cu_seqlens.diff().tolist()
+        if query.is_cuda and query.dtype == torch.bfloat16 and (kernel := packed_attention()) is not None:
+            borders, longest = packing.cu_seqlens_q, packing.max_seqlen_q
+            causal = {"window_size": (-1, 0), "scale": self.softmax_scale}
+            output: torch.Tensor = kernel(query, key, value, borders, borders, longest, longest, **causal)
+            return output.flatten(1)
+        lengths = packing.cu_seqlens_q.diff().tolist()
         # Splitting once keeps the backward pass linear: each slice's own gradient would be as long as the whole.
         documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
         outputs = [self.attend(*(x.unsqueeze(0) for x in document)).squeeze(0) for document in documents]
@@ -76,9 +85,25 @@ class SdpaCoreAttention(torch.nn.Module):
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """query [b, heads, s, dim], key and value [b, groups, s, dim] -> [b, heads, s, dim]."""
+        if query.is_cuda and query.dtype == torch.float32:
+            # torch has no fused kernel for grouped queries in fp32: it would keep all scores
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[1] != query.shape[1]
         )
+
+
+@functools.cache
+def packed_attention() -> Callable[..., torch.Tensor] | None:
+    """Flash attention over packed documents, of torch 2.11 and later (2.10 takes other arguments)."""
+    try:
+        varlen_attn: Callable[..., Any] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError:
+        return None
+    parameters = inspect.signature(varlen_attn).parameters
+    if "window_size" not in parameters:
+        return None
+    return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in parameters else varlen_attn
 
 
 def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

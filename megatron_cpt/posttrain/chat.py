@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_cpt.chat_data.conversations import Message
+from megatron_cpt.chat_data.conversations import Message, RowError
 from megatron_cpt.chat_data.templates import Template, load_template
 from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.save_load import dtype_of
@@ -84,6 +85,11 @@ class Speaker:
             raise InputError(f"model {config.model} cannot be read: {' '.join(str(error).split())[:300]}") from error
         self._model: Any = model.to(device_type()).eval()
         self._config = config
+        if self.room() < 1:
+            positions = model.config.max_position_embeddings
+            raise InputError(
+                f"max_new_tokens is {config.max_new_tokens}; wanted less than {positions}, the model's positions"
+            )
         self.tokens, self.seconds = 0, 0.0
         self._generator_seed = config.seed
 
@@ -197,7 +203,7 @@ class Chat:
         pieces: list[str] = []
         try:
             stream = self.speaker.answer(self.messages())
-        except InputError as error:
+        except (InputError, RowError) as error:  # too long, or refused by the template
             self.turns.pop()
             print(f"error: {error}", file=sys.stderr)
             return
@@ -219,8 +225,12 @@ def chat(config: ChatConfig) -> str | None:
         prompts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
         texts = complete(config.model, prompts, config.max_new_tokens)
         return "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))
+    if sys.stdin is None:
+        raise InputError("stdin is closed; wanted a terminal, or questions on it")
     talk = Chat(Speaker(config), config.system)
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # tokenizers take no bytes that are not UTF-8
     if interactive:
         import readline  # noqa: F401  (input() gets history and editing from it)
 
@@ -231,6 +241,8 @@ def chat(config: ChatConfig) -> str | None:
         except EOFError:
             return None
         except KeyboardInterrupt:
+            if not interactive:
+                raise
             print(file=sys.stderr)
             continue
         if line.startswith("/"):

@@ -37,7 +37,7 @@ class SourceConfig:
     group: Group = "general"
     """general, or additional: the language that ALMR is about."""
     max_rows: int | None = None
-    """Use so many of its rows, picked at random."""
+    """Use so many of its rows, picked at random; of `validation`, the first."""
 
     def check(self) -> None:
         """Raise InputError unless it can be one."""
@@ -281,12 +281,16 @@ def _prepare(
         all_counts.append(counts)
     for source in config.validation:
         items, counts = read(source)
-        counts.validation = len(items)
-        validation.setdefault(source.language, []).extend(items[: source.max_rows])
+        kept = items[: source.max_rows]
+        counts.validation, counts.left_out = len(kept), len(items) - len(kept)
+        if not kept:
+            raise InputError(f"{source.path}: no row is left to evaluate on; {what_became_of(counts)}")
+        validation.setdefault(source.language, []).extend(kept)
         all_counts.append(counts)
     mixed = mix(train, config.almr, lambda item: tokens_of(item)[0], chooser)
     if not mixed:
-        raise InputError("no row of data.sources is left to train on; the report says what became of them")
+        found = "; ".join(f"{counts.source.path}: {what_became_of(counts)}" for counts in all_counts)
+        raise InputError(f"no row of data.sources is left to train on: {found}")
     tokens = {"general": 0, "additional": 0}
     for item, counts in mixed:
         all_tokens, answers = tokens_of(item)
@@ -295,6 +299,12 @@ def _prepare(
         counts.answer_tokens += answers
         tokens[counts.source.group] += all_tokens
     return Prepared([item for item, _ in mixed], validation, all_counts, tokens["additional"] / sum(tokens.values()))
+
+
+def what_became_of(counts: Counts) -> str:
+    """Of the rows of a source that none is left of."""
+    broken = [f"{len(numbers)} {kind} ({text})" for kind, (numbers, text) in sorted(counts.broken.items())]
+    return ", ".join([f"{counts.rows} rows", *broken, *([f"{counts.validation} held out"] if counts.validation else [])])
 
 
 def shortened(config: DataConfig, cut: Callable[[Item, int], Item], item: Item, length: int) -> Item:

@@ -19,7 +19,7 @@ from megatron_cpt.config.require import require
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.data import DataConfig, prepare_dpo
 from megatron_cpt.posttrain.llamafactory import export
-from megatron_cpt.posttrain.models import load_model, lora, make_ready_to_answer, saved_dtype
+from megatron_cpt.posttrain.models import check_fit, load_model, lora, make_ready_to_answer, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.runner import check_folder, check_same, train
 from megatron_cpt.posttrain.settings import (
@@ -93,6 +93,7 @@ def finetune_dpo(config: DpoConfig) -> str:
     template = load_template(config.model, config.data.chat_template)
     identify = language_identifier() if process.is_main_process else None  # which writes the report
     prepared = prepare_dpo(config.data, template, config.training.seed, identify)
+    check_fit(config.model, prepared)
     folder = os.path.join(config.save, "data")
     if process.is_main_process:
         write_report(config.save, prepared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from megatron_cpt.chat_data.templates import Template
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.data import Prepared
 from megatron_cpt.posttrain.settings import LoraSettings
 from megatron_cpt.posttrain.sharding import receives_weights, unread_model
 
@@ -36,10 +38,36 @@ def load_model(folder: str) -> Any:
         raise InputError(f"model {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
+def config_of(folder: str) -> dict[str, Any]:
+    """The fields of config.json.
+
+    Raises:
+        InputError: it is no JSON object
+    """
+    path = os.path.join(folder, "config.json")
+    with open(path, encoding="utf-8") as file:
+        try:
+            return dict(json.load(file))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is damaged: {error}; wanted a JSON object") from error
+
+
+def check_fit(folder: str, prepared: Prepared[Any]) -> None:
+    """Raise InputError if the model has no row for a token of the data, or no position: it would fail at some step."""
+    fields = config_of(folder)
+    for example in [*prepared.train, *(item for items in prepared.validation.values() for item in items)]:
+        for ids in example.sequences():
+            if max(ids) >= fields.get("vocab_size", math.inf):
+                found = f"a token {max(ids)}, and the model's vocab_size is {fields['vocab_size']}"
+                raise InputError(f"the tokenizer of {folder} has {found}; wanted a model with a row for each")
+            if len(ids) > fields.get("max_position_embeddings", math.inf):
+                found = f"an example has {len(ids)} tokens, and the model {fields['max_position_embeddings']} positions"
+                raise InputError(f"data.max_length is too much for {folder}: {found}")
+
+
 def saved_dtype(folder: str) -> torch.dtype:
     """Of the weights in a HF folder, as its config.json says."""
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        fields = json.load(file)
+    fields = config_of(folder)
     return dtype_of(fields.get("dtype") or fields.get("torch_dtype") or "float32")
 
 

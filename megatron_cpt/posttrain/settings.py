@@ -79,6 +79,10 @@ class LoraSettings:
     merge: bool = True
     """Write a model with the adapters merged into its weights; false: the adapters alone."""
 
+    def __post_init__(self) -> None:
+        require_at_least(self, r=1, alpha=1)
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 or more, below 1")
+
 
 @dataclass(frozen=True)
 class RunSettings:

@@ -19,7 +19,7 @@ from megatron_cpt.chat_data.templates import IGNORED, Example, load_template
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.data import DataConfig, prepare_sft
 from megatron_cpt.posttrain.llamafactory import export
-from megatron_cpt.posttrain.models import load_model, lora, make_ready_to_answer, saved_dtype
+from megatron_cpt.posttrain.models import check_fit, load_model, lora, make_ready_to_answer, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.runner import check_folder, check_same, train
 from megatron_cpt.posttrain.settings import (
@@ -119,6 +119,7 @@ def finetune_sft(config: SftConfig) -> str:
     template = load_template(config.model, config.data.chat_template)
     identify = language_identifier() if process.is_main_process else None  # which writes the report
     prepared = prepare_sft(config.data, template, config.training.seed, identify)
+    check_fit(config.model, prepared)
     if process.is_main_process:
         write_report(config.save, prepared)
         show_report(prepared)

@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_cpt.chat_data.conversations import (
@@ -150,13 +150,14 @@ def test_what_is_no_pair(row: Any, kind: str) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
 )
 FIELDS = ("messages", "conversations", "instruction", "input", "output", "history", "system", "prompt", "chosen", "rejected")
 TURN = st.fixed_dictionaries({}, optional={"role": JSON, "from": JSON, "content": JSON, "value": JSON})
 
 
+@example({"instruction": "x", "output": "y", "history": 5})
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON | st.lists(TURN, max_size=3)) | JSON)
 def test_whatever_is_in_a_row_it_is_used_or_refused(row: Any) -> None:
     for parse in (parse_conversation, parse_preference):

@@ -53,6 +53,14 @@ def hf(tmp_path: Path, tiny_tokenizer_dir: str) -> Path:
     return Path(make_tiny_llama(tmp_path / "hf", tiny_tokenizer_dir))
 
 
+def test_a_gpu_is_left_alone(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that convert are forked: on a machine with a GPU they fail as soon as they use it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # it is not
+    hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back")))
+    assert "tensors equal" in verify(Verify(str(hf), str(tmp_path / "back")))
+
+
 def test_verify_finds_one_changed_number(hf: Path, tmp_path: Path) -> None:
     hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
     assert "tensors equal" in verify(Verify(str(hf), str(tmp_path / "megatron")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,15 +19,16 @@ from tiny_models import run_tool, write_yaml
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskConfig, TextConfig
-from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Harness, shots_of
+from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Catalog, Harness, Score, shots_of
 from megatron_cpt.evaluation.report import evaluate
+from megatron_cpt.evaluation.run import answers_to
 from megatron_cpt.evaluation.table import markdown
 
 CHOICES = Benchmark("Choices", "tiny_choices", "acc,none", 1)
 
 
 def test_scores_are_those_of_lm_evals_own_command(model: str, tasks: str, tmp_path: Path) -> None:
-    score = Harness(model, tasks, None, 1, False, "cpu").scores([CHOICES], None, False, 1234)["Choices"]
+    score = Harness(model, Catalog(tasks, None), 1, False, "cpu").score(CHOICES, None, False, 1234)
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "tiny_choices", "--include_path", tasks]
     options = ["--model_args", f"pretrained={model}", "--device", "cpu", "--num_fewshot", "1", "--seed", "1234"]
     done = subprocess.run(
@@ -44,15 +46,20 @@ def test_scores_are_those_of_lm_evals_own_command(model: str, tasks: str, tmp_pa
 
 
 def test_what_cannot_be_measured_is_not_scored(model: str, tasks: str) -> None:
-    harness = Harness(model, tasks, None, 1, False, "cpu")
-    lost = harness.scores([Benchmark("Lost", "lost_choices", "acc,none", 3)], 2, False, 1)["Lost"]
+    harness = Harness(model, Catalog(tasks, None), 1, False, "cpu")
+    lost = harness.score(Benchmark("Lost", "lost_choices", "acc,none", 3), 2, False, 1)
     assert lost.value is None
     assert str(lost.missing).startswith("its data cannot be had: ")
     assert (lost.task, lost.metric, lost.num_fewshot, lost.samples) == ("lost_choices", "acc,none", 3, 0)
     with pytest.raises(InputError, match="lm-eval has no task no_such_task"):
-        harness.scores([Benchmark("X", "no_such_task", "acc,none")], 2, False, 1)
+        harness.score(Benchmark("X", "no_such_task", "acc,none"), 2, False, 1)
     with pytest.raises(InputError, match=r"task tiny_choices has no metric f1,none; it has acc,none"):
-        harness.scores([replace(CHOICES, metric="f1,none")], 2, False, 1)
+        harness.score(replace(CHOICES, metric="f1,none"), 2, False, 1)
+
+
+def test_without_a_template_there_is_no_chat(model: str, tasks: str) -> None:
+    found = Harness(model, Catalog(tasks, None), 1, True, "cpu").score(CHOICES, None, False, 1234)
+    assert (found.value, found.missing) == (None, "the model has no chat template; use chat: false")
 
 
 def test_packages_that_are_not_there_are_told(model: str, tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,13 +70,14 @@ def test_packages_that_are_not_there_are_told(model: str, tasks: str, monkeypatc
         raise ImportError("No module named 'langdetect'")
 
     ifeval = Benchmark("IFEval", "ifeval", "prompt_level_strict_acc,none", 0)
-    harness = Harness(model, tasks, None, 1, False, "cpu")
+    harness = Harness(model, Catalog(tasks, None), 1, False, "cpu")
     monkeypatch.setattr(lm_eval.tasks, "get_task_dict", without_package)
-    missing = harness.scores([ifeval], 1, False, 1)["IFEval"].missing
+    missing = harness.score(ifeval, 1, False, 1).missing
     assert missing == "a package that it uses is not installed: No module named 'langdetect'"
     monkeypatch.setattr(lm_eval.tasks, "get_task_dict", lambda *_: {})
+    harness = Harness(model, Catalog(tasks, None), 1, False, "cpu")  # a catalog finds out once
     monkeypatch.setattr(nltk.data, "path", [])
-    assert str(harness.scores([ifeval], 1, False, 1)["IFEval"].missing).startswith("nltk has no punkt_tab")
+    assert str(harness.score(ifeval, 1, False, 1).missing).startswith("nltk has no punkt_tab")
 
 
 @pytest.mark.parametrize("suite", list(SUITES))
@@ -78,6 +86,8 @@ def test_suites_name_tasks_and_metrics_that_there_are(suite: str) -> None:
 
     known = TaskManager(include_path=str(TASKS)).task_index
     for item in SUITES[suite]:
+        if item.absent is not None:
+            continue
         assert item.metric in metrics_of(known[item.task].cfg), item
         assert item.num_fewshot is not None
 
@@ -93,6 +103,7 @@ def metrics_of(task: dict[str, Any]) -> list[str]:
 def test_suites_are_those_of_the_paper() -> None:
     assert [item.name for item in SUITES["cpt"]] == ["C-Eval", "LCSTS", "MMLU", "AGI-Eval", "BBH", "GSM8K", "HumanEval"]
     chat = "LCSTS,CLUEWSC,CMRC,DRCD,EPRSTMT,BelleEval,TriviaQA,WMT22 zh-en,WMT22 en-zh,CMMLU,IFEval"
+    chat += ",SECEU,TAPTAP,BotChat's Turing test"  # named, with the reason why they are not measured
     assert [item.name for item in SUITES["chat"]] == chat.split(",")
 
 
@@ -134,6 +145,15 @@ def config(model: str, tasks: str, tmp_path: Path) -> EvaluateConfig:
     )
 
 
+def test_a_model_laid_over_all_devices_has_the_same_scores(config: EvaluateConfig, tmp_path: Path) -> None:
+    """Here the CPU is all there is."""
+    found, config = [], replace(config, models={"base": config.models["base"]}, prompts=[])
+    for name, device_map in (("one", None), ("all", "auto")):
+        evaluate(replace(config, output=str(tmp_path / name), device_map=device_map))  # type: ignore[arg-type]
+        found.append(json.loads((tmp_path / name / "report.json").read_text()))
+    assert found[0]["models"] == found[1]["models"]
+
+
 def test_a_report_of_two_models(config: EvaluateConfig, capfd: pytest.CaptureFixture[str]) -> None:
     path = Path(evaluate(config))
     report = json.loads((path.parent / "report.json").read_text())
@@ -158,6 +178,78 @@ def test_a_report_of_two_models(config: EvaluateConfig, capfd: pytest.CaptureFix
     assert "base: benchmarks" not in capfd.readouterr().err
     evaluate(replace(config, limit=2))
     assert "base: benchmarks" in capfd.readouterr().err
+
+
+def test_a_kill_loses_no_benchmark(config: EvaluateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a language, and what could not be measured is measured once its data is there."""
+    first = TaskConfig("First", "tiny_choices", "acc,none", 0)
+    config = replace(config, models={"base": config.models["base"]}, tasks=[first, replace(first, name="Second")])
+    asked = []
+
+    def until_second(self: Harness, benchmark: Benchmark, *rest: Any) -> Score:
+        asked.append(benchmark.name)
+        if benchmark.name == "Second" and asked.count("Second") == 1:
+            raise KeyboardInterrupt
+        return Score("tiny_choices", "acc,none", 0, 0.5, None, 5, None, {})
+
+    monkeypatch.setattr(Harness, "score", until_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config)
+    assert list(json.loads(Path(config.output, "base.json").read_text())["parts"]["benchmarks"]) == ["First"]
+    evaluate(config)
+    assert asked == ["First", "Second", "Second"]
+
+
+def test_data_that_has_come_is_measured(config: EvaluateConfig, tmp_path: Path) -> None:
+    config = replace(config, models={"base": config.models["base"]}, text=[], prompts=[], tasks=config.tasks[::-1])
+    assert "- Lost: not measured" in Path(evaluate(config)).read_text()
+    (tmp_path / "nowhere.jsonl").write_text((tmp_path / "choices.jsonl").read_text())
+    page = Path(evaluate(config)).read_text()
+    assert "not measured" not in page
+    assert page.startswith("| model | Lost")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"parts": {}'])
+def test_damaged_measurements_are_named(config: EvaluateConfig, content: str) -> None:
+    Path(config.output).mkdir()
+    Path(config.output, "base.json").write_text(content)
+    with pytest.raises(InputError, match=r"base\.json is damaged"):
+        evaluate(replace(config, tasks=[]))
+
+
+def test_a_damaged_model_is_named(config: EvaluateConfig, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(config.models["base"], damaged)
+    (damaged / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(InputError, match="damaged cannot be read"):
+        evaluate(replace(config, models={"base": str(damaged)}, tasks=[]))
+
+
+def test_names_that_come_twice_are_refused(config: EvaluateConfig) -> None:
+    with pytest.raises(InputError, match="have the name Choices 2 times"):
+        evaluate(replace(config, tasks=[*config.tasks, config.tasks[0]]))
+    with pytest.raises(InputError, match="lm-eval has no task nothing"):
+        evaluate(replace(config, tasks=[*config.tasks, TaskConfig("X", "nothing", "acc,none")]))
+    assert not Path(config.output, "base.json").exists()  # nothing is measured before
+
+
+def test_answers_do_not_depend_on_the_batch(model: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    prompts = ["The dog", "狗在公园里散步，今天天气很好", "A"]
+    alone = [answers_to(network, tokenizer, [prompt], 12)[0] for prompt in prompts]
+    assert answers_to(network, tokenizer, prompts, 12) == alone
+    ids = tokenizer(prompts[1], return_tensors="pt")
+    output = network.generate(**ids, max_new_tokens=12, do_sample=False)
+    assert alone[1] == tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_questions_of_one_language_are_put_together(config: EvaluateConfig) -> None:
+    config = replace(config, models={"base": config.models["base"]}, text=[], tasks=[])
+    config = replace(config, prompts=[*config.prompts, replace(config.prompts[0], max_prompts=1)])
+    report = json.loads(Path(evaluate(config)).with_name("report.json").read_text())
+    assert len(report["models"]["base"]["answers"]["zh"]["answers"]) == 4
 
 
 def test_the_tool(config: EvaluateConfig, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from judges import judge_server
@@ -82,6 +83,24 @@ def test_a_server_that_always_fails_is_reported(tmp_path: Path) -> None:
         pytest.raises(JudgeError, match="no chat completion"),
     ):
         Judge(config(server.url), str(path)).verdicts(PAIRS[:1])
+
+
+@pytest.mark.parametrize("choice", [{}, {"message": None}])
+def test_an_answer_without_a_message_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: Any) -> None:
+    from openai.resources.chat.completions import Completions
+    from openai.types.chat import ChatCompletion
+    from openai.types.chat.chat_completion import Choice
+
+    answer = ChatCompletion.construct(choices=[Choice.construct(**choice)])
+    monkeypatch.setattr(Completions, "create", lambda *_, **__: answer)
+    with pytest.raises(JudgeError, match="no chat completion"):
+        Judge(config("http://localhost:1/v1"), str(tmp_path / "verdicts.jsonl")).verdicts(PAIRS[:1])
+
+
+def test_lines_that_hold_no_verdict_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    path.write_text('5\n{}\nnull\n[]\n{"key": "a", "said": "[[A]]"}\n{"key": "b", "sa')
+    assert read_said(str(path)) == {"a": "[[A]]"}
 
 
 def test_the_key_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

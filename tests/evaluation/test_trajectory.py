@@ -84,7 +84,7 @@ def test_each_checkpoint_is_measured_once(
     manifest.write_text(manifest.read_text() + "\n")
     evaluate(config)
     said = capfd.readouterr().err
-    assert [line for line in said.splitlines() if line.endswith(": text")] == ["iteration 5: text"]
+    assert [line for line in said.splitlines() if ": text" in line] == ["iteration 5: text: en"]
     assert points(config.output) == found
     # With other settings the removed one is unknown
     evaluate(replace(config, window=16))

@@ -30,9 +30,11 @@ def test_losses_and_logits_equal_transformers(variant: str, tmp_path: Path, tiny
         expected_loss = torch.nn.functional.cross_entropy(expected_logits.flatten(0, 1), targets.flatten())
         with single_process_model(read_llama_config(hf), "float32") as model:
             load_checkpoint(checkpoint, [model])
-            position_ids = torch.arange(SEQ_LENGTH).expand(3, -1)
-            logits = model(inputs, position_ids, None)
-            loss = model(inputs, position_ids, None, labels=targets).mean()
+            device = next(model.parameters()).device
+            inputs, targets = inputs.to(device), targets.to(device)
+            position_ids = torch.arange(SEQ_LENGTH, device=device).expand(3, -1)
+            logits = model(inputs, position_ids, None).cpu()
+            loss = model(inputs, position_ids, None, labels=targets).mean().cpu()
 
     assert expected_logits.std() > 0.1, "a model with constant logits would compare equal to anything"
     assert (logits - expected_logits).abs().max() <= 1e-3

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_cpt.platforms.cpu import CpuPlatform, cpu_model
-from megatron_cpt.platforms.cuda import known_peak_tflops
+from megatron_cpt.platforms.cuda import CudaPlatform, known_peak_tflops
 
 
 @pytest.mark.parametrize(
@@ -44,3 +47,10 @@ def test_a_cpu_has_a_name_and_no_peak(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some Chip @ 2 GHz\n")
     assert cpu_model(str(tmp_path / "cpuinfo")) == "Some Chip @ 2 GHz"
     assert cpu_model(str(tmp_path / "missing"))
+
+
+def test_only_bf16_takes_the_loss_that_rounds_its_gradient_to_bf16() -> None:
+    source = inspect.getsource(importlib.import_module("megatron.core.fusions.fused_cross_entropy"))
+    assert "grad_input.to(torch.bfloat16)" in source, "another way now: see whether fp32 can have it"
+    assert CudaPlatform().fusions(torch.bfloat16)["cross_entropy_loss_fusion"]
+    assert not CudaPlatform().fusions(torch.float32)["cross_entropy_loss_fusion"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_models import ROOT, make_tiny_llama
 
 from megatron_cpt.chat_data.conversations import Message
+from megatron_cpt.chat_data.templates import CHATML
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.chat import Chat, ChatConfig, Speaker, chat
 
@@ -105,8 +107,6 @@ def test_the_tool_reads_lines(config: ChatConfig) -> None:
 
 
 def test_text_is_completed(config: ChatConfig) -> None:
-    from dataclasses import replace
-
     completed = chat(replace(config, prompt=["The dog", "狗"]))
     assert completed is not None
     assert completed.startswith("The dog")
@@ -125,3 +125,30 @@ def test_wrong_options(options: dict[str, float], message: str) -> None:
 def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"which has no config\.json"):
         Speaker(ChatConfig(str(tmp_path)))
+
+
+def test_an_answer_needs_room(config: ChatConfig) -> None:
+    with pytest.raises(InputError, match="max_new_tokens is 256; wanted less than 256"):
+        Speaker(replace(config, max_new_tokens=256))
+
+
+def test_what_a_template_refuses_is_told(config: ChatConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Such as the system prompt, which some models have no place for."""
+    path = tmp_path / "strict.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    path.write_text(refusal + CHATML)
+    talk = Chat(Speaker(replace(config, chat_template=str(path))), "Be kind.")
+    talk.say("one")
+    assert "error: the chat template refuses it: no system prompt" in capfd.readouterr().err
+    assert talk.turns == []
+
+
+def test_stdin_that_is_closed_or_no_text(config: ChatConfig) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "chat.py"), config.model, "--chat_template", "chatml"]
+    closed = subprocess.run(["bash", "-c", '"$@" <&-', "-", *command], capture_output=True, text=True, timeout=300)
+    assert closed.returncode == 2
+    assert closed.stderr.splitlines()[-1] == "error: stdin is closed; wanted a terminal, or questions on it"
+    command += ["--max_new_tokens", "3"]
+    odd = subprocess.run(command, input="\ud83d \x00 狗".encode("utf-8", "surrogatepass") + b"\xff\n", capture_output=True)
+    assert odd.returncode == 0, odd.stderr
+    assert odd.stderr.count(b"[3 tokens, ") == 1

@@ -14,7 +14,9 @@ import pytest
 from megatron_cpt.chat_data.templates import IGNORED, Example, Template, load_template
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import DataConfig, Prepared, SourceConfig, prepare_dpo, prepare_sft
+from megatron_cpt.posttrain.models import check_fit
 from megatron_cpt.posttrain.report import show_report, write_report
+from megatron_cpt.posttrain.settings import LoraSettings
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +166,59 @@ def test_files_that_hold_no_rows(template: Template, tmp_path: Path, name: str, 
 def test_reports_of_nothing(template: Template, tmp_path: Path) -> None:
     found: Prepared[Example] = Prepared([], {}, [], 0.0)
     assert json.loads(Path(write_report(str(tmp_path), found)).read_text())["sources"] == []
+
+
+def test_a_validation_file_without_usable_rows_is_named(template: Template, tmp_path: Path) -> None:
+    source = SourceConfig(write(tmp_path / "rows.json", rows(5)), "en")
+    broken = SourceConfig(write(tmp_path / "broken.json", [{"instruction": "x", "output": ""}]), "zh")
+    config = DataConfig([source], validation=[broken], broken="skip")
+    with pytest.raises(InputError, match=r"broken\.json: no row is left to evaluate on; 1 rows, 1 empty answer"):
+        prepare_sft(config, template, 1)
+    with pytest.raises(InputError, match=r"left to train on: .*broken\.json: 1 rows, 1 empty answer \(message 2 is empty\)"):
+        prepare_sft(DataConfig([broken], broken="skip"), template, 1)
+
+
+def test_validation_rows_that_are_not_used_are_counted(template: Template, tmp_path: Path) -> None:
+    source = SourceConfig(write(tmp_path / "rows.json", rows(5)), "en")
+    found = prepare_sft(DataConfig([source], validation=[replace(source, max_rows=2)]), template, 1)
+    assert (found.counts[1].validation, found.counts[1].left_out) == (2, 3)
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_a_byte_order_mark_is_no_text(template: Template, tmp_path: Path, ending: str) -> None:
+    path = Path(write(tmp_path / f"rows{ending}", rows(5)))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(prepare_sft(DataConfig([SourceConfig(str(path), "en")], validation_share=0), template, 1).train) == 5
+
+
+def test_a_damaged_parquet_file_is_named(template: Template, tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "rows.parquet", rows(500)))
+    content = bytearray(path.read_bytes())
+    content[4:200] = b"\xff" * 196
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"rows\.parquet is not Parquet, or damaged"):
+        prepare_sft(DataConfig([SourceConfig(str(path), "en")]), template, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"vocab_size": 9}, "and the model's vocab_size is 9"), ({"max_position_embeddings": 4}, "and the model 4 positions")],
+)
+def test_a_model_that_is_too_small_for_the_data(
+    template: Template, tmp_path: Path, fields: dict[str, int], message: str
+) -> None:
+    found = prepare_sft(DataConfig([SourceConfig(write(tmp_path / "rows.json", rows(5)), "en")]), template, 1)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 1000, "max_position_embeddings": 1000}))
+    check_fit(str(tmp_path), found)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=message):
+        check_fit(str(tmp_path), found)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json is damaged"):
+        check_fit(str(tmp_path), found)
+
+
+@pytest.mark.parametrize("options", [{"r": 0}, {"alpha": 0}, {"dropout": 1.0}])
+def test_adapters_that_there_are_none_of(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(options))):
+        LoraSettings(**options)

@@ -46,13 +46,13 @@ class Trainer:
         report, _ = run_schedule([self.model], iter(batches), shape, self.ranks, summed_loss)
         assert report is not None
         loss, targets = report.tolist()
-        return loss, targets, {name: p.main_grad.double() for name, p in self.model.named_parameters()}
+        return loss, targets, {name: p.main_grad.double().cpu() for name, p in self.model.named_parameters()}
 
     def alone(self, batch: Batch) -> tuple[float, float, dict[str, torch.Tensor]]:
         """The same quantities from every document of a micro-batch, run one by one without packing."""
         inputs, targets = batch.tokens[:, :-1].ravel(), batch.tokens[:, 1:].ravel()
         total, counted = 0.0, 0.0
-        gradient = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in self.model.named_parameters()}
+        gradient = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in self.model.named_parameters()}
         for begin, end in pairwise(batch.cu_seqlens):
             tokens = np.append(inputs[begin:end], targets[end - 1])[None]
             mask = batch.loss_mask.ravel()[None, begin:end].copy()
@@ -137,11 +137,11 @@ def test_without_masks_it_is_the_mean_over_all_targets(trainer: Trainer) -> None
     batches = [unpacked(make_packed(PACKS["two samples"], False, seed)) for seed in (1, 2)]
     loss, targets, gradient = trainer.run(batches, SEQ_LENGTH)
     module = trainer.model.module
-    tokens = torch.from_numpy(np.concatenate([batch.tokens for batch in batches]))
+    tokens = torch.from_numpy(np.concatenate([batch.tokens for batch in batches])).to(trainer.ranks.device)
     mean = module(tokens[:, :-1].contiguous(), None, None, labels=tokens[:, 1:].contiguous()).mean()
     trainer.model.zero_grad_buffer()
     mean.backward()
-    expected = {name: parameter.main_grad.double() for name, parameter in trainer.model.named_parameters()}
+    expected = {name: parameter.main_grad.double().cpu() for name, parameter in trainer.model.named_parameters()}
     assert (targets, loss / targets) == (4 * SEQ_LENGTH, pytest.approx(mean.item(), rel=1e-6))
     assert largest_difference(gradient, expected) <= 1e-5
 
@@ -179,7 +179,7 @@ def test_batches_that_are_not_as_said_are_refused(trainer: Trainer, packed: bool
 def test_positions_restart_with_each_document(trainer: Trainer) -> None:
     """The same document twice has the same rotated queries; outputs cannot tell, for they follow position differences."""
     batch = make_packed([0, 24, 48], True)
-    inputs = torch.from_numpy(batch.tokens[:, :-1])
+    inputs = torch.from_numpy(batch.tokens[:, :-1]).to(trainer.ranks.device)
     inputs[:, 24:] = inputs[:, :24]
     module = trainer.model.module
     queries: list[torch.Tensor] = []

@@ -1,6 +1,6 @@
 """The order of the data on a GPU: csrc/sampling_cuda.cu, which `make cuda` compiles, called with pointers to device memory.
 
-Not run on real hardware yet: the tests run the same source compiled for the CPU (csrc/cuda_emulation.h).
+Without a GPU the tests run the same source compiled for the CPU (csrc/cuda_emulation.h).
 """
 
 from __future__ import annotations
