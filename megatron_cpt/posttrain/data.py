@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-from megatron_cpt.chat_data.conversations import RowError, parse_conversation, parse_preference
+from megatron_cpt.chat_data.conversations import RowError, describes_tools, parse_conversation, parse_preference
 from megatron_cpt.chat_data.languages import Identify, mismatch, shares
 from megatron_cpt.chat_data.rows import read_rows
 from megatron_cpt.chat_data.templates import IGNORED, Example, PairExample, Template
@@ -184,6 +184,7 @@ def prepare_dpo(
 
     def make(row: Any, counts: Counts) -> PairExample:
         preference = parse_preference(row)
+        counts.with_tools += describes_tools(row)
         count_language(counts, identify, preference.chosen.content)
         return template.encode_pair(preference)
 
