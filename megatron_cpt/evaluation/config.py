@@ -27,7 +27,7 @@ class PromptsConfig:
     """Questions in a language, to see in which one they are answered."""
 
     path: str
-    """As for finetune_sft.py (JSON, JSON Lines, Parquet); the first question of each row is asked."""
+    """As for finetune_sft.py (JSON, JSON Lines, Parquet), answers or not; the first question of each row is asked."""
     language: str
     """Of the questions, and wanted of the answers."""
     max_prompts: int = 50

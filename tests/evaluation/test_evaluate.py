@@ -21,7 +21,7 @@ from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Catalog, Harness, Score, shots_of
 from megatron_cpt.evaluation.report import evaluate
-from megatron_cpt.evaluation.run import answers_to
+from megatron_cpt.evaluation.run import answers_to, questions_of
 from megatron_cpt.evaluation.table import markdown
 
 CHOICES = Benchmark("Choices", "tiny_choices", "acc,none", 1)
@@ -282,7 +282,41 @@ def test_files_without_text_or_questions(config: EvaluateConfig, tmp_path: Path)
     with pytest.raises(InputError, match=r"bad\.jsonl, row 1 has no text"):
         evaluate(replace(config, text=[TextConfig(str(tmp_path / "bad.jsonl"), "en")]))
     with pytest.raises(InputError, match=r"bad\.jsonl, row 1: it has no messages"):
-        evaluate(replace(config, text=[], prompts=[PromptsConfig(str(tmp_path / "bad.jsonl"), "en")]))
+        evaluate(replace(config, prompts=[PromptsConfig(str(tmp_path / "bad.jsonl"), "en")]))
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(InputError, match=r"empty\.json holds no text"):
+        evaluate(replace(config, text=[TextConfig(str(tmp_path / "empty.json"), "en")]))
+    with pytest.raises(InputError, match=r"empty\.json holds no question"):
+        evaluate(replace(config, prompts=[PromptsConfig(str(tmp_path / "empty.json"), "en")]))
+    assert not Path(config.output).exists()  # nothing is measured before
+
+
+def test_questions_need_no_answers(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    asked = [{"role": "user", "content": "c"}]
+    rows = [
+        {"instruction": "a"},
+        {"prompt": "b"},
+        {"messages": asked},
+        {"messages": [*asked, {"role": "assistant", "content": "x"}]},
+        {"prompt": "d", "chosen": "x", "rejected": "y"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert questions_of(PromptsConfig(str(path), "en")) == ["a", "b", "c", "c", "d"]
+
+
+@pytest.mark.parametrize("file", ["text.jsonl", "model/tokenizer_config.json"])
+def test_changed_files_are_measured_anew(
+    config: EvaluateConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str], file: str
+) -> None:
+    shutil.copytree(config.models["base"], tmp_path / "model")
+    config = replace(config, models={"base": str(tmp_path / "model")}, tasks=[], prompts=[])
+    evaluate(config)
+    evaluate(config)
+    assert capfd.readouterr().err.count("base: text: en") == 1
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes() + b"\n")
+    evaluate(config)
+    assert "base: text: en" in capfd.readouterr().err
 
 
 def test_a_table_shows_what_is_missing() -> None:

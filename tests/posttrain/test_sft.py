@@ -265,4 +265,5 @@ def test_errors_are_one_line(whole: tuple[SftConfig, Path], tmp_path: Path) -> N
     result = run_tool("finetune_sft.py", "--config", config, check=False)
     assert result.returncode == 2
     assert f"error: {broken}, row 1: message 2 is empty; data.broken: skip goes on" in result.stderr
+    assert not (tmp_path / "run").exists()
     assert "Traceback" not in result.stderr
