@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ class SourceConfig:
     def check(self) -> None:
         """Raise InputError unless it can be one."""
         require(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
+        named = re.fullmatch(r"[\w-]+", self.language) is not None  # it names files and metrics
+        require(named, "language", repr(self.language), "a code such as en or zh")
 
 
 @dataclass(frozen=True)

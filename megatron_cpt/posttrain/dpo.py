@@ -129,7 +129,7 @@ def finetune_dpo(config: DpoConfig) -> str:
         train_dataset=datasets.load_from_disk(os.path.join(folder, "train")),
         eval_dataset=validation or None,
         processing_class=template.tokenizer,
-        peft_config=lora(config.lora),
+        peft_config=lora(config.lora, model),
     )
     merge = config.lora is None or config.lora.merge
     return train(trainer, config.save, template.tokenizer, settings, merge, saved_dtype(config.model))

@@ -141,7 +141,7 @@ def finetune_sft(config: SftConfig) -> str:
         train_dataset=as_dataset(prepared.train),
         eval_dataset={language: as_dataset(examples) for language, examples in prepared.validation.items()} or None,
         processing_class=template.tokenizer,
-        peft_config=lora(config.lora),
+        peft_config=lora(config.lora, model),
     )
     merge = config.lora is None or config.lora.merge
     return train(trainer, config.save, template.tokenizer, settings, merge, saved_dtype(config.model))

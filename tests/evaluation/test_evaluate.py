@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,10 @@ def test_the_tool(config: EvaluateConfig, tmp_path: Path) -> None:
         ({"models": {"a/b": "x"}}, "models has the name 'a/b'"),
         ({"tasks": [], "text": [], "prompts": []}, "there is nothing to measure"),
         ({"text": [TextConfig("nowhere.jsonl", "en")]}, r"nowhere\.jsonl: no such file"),
+        (
+            {"models": {"a|b": "x"}},
+            r"models has the name 'a\|b'; use one that can be the name of a file",
+        ),
         ({"limit": 0}, "limit is 0"),
         ({"data_folder": "nowhere"}, "nowhere: no such folder"),
         ({"tasks_folder": "nowhere"}, "nowhere: no such folder"),
@@ -275,6 +280,20 @@ def test_the_tool(config: EvaluateConfig, tmp_path: Path) -> None:
 def test_wrong_configurations(config: EvaluateConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TextConfig("t.jsonl", "en", 0), "max_documents is 0"),
+        (lambda: TextConfig("t.jsonl", ""), "language is ''"),
+        (lambda: PromptsConfig("q.jsonl", "zh", 0), "max_prompts is 0"),
+        (lambda: PromptsConfig("q.jsonl", "Chinese"), "language is 'Chinese'; use a code such as en, zh or zh-TW"),
+    ],
+)
+def test_wrong_files(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
 
 
 def test_files_without_text_or_questions(config: EvaluateConfig, tmp_path: Path) -> None:
@@ -317,6 +336,13 @@ def test_changed_files_are_measured_anew(
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes() + b"\n")
     evaluate(config)
     assert "base: text: en" in capfd.readouterr().err
+
+
+def test_a_table_says_why_there_is_no_share() -> None:
+    share = {"script": None, "identified": None, "tokens": 0, "missing": "none of the 3 answers has a letter"}
+    assert "| base  | -             | -                     |\n\n- base, %zh: none of the 3 answers" in markdown(
+        {"base": {"answers": {"zh": share}}}
+    )
 
 
 def test_a_table_shows_what_is_missing() -> None:
