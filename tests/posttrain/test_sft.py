@@ -228,7 +228,7 @@ def test_adapters(chat_model: str, tmp_path: Path, merge: bool) -> None:
 def test_adapters_of_layers_that_there_are_none_of(chat_model: str, tmp_path: Path) -> None:
     for names in (["q_proj", "query"], "query"):
         config = sft_config(chat_model, tmp_path, lora=LoraSettings(target_modules=names))  # type: ignore[arg-type]
-        with pytest.raises(InputError, match="lora.target_modules has query, and the model no such layer"):
+        with pytest.raises(InputError, match=r"lora\.target_modules has query, and the model no such layer"):
             finetune_sft(config)
 
 
