@@ -168,7 +168,10 @@ def read_prompt(path: str | None) -> str:
     if not os.path.isfile(path):
         raise InputError(f"pairwise.judge.prompt is {path}; no such file")
     with open(path, encoding="utf-8") as file:
-        prompt = file.read()
+        try:
+            prompt = file.read()
+        except UnicodeDecodeError as error:
+            raise InputError(f"pairwise.judge.prompt is {path}, which is no text in UTF-8: {error}") from error
     missing = [f"{{{name}}}" for name in PLACES if f"{{{name}}}" not in prompt]
     if missing:
         raise InputError(f"{path} has no {', '.join(missing)}; wanted a place for the question and both answers")

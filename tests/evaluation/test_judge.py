@@ -153,6 +153,9 @@ def test_another_prompt(tmp_path: Path) -> None:
     wanted = JudgeConfig(url="http://localhost:1/v1", model="wise", prompt=str(prompt))
     with pytest.raises(InputError, match=r"prompt\.txt has no \{answer_b\}"):
         Judge(wanted, str(tmp_path / "verdicts.jsonl"))
+    prompt.write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"prompt\.txt, which is no text in UTF-8"):
+        Judge(wanted, str(tmp_path / "verdicts.jsonl"))
     prompt.write_text("Q {question} A {answer_a} B {answer_b}")
     with judge_server(lambda text: "[[A]]" if "A good" in text else "[[B]]") as server:
         own = JudgeConfig(url=server.url, model="wise", prompt=str(prompt))
