@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # What the SLURM scripts under examples/ share; they source it. docs/slurm.md says how to use them.
 #
-# A script that calls `launch` or `single` is both the command that submits and the job: started as a program it checks its
+# A script that calls `launch` or `job` is both the command that submits and the job: started as a program it checks its
 # settings and gives itself to sbatch; started by SLURM it runs. Every setting is a variable of the environment.
 
 SCRIPT=${SCRIPT:-$(realpath "$0")}        # to be set before the script changes its folder
@@ -21,7 +21,8 @@ VENV=${VENV:-$PWD/.venv}                  # Python's; not used if it is not ther
 DRY_RUN=${DRY_RUN:-0}                     # 1: print what would be submitted, and submit nothing
 
 # --- Training ------------------------------------------------------------------------------------------------------------
-LAUNCHER=${LAUNCHER:-srun}                # srun: a task for each rank; torchrun: one for each node
+LAUNCHER=${LAUNCHER:-srun}                # srun: a task for each rank; torchrun, accelerate: one for each node
+ACCELERATE=${ACCELERATE:-}                # with LAUNCHER=accelerate, its configuration (YAML)
 SAVE=${SAVE:-}                            # the run's folder, checkpoint.save: tells how far the run is
 SIGNAL_SECONDS=${SIGNAL_SECONDS:-300}     # before the time limit the ranks are told to save; a save has to fit in
 REQUEUE=${REQUEUE:-1}                     # 0: a run that was told to save is not queued again
@@ -74,12 +75,11 @@ check_settings() {
   for name in DRY_RUN CHECK REQUEUE REQUEUE_ON_FAILURE; do
     [[ ${!name} == [01] ]] || refuse "$name is '${!name}'; wanted 0 or 1"
   done
-  [[ $LAUNCHER == srun || $LAUNCHER == torchrun ]] || refuse "LAUNCHER is '$LAUNCHER'; wanted srun or torchrun"
+  [[ $LAUNCHER == srun || $LAUNCHER == torchrun || $LAUNCHER == accelerate ]] ||
+    refuse "LAUNCHER is '$LAUNCHER'; wanted srun, torchrun or accelerate"
+  [[ $LAUNCHER != accelerate || -f $ACCELERATE ]] || refuse "ACCELERATE is '$ACCELERATE'; wanted accelerate's configuration"
   [[ $CONTAINER_RUNTIME == pyxis || $CONTAINER_RUNTIME == apptainer ]] ||
     refuse "CONTAINER_RUNTIME is '$CONTAINER_RUNTIME'; wanted pyxis or apptainer"
-  if ((GPUS_PER_NODE > 0 && GPUS_PER_NODE != RANKS_PER_NODE)); then
-    refuse "GPUS_PER_NODE is $GPUS_PER_NODE and RANKS_PER_NODE $RANKS_PER_NODE; wanted the same number, or GPUS_PER_NODE 0"
-  fi
 }
 
 # --- Submitting ----------------------------------------------------------------------------------------------------------
@@ -117,19 +117,35 @@ check_run() {
 launch() {
   check_settings
   [ -n "$SAVE" ] || refuse "SAVE is empty; wanted the run's folder"
+  if ((GPUS_PER_NODE > 0 && GPUS_PER_NODE != RANKS_PER_NODE)); then
+    refuse "GPUS_PER_NODE is $GPUS_PER_NODE and RANKS_PER_NODE $RANKS_PER_NODE; wanted the same number, or GPUS_PER_NODE 0"
+  fi
   if in_job; then run_ranks "$@"; else submit_ranks "$@"; fi
 }
 
 submit_ranks() {
-  local gpus=()
-  ((GPUS_PER_NODE == 0)) || gpus=(--gpus-per-node="$GPUS_PER_NODE")
   check_run "$@"
   if [ "$DRY_RUN" = 1 ]; then
     MASTER_ADDR=FIRST_NODE MASTER_PORT=PORT SLURM_NNODES=$NODES
     rank_command "$@"
     words "${rank_command[@]}" >&2
   fi
-  submit --nodes="$NODES" --ntasks-per-node="$RANKS_PER_NODE" --requeue --signal="B:USR1@$SIGNAL_SECONDS" "${gpus[@]}"
+  # All of the script's #SBATCH lines, which would hold where nothing is said; also --gpus-per-node=0.
+  submit --nodes="$NODES" --ntasks-per-node="$RANKS_PER_NODE" --gpus-per-node="$GPUS_PER_NODE" --requeue \
+    --signal="B:USR1@$SIGNAL_SECONDS"
+}
+
+# job COMMAND...: a command as one process, as a job of its own
+job() {
+  local gpus=()
+  if in_job; then
+    single "$@"
+    return
+  fi
+  check_settings
+  ((GPUS_PER_NODE == 0)) || gpus=(--gpus-per-node="$GPUS_PER_NODE")
+  [ "$DRY_RUN" = 0 ] || words "$@" >&2
+  submit --ntasks=1 "${gpus[@]}"
 }
 
 # single COMMAND...: within a job, a command as one process, in the container if there is one
@@ -161,7 +177,10 @@ exec "$@"'
 # Ranks are numbered in the order of nodes, not of arrival: the sum of gradients, and so the last bits, depend on it.
 # shellcheck disable=SC2016  # expanded in the tasks
 NODE_FROM_SLURM='trap "" USR1
-exec "$1" --node-rank="$SLURM_NODEID" "${@:2}"'
+exec torchrun --node-rank="$SLURM_NODEID" "$@"'
+# shellcheck disable=SC2016  # expanded in the tasks
+ACCELERATE_FROM_SLURM='trap "" USR1
+exec accelerate launch --machine_rank="$SLURM_NODEID" "$@"'
 
 # rank_command TOOL OPTION...: sets the array of this name to the srun command that starts all ranks
 rank_command() {
@@ -175,9 +194,17 @@ rank_command() {
     rank_command=(srun "${options[@]}" "${prefix[@]}" bash -c "$RANK_FROM_SLURM" rank python "$@")
   else
     options+=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task=$((RANKS_PER_NODE * CPUS_PER_RANK)))
-    rank_command=(srun "${options[@]}" "${prefix[@]}" bash -c "$NODE_FROM_SLURM" node torchrun --nnodes="$SLURM_NNODES"
-      --nproc-per-node="$RANKS_PER_NODE" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --max-restarts=0
-      --log-dir="${RANK_LOGS:-$LOGS}/torchrun" --tee=3 "$@")
+    rank_command=(srun "${options[@]}" "${prefix[@]}" bash -c)
+    if [ "$LAUNCHER" = torchrun ]; then
+      rank_command+=("$NODE_FROM_SLURM" node --nnodes="$SLURM_NNODES" --nproc-per-node="$RANKS_PER_NODE"
+        --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --max-restarts=0
+        --log-dir="${RANK_LOGS:-$LOGS}/torchrun" --tee=3 "$@")
+    else
+      rank_command+=("$ACCELERATE_FROM_SLURM" node --config_file="$ACCELERATE" --num_machines="$SLURM_NNODES"
+        --num_processes=$((SLURM_NNODES * RANKS_PER_NODE)) --main_process_ip="$MASTER_ADDR"
+        --main_process_port="$MASTER_PORT" --rdzv_backend=static --max_restarts=0
+        --log_dir="${RANK_LOGS:-$LOGS}/torchrun" --tee=3 "$@")
+    fi
   fi
 }
 

@@ -15,9 +15,4 @@ else
 fi
 
 source examples/lib/launch.sh
-if in_job; then
-  single python tools/convert_checkpoint.py "$DIRECTION" --hf "$HF" --megatron "$MEGATRON"
-else
-  check_settings
-  submit --ntasks=1
-fi
+job python tools/convert_checkpoint.py "$DIRECTION" --hf "$HF" --megatron "$MEGATRON"

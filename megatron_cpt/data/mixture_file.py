@@ -97,6 +97,15 @@ def read_mixture_fields(path: str) -> dict[str, Any]:
     return fields
 
 
+def read_seq_length(path: str) -> int:
+    """A mixture file's seq_length, without opening its corpora.
+
+    Raises:
+        InputError: the file cannot be read, or has none
+    """
+    return _integer(path, read_mixture_fields(path), "seq_length", minimum=1)
+
+
 def _refuse_unknown(path: str, where: str, fields: dict[Any, Any], known: set[str]) -> None:
     unknown = sorted(map(str, set(fields) - known))
     if unknown:

@@ -184,6 +184,8 @@ class EvaluateConfig:
     """Tokens of text that are read at once."""
     batch_size: int = 1
     """Questions of benchmarks, and prompts, that are asked at once. In bf16 answers may depend on it."""
+    device_map: Literal["auto"] | None = None
+    """auto: a model's layers are laid over all GPUs, for models that are too large for one. Default: all on one device."""
     allow_code: bool = False
     """Run code that the model writes (HumanEval), in processes with limits. It may do harm all the same."""
     seed: int = 1234

@@ -169,10 +169,11 @@ class Catalog:
 class Harness:
     """lm-eval on one model."""
 
-    def __init__(self, model: str, catalog: Catalog, batch_size: int, chat: bool, device: str) -> None:
-        """`model`: HF folder, loaded when it is first asked; `chat`: by its chat template."""
+    def __init__(self, model: str, catalog: Catalog, batch_size: int, chat: bool, device: str, spread: bool = False) -> None:
+        """`model`: HF folder, loaded when it is first asked; `chat`: by its template; `spread`: over all GPUs."""
         self._catalog, self._chat = catalog, chat
-        self._options = {"pretrained": model, "batch_size": batch_size, "device": device, "trust_remote_code": False}
+        self._options = {"pretrained": model, "batch_size": batch_size, "device": device, "parallelize": spread}
+        self._options |= {"trust_remote_code": False}
 
     def score(self, benchmark: Benchmark, limit: int | None, allow_code: bool, seed: int) -> Score:
         """Of one benchmark.

@@ -222,7 +222,8 @@ class Session:
         config = self._config
         if self._harness is None:
             self.close()  # lm-eval loads the model anew
-            self._harness = Harness(self._folder, self._catalog, config.batch_size, config.chat, self._device)
+            spread = config.device_map is not None
+            self._harness = Harness(self._folder, self._catalog, config.batch_size, config.chat, self._device, spread)
         benchmark = next(item for item in benchmarks_of(config) if item.name == name)
         return dataclasses.asdict(self._harness.score(benchmark, config.limit, config.allow_code, config.seed))
 
@@ -239,11 +240,14 @@ class Session:
             tokenizer = load(self._folder)
             try:
                 model = transformers.AutoModelForCausalLM.from_pretrained(
-                    self._folder, dtype="auto", trust_remote_code=False
+                    self._folder,
+                    dtype="auto",
+                    device_map=self._config.device_map or self._device,
+                    trust_remote_code=False,
                 )
             except Exception as error:  # it raises what it likes for files that are damaged
                 raise InputError(f"model {self._folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
-            self._loaded = (model.to(self._device).eval(), tokenizer)
+            self._loaded = (model.eval(), tokenizer)
         return self._loaded
 
     def _answered(self, prompts: PromptsConfig) -> list[dict[str, str]]:

@@ -19,6 +19,9 @@ class PlanConfig:
     """Devices in all."""
     device: str = "h100"
     """Device type: a100-40g, a100-80g, h100, h200, b200."""
+    run: str | None = None
+    """Configuration of pretrain_cpt.py (YAML): plan that run and no other. Its layout, batch, precision and length, and its
+    mixture's seq_length, take the place of the settings below; if it does not fit, that is an error."""
     seq_length: int = 2048
     """Tokens of a sample."""
     global_batch_size: int = 256

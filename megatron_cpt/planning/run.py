@@ -13,6 +13,7 @@ from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.planning.activations import chunk_bytes
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.layouts import Job, Layout, check, chunks_of_stage
+from megatron_cpt.planning.one_run import plan_one, read_run
 from megatron_cpt.planning.report import show, to_json, write_json
 from megatron_cpt.planning.search import make_job, make_parallel, plan
 from megatron_cpt.planning.weights import state_bytes
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
 def run(config: PlanConfig) -> str | None:
     """Print a plan or a simulation; returns the path of the JSON file, if one is asked for."""
     console = Console()
+    asked = read_run(config) if config.run is not None else None
+    config = asked.config if asked else config
     if config.simulate is not None:
-        content = run_simulation(config, config.simulate, console)
+        content = run_simulation(config, config.simulate, console, asked.layout if asked else None)
     else:
-        result = plan(config)
+        result = plan_one(asked) if asked else plan(config)
         show(result, console)
         content = to_json(result)
     if config.json is not None:
@@ -52,10 +55,10 @@ def simulated_layout(config: PlanConfig, job: Job) -> Layout:
     return layout
 
 
-def run_simulation(config: PlanConfig, rank: int, console: Console) -> dict[str, Any]:
-    """Simulate a rank and print it beside the plan's numbers."""
+def run_simulation(config: PlanConfig, rank: int, console: Console, layout: Layout | None = None) -> dict[str, Any]:
+    """Simulate a rank and print it beside the plan's numbers. `layout`: default, the one that the configuration names."""
     job = make_job(config)
-    layout = simulated_layout(config, job)
+    layout = layout or simulated_layout(config, job)
     from megatron_cpt.planning.simulate import simulate  # imports torch and megatron, which takes seconds
 
     result = simulate(job, layout, rank)

@@ -61,6 +61,12 @@ def parameters_of_chunk(llama: LlamaConfig, tensor: int, pipeline: int, chunk: C
     return tuple(parameters)
 
 
+def number_of_parameters(llama: LlamaConfig) -> int:
+    """Of the whole model."""
+    whole = Chunk(llama.num_hidden_layers, True, True)
+    return sum(parameter.elements for parameter in parameters_of_chunk(llama, 1, 1, whole))
+
+
 @dataclass(frozen=True, eq=False)  # compared by identity: they are made once (lay_out)
 class Buffer:
     """A contiguous gradient buffer: its elements, and where parameters and buckets lie in it (element numbers)."""

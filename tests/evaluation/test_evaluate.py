@@ -146,6 +146,15 @@ def config(model: str, tasks: str, tmp_path: Path) -> EvaluateConfig:
     )
 
 
+def test_a_model_laid_over_all_devices_has_the_same_scores(config: EvaluateConfig, tmp_path: Path) -> None:
+    """Here the CPU is all there is."""
+    found, config = [], replace(config, models={"base": config.models["base"]}, prompts=[])
+    for name, device_map in (("one", None), ("all", "auto")):
+        evaluate(replace(config, output=str(tmp_path / name), device_map=device_map))  # type: ignore[arg-type]
+        found.append(json.loads((tmp_path / name / "report.json").read_text()))
+    assert found[0]["models"] == found[1]["models"]
+
+
 def test_a_report_of_two_models(config: EvaluateConfig, capfd: pytest.CaptureFixture[str]) -> None:
     path = Path(evaluate(config))
     report = json.loads((path.parent / "report.json").read_text())

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from tiny_models import ROOT, make_tiny_llama, run_tool
+from tiny_models import ROOT, make_tiny_llama, run_tool, write_yaml
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.errors import InputError
@@ -25,6 +25,7 @@ from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.hardware import DEVICES, Cluster, find_device
 from megatron_cpt.planning.layouts import Chunk, Job, Layout, layers_of_stages
 from megatron_cpt.planning.memory import GIB, fullest, memory_of_stage
+from megatron_cpt.planning.one_run import plan_one, read_run
 from megatron_cpt.planning.presets import MODELS, find_model
 from megatron_cpt.planning.published import PUBLISHED, Published
 from megatron_cpt.planning.report import show
@@ -255,6 +256,70 @@ def test_wrong_input_is_one_line(arguments: list[str], message: str) -> None:
     result = run_tool("plan_run.py", *arguments, check=False)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert message in result.stderr
+
+
+def write_run(folder: Path, **changes: dict[str, Any]) -> str:
+    """A run's configuration and mixture, of which the plan needs the sequence length alone."""
+    run: dict[str, dict[str, Any]] = {
+        "checkpoint": {"load": "nowhere", "save": "nowhere"},
+        "training": {"train_iters": 10, "micro_batch_size": 2, "global_batch_size": 64, "params_dtype": "bf16"},
+        "parallel": {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
+    }
+    content = {name: run.get(name, {}) | changes.get(name, {}) for name in {*run, *changes}}
+    return write_yaml(folder / "run.yaml", content | {"mixture": write_yaml(folder / "mixture.yaml", {"seq_length": 4096})})
+
+
+@pytest.mark.parametrize(
+    "length", [{}, {"train_iters": None, "train_samples": 640}, {"train_iters": None, "train_tokens": 1}]
+)
+def test_the_plan_of_a_run(tmp_path: Path, length: dict[str, int | None]) -> None:
+    """Everything as its configuration says, whatever else the plan is told."""
+    uneven = {"num_layers_in_first_pipeline_stage": 14, "recompute_granularity": "full", "recompute_num_layers": 2}
+    path = write_run(tmp_path, training=length, parallel=uneven)
+    result = plan_one(read_run(PlanConfig("8B", 32, run=path, seq_length=7, micro_batch_size=7, tokens=7)))
+    (candidate,) = result.feasible
+    assert (result.job.seq_length, result.job.global_batch_size, result.job.params_dtype) == (4096, 64, "bf16")
+    assert result.config.tokens == (1 if "train_tokens" in length else 640 * 4096)
+    layout = candidate.layout
+    assert (layout.data_parallel_size, layout.micro_batch_size, layout.num_microbatches) == (4, 2, 8)
+    parallel = ParallelConfig(4, 2, sequence_parallel=True, **uneven)
+    assert layout.parallel == parallel
+    even = read_run(PlanConfig("8B", 32, run=write_run(tmp_path, training=length)))
+    (same,) = plan_one(even).feasible
+    (searched,) = plan(dataclasses.replace(even.config, run=None, virtual_pipeline_model_parallel_size=1)).feasible
+    assert (same.memory, same.throughput) == (searched.memory, searched.throughput)
+    assert candidate.memory.total < same.memory.total
+    assert candidate.throughput.step.total > same.throughput.step.total
+
+
+@pytest.mark.parametrize(
+    ("parallel", "devices", "message"),
+    [
+        ({"context_parallel_size": 2}, 32, "parallel.context_parallel_size is 2, which the estimates do not know"),
+        (
+            {"pipeline_model_parallel_layout": "Et*16|t*16L"},
+            32,
+            "parallel.pipeline_model_parallel_layout is Et*16|t*16L, which",
+        ),
+        ({"tensor_parallel": 2}, 32, "Group 'parallel' does not accept option 'tensor_parallel'"),
+        ({"tensor_model_parallel_size": 0}, 32, "tensor_model_parallel_size is 0; use 1 or more"),
+        ({}, 33, "33 devices are not divisible by tensor x pipeline size 4 x 2 = 8"),
+        ({"num_layers_in_first_pipeline_stage": 40}, 32, "num_layers_in_first_pipeline_stage 40 leave -8 of 32 layers"),
+    ],
+)
+def test_runs_that_cannot_be_planned(tmp_path: Path, parallel: dict[str, Any], devices: int, message: str) -> None:
+    path = write_run(tmp_path, parallel=parallel)
+    with pytest.raises(InputError, match=f"^{re.escape(path)}: {re.escape(message)}"):
+        read_run(PlanConfig("8B", devices, run=path))
+
+
+def test_the_command_refuses_a_run_that_does_not_fit(tmp_path: Path) -> None:
+    path = write_run(tmp_path, training={"micro_batch_size": 8})
+    result = run_tool("plan_run.py", "8B", "--devices", "32", "--device", "a100-40g", "--run", path, check=False)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert f"{path} does not fit into 32 x a100-40g: " in result.stderr
+    assert " GiB of 39.4 GiB with nothing recomputed: " in result.stderr
+    assert "MFU" in run_tool("plan_run.py", "8B", "--devices", "32", "--device", "h200", "--run", path).stdout
 
 
 def test_a_plan_needs_no_torch() -> None:

@@ -19,15 +19,16 @@ from megatron_cpt.posttrain.dpo import DpoConfig
 from megatron_cpt.posttrain.settings import accumulation
 from megatron_cpt.posttrain.sft import SftConfig
 
-RECIPES = ROOT / "examples" / "posttrain"
-CONFIGURATIONS = sorted((RECIPES / "accelerate").glob("*.yaml"))
+EXAMPLES = ROOT / "examples"
+ACCELERATE = EXAMPLES / "posttrain" / "accelerate"
+CONFIGURATIONS = sorted(ACCELERATE.glob("*.yaml"))
 
 
 def read_recipe(name: str, *options: str) -> Any:
     """As the tools read it."""
     kind = SftConfig if name.endswith("sft") else DpoConfig
     parser = make_parser(kind, "")
-    return build(parser, kind, parser.parse_args(["--config", str(RECIPES / f"{name}.yaml"), *options]))
+    return build(parser, kind, parser.parse_args(["--config", str(EXAMPLES / f"{name}.yaml"), *options]))
 
 
 def launch_arguments(path: Path, *options: str) -> Any:
@@ -72,7 +73,7 @@ def test_what_accelerate_starts(gpus: int, monkeypatch: pytest.MonkeyPatch) -> N
     """Eight processes on each machine, with FSDP in their environment."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = ["--main_process_ip", "localhost", "--main_process_port", "0", "--machine_rank", "0"]
-    arguments = launch_arguments(RECIPES / "accelerate" / f"fsdp_{gpus}gpu.yaml", *options)
+    arguments = launch_arguments(ACCELERATE / f"fsdp_{gpus}gpu.yaml", *options)
     assert arguments.use_fsdp
     environment = prepare_multi_gpu_env(arguments)
     assert (arguments.nproc_per_node, int(getattr(arguments, "nnodes", None) or 1)) == ("8", gpus // 8)
@@ -91,22 +92,22 @@ def test_what_accelerate_starts(gpus: int, monkeypatch: pytest.MonkeyPatch) -> N
 def test_zero_3_leaves_batches_and_clipping_to_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """A number here that is not the recipe's would be an error of transformers."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = launch_arguments(RECIPES / "accelerate" / "deepspeed_8gpu.yaml")
+    arguments = launch_arguments(ACCELERATE / "deepspeed_8gpu.yaml")
     assert (arguments.use_deepspeed, arguments.num_processes, arguments.zero_stage) == (True, 8, 3)
     assert arguments.gradient_accumulation_steps is None
     assert arguments.gradient_clipping is None
 
 
 RUNS = [  # recipe, GPUs, options, micro batches of a GPU in a step
-    ("llama3_8b_sft", 8, [], 16),
-    ("llama3_8b_sft", 128, [], 1),
-    ("llama3_70b_sft", 128, [], 1),
-    ("llama3_8b_dpo", 8, [], 8),
-    ("llama3_8b_dpo", 64, [], 1),
-    ("llama3_8b_dpo", 128, ["--training.micro_batch_size", "1"], 1),
-    ("llama3_70b_dpo", 128, [], 1),
-    ("llama3_70b_dpo", 64, ["--training.micro_batch_size", "2"], 1),
-    ("llama3_70b_dpo", 8, ["--lora.r", "16"], 16),
+    ("llama3_8b/sft", 8, [], 16),
+    ("llama3_8b/sft", 128, [], 1),
+    ("llama3_70b/sft", 128, [], 1),
+    ("llama3_8b/dpo", 8, [], 8),
+    ("llama3_8b/dpo", 64, [], 1),
+    ("llama3_8b/dpo", 128, ["--training.micro_batch_size", "1"], 1),
+    ("llama3_70b/dpo", 128, [], 1),
+    ("llama3_70b/dpo", 64, ["--training.micro_batch_size", "2"], 1),
+    ("llama3_70b/dpo", 8, ["--lora.r", "16"], 16),
 ]
 
 
@@ -119,13 +120,13 @@ def test_batches_fit_the_processes(name: str, gpus: int, options: list[str], exp
 
 def test_the_papers_micro_batch_of_dpo_is_too_much_for_128_gpus() -> None:
     with pytest.raises(InputError, match="128 is not a multiple of micro_batch_size 2 x 128 processes = 256"):
-        accumulation(read_recipe("llama3_8b_dpo").training, 128)
+        accumulation(read_recipe("llama3_8b/dpo").training, 128)
 
 
 @pytest.mark.parametrize("size", ["8b", "70b"])
 @pytest.mark.parametrize(("kind", "micro", "batch", "decay"), [("sft", 8, 1024, 0.01), ("dpo", 2, 128, 0.0)])
 def test_settings_are_the_papers(size: str, kind: str, micro: int, batch: int, decay: float) -> None:
-    recipe = read_recipe(f"llama3_{size}_{kind}")
+    recipe = read_recipe(f"llama3_{size}/{kind}")
     assert recipe.training.global_batch_size == batch
     assert recipe.training.micro_batch_size == (1 if (size, kind) == ("70b", "dpo") else micro)
     assert (recipe.training.params_dtype, recipe.training.gradient_checkpointing) == ("bf16", True)
@@ -135,5 +136,5 @@ def test_settings_are_the_papers(size: str, kind: str, micro: int, batch: int, d
 
 def test_dpo_begins_where_sft_ends() -> None:
     for size in ("8b", "70b"):
-        sft, dpo = (yaml.safe_load((RECIPES / f"llama3_{size}_{kind}.yaml").read_text()) for kind in ("sft", "dpo"))
+        sft, dpo = (yaml.safe_load((EXAMPLES / f"llama3_{size}" / f"{kind}.yaml").read_text()) for kind in ("sft", "dpo"))
         assert dpo["model"] == f"{sft['save']}/hf"

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from dry_runs import assert_refused, start
 from tiny_models import ROOT
 from tiny_runs import Layout, Runs
 
 CPT = ROOT / "examples" / "slurm_quickstart" / "cpt.sh"
 
 
-def dry_run(script: Path = CPT, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`sbatch` is not there: whoever called it would fail."""
-    environment = {
-        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-        "PYTHONPATH": str(ROOT),
-        "VENV": "/nowhere",
-        "DRY_RUN": "1",
-        "CHECK": "0",
-        "OMP_NUM_THREADS": "1",
-        "HOME": os.environ.get("HOME", "/"),
-    }
-    return subprocess.run([script], cwd=cwd, env=environment | variables, capture_output=True, text=True, timeout=300)
+def dry_run(script: Path = CPT, **variables: str) -> subprocess.CompletedProcess[str]:
+    return start(script, **variables)
 
 
 def test_a_dry_run_says_all_and_submits_nothing(runs: Runs, tmp_path: Path) -> None:
     save = tmp_path / "run"
-    done = dry_run(
+    done = start(
+        CPT,
         CONFIG=runs.configure("dry", Layout(tp=2, dp=2)),
         SAVE=str(save),
         CHECK="1",
@@ -64,7 +54,8 @@ def test_torchrun_and_containers_in_a_dry_run(runs: Runs) -> None:
     done = dry_run(**config, CONTAINER_IMAGE="nvcr.io#nvidia/pytorch:25.03-py3", CONTAINER_MOUNTS="/data:/data")
     assert done.returncode == 0, done.stderr
     srun, sbatch = done.stderr.splitlines()[-2:]
-    assert "torchrun --nnodes=2 --nproc-per-node=4 --master-addr=FIRST_NODE" in srun
+    assert "exec torchrun " in srun
+    assert " --nnodes=2 --nproc-per-node=4 --master-addr=FIRST_NODE" in srun
     assert "--container-image=nvcr.io#nvidia/pytorch:25.03-py3 --container-mounts=/data:/data" in srun
     assert " --gpus-per-node=4 " in sbatch
     done = dry_run(**config, CONTAINER_IMAGE="/images/p.sif", CONTAINER_RUNTIME="apptainer", CONTAINER_MOUNTS="/data:/data")
@@ -75,8 +66,9 @@ def test_torchrun_and_containers_in_a_dry_run(runs: Runs) -> None:
     ("variables", "message"),
     [
         ({"NODES": "two"}, "NODES is 'two'; wanted a whole number above 0"),
-        ({"LAUNCHER": "mpirun"}, "LAUNCHER is 'mpirun'; wanted srun or torchrun"),
+        ({"LAUNCHER": "mpirun"}, "LAUNCHER is 'mpirun'; wanted srun, torchrun or accelerate"),
         ({"REQUEUE": "yes"}, "REQUEUE is 'yes'; wanted 0 or 1"),
+        ({"LAUNCHER": "accelerate"}, "ACCELERATE is ''; wanted accelerate's configuration"),
         ({"CONTAINER_RUNTIME": "docker"}, "CONTAINER_RUNTIME is 'docker'; wanted pyxis or apptainer"),
         ({"GPUS_PER_NODE": "8"}, "GPUS_PER_NODE is 8 and RANKS_PER_NODE 2; wanted the same number, or GPUS_PER_NODE 0"),
         ({"DRY_RUN": "0", "CONFIG": "tiny"}, "sbatch is not there; wanted a machine that submits to SLURM, or DRY_RUN=1"),
@@ -85,7 +77,7 @@ def test_torchrun_and_containers_in_a_dry_run(runs: Runs) -> None:
             "global_batch_size 8 is not divisible by micro_batch_size 2 x data-parallel size 3",
         ),
         ({"NODES": "1", "RANKS_PER_NODE": "3", "CONFIG": "tiny"}, "3 processes cannot hold tensor_model_parallel_size 2"),
-        ({"DEVICE": "a100-40g", "MODEL": "70B", "CONFIG": "tiny"}, "this layout does not do on 4 a100-40g: TP2 PP1 DP2"),
+        ({"DEVICE": "a100-40g", "MODEL": "70B", "CONFIG": "tiny"}, "dry.yaml does not fit into 4 x a100-40g: "),
     ],
 )
 def test_what_is_refused(variables: dict[str, str], message: str, runs: Runs) -> None:
@@ -93,9 +85,7 @@ def test_what_is_refused(variables: dict[str, str], message: str, runs: Runs) ->
         variables = variables | {"CONFIG": runs.configure("dry", Layout(tp=2, dp=2))}
     if variables.get("DRY_RUN") == "0" and Path("/usr/bin/sbatch").exists():
         pytest.skip("sbatch is there")
-    done = dry_run(**variables)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert_refused(dry_run(**variables), message)
 
 
 def test_the_chain_of_the_quickstart() -> None:

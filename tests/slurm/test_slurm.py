@@ -22,6 +22,7 @@ SCRIPTS = ROOT / "examples" / "slurm_quickstart"
 LAYOUT = Layout(tp=2, dp=2)
 MICROBATCHES = 2  # of a step, on each rank
 FOREVER = 3600.0
+LAUNCHERS = ["srun", pytest.param("torchrun", marks=pytest.mark.slow)]  # it differs in how ranks hear and end, not when
 
 
 @dataclass
@@ -98,7 +99,7 @@ def test_torchrun_on_each_node(undisturbed: list[dict[str, Any]], jobs: Jobs) ->
     assert hosts_of(jobs.runs.folder / "torchrun") == {"n1", "n2"}
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_time_limit_in_mid_run(launcher: str, undisturbed: list[dict[str, Any]], jobs: Jobs) -> None:
     """In step 4, which would never end. Step 3 is saved because SLURM asked: the run saves after steps 2 and 4."""
     name = f"limit-{launcher}"
@@ -133,6 +134,7 @@ def test_a_node_that_is_killed_in_mid_run(undisturbed: list[dict[str, Any]], job
     assert jobs.finished("killed") == undisturbed
 
 
+@pytest.mark.slow
 def test_a_node_that_is_gone_before_slurm_knows(jobs: Jobs, tmp_path: Path) -> None:
     """The ranks cannot be started: the script must not take that for a failure of theirs, which would end the job."""
     (tmp_path / "nothing.py").write_text("")
@@ -147,7 +149,7 @@ def test_a_node_that_is_gone_before_slurm_knows(jobs: Jobs, tmp_path: Path) -> N
     assert "a node does not answer: waiting for SLURM" in log
 
 
-@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_rank_that_fails(launcher: str, jobs: Jobs) -> None:
     name = f"failing-{launcher}"
     sign = str(jobs.runs.folder / f"{name}.sign")

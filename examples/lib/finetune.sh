@@ -1,0 +1,21 @@
+# shellcheck shell=bash
+# As launch.sh, for SFT and DPO: other checks before a job is queued, and other checkpoints.
+source examples/lib/launch.sh
+
+# check_run TOOL OPTION...
+check_run() {
+  local sharding=''
+  [ "$LAUNCHER" != accelerate ] || sharding=$ACCELERATE
+  python examples/lib/finetune_layout.py --tool "$1" --ranks $((NODES * RANKS_PER_NODE)) ${DEVICE:+--device "$DEVICE"} \
+    ${MODEL:+--base "$MODEL"} --accelerate "$sharding" --inputs "$CHECK" "${@:2}" >&2 || exit
+}
+
+# The trainer writes trainer_state.json last.
+newest_step() {
+  local file step newest=0
+  for file in "$SAVE"/checkpoint-*/trainer_state.json; do
+    step=${file%/*} step=${step##*-}
+    if [[ -e $file && $step =~ ^[0-9]+$ ]] && ((step > newest)); then newest=$step; fi
+  done
+  echo "$newest"
+}

@@ -1,0 +1,51 @@
+# shellcheck shell=bash
+# All stages of a recipe as jobs. A script that sources this has set HERE, the recipe's folder, and STAGES.
+DRY_RUN=${DRY_RUN:-0}
+CHECK=${CHECK:-1}
+ALL=(preprocess convert cpt export evaluate sft dpo evaluate_chat)
+
+refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+for name in CONFIG SAVE TOOL JOB_NAME SCRIPT LAUNCHER; do
+  [ -z "${!name:-}" ] || refuse "$name is '${!name}', which is of one stage; start the stage's own script with it"
+done
+[ -n "$STAGES" ] || refuse "STAGES is empty; wanted some of ${ALL[*]}"
+for name in $STAGES; do
+  [[ " ${ALL[*]} " == *" $name "* ]] || refuse "STAGES has '$name'; wanted some of ${ALL[*]}"
+done
+
+# stage NAME SCRIPT STAGE...: submits a stage, to start when the others have succeeded. Those that are not in STAGES have been
+# done before. Only what waits for nothing finds its inputs now.
+stage() {
+  local name=$1 after='' waits='' before check=$CHECK
+  [[ " $STAGES " == *" $name "* ]] || return 0
+  for before in "${@:3}"; do
+    [ -n "${jobs[$before]:-}" ] || continue
+    after+=:${jobs[$before]} waits+="${waits:+, }$before ${jobs[$before]}" check=0
+  done
+  jobs[$name]=$(env CHECK="$check" ${after:+DEPENDENCY="afterok$after"} "$HERE/$2") || {
+    echo "error: $name is refused; submitted before it: ${jobs[*]:-nothing}" >&2
+    exit 2
+  }
+  graph+=$(printf '%-14s %-8s %s' "$name" "${jobs[$name]}" "${waits:+after $waits}")$'\n'
+}
+
+submit_stages() {
+  local -A jobs=()
+  graph=''
+  stage preprocess preprocess.sh
+  stage convert convert.sh
+  stage cpt cpt.sh preprocess convert
+  stage export export.sh cpt
+  stage evaluate evaluate.sh export
+  stage sft sft.sh export
+  stage dpo dpo.sh sft
+  CONFIG=$HERE/evaluate_chat.yaml stage evaluate_chat evaluate.sh dpo
+}
+
+# What one stage would refuse is refused before any is queued.
+if [ "$DRY_RUN" = 0 ]; then
+  refusal=$(DRY_RUN=1 submit_stages 2>&1 >/dev/null) || { grep '^error: ' <<<"$refusal" | head -n 1 >&2; exit 2; }
+fi
+submit_stages
+printf 'stage          job\n%s' "$graph"

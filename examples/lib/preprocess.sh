@@ -1,0 +1,53 @@
+# shellcheck shell=bash disable=SC2153,SC2154  # variables of whoever sources this
+# Text -> token ids: an array with a task for each part of each corpus, then a job that joins the parts. A script that sources
+# this has set INPUTS, FILES, OUTPUT, CORPORA, PARTS, TASKS_AT_ONCE and the arrays `options` of tools/preprocess_data.py
+# and `merge_options` of tools/merge_datasets.py.
+source examples/lib/launch.sh
+
+STEP=${STEP:-parts}                       # what a job of this script does: parts, or merge
+read -rd '' -a corpora <<<"$CORPORA" || true  # also of several lines
+
+# part CORPUS NUMBER: sets the array of this name to the command; the language is what stands before _ in the name
+part() {
+  part=(python tools/preprocess_data.py "${options[@]}" --input "$INPUTS/$1$FILES" --output_prefix "$OUTPUT/$1"
+    --partition "$2/$PARTS" --language "${1%%_*}" --workers "$CPUS_PER_RANK")
+}
+
+check_corpora() {
+  local corpus name
+  for name in PARTS TASKS_AT_ONCE; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name is '${!name}'; wanted a whole number above 0"
+  done
+  ((${#corpora[@]} > 0)) || refuse "CORPORA is empty; wanted names, as in en_train"
+  [ "$CHECK" = 1 ] || return 0
+  for corpus in "${corpora[@]}"; do
+    compgen -G "$INPUTS/$corpus$FILES" >/dev/null ||
+      refuse "$INPUTS/$corpus$FILES is not there; wanted it, CORPORA without $corpus, or CHECK=0"
+  done
+}
+
+submit_corpora() {
+  local parts tasks=$((${#corpora[@]} * PARTS))
+  if [ "$DRY_RUN" = 1 ]; then
+    echo "${#corpora[@]} corpora in $PARTS parts each: $tasks tasks; the first and the last:" >&2
+    part "${corpora[0]}" 0
+    words "${part[@]}" >&2
+    part "${corpora[-1]}" $((PARTS - 1))
+    words "${part[@]}" >&2
+  fi
+  parts=$(JOB_NAME=preprocess STEP=parts submit --ntasks=1 --array="0-$((tasks - 1))%$TASKS_AT_ONCE")
+  JOB_NAME=merge DEPENDENCY=afterok:$parts STEP=merge submit --ntasks=1
+}
+
+if ! in_job; then
+  check_settings
+  check_corpora
+  submit_corpora
+elif [ "$STEP" = parts ]; then
+  part "${corpora[SLURM_ARRAY_TASK_ID / PARTS]}" $((SLURM_ARRAY_TASK_ID % PARTS))
+  single "${part[@]}"
+else
+  for corpus in "${corpora[@]}"; do
+    single python tools/merge_datasets.py --input "$OUTPUT/$corpus" --output_prefix "$OUTPUT/$corpus" "${merge_options[@]}"
+  done
+fi

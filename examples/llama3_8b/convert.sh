@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Llama-3 8B from Hugging Face's format to Megatron's, for CPT; one process, without a GPU.
+# Variables: below, and in examples/lib/launch.sh.
+set -euo pipefail
+SCRIPT=$(realpath "$0")
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$SCRIPT")/../..}"
+
+CONFIG=${CONFIG:-examples/llama3_8b/convert.yaml}
+CPUS_PER_RANK=${CPUS_PER_RANK:-16}
+TIME=${TIME:-4:00:00}
+
+source examples/lib/launch.sh
+job python tools/convert_checkpoint.py hf-to-megatron --config "$CONFIG"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The newest checkpoint of CPT in Hugging Face's format, for fine-tuning and evaluation; one process, without a GPU.
+# Variables: below, and in examples/lib/launch.sh.
+set -euo pipefail
+SCRIPT=$(realpath "$0")
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$SCRIPT")/../..}"
+
+RECIPE=${RECIPE:-cpt}                # as for cpt.sh
+CONFIG=${CONFIG:-examples/llama3_8b/export.yaml}
+MEGATRON=${MEGATRON:-runs/llama3-8b/${RECIPE//_/-}}
+CPUS_PER_RANK=${CPUS_PER_RANK:-16}
+TIME=${TIME:-4:00:00}
+
+source examples/lib/launch.sh
+job python tools/convert_checkpoint.py megatron-to-hf --config "$CONFIG" --megatron "$MEGATRON"

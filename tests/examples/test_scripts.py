@@ -1,0 +1,170 @@
+"""The scripts of examples/llama3_8b and llama3_70b: what they would submit, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dry_runs import assert_refused, start
+from tiny_models import ROOT
+
+EXAMPLES = ROOT / "examples"
+STAGES = ["preprocess", "merge", "convert", "cpt", "export", "evaluate", "sft", "dpo", "evaluate_chat"]
+AFTER = {
+    "merge": "preprocess",
+    "cpt": "merge:convert",
+    "export": "cpt",
+    "evaluate": "export",
+    "sft": "export",
+    "dpo": "sft",
+    "evaluate_chat": "dpo",
+}
+OF_PAPER = {"8b": ("4", "32 ranks = TP 2 x PP 1 x CP 1 x DP 16"), "70b": ("16", "128 ranks = TP 8 x PP 2 x CP 1 x DP 8")}
+
+
+def script(size: str, name: str) -> Path:
+    return EXAMPLES / f"llama3_{size}" / f"{name}.sh"
+
+
+@pytest.mark.parametrize("size", ["8b", pytest.param("70b", marks=pytest.mark.slow)])
+def test_a_pipeline_says_all_and_submits_nothing(size: str) -> None:
+    """Every stage's command, layout, memory and tokens, and what waits for what."""
+    before = set(os.listdir(ROOT))
+    done = start(script(size, "pipeline"))
+    assert done.returncode == 0, done.stderr
+    assert set(os.listdir(ROOT)) == before
+    said = done.stderr
+    submitted = {words[2].removeprefix("--job-name="): words for words in commands(said, "sbatch")}
+    assert list(submitted) == STAGES
+    for name, words in submitted.items():
+        waits = [word for word in words if word.startswith("--dependency=")]
+        assert waits == [f"--dependency=afterok:{AFTER.get(name)}"] * (name in AFTER)
+        of_stage = {"merge": "preprocess", "evaluate_chat": "evaluate"}.get(name, name)
+        assert words[-1] == str(script(size, of_stage))
+    nodes, layout = OF_PAPER[size]
+    assert f"layout: {layout}; a global batch of 256 samples" in said
+    assert "token budget: 100,000,071,680 tokens = 190,735 steps of 524,288" in said
+    assert "GiB: of the fullest rank" in said, "the estimate of plan_run.py"
+    assert said.count("memory: weights, gradients and AdamW") == 2
+    assert said.count(f"memory: the weights of {size.upper()} in bf16") == 2
+    cpt, sft, dpo = commands(said, "srun")
+    assert cpt[-4:] == ["--config", f"examples/llama3_{size}/cpt.yaml", "--checkpoint.save", f"runs/llama3-{size}/cpt"]
+    assert {f"--nodes={nodes}", "--ntasks-per-node=8", "--gpus-per-node=8"} < set(submitted["cpt"])
+    for name, words in (("sft", sft), ("dpo", dpo)):
+        assert words[-5] == f"tools/finetune_{name}.py"
+        assert "--main_process_ip=FIRST_NODE" in words
+    ran = {words[1] for words in commands(said, "python")}
+    assert ran == {f"tools/{tool}.py" for tool in ("preprocess_data", "convert_checkpoint", "evaluate")}
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == [name for name in STAGES if name != "merge"]
+
+
+def commands(text: str, program: str) -> list[list[str]]:
+    return [shlex.split(line) for line in text.splitlines() if line.startswith(f"{program} ")]
+
+
+@pytest.mark.parametrize("size", OF_PAPER)
+@pytest.mark.parametrize("name", ["cpt", "sft", "dpo"])
+def test_sbatch_lines_are_what_the_script_submits_with(size: str, name: str) -> None:
+    """Whoever gives the script to sbatch gets the same job."""
+    text = script(size, name).read_text(encoding="utf-8")
+    lines = {line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")}
+    environment = {"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "VENV": "/nowhere"}
+    only_submits = f"source examples/lib/launch.sh; check_run() {{ :; }}; launch {name}"
+    settings = text[text.index("\nSCRIPT=") : text.index("\nsource ")].replace('"$0"', f"'{script(size, name)}'")
+    done = subprocess.run(
+        ["bash", "-euc", f"{settings}\n{only_submits}", str(script(size, name))],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert lines
+    assert lines <= set(commands(done.stderr, "sbatch")[0])
+
+
+def test_another_recipe() -> None:
+    done = start(script("70b", "cpt"), RECIPE="cpt_8k_fp8", DEVICE="h100")
+    assert done.returncode == 0, done.stderr
+    assert "seq" in done.stderr
+    assert "FP8" in done.stderr
+    assert commands(done.stderr, "srun")[0][-1] == "runs/llama3-70b/cpt-8k-fp8"
+    done = start(script("70b", "export"), RECIPE="cpt_8k_fp8")
+    assert commands(done.stderr, "python")[0][-1] == "runs/llama3-70b/cpt-8k-fp8"
+
+
+@pytest.mark.parametrize(
+    ("name", "variables", "message"),
+    [
+        ("8b/cpt", {"NODES": "5"}, "global_batch_size 256 is not divisible by micro_batch_size 4 x data-parallel size 20"),
+        ("70b/cpt", {"NODES": "1"}, "8 processes cannot hold tensor_model_parallel_size 8 x pipeline"),
+        ("70b/cpt", {"DEVICE": "a100-40g"}, "examples/llama3_70b/cpt.yaml does not fit into 128 x a100-40g: "),
+        ("8b/sft", {"NODES": "3"}, "1024 is not a multiple of micro_batch_size 8 x 24 processes = 192"),
+        (
+            "8b/sft",
+            {"LAUNCHER": "torchrun"},
+            "of 8B take 119.7 GiB of 79.2 GiB of each a100-80g; shard it",
+        ),
+        ("70b/dpo", {"NODES": "1"}, "the reference of 70B take 164.3 GiB of 79.2 GiB of each a100-80g; use more GPUs"),
+        ("8b/dpo", {"CHECK": "1"}, "runs/llama3-8b/sft/hf"),
+        ("8b/evaluate", {"CHECK": "1"}, "raw/valid/en.jsonl: no such file"),
+        ("70b/evaluate", {"GPUS_PER_NODE": "1"}, "in bf16 take 131.4 GiB of the 79.2 GiB of 1 x a100-80g; use device_map"),
+        ("8b/preprocess", {"CHECK": "1"}, "raw/en_dolma/* is not there; wanted it, CORPORA without en_dolma, or CHECK=0"),
+        ("8b/preprocess", {"CORPORA": " "}, "CORPORA is empty"),
+        ("8b/preprocess", {"PARTS": "0"}, "PARTS is '0'; wanted a whole number above 0"),
+        ("8b/pipeline", {"SAVE": "runs/x"}, "SAVE is 'runs/x', which is of one stage"),
+        ("8b/pipeline", {"STAGES": "cpt sftt"}, "STAGES has 'sftt'; wanted some of preprocess convert cpt"),
+    ],
+)
+def test_what_is_refused(name: str, variables: dict[str, str], message: str) -> None:
+    """Before anything is submitted: there is no sbatch."""
+    assert_refused(start(script(*name.split("/")), **variables), message)
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path) -> Path:
+    """A program of this name that numbers what it is given, and writes it into the file beside it; returns its folder."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "sbatch"
+    program.write_text(f'#!/bin/sh\necho "$*" >>{folder}/calls\nexpr 100 + "$(wc -l <{folder}/calls)"\n')
+    program.chmod(0o755)
+    return folder
+
+
+def test_what_is_submitted_waits_for_jobs_by_number(sbatch: Path, tmp_path: Path) -> None:
+    """Of the stages that are wanted; an array is waited for through the job that joins it."""
+    variables = {"DRY_RUN": "0", "PATH": f"{sbatch}:{Path(sys.executable).parent}:/usr/bin:/bin", "LOGS": str(tmp_path)}
+    done = start(script("8b", "pipeline"), STAGES="preprocess convert export", **variables)
+    assert done.returncode == 0, done.stderr
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        ["stage", "job"],
+        ["preprocess", "102"],
+        ["convert", "103"],
+        ["export", "104"],
+    ]
+    calls = (sbatch / "calls").read_text().splitlines()
+    assert [[word for word in call.split() if word.startswith("--dependency=")] for call in calls] == [
+        [],
+        ["--dependency=afterok:101"],
+        [],
+        [],
+    ]
+    (sbatch / "calls").unlink()
+    done = start(script("8b", "pipeline"), STAGES="export sft evaluate", MODEL="70B", **variables)
+    assert_refused(done, "the weights of 70B in bf16 take 131.4 GiB")
+    assert not (sbatch / "calls").exists(), "export was submitted though a later stage is refused"
+
+
+def test_scripts_of_both_sizes_are_alike() -> None:
+    """Otherwise a change to one would be forgotten in the other."""
+    for path in (EXAMPLES / "llama3_8b").glob("*.sh"):
+        other = EXAMPLES / "llama3_70b" / path.name
+        ours, theirs = path.read_text().splitlines(), other.read_text().splitlines()
+        assert len(ours) == len(theirs), path.name
+        assert os.access(path, os.X_OK)
+        assert os.access(other, os.X_OK)
