@@ -71,7 +71,7 @@ def parse_conversation(row: Any) -> Conversation:
     check_turns(messages)
     if messages[-1].role != "assistant":
         raise RowError("no answer at the end", f"the last message is the {messages[-1].role}'s; wanted the assistant's")
-    return Conversation(messages, bool(row.get("tools")))
+    return Conversation(messages, describes_tools(row))
 
 
 def parse_preference(row: Any) -> Preference:
@@ -86,16 +86,23 @@ def parse_preference(row: Any) -> Preference:
             raise RowError("not a preference pair", f"it has no {name!r}; its fields are {names_of(fields)}")
     sides = {name: answer_of(fields[name], name) for name in ("chosen", "rejected")}
     (before, chosen), (other, rejected) = sides["chosen"], sides["rejected"]
-    own = messages_of(fields, prompt_only=True) if has_prompt(fields) else None
-    if own is None and before != other:
+    if before != other:
         raise RowError("two prompts", "chosen and rejected begin with different messages")
-    prompt = before if own is None else own
+    own = messages_of(fields, prompt_only=True) if has_prompt(fields) else ()
+    if own and before and own not in (before, tuple(message for message in before if message.role != "system")):
+        raise RowError("two prompts", "chosen begins with other messages than the prompt beside it")
+    prompt = before or own
     if not prompt:
         raise RowError("no prompt", "there is nothing before the answers")
     check_turns((*prompt, chosen))
     if chosen.content == rejected.content:
         raise RowError("identical answers", "chosen and rejected are the same")
     return Preference(prompt, chosen, rejected)
+
+
+def describes_tools(row: Any) -> bool:
+    """Whether a row has descriptions of tools; some files have an empty list in each, as text."""
+    return as_mapping(row).get("tools") not in (None, "", "[]", [])
 
 
 def as_mapping(row: Any) -> Mapping[str, Any]:
@@ -120,9 +127,13 @@ def messages_of(row: Any, prompt_only: bool = False) -> tuple[Message, ...]:
     fields = as_mapping(row)
     system = (Message("system", text_of(fields["system"], "system")),) if fields.get("system") else ()
     for name in ("messages", "conversations", *(["prompt"] if prompt_only else [])):
-        if fields.get(name) is not None and not isinstance(fields[name], str):
+        if fields.get(name) is not None and not (name == "prompt" and isinstance(fields[name], str)):
             turns = turns_of(fields[name], name)
-            return turns if turns[0].role == "system" else (*system, *turns)
+            if turns[0].role != "system":
+                return (*system, *turns)
+            if system and system[0] != turns[0]:
+                raise RowError("two system prompts", f"system and the first of {name} are different")
+            return turns
     if prompt_only and isinstance(fields.get("prompt"), str):
         return (*system, Message("user", text_of(fields["prompt"], "prompt")))
     if "instruction" not in fields:
@@ -160,10 +171,14 @@ def message_of(item: Any, name: str) -> Message:
     """One of them."""
     if not isinstance(item, Mapping):
         raise RowError("no messages", f"{name} holds {shortened(item)}; wanted messages")
-    role = item.get("role", item.get("from"))
+    for call in ("tool_calls", "function_call"):
+        if item.get(call):
+            raise RowError("call of a tool", f"a message of {name} has {call}; wanted the call as its text")
+    role = item.get("from") if item.get("role") is None else item["role"]  # Parquet has all columns in each row
     if not isinstance(role, str) or role not in ROLES:
         raise RowError("unknown role", f"a message of {name} is from {role!r}; wanted one of {', '.join(ROLES)}")
-    return Message(ROLES[role], text_of(item.get("content", item.get("value")), name))
+    content = item.get("value") if item.get("content") is None else item["content"]
+    return Message(ROLES[role], text_of(content, name))
 
 
 def answer_of(value: Any, name: str) -> tuple[tuple[Message, ...], Message]:
@@ -197,6 +212,8 @@ def check_turns(messages: Sequence[Message]) -> None:
     turns = list(messages[1:] if messages and messages[0].role == "system" else messages)
     if not turns:
         raise RowError("no messages", "it has no messages but the system's")
+    if turns[0].role == "tool":
+        raise RowError("turns", "message 1 is the tool's; wanted the user's")
     for number, message in enumerate(turns, 1):
         if not message.content.strip():
             raise RowError(f"empty {'answer' if message.role == 'assistant' else 'message'}", f"message {number} is empty")

@@ -148,7 +148,13 @@ class Template:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-        except TemplateError as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+        ) as error:  # Jinja's, or of its expressions
             raise RowError("template", f"the chat template refuses it: {error}") from error
         return text
 
@@ -197,4 +203,7 @@ def template_text(tokenizer: Any, name: str | None) -> str:
     if not os.path.isfile(name):
         raise InputError(f"chat_template is {name}, no file; use llama3, chatml, or a file with a Jinja template")
     with open(name, encoding="utf-8") as file:
-        return file.read()
+        try:
+            return file.read()
+        except UnicodeDecodeError as error:
+            raise InputError(f"chat_template is {name}, which is no text in UTF-8: {error}") from error

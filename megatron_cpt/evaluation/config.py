@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,17 +22,26 @@ class TextConfig:
     max_documents: int | None = None
     """Take the first so many."""
 
+    def __post_init__(self) -> None:
+        require_at_least(self, max_documents=1)
+        require(bool(self.language), "language", repr(self.language), "a code such as en or zh")
+
 
 @dataclass(frozen=True)
 class PromptsConfig:
     """Questions in a language, to see in which one they are answered."""
 
     path: str
-    """As for finetune_sft.py (JSON, JSON Lines, Parquet); the first question of each row is asked."""
+    """As for finetune_sft.py (JSON, JSON Lines, Parquet), answers or not; the first question of each row is asked."""
     language: str
-    """Of the questions, and wanted of the answers."""
+    """Of the questions, and wanted of the answers: its ISO 639 code, by which it is identified."""
     max_prompts: int = 50
     """Take the first so many."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, max_prompts=1)
+        is_code = re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*", self.language) is not None
+        require(is_code, "language", repr(self.language), "a code such as en, zh or zh-TW")
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,9 @@ class CheckpointConfig:
     """HF folder."""
     tokens: int | None = None
     """That it was trained on in the run."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, iteration=0, tokens=0)
 
 
 @dataclass(frozen=True)
@@ -182,8 +195,8 @@ class EvaluateConfig:
         require(bool(self.models or self.trajectory), "models", self.models, "a name and a folder for each")
         require_at_least(self, limit=1, max_new_tokens=1, window=8, batch_size=1)
         for name in self.models:
-            if not name or "/" in name or name in ("report", "trajectory"):
-                wanted = "one that can be the name of a file, other than report and trajectory"
+            if not name or not name.isprintable() or set(name) & set("/|") or name in ("report", "trajectory"):
+                wanted = "one that can be the name of a file and stand in a table, other than report and trajectory"
                 raise InputError(f"models has the name {name!r}; use {wanted}")
         parts = self.suite or self.tasks or self.text or self.prompts
         if not parts and (self.trajectory is not None or self.pairwise is None):

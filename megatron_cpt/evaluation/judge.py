@@ -120,7 +120,6 @@ class Judge:
 
     def _complete(self, prompt: str) -> str:
         import openai
-        from openai.types.chat import ChatCompletion
 
         try:
             found = self._client.chat.completions.create(
@@ -128,12 +127,23 @@ class Judge:
             )
         except openai.OpenAIError as error:
             raise JudgeError(f"{self._config.url}: {' '.join(str(error).split())[:200]}") from error
-        message = found.choices[0].message if isinstance(found, ChatCompletion) and found.choices else None
-        if message is None:
+        except ValueError:  # openai passes on what json says of an answer that is none
+            found = None
+        said = text_of(found)
+        if said is None:
             raise JudgeError(
                 f"{self._config.url} answers with no chat completion; wanted the URL of an OpenAI-compatible API"
             )
-        return message.content or ""
+        return said
+
+
+def text_of(completion: Any) -> str | None:
+    """What a chat completion says, "" if nothing; None: it is none, as openai checks no types."""
+    try:
+        content = completion.choices[0].message.content
+    except (AttributeError, LookupError, TypeError):
+        return None
+    return content if isinstance(content, str) else "" if content is None else None
 
 
 def parse(said: str) -> Letter | None:
@@ -158,7 +168,10 @@ def read_prompt(path: str | None) -> str:
     if not os.path.isfile(path):
         raise InputError(f"pairwise.judge.prompt is {path}; no such file")
     with open(path, encoding="utf-8") as file:
-        prompt = file.read()
+        try:
+            prompt = file.read()
+        except UnicodeDecodeError as error:
+            raise InputError(f"pairwise.judge.prompt is {path}, which is no text in UTF-8: {error}") from error
     missing = [f"{{{name}}}" for name in PLACES if f"{{{name}}}" not in prompt]
     if missing:
         raise InputError(f"{path} has no {', '.join(missing)}; wanted a place for the question and both answers")
@@ -197,4 +210,4 @@ def append_line(path: str, row: Mapping[str, Any]) -> None:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else "\n" + line
-        file.write(line.encode())
+        file.write(line.encode(errors="replace"))  # JSON may hold halves of characters

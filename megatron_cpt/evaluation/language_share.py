@@ -51,12 +51,13 @@ def language_share(answers: Sequence[str], language: str, tokenizer: Any) -> Lan
     """How much of the answers is in a language.
 
     Args:
-        language: ISO 639-1, such as zh
+        language: ISO 639-1, such as zh; what follows a hyphen, as in zh-TW, is not told apart
         tokenizer: transformers' fast tokenizer; a part of a character counts as the character
 
     Raises:
         InputError: no answer has a letter
     """
+    language = language.split("-")[0]
     script = regex.compile(SCRIPTS[language]) if language in SCRIPTS else None
     letters = of_script = in_sentences = identified = 0
     for answer in answers:

@@ -16,7 +16,7 @@ from megatron_cpt.evaluation.columns import Measured
 from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
 from megatron_cpt.evaluation.harness import Catalog
 from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparisons_table
-from megatron_cpt.evaluation.run import benchmarks_of, folder_identity, measure, wanted_parts
+from megatron_cpt.evaluation.run import benchmarks_of, check_files, folder_identity, measure, wanted_parts
 from megatron_cpt.evaluation.table import markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
 
@@ -32,6 +32,7 @@ def evaluate(config: EvaluateConfig) -> str:
     along = config.trajectory.checkpoints if config.trajectory is not None else []
     for folder in [*config.models.values(), *(checkpoint.model for checkpoint in along)]:
         check_model(folder)
+    check_files(config)
     os.makedirs(config.output, exist_ok=True)
     referee = Referee(config, config.pairwise) if config.pairwise is not None else None
     catalog = catalog_of(config)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.chat_data.conversations import RowError, parse_conversation, parse_preference
+from megatron_cpt.chat_data.conversations import RowError, check_turns, messages_of, parse_preference
 from megatron_cpt.chat_data.rows import read_rows
 from megatron_cpt.chat_data.templates import Template
 from megatron_cpt.checkpoint.layout import write_json
@@ -26,6 +26,8 @@ from megatron_cpt.evaluation.harness import SUITES, Benchmark, Catalog, Harness
 from megatron_cpt.evaluation.language_share import language_share
 from megatron_cpt.platforms.devices import device_type
 
+MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")  # weights, tokenizer, chat template, how it generates
+
 
 def settings_of(config: EvaluateConfig) -> dict[str, Any]:
     """Everything that a figure depends on but the models, and how they are compared and laid out."""
@@ -35,14 +37,21 @@ def settings_of(config: EvaluateConfig) -> dict[str, Any]:
 
 def folder_identity(folder: str) -> dict[str, Any]:
     """What tells a HF folder from others, and from what it was before."""
-    weights = sorted(entry for entry in os.listdir(folder) if entry.endswith((".safetensors", ".bin")))
-    stats = [[entry, os.stat(os.path.join(folder, entry)).st_mtime_ns] for entry in weights]
-    return {"folder": os.path.abspath(folder), "weights": stats}
+    files = sorted(entry for entry in os.listdir(folder) if entry.endswith(MODEL_FILES))
+    stats = [[entry, os.stat(os.path.join(folder, entry)).st_mtime_ns] for entry in files]
+    return {"folder": os.path.abspath(folder), "files": stats}
+
+
+def stats_of(items: Sequence[TextConfig | PromptsConfig]) -> list[list[Any]]:
+    """What tells the files of text and prompts from what they were before."""
+    stats = [(item.path, os.stat(item.path)) for item in items]
+    return [[path, found.st_size, found.st_mtime_ns] for path, found in stats]
 
 
 def identity_of(config: EvaluateConfig, model: dict[str, Any]) -> Any:
     """Everything that measurements depend on, as JSON gives it back."""
-    return json.loads(json.dumps({"model": model, "settings": settings_of(config)}))
+    files = stats_of([*config.text, *config.prompts])
+    return json.loads(json.dumps({"model": model, "settings": settings_of(config), "files": files}))
 
 
 def recall(path: str, identity: Any) -> dict[str, Any]:
@@ -147,8 +156,19 @@ def measure(
 
 
 def asked_for_pairs(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """The prompts of pairwise comparisons, as JSON has them."""
-    return [dataclasses.asdict(prompts) for prompts in config.pairwise.prompts] if config.pairwise is not None else []
+    """The prompts of pairwise comparisons and how their files are, as JSON has them."""
+    asked = config.pairwise.prompts if config.pairwise is not None else []
+    return [dataclasses.asdict(prompts) | {"file": stats_of([prompts])[0]} for prompts in asked]
+
+
+def check_files(config: EvaluateConfig) -> None:
+    """Raise InputError unless there are texts and questions in all files: what is wrong is known before hours are spent."""
+    for text in config.text:
+        if not any(documents_of(text)):
+            raise InputError(f"{text.path} holds no text; wanted a row or more")
+    for prompts in [*config.prompts, *(config.pairwise.prompts if config.pairwise is not None else [])]:
+        if not questions_of(prompts):
+            raise InputError(f"{prompts.path} holds no question; wanted a row or more")
 
 
 class Session:
@@ -293,7 +313,7 @@ def documents_of(text: TextConfig) -> list[str]:
 
 
 def questions_of(prompts: PromptsConfig) -> list[str]:
-    """The first question of each row.
+    """The first question of each row, which needs no answer.
 
     Raises:
         InputError: a row has none
@@ -304,7 +324,8 @@ def questions_of(prompts: PromptsConfig) -> list[str]:
             if isinstance(row, RowError):
                 raise row
             preference = isinstance(row, dict) and "chosen" in row
-            turns = parse_preference(row).prompt if preference else parse_conversation(row).messages
+            turns = parse_preference(row).prompt if preference else messages_of(row, prompt_only=True)
+            check_turns(turns)
         except RowError as error:
             raise InputError(f"{prompts.path}, row {number}: {error}") from error
         questions.append(next(turn.content for turn in turns if turn.role == "user"))

@@ -15,7 +15,7 @@ def markdown(measured: Measured) -> str:
         parts += [models_table(measured, benchmarks), settings_table(measured), *missing_lines(measured)]
     languages = [*columns_of(measured, "text"), *columns_of(measured, "answers")]
     if languages:
-        parts.append(models_table(measured, languages))
+        parts += [models_table(measured, languages), *shares_missing(measured)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -45,6 +45,17 @@ def missing_lines(measured: Measured) -> list[str]:
         if score["missing"]
     }
     return ["\n".join(f"- {name}: not measured, {reason}" for name, reason in sorted(reasons))] if reasons else []
+
+
+def shares_missing(measured: Measured) -> list[str]:
+    """Why there is no share of a language, for each model without."""
+    lines = [
+        f"- {model}, %{language}: {share['missing']}"
+        for model, parts in measured.items()
+        for language, share in parts.get("answers", {}).items()
+        if share.get("missing")
+    ]
+    return ["\n".join(lines)] if lines else []
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

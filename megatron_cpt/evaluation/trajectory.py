@@ -121,12 +121,26 @@ def removed_points(config: EvaluateConfig, run: str, folder: str) -> dict[int, P
     points = {}
     here = iterations(run)
     for path in Path(folder).glob("iter_*.json"):
-        model = json.loads(path.read_text(encoding="utf-8"))["identity"]["model"]
+        model = measured_model(str(path))
         parts = recall(str(path), identity_of(config, model))
         complete = is_complete(config, wanted_parts(config), parts)
         if complete and model["run"] == os.path.abspath(run) and model["iteration"] not in here:
             points[model["iteration"]] = Point(model["iteration"], model["tokens"], parts)
     return points
+
+
+def measured_model(path: str) -> dict[str, Any]:
+    """Which checkpoint a file has the measurements of.
+
+    Raises:
+        InputError: it is damaged
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            model = json.load(file)["identity"]["model"]
+            return {name: model[name] for name in ("run", "iteration", "tokens", "manifest")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged: {error}; remove it to measure again") from error
 
 
 def write_trajectory(config: EvaluateConfig, points: Sequence[Point]) -> None:

@@ -124,12 +124,13 @@ class Speaker:
             {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
         )
         ends = self._model.generation_config.eos_token_id
+        known = ends if isinstance(ends, list) else [] if ends is None else [ends]
         options = {
             **prompt,
             **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
             "max_new_tokens": config.max_new_tokens,
             "repetition_penalty": config.repetition_penalty,
-            "eos_token_id": sorted({self.template.end_of_turn, *(ends if isinstance(ends, list) else [ends or 0])}),
+            "eos_token_id": sorted({self.template.end_of_turn, *known}),
             "pad_token_id": self.template.end_of_turn,
             "stopping_criteria": StoppingCriteriaList([watch]),
             "streamer": streamer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-from megatron_cpt.chat_data.conversations import RowError, parse_conversation, parse_preference
+from megatron_cpt.chat_data.conversations import RowError, describes_tools, parse_conversation, parse_preference
 from megatron_cpt.chat_data.languages import Identify, mismatch, shares
 from megatron_cpt.chat_data.rows import read_rows
 from megatron_cpt.chat_data.templates import IGNORED, Example, PairExample, Template
@@ -42,6 +43,8 @@ class SourceConfig:
     def check(self) -> None:
         """Raise InputError unless it can be one."""
         require(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
+        named = re.fullmatch(r"[\w-]+", self.language) is not None  # it names files and metrics
+        require(named, "language", repr(self.language), "a code such as en or zh")
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ def prepare_dpo(
 
     def make(row: Any, counts: Counts) -> PairExample:
         preference = parse_preference(row)
+        counts.with_tools += describes_tools(row)
         count_language(counts, identify, preference.chosen.content)
         return template.encode_pair(preference)
 

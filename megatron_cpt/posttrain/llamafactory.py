@@ -23,19 +23,22 @@ if TYPE_CHECKING:
 
 FROM = {"user": "human", "assistant": "gpt", "tool": "observation"}
 TEMPLATES = ("llama3", "chatml")
+LOSSES = ("sigmoid", "hinge", "ipo")  # that both know
+SCHEDULES = {"constant": "constant_with_warmup"}  # by transformers' names, whose constant has no warm-up
 
 
 def export(folder: str, config: SftConfig | DpoConfig, prepared: Prepared[Any], world_size: int) -> str:
     """Write the folder; returns the path of the YAML, to be run there with llamafactory-cli train.
 
     Raises:
-        InputError: the chat template is none that both know, or the folder is not empty
+        InputError: the chat template or the loss is none that both know, or the folder is not empty
     """
     if config.data.chat_template not in TEMPLATES:
         raise InputError(
             f"data.chat_template is {config.data.chat_template}; LLaMA-Factory has templates of its own, of which "
             f"{' and '.join(TEMPLATES)} are the same here: use one of them"
         )
+    check_loss(config)
     if os.path.isdir(folder) and os.listdir(folder):
         raise InputError(f"export_to is {folder}, which is not empty; use another folder")
     stage = "dpo" if hasattr(config, "beta") else "sft"
@@ -52,6 +55,15 @@ def export(folder: str, config: SftConfig | DpoConfig, prepared: Prepared[Any], 
         settings["warmup_steps"] = warmup_steps(config, prepared)
         write_text(os.path.join(temporary, f"{stage}.yaml"), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     return os.path.join(folder, f"{stage}.yaml")
+
+
+def check_loss(config: SftConfig | DpoConfig) -> None:
+    """Raise InputError unless LLaMA-Factory has DPO's loss."""
+    loss, smoothing = getattr(config, "loss_type", LOSSES[0]), getattr(config, "label_smoothing", 0.0)
+    if loss not in LOSSES:
+        raise InputError(f"loss_type is {loss}, which LLaMA-Factory does not have; use one of {', '.join(LOSSES)}")
+    if smoothing and loss != "sigmoid":
+        raise InputError(f"label_smoothing is {smoothing}, which LLaMA-Factory has for loss_type sigmoid only; use 0")
 
 
 def dataset_info(file: str, stage: str) -> dict[str, Any]:
@@ -101,12 +113,14 @@ def settings_of(folder: str, config: SftConfig | DpoConfig, stage: str, world_si
         "per_device_train_batch_size": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation(training, world_size),
         "learning_rate": optimizer.lr,
-        "lr_scheduler_type": optimizer.decay_style,
+        "lr_scheduler_type": SCHEDULES.get(optimizer.decay_style, optimizer.decay_style),
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": optimizer.clip_grad,
         "adam_beta1": optimizer.adam_beta1,
         "adam_beta2": optimizer.adam_beta2,
+        "adam_epsilon": optimizer.adam_eps,
         "bf16": training.params_dtype == "bf16",
+        "disable_gradient_checkpointing": not training.gradient_checkpointing,
         "seed": training.seed,
         "logging_steps": run.log_interval,
         "save_strategy": "no" if run.save_interval is None else "steps",
@@ -117,7 +131,8 @@ def settings_of(folder: str, config: SftConfig | DpoConfig, stage: str, world_si
         settings |= {"eval_dataset": "validation", "per_device_eval_batch_size": training.micro_batch_size}
         settings |= {"eval_strategy": "steps", "eval_steps": run.eval_interval} if run.eval_interval else {"do_eval": True}
     if stage == "dpo":
-        return settings | {"pref_beta": config.beta, "pref_loss": config.loss_type}  # type: ignore[union-attr]
+        preference = {"pref_beta": "beta", "pref_loss": "loss_type", "dpo_label_smoothing": "label_smoothing"}
+        return settings | {theirs: getattr(config, ours) for theirs, ours in preference.items()}
     packing = config.packing  # type: ignore[union-attr]
     return settings | {"packing": packing, "neat_packing": packing}  # neat: packed conversations do not see each other
 

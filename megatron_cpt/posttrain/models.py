@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from typing import Any
 
 import torch
@@ -82,12 +83,22 @@ def make_ready_to_answer(model: Any, template: Template) -> None:
     model.config.use_cache = True
 
 
-def lora(settings: LoraSettings | None) -> Any:
-    """PEFT's configuration, None: all weights are trained."""
+def lora(settings: LoraSettings | None, model: Any) -> Any:
+    """PEFT's configuration, None: all weights are trained.
+
+    Raises:
+        InputError: no layer of the model has one of the names; PEFT is content with one that there is
+    """
     if settings is None:
         return None
     from peft import LoraConfig
 
+    layers = [name for name, _ in model.named_modules()]
+    targets = settings.target_modules
+    for target in [targets] if isinstance(targets, str) else targets:
+        pattern = target if isinstance(targets, str) else rf"(.*\.)?{re.escape(target)}"  # as PEFT reads them
+        if target != "all-linear" and not any(re.fullmatch(pattern, name) for name in layers):
+            raise InputError(f"lora.target_modules has {target}, and the model no such layer; use names such as q_proj")
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,

@@ -51,8 +51,8 @@ def check_folder(folder: str, model: str) -> None:
     check_model(model)
 
 
-def check_same(folder: str, settings: dict[str, Any], files: list[str]) -> None:
-    """Write run.json: the configuration, and how the files of data were; all processes call this, the first writes.
+def check_same(folder: str, settings: dict[str, Any], files: list[str]) -> dict[str, Any]:
+    """Returns what goes into run.json: the configuration, and how the files of data are.
 
     Raises:
         InputError: the run in this folder has begun with others, and would go on with these
@@ -67,9 +67,15 @@ def check_same(folder: str, settings: dict[str, Any], files: list[str]) -> None:
             was, now_is = ((facts["config"] | facts["files"]).get(name) for facts in (before, now))
             if was != now_is:
                 raise InputError(f"{folder} has begun with {name} {was}, now it is {now_is}; use another folder as save")
-    elif PartialState().is_main_process:
-        os.makedirs(folder, exist_ok=True)
-        write_json(path, now | {"versions": versions()})
+    return now
+
+
+def write_run(folder: str, facts: dict[str, Any]) -> None:
+    """Write run.json, unless the run goes on. By the first process, once nothing is found wrong with the data."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, RUN)
+    if newest_checkpoint(folder) is None or not os.path.exists(path):
+        write_json(path, facts | {"versions": versions()})
 
 
 class Record(TrainerCallback):

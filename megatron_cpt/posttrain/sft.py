@@ -21,7 +21,7 @@ from megatron_cpt.posttrain.data import DataConfig, prepare_sft
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit, load_model, lora, make_ready_to_answer, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.runner import check_folder, check_same, train
+from megatron_cpt.posttrain.runner import check_folder, check_same, train, write_run
 from megatron_cpt.posttrain.settings import (
     LoraSettings,
     OptimizerSettings,
@@ -115,12 +115,13 @@ def finetune_sft(config: SftConfig) -> str:
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
-    check_same(config.save, settings, config.data.files())
+    facts = check_same(config.save, settings, config.data.files())
     template = load_template(config.model, config.data.chat_template)
     identify = language_identifier() if process.is_main_process else None  # which writes the report
     prepared = prepare_sft(config.data, template, config.training.seed, identify)
     check_fit(config.model, prepared)
     if process.is_main_process:
+        write_run(config.save, facts)
         write_report(config.save, prepared)
         show_report(prepared)
     process.wait_for_everyone()
@@ -140,7 +141,7 @@ def finetune_sft(config: SftConfig) -> str:
         train_dataset=as_dataset(prepared.train),
         eval_dataset={language: as_dataset(examples) for language, examples in prepared.validation.items()} or None,
         processing_class=template.tokenizer,
-        peft_config=lora(config.lora),
+        peft_config=lora(config.lora, model),
     )
     merge = config.lora is None or config.lora.merge
     return train(trainer, config.save, template.tokenizer, settings, merge, saved_dtype(config.model))

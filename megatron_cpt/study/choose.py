@@ -17,7 +17,7 @@ from megatron_cpt.study.fit import Fit, outcome_notes, seed_note
 from megatron_cpt.study.points import absolute, parse, read_fields
 from megatron_cpt.study.records import is_number, number, of_kind, read_json
 from megatron_cpt.study.results import MEAN_METRIC, Results
-from megatron_cpt.study.surfaces import INTERVAL, Array, Surface, bound_between_pairs, unit_grid
+from megatron_cpt.study.surfaces import INTERVAL, Array, Surface, bound_between_pairs, pairs_around, unit_grid
 
 CHOICE, CONFIG, MIXTURE = "choice.json", "chosen.yaml", "chosen.mixture.yaml"
 GRID, SAMPLES = 51, 400
@@ -160,7 +160,7 @@ def choose_on_surfaces(
             f"{wanted.scale.lr(at[free, 0]):.3g} would be best ({sign_of(goal) * heights[free]:.4g})."
         )
     chosen = chosen_again(general, wanted, at, least, goal, highest, confidence)
-    notes = []
+    notes = beside_a_limit(general, at[best], start, highest)
     if len(chosen) < SAMPLES:
         notes.append(f"On {1 - len(chosen) / SAMPLES:.0%} of other surfaces that fit the runs no pair keeps the limit.")
     ends = np.percentile(np.concatenate([chosen, at[best : best + 1]]), INTERVAL, axis=0)
@@ -168,6 +168,24 @@ def choose_on_surfaces(
     shares, rates = wanted.scale.share(np.array([low[1], high[1]])), wanted.scale.lr(np.array([low[0], high[0]]))
     almr_interval, lr_interval = (float(shares[0]), float(shares[1])), (float(rates[0]), float(rates[1]))
     return Choice(almr, lr, almr_interval, lr_interval, goal, value, rise, chance, reason, notes)
+
+
+def beside_a_limit(general: Surface, place: Array, start: float, highest: float) -> list[str]:
+    """A note where pairs around the chosen place have broken the limit: no run says where between them the loss rises."""
+    around = pairs_around(general, place)
+    means = [float(general.values[(general.points == pair).all(axis=1)].mean()) for pair in around]
+    broken = [
+        f"ALMR {general.scale.share(v):.3g} and learning rate {general.scale.lr(u):.3g} ({mean / start - 1:+.2%})"
+        for (u, v), mean in zip(around, means, strict=True)
+        if mean > highest
+    ]
+    if not broken:
+        return []
+    return [
+        f"Of the {len(around)} measured pairs around it, {len(broken)} broke the limit: {', '.join(broken)}. The "
+        "probability takes the loss to rise evenly towards them; if it jumps before the chosen pair, the limit is broken. A "
+        "run of the chosen pair would tell."
+    ]
 
 
 def best_within(heights: Array, general: Array, highest: float) -> int | None:

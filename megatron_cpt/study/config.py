@@ -140,18 +140,18 @@ class StudyConfig:
         for name, values in (("almr", self.almr), ("lr", self.rates), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
                 raise InputError(f"{name} is {list(values)}; use one or more different values")
-        whole = len(self.almr) * len(self.rates)
-        least = min(STARTING_PAIRS, whole)
-        if self.starting_pairs is not None:
-            require(
-                least <= self.starting_pairs <= whole, "starting_pairs", self.starting_pairs, f"{least} to {whole}, the grid"
-            )
         for share in self.almr:
             require(0 <= share <= 1, "almr", share, "numbers from 0 to 1")
         for rate in self.rates:
             require(0 < rate < math.inf, "lr", rate, "numbers above 0")
         for seed in self.seeds:
             require(0 <= seed < 2**63, "seeds", seed, "0 to 2**63 - 1")
+        whole = len(self.almr) * len(self.rates)
+        least = min(STARTING_PAIRS, whole)
+        if self.starting_pairs is not None:
+            require(
+                least <= self.starting_pairs <= whole, "starting_pairs", self.starting_pairs, f"{least} to {whole}, the grid"
+            )
 
     @property
     def rates(self) -> list[float]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from scipy import stats
 from scipy.interpolate import LinearNDInterpolator
 from scipy.linalg import cho_solve, cholesky
+from scipy.spatial import Delaunay
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
@@ -26,6 +27,7 @@ Array = npt.NDArray[np.float64]
 RESTARTS = 4  # of the search for the kernel's parameters
 SMOOTHNESS = 2.5  # Matern's nu: twice differentiable, so that gradients mean something
 DIAGONALS = np.array([[[1.0, 0.01], [0.01, 1.0]], [[1.0, -0.01], [-0.01, 1.0]]])  # shears: each makes one the shorter
+ON_EDGE = 0.01  # weight of the third corner, for a place that lies on an edge: learning rates are rounded
 WIDTHS = (0.3, 0.1, 0.03, 0.01, 0.003)  # of warps that are tried, of the range of the values
 INTERVAL = (5.0, 95.0)  # per cent, of all intervals of a study
 
@@ -249,6 +251,22 @@ def bound_between_pairs(surface: Surface, at: Array, confidence: float) -> Array
         return np.full(len(at), np.nan)
     found = [LinearNDInterpolator(pairs @ sheared, bounds)(at @ sheared) for sheared in DIAGONALS]
     return np.asarray(np.fmax(*found))
+
+
+def pairs_around(surface: Surface, place: Array) -> Array:
+    """[n, 2] the measured pairs that `bound_between_pairs` goes between at a place, [2]; none where nothing surrounds it."""
+    pairs = np.unique(surface.points, axis=0)
+    found: set[int] = set()
+    for sheared in DIAGONALS:
+        triangles, at = Delaunay(pairs @ sheared), place @ sheared
+        number = int(triangles.find_simplex(at))
+        if number < 0:
+            continue
+        transform = triangles.transform[number]
+        first = transform[:2] @ (at - transform[2])
+        weights = np.append(first, 1 - first.sum())
+        found |= set(triangles.simplices[number][weights > ON_EDGE].tolist())
+    return pairs[sorted(found)]
 
 
 def unit_grid(number: int) -> Array:

@@ -64,6 +64,18 @@ def test_calls_of_tools_are_answers_and_what_they_give_back_is_not() -> None:
     assert found.has_tools
 
 
+@pytest.mark.parametrize(("tools", "described"), [(None, False), ("", False), ("[]", False), ([], False), ("[{}]", True)])
+def test_an_empty_list_of_tools_describes_none(tools: Any, described: bool) -> None:
+    assert parse_conversation({"instruction": "a", "output": "b", "tools": tools}).has_tools == described
+
+
+def test_fields_of_another_style_may_be_there_and_empty() -> None:
+    """Parquet has all columns in each row."""
+    turns = [("human", "a"), ("gpt", "b")]
+    row = {"conversations": [{"from": name, "value": text, "role": None, "content": None} for name, text in turns]}
+    assert parse_conversation(row).messages == (Message("user", "a"), Message("assistant", "b"))
+
+
 @pytest.mark.parametrize(
     ("row", "kind", "text"),
     [
@@ -74,7 +86,7 @@ def test_calls_of_tools_are_answers_and_what_they_give_back_is_not() -> None:
         ({"instruction": " ", "output": "b"}, "empty message", "message 1 is empty"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "history", "wanted pairs"),
         ({"messages": []}, "no messages", "messages is []; wanted a list of messages"),
-        ({"messages": "hi"}, "unknown style", "its fields are messages"),
+        ({"messages": "hi"}, "no messages", "messages is 'hi'; wanted a list of messages"),
         ({"messages": ["hi"]}, "no messages", "messages holds 'hi'"),
         ({"messages": [{"role": "system", "content": "s"}]}, "no messages", "no messages but the system's"),
         ({"messages": [{"role": "bot", "content": "s"}]}, "unknown role", "from 'bot'; wanted one of system, user"),
@@ -86,6 +98,21 @@ def test_calls_of_tools_are_answers_and_what_they_give_back_is_not() -> None:
             "message 2 is the user's; wanted the assistant's",
         ),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "turns", "message 1 is the assistant's"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "turns",
+            "message 1 is the tool's; wanted the user's",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{}]}]},
+            "call of a tool",
+            "a message of messages has tool_calls",
+        ),
+        (
+            {"system": "s", "messages": [{"role": "system", "content": "t"}, {"role": "user", "content": "a"}]},
+            "two system prompts",
+            "system and the first of messages are different",
+        ),
     ],
 )
 def test_what_is_no_conversation(row: Any, kind: str, text: str) -> None:
@@ -119,6 +146,15 @@ def test_what_is_no_conversation(row: Any, kind: str, text: str) -> None:
             ]
             for name, text in (("chosen", "你好。"), ("rejected", "不。"))
         },
+        {"prompt": "你好？"}
+        | {
+            name: [
+                {"role": "system", "content": "Be kind."},
+                {"role": "user", "content": "你好？"},
+                {"role": "assistant", "content": text},
+            ]
+            for name, text in (("chosen", "你好。"), ("rejected", "不。"))
+        },
     ],
 )
 def test_all_styles_are_one_pair(row: dict[str, Any]) -> None:
@@ -138,6 +174,14 @@ def test_all_styles_are_one_pair(row: dict[str, Any]) -> None:
             {
                 "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "b"}],
                 "rejected": [{"role": "user", "content": "y"}, {"role": "assistant", "content": "c"}],
+            },
+            "two prompts",
+        ),
+        (
+            {"prompt": "x"}
+            | {
+                name: [{"role": "user", "content": "y"}, {"role": "assistant", "content": name}]
+                for name in ("chosen", "rejected")
             },
             "two prompts",
         ),

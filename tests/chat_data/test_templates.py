@@ -85,6 +85,9 @@ def test_a_template_in_a_file_and_the_tokenizers_own(chat_tokenizer_dir: str, tm
         ("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}", "wanted a special token"),
         ("{{ raise_exception('no') }}", "the chat template refuses it: no"),
         ("{% for m in messages %}", "the chat template refuses it"),
+        ("{{ messages + 1 }}", "the chat template refuses it"),
+        ("{{ 1 / 0 }}", "the chat template refuses it"),
+        ("\udcff", r"bad\.jinja, which is no text in UTF-8"),
         ("{% for m in messages %}{{ m['content'] | upper + '<|im_end|>' }}{% endfor %}", "does not give back the texts"),
         (
             "{% for m in messages %}{% if loop.last %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}",
@@ -93,7 +96,7 @@ def test_a_template_in_a_file_and_the_tokenizers_own(chat_tokenizer_dir: str, tm
     ],
 )
 def test_templates_that_cannot_be_used(chat_tokenizer_dir: str, tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "bad.jinja").write_text(text)
+    (tmp_path / "bad.jinja").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=message):
         load_template(chat_tokenizer_dir, str(tmp_path / "bad.jinja"))
 

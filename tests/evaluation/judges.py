@@ -21,29 +21,31 @@ class JudgeServer:
 
 
 @contextmanager
-def judge_server(opinion: Callable[[str], str], failures: int = 0, status: int = 503) -> Iterator[JudgeServer]:
-    """`opinion`: prompt -> what it says; the first `failures` requests get `status` instead."""
+def judge_server(
+    opinion: Callable[[str], str], failures: int = 0, status: int = 503, body: bytes | None = None
+) -> Iterator[JudgeServer]:
+    """`opinion`: prompt -> what it says; the first `failures` requests get `status` instead; all get `body` if given."""
     seen, lock = JudgeServer(), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
-                seen.requests.append(body)
+                seen.requests.append(asked)
                 seen.keys.append(self.headers["Authorization"])
                 failed = len(seen.requests) <= failures
-            message = {"role": "assistant", "content": opinion(body["messages"][0]["content"])}
+            message = {"role": "assistant", "content": opinion(asked["messages"][0]["content"])}
             answer = {
                 "id": "1",
                 "object": "chat.completion",
                 "created": 0,
-                "model": body["model"],
+                "model": asked["model"],
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
             }
             self.reply(status if failed else 200, {"error": {"message": "busy"}} if failed else answer)
 
         def reply(self, code: int, content: dict[str, Any]) -> None:
-            text = json.dumps(content).encode()
+            text = json.dumps(content).encode() if body is None else body
             self.send_response(code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))

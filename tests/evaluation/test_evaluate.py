@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Catalog, Harness, Score, shots_of
 from megatron_cpt.evaluation.report import evaluate
-from megatron_cpt.evaluation.run import answers_to
+from megatron_cpt.evaluation.run import answers_to, questions_of
 from megatron_cpt.evaluation.table import markdown
 
 CHOICES = Benchmark("Choices", "tiny_choices", "acc,none", 1)
@@ -276,6 +277,10 @@ def test_the_tool(config: EvaluateConfig, tmp_path: Path) -> None:
         ({"models": {"a/b": "x"}}, "models has the name 'a/b'"),
         ({"tasks": [], "text": [], "prompts": []}, "there is nothing to measure"),
         ({"text": [TextConfig("nowhere.jsonl", "en")]}, r"nowhere\.jsonl: no such file"),
+        (
+            {"models": {"a|b": "x"}},
+            r"models has the name 'a\|b'; use one that can be the name of a file",
+        ),
         ({"limit": 0}, "limit is 0"),
         ({"data_folder": "nowhere"}, "nowhere: no such folder"),
         ({"tasks_folder": "nowhere"}, "nowhere: no such folder"),
@@ -286,12 +291,67 @@ def test_wrong_configurations(config: EvaluateConfig, changes: dict[str, Any], m
         replace(config, **changes)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TextConfig("t.jsonl", "en", 0), "max_documents is 0"),
+        (lambda: TextConfig("t.jsonl", ""), "language is ''"),
+        (lambda: PromptsConfig("q.jsonl", "zh", 0), "max_prompts is 0"),
+        (lambda: PromptsConfig("q.jsonl", "Chinese"), "language is 'Chinese'; use a code such as en, zh or zh-TW"),
+    ],
+)
+def test_wrong_files(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
 def test_files_without_text_or_questions(config: EvaluateConfig, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"txt": "a"}\n')
     with pytest.raises(InputError, match=r"bad\.jsonl, row 1 has no text"):
         evaluate(replace(config, text=[TextConfig(str(tmp_path / "bad.jsonl"), "en")]))
     with pytest.raises(InputError, match=r"bad\.jsonl, row 1: it has no messages"):
-        evaluate(replace(config, text=[], prompts=[PromptsConfig(str(tmp_path / "bad.jsonl"), "en")]))
+        evaluate(replace(config, prompts=[PromptsConfig(str(tmp_path / "bad.jsonl"), "en")]))
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(InputError, match=r"empty\.json holds no text"):
+        evaluate(replace(config, text=[TextConfig(str(tmp_path / "empty.json"), "en")]))
+    with pytest.raises(InputError, match=r"empty\.json holds no question"):
+        evaluate(replace(config, prompts=[PromptsConfig(str(tmp_path / "empty.json"), "en")]))
+    assert not Path(config.output).exists()  # nothing is measured before
+
+
+def test_questions_need_no_answers(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    asked = [{"role": "user", "content": "c"}]
+    rows = [
+        {"instruction": "a"},
+        {"prompt": "b"},
+        {"messages": asked},
+        {"messages": [*asked, {"role": "assistant", "content": "x"}]},
+        {"prompt": "d", "chosen": "x", "rejected": "y"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert questions_of(PromptsConfig(str(path), "en")) == ["a", "b", "c", "c", "d"]
+
+
+@pytest.mark.parametrize("file", ["text.jsonl", "model/tokenizer_config.json"])
+def test_changed_files_are_measured_anew(
+    config: EvaluateConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str], file: str
+) -> None:
+    shutil.copytree(config.models["base"], tmp_path / "model")
+    config = replace(config, models={"base": str(tmp_path / "model")}, tasks=[], prompts=[])
+    evaluate(config)
+    evaluate(config)
+    assert capfd.readouterr().err.count("base: text: en") == 1
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes() + b"\n")
+    evaluate(config)
+    assert "base: text: en" in capfd.readouterr().err
+
+
+def test_a_table_says_why_there_is_no_share() -> None:
+    share = {"script": None, "identified": None, "tokens": 0, "missing": "none of the 3 answers has a letter"}
+    assert "| base  | -             | -                     |\n\n- base, %zh: none of the 3 answers" in markdown(
+        {"base": {"answers": {"zh": share}}}
+    )
 
 
 def test_a_table_shows_what_is_missing() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from judges import judge_server
@@ -85,16 +84,34 @@ def test_a_server_that_always_fails_is_reported(tmp_path: Path) -> None:
         Judge(config(server.url), str(path)).verdicts(PAIRS[:1])
 
 
-@pytest.mark.parametrize("choice", [{}, {"message": None}])
-def test_an_answer_without_a_message_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: Any) -> None:
-    from openai.resources.chat.completions import Completions
-    from openai.types.chat import ChatCompletion
-    from openai.types.chat.chat_completion import Choice
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b'{"choices": [',
+        b"\xff",
+        b"null",
+        b'{"choices": 5}',
+        b'{"choices": [null]}',
+        b'{"choices": ["no"]}',
+        b'{"choices": [{}]}',
+        b'{"choices": [{"message": null}]}',
+        b'{"choices": [{"message": {"content": ["no"]}}]}',
+    ],
+)
+def test_what_is_no_chat_completion_is_reported(tmp_path: Path, body: bytes) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    with judge_server(prefers_good, body=body) as server, pytest.raises(JudgeError, match="no chat completion"):
+        Judge(config(server.url), str(path)).verdicts(PAIRS[:1])
+    assert not path.exists()
 
-    answer = ChatCompletion.construct(choices=[Choice.construct(**choice)])
-    monkeypatch.setattr(Completions, "create", lambda *_, **__: answer)
-    with pytest.raises(JudgeError, match="no chat completion"):
-        Judge(config("http://localhost:1/v1"), str(tmp_path / "verdicts.jsonl")).verdicts(PAIRS[:1])
+
+def test_half_a_character_is_written_down(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    with judge_server(lambda prompt: "\ud800 [[C]]") as server:
+        verdicts = Judge(config(server.url), str(path)).verdicts(PAIRS[:1])
+    assert verdicts[0].outcome == "tie"
+    assert set(read_said(str(path)).values()) == {"? [[C]]"}
 
 
 def test_lines_that_hold_no_verdict_are_left_out(tmp_path: Path) -> None:
@@ -135,6 +152,9 @@ def test_another_prompt(tmp_path: Path) -> None:
     prompt.write_text("{question} / {answer_a}")
     wanted = JudgeConfig(url="http://localhost:1/v1", model="wise", prompt=str(prompt))
     with pytest.raises(InputError, match=r"prompt\.txt has no \{answer_b\}"):
+        Judge(wanted, str(tmp_path / "verdicts.jsonl"))
+    prompt.write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"prompt\.txt, which is no text in UTF-8"):
         Judge(wanted, str(tmp_path / "verdicts.jsonl"))
     prompt.write_text("Q {question} A {answer_a} B {answer_b}")
     with judge_server(lambda text: "[[A]]" if "A good" in text else "[[B]]") as server:

@@ -19,6 +19,7 @@ def share(tokenizer_dir: str, *answers: str, language: str = "zh") -> LanguageSh
 def test_one_language(tiny_tokenizer_dir: str) -> None:
     assert (share(tiny_tokenizer_dir, CHINESE).script, share(tiny_tokenizer_dir, CHINESE).identified) == (1.0, 1.0)
     assert (share(tiny_tokenizer_dir, ENGLISH).script, share(tiny_tokenizer_dir, ENGLISH).identified) == (0.0, 0.0)
+    assert share(tiny_tokenizer_dir, CHINESE, language="zh-CN") == share(tiny_tokenizer_dir, CHINESE)
     english = share(tiny_tokenizer_dir, ENGLISH, language="en")
     assert (english.script, english.identified) == (None, 1.0)
 

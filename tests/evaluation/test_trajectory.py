@@ -16,7 +16,7 @@ from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_me
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.config import CheckpointConfig, EvaluateConfig, TextConfig, TrajectoryConfig
 from megatron_cpt.evaluation.report import evaluate
-from megatron_cpt.evaluation.trajectory import checkpoints_of
+from megatron_cpt.evaluation.trajectory import checkpoints_of, removed_points
 
 SEQ_LENGTH, SAMPLES = 64, 8  # samples of each iteration
 
@@ -126,6 +126,15 @@ def test_hf_folders_beside_a_run(config: EvaluateConfig, model: str, run: Path) 
     found = points(config.output)
     assert {iteration: row["tokens"] for iteration, row in found.items()} == {0: 0, 3: None, 5: 5 * SAMPLES * SEQ_LENGTH}
     assert found[0]["text"] == found[3]["text"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"identity": {"model": {}}}'])
+def test_damaged_measurements_are_named(config: EvaluateConfig, run: Path, content: str) -> None:
+    folder = Path(config.output, "trajectory")
+    folder.mkdir(parents=True)
+    (folder / "iter_0000001.json").write_text(content)
+    with pytest.raises(InputError, match=r"iter_0000001\.json is damaged: .*; remove it to measure again"):
+        removed_points(config, str(run), str(folder))
 
 
 def test_wrong_trajectories(config: EvaluateConfig, model: str, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import ROOT, make_tiny_llama
@@ -38,6 +39,19 @@ def test_an_answer_is_what_transformers_generates(speaker: Speaker, config: Chat
     prompt = tokenizer(speaker.template.prompt(messages), add_special_tokens=False, return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_without_an_end_of_text_only_the_turns_end_ends(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def generate(**options: Any) -> None:
+        given.update(options)
+        options["streamer"].end()
+
+    monkeypatch.setattr(speaker._model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(speaker._model, "generate", generate)
+    assert "".join(speaker.answer([Message("user", "Hello?")])) == ""
+    assert given["eos_token_id"] == [speaker.template.end_of_turn]
 
 
 def test_seeds_repeat_answers(config: ChatConfig) -> None:

@@ -184,6 +184,12 @@ def test_validation_rows_that_are_not_used_are_counted(template: Template, tmp_p
     assert (found.counts[1].validation, found.counts[1].left_out) == (2, 3)
 
 
+@pytest.mark.parametrize("language", ["", "../en", "en/zh"])
+def test_a_language_can_name_files(language: str) -> None:
+    with pytest.raises(InputError, match="use a code such as en or zh"):
+        DataConfig([SourceConfig("en.json", language)]).check()
+
+
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
 def test_a_byte_order_mark_is_no_text(template: Template, tmp_path: Path, ending: str) -> None:
     path = Path(write(tmp_path / f"rows{ending}", rows(5)))

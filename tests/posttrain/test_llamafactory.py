@@ -7,6 +7,7 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from megatron_cpt.chat_data.templates import load_template
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.dpo import finetune_dpo
-from megatron_cpt.posttrain.settings import LoraSettings
+from megatron_cpt.posttrain.settings import LoraSettings, OptimizerSettings
 from megatron_cpt.posttrain.sft import finetune_sft
 
 
@@ -44,8 +45,33 @@ def test_pairs(chat_model: str, tmp_path: Path) -> None:
     assert [parse_preference(row) for row in rows] == [pair.origin for pair in prepared.train]
     assert json.loads((tmp_path / "lf" / "dataset_info.json").read_text())["train"]["ranking"] is True
     assert (settings["stage"], settings["pref_beta"], settings["pref_loss"]) == ("dpo", 0.1, "sigmoid")
+    assert (settings["dpo_label_smoothing"], settings["disable_gradient_checkpointing"]) == (0.0, True)
     with pytest.raises(InputError, match="which is not empty; use another folder"):
         finetune_dpo(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_type": "apo_zero"}, "loss_type is apo_zero, which LLaMA-Factory does not have; use one of sigmoid"),
+        (
+            {"loss_type": "ipo", "label_smoothing": 0.1},
+            "label_smoothing is 0.1, which LLaMA-Factory has for loss_type",
+        ),
+    ],
+)
+def test_losses_that_only_one_knows(chat_model: str, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        finetune_dpo(dpo_config(chat_model, tmp_path, export_to=str(tmp_path / "lf"), **changes))
+    assert not (tmp_path / "lf").exists()
+
+
+def test_the_optimizer_is_the_same(chat_model: str, tmp_path: Path) -> None:
+    optimizer = OptimizerSettings(decay_style="constant", warmup_fraction=0.5, adam_eps=1e-6)
+    config = sft_config(chat_model, tmp_path, export_to=str(tmp_path / "lf"), optimizer=optimizer)
+    settings = yaml.safe_load(Path(finetune_sft(config)).read_text())
+    found = [settings[name] for name in ("lr_scheduler_type", "warmup_steps", "adam_epsilon")]
+    assert found == ["constant_with_warmup", 3, 1e-6]
 
 
 def test_a_template_that_both_know_is_needed(chat_model: str, tmp_path: Path) -> None:

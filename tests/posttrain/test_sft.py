@@ -225,6 +225,13 @@ def test_adapters(chat_model: str, tmp_path: Path, merge: bool) -> None:
     assert evaluations[1]["eval_zh_loss"] < evaluations[0]["eval_zh_loss"]
 
 
+def test_adapters_of_layers_that_there_are_none_of(chat_model: str, tmp_path: Path) -> None:
+    for names in (["q_proj", "query"], "query"):
+        config = sft_config(chat_model, tmp_path, lora=LoraSettings(target_modules=names))  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=r"lora\.target_modules has query, and the model no such layer"):
+            finetune_sft(config)
+
+
 def test_batches_that_cannot_be_divided() -> None:
     assert accumulation(TrainingSettings(micro_batch_size=2, global_batch_size=12), 3) == 2
     with pytest.raises(InputError, match="global_batch_size 8 is not a multiple of micro_batch_size 2 x 3 processes = 6"):
@@ -265,4 +272,5 @@ def test_errors_are_one_line(whole: tuple[SftConfig, Path], tmp_path: Path) -> N
     result = run_tool("finetune_sft.py", "--config", config, check=False)
     assert result.returncode == 2
     assert f"error: {broken}, row 1: message 2 is empty; data.broken: skip goes on" in result.stderr
+    assert not (tmp_path / "run").exists()
     assert "Traceback" not in result.stderr

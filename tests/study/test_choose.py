@@ -49,6 +49,23 @@ def test_the_limit_is_kept_beside_a_cliff(general: Callable[[float, float, float
     assert max(rises) > 0.5 * limit  # and not for choosing nothing
 
 
+def test_a_jump_between_pairs_is_said_to_be_possible() -> None:
+    """A loss that jumps after ALMR 0.5 is taken to rise evenly up to 0.75: the choice says which pairs broke the limit."""
+
+    def jump(almr: float, lr: float, tokens: float) -> float:
+        return 3 + tokens * (0.12 / (1 + np.exp(-(almr - 0.53) / 0.01)) + 0.0025 * (np.log10(lr) + 4))
+
+    results = make_results(general=jump)
+    surfaces = {name: fitted_surface(results, name) for name in ("general", "additional")}
+    found = Fit(surfaces, None, "balanced", None, [], {}, [])
+    choice = choose(results, found, 0.02, 0.9, "additional")
+    assert 0.5 < choice.almr < 0.75
+    (note,) = (note for note in choice.notes if "broke the limit" in note)
+    assert "ALMR 0.75 and learning rate 0.01 (+4." in note
+    # Where nothing around has broken it, there is nothing to say
+    assert not any("broke the limit" in note for note in choose(results, found, 0.2, 0.9, "additional").notes)
+
+
 def diverged_at(results: Results, almr: float, lr: float) -> Results:
     """Without the pairs from these values on."""
     gone = {row["run"] for row in results.rows if row["almr"] >= almr and row["lr"] >= lr}

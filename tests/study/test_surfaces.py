@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_results import ALMRS, RATES
 
-from megatron_cpt.study.surfaces import Surface, Warp, bound_between_pairs, fit_surface, unit_grid
+from megatron_cpt.study.surfaces import Surface, Warp, bound_between_pairs, fit_surface, pairs_around, unit_grid
 
 
 def forgetting(almr: np.ndarray, lr: np.ndarray) -> np.ndarray:
@@ -88,3 +88,15 @@ def test_between_pairs_the_higher_diagonal_counts() -> None:
     assert bound[14, 13] == pytest.approx(3.25, abs=1e-2)
     higher = bound_between_pairs(surface, unit_grid(17), 0.95)
     assert (higher >= bound.ravel()).all()
+
+
+def test_the_pairs_around_a_place() -> None:
+    """Four corners of a rectangle, two on an edge, one on a pair itself."""
+    almr, lr = (part.ravel() for part in np.meshgrid(ALMRS, RATES))
+    surface = fit_surface(almr, lr, 3 + almr, loss=True)
+    for place, number in (((0.3, 0.6), 4), ((0.25, 0.6), 2), ((0.25, 0.5), 1), ((1.0, 1.0), 1)):
+        at = np.array(place)
+        around = pairs_around(surface, at)
+        assert len(around) == number, place
+        assert np.abs(around - at).max() < 0.25
+    assert len(pairs_around(surface, np.array([1.1, 0.5]))) == 0
