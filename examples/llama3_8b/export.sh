@@ -12,4 +12,5 @@ CPUS_PER_RANK=${CPUS_PER_RANK:-16}
 TIME=${TIME:-4:00:00}
 
 source examples/lib/launch.sh
+[ -f "$CONFIG" ] || refuse "CONFIG is '$CONFIG'; wanted a YAML file"
 job python tools/convert_checkpoint.py megatron-to-hf --config "$CONFIG" --megatron "$MEGATRON"

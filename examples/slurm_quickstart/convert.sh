@@ -15,4 +15,6 @@ else
 fi
 
 source examples/lib/launch.sh
+[[ $DIRECTION == hf-to-megatron || $DIRECTION == megatron-to-hf ]] ||
+  refuse "DIRECTION is '$DIRECTION'; wanted hf-to-megatron or megatron-to-hf"
 job python tools/convert_checkpoint.py "$DIRECTION" --hf "$HF" --megatron "$MEGATRON"

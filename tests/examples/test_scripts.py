@@ -111,6 +111,7 @@ def test_another_recipe() -> None:
         ),
         ("70b/dpo", {"NODES": "1"}, "the reference of 70B take 164.3 GiB of 79.2 GiB of each a100-80g; use more GPUs"),
         ("8b/dpo", {"CHECK": "1"}, "runs/llama3-8b/sft/hf"),
+        ("8b/convert", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml'; wanted a YAML file"),
         ("8b/evaluate", {"CHECK": "1"}, "raw/valid/en.jsonl: no such file"),
         ("70b/evaluate", {"GPUS_PER_NODE": "1"}, "in bf16 take 131.4 GiB of the 79.2 GiB of 1 x a100-80g; use device_map"),
         ("8b/evaluate", {"GPUS_PER_NODE": "one"}, "GPUS_PER_NODE is 'one'; wanted a whole number, 0 or more"),

@@ -109,8 +109,10 @@ def test_from_a_shell_of_salloc(runs: Runs, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "quickstart-cpt\n"), done.stderr
 
 
-def test_the_quickstart_fetches_nothing_for_a_wrong_variable() -> None:
+def test_wrong_variables_of_the_quickstart() -> None:
+    """Nothing is fetched first."""
     assert_refused(dry_run(CPT.parent / "quickstart.sh", DRY_RUN="yes"), "DRY_RUN is 'yes'; wanted 0 or 1")
+    assert_refused(dry_run(CPT.parent / "convert.sh", DIRECTION="back"), "DIRECTION is 'back'; wanted hf-to-megatron or")
 
 
 def test_the_chain_of_the_quickstart() -> None:
