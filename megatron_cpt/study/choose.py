@@ -139,7 +139,7 @@ def choose_on_surfaces(
         surest = int(bound.argmin())
         raise InputError(
             f"no pair keeps the general loss below {highest:.4g} with a probability of {confidence:.0%}; the surest is ALMR "
-            f" {wanted.scale.share(at[surest, 1]):.3g}, learning rate {wanted.scale.lr(at[surest, 0]):.3g} with a rise of "
+            f"{wanted.scale.share(at[surest, 1]):.3g}, learning rate {wanted.scale.lr(at[surest, 0]):.3g} with a rise of "
             f"up to {bound[surest] / start - 1:+.2%}: allow more, or study lower learning rates and ALMRs"
         )
     free = int(heights.argmax())

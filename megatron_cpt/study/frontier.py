@@ -37,8 +37,8 @@ class Line:
 
     Attributes:
         angle: in coordinates in which each axis goes from 0 to 1; degrees, 0 is level (b = 0), 90 and -90 are upright
-        a_interval, b_interval, angle_interval: 5 % to 95 % of the bootstrap; those of a and b have no ends where the line
-            may be upright
+        a_interval, b_interval, angle_interval: 5 % to 95 % of the drawn surfaces; those of a and b have no ends where the
+            line may be upright
         points: [n, 2] (ALMR, LR) that the line was fitted to
         refused: why nothing should be concluded from it; None: nothing speaks against it
     """
@@ -84,7 +84,7 @@ def metric_frontier(
     def find(heights: Array) -> Array | None:
         return peaks(sign * heights, deviations, axis)
 
-    return bootstrapped(surface, at, find, regress[axis], replicates, seed, border_reason(axis), refused)
+    return with_intervals(surface, at, find, regress[axis], replicates, seed, border_reason(axis), refused)
 
 
 def border_reason(axis: Axis) -> str:
@@ -169,7 +169,7 @@ def loss_line(surface: Surface, replicates: int = REPLICATES, seed: int = 0, ref
     def find(heights: Array) -> Array | None:
         return steepest_curve(surface.outer(heights))
 
-    return bootstrapped(surface, unit_grid(FIELD), find, main_direction, replicates, seed, reason, refused)
+    return with_intervals(surface, unit_grid(FIELD), find, main_direction, replicates, seed, reason, refused)
 
 
 def steepest_curve(heights: Array) -> Array | None:
@@ -236,7 +236,7 @@ def main_direction(scale: Scale, path: Array) -> tuple[float, float]:
     return float(a), float(b)
 
 
-def bootstrapped(
+def with_intervals(
     surface: Surface,
     at: Array,
     find: Callable[[Array], Array | None],
@@ -246,7 +246,7 @@ def bootstrapped(
     reason: str,
     refused: str | None,
 ) -> Line:
-    """The line, and how much it moves when every run is measured again (parametric bootstrap).
+    """The line, and how much it moves on other surfaces that the runs leave possible (`Surface.inner_samples`).
 
     `find` makes the path of the line from the (warped) heights at `at`, `fit` the line of the path; `reason`: why there is
     no path where there is none.
@@ -258,7 +258,7 @@ def bootstrapped(
     repeated = [find(heights) for heights in surface.inner_samples(at, replicates, seed)]
     found = np.array([fit(surface.scale, again) for again in repeated if again is not None] or [(a, b)])
     if refused is None and len(found) < LEAST_REPLICATES * replicates:
-        refused = f"{reason} (in {replicates - len(found)} of {replicates} repetitions of the runs)"
+        refused = f"{reason} (in {replicates - len(found)} of {replicates} surfaces that the runs leave possible)"
     angle = float(angles(surface.scale, np.array(b)))
     turned = (angles(surface.scale, found[:, 1]) - angle + 90) % 180 - 90  # a line has no sense of direction
     low, high = angle + np.percentile(turned, INTERVAL)
