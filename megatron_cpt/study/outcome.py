@@ -27,7 +27,7 @@ class Outcome:
     reason: of the latter
     seconds: of training, without start and evaluations
     wall_seconds: of all that the run took, with its start, its evaluations and its scores; if it was stopped and went on,
-        of the last part; None: an older study did not record it
+        of the last part; None: it was killed while its scores were measured, or an older study did not record it
     """
 
     kind: Literal["finished", "diverged"]

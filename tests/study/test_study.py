@@ -171,7 +171,7 @@ def test_the_plan_knows_what_was_done_and_proposes_more(whole: Path) -> None:
     assert planned.count(" * ") == 2
     outcomes = [json.loads(path.read_text()) for path in folder.glob("runs/*/outcome.json")]
     timed = [o for o in outcomes if o["kind"] == "finished" and o["wall_seconds"] is not None]
-    assert 3 <= len(timed) <= 4  # the first start was killed perhaps while it measured a run
+    assert 2 <= len(timed) <= 4  # the first start did two runs at a time, and was killed perhaps while it measured both
     assert all(outcome["wall_seconds"] > outcome["seconds"] for outcome in timed)  # with start, evaluations, scores
     assert f"mean of {len(timed)} runs that have finished" in planned
     assert "1 diverged" in planned
