@@ -1,8 +1,8 @@
 """Does a model fit into the GPUs that evaluate it, and is there what it is measured on: what `evaluate.sh` asks.
 
-    python examples/lib/evaluation.py --model 70B --gpus 4 --device a100-80g --inputs 1 --config evaluate.yaml
+    python examples/lib/evaluation.py --model 70B --gpus 4 --device a100-80g --inputs 1 --config evaluate.yaml OPTION...
 
-`--inputs 0`: the files that the configuration names need not be there yet.
+OPTION...: as tools/evaluate.py takes them. `--inputs 0`: the files that the configuration names need not be there yet.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def main() -> None:
     parser.add_argument("--device", help="as tools/plan_run.py knows them; empty: the memory is not checked")
     parser.add_argument("--inputs", type=int, choices=(0, 1), required=True)
     parser.add_argument("--config", required=True)
-    own = parser.parse_args()
+    own, options = parser.parse_known_args()
     if own.inputs:
         evaluation = make_parser(EvaluateConfig, "An evaluation.")
-        build(evaluation, EvaluateConfig, evaluation.parse_args(["--config", own.config]))
+        build(evaluation, EvaluateConfig, evaluation.parse_args(["--config", own.config, *options]))
     with open(own.config, encoding="utf-8") as file:
         spread = yaml.safe_load(file).get("device_map") is not None
     if own.device and own.gpus:

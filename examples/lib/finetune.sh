@@ -1,5 +1,8 @@
 # shellcheck shell=bash
 # As launch.sh, for SFT and DPO: other checks before a job is queued, and other checkpoints.
+
+# CUDA's own default: several queues let sharded weights arrive while others are used. launch.sh has 1, for tensor parallelism.
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-8}
 source examples/lib/launch.sh
 
 # check_run TOOL OPTION...

@@ -100,7 +100,7 @@ seconds_of() {
 
 # submit OPTION...: this script as a job; prints its number
 submit() {
-  local log=%x_%j extra option
+  local log=%x_%j extra option job
   for option in "$@"; do [[ $option != --array=* ]] || log=%x_%A_%a; done
   read -ra extra <<<"$SBATCH_OPTIONS"
   local command=(sbatch --parsable --job-name="$JOB_NAME" --chdir="$PWD" --output="$LOGS/$log.log" --open-mode=append
@@ -114,7 +114,8 @@ submit() {
   fi
   command -v sbatch >/dev/null || refuse "sbatch is not there; wanted a machine that submits to SLURM, or DRY_RUN=1"
   mkdir -p "$LOGS"
-  "${command[@]}"
+  job=$("${command[@]}")
+  echo "${job%%;*}"  # the cluster's name follows where there are several
 }
 
 # check_run WORD...: whether the configuration can run on so many ranks, before anybody waits for them
@@ -161,15 +162,37 @@ job() {
   fi
   check_settings
   ((GPUS_PER_NODE == 0)) || gpus=(--gpus-per-node="$GPUS_PER_NODE")
-  [ "$DRY_RUN" = 0 ] || words "$@" >&2
+  [ "$DRY_RUN" = 0 ] || show_single "$@"
   submit --ntasks=1 "${gpus[@]}"
+}
+
+# conversion DIRECTION OPTION...: tools/convert_checkpoint.py as a job, of which is known beforehand what can be
+conversion() {
+  local command=(python tools/convert_checkpoint.py "$@")
+  if ! in_job; then
+    check_settings
+    [ "$CHECK" = 0 ] || "${command[@]}" --check_only true >/dev/null || exit
+  fi
+  job "${command[@]}"
 }
 
 # single COMMAND...: within a job, a command as one process, in the container if there is one
 single() {
+  single_command "$@"
+  "${single_command[@]}"
+}
+
+show_single() {
+  single_command "$@"
+  words "${single_command[@]}" >&2
+}
+
+# single_command COMMAND...: sets the array of this name
+single_command() {
   local options=() prefix=()
   container
-  srun --nodes=1 --ntasks=1 --cpus-per-task="$CPUS_PER_RANK" --kill-on-bad-exit=1 "${options[@]}" "${prefix[@]}" "$@"
+  single_command=(srun --nodes=1 --ntasks=1 --cpus-per-task="$CPUS_PER_RANK" --kill-on-bad-exit=1 "${options[@]}"
+    "${prefix[@]}" "$@")
 }
 
 # Adds to the caller's `options` (of srun) and `prefix` (of the command).
@@ -228,6 +251,8 @@ rank_command() {
 # run_ranks TOOL OPTION...: in the job: start the ranks, tell them to save when SLURM asks, and queue the job again
 run_ranks() {
   local hosts asked='' pid status=0
+  trap 'asked=USR1' USR1
+  trap 'asked=TERM' TERM
   NODES=$SLURM_NNODES
   JOB_LOGS=$LOGS/${SLURM_JOB_NAME}_$SLURM_JOB_ID
   RANK_LOGS=$JOB_LOGS/start_${SLURM_RESTART_COUNT:-0}
@@ -241,8 +266,6 @@ run_ranks() {
   rank_command "$@"
   say "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on ${hosts[*]}, from step $FIRST_STEP; logs: $RANK_LOGS"
 
-  trap 'asked=USR1' USR1
-  trap 'asked=TERM' TERM
   "${rank_command[@]}" 2>"$RANK_LOGS/srun.log" &  # in the background: bash runs no trap before its command has ended
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do

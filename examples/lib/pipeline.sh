@@ -6,7 +6,7 @@ ALL=(preprocess convert cpt export evaluate sft dpo evaluate_chat)
 
 refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
-for name in CONFIG SAVE TOOL JOB_NAME SCRIPT LAUNCHER; do
+for name in CONFIG SAVE FROM MEGATRON HF MODELS OUTPUT TOOL JOB_NAME SCRIPT LAUNCHER; do
   [ -z "${!name:-}" ] || refuse "$name is '${!name}', which is of one stage; start the stage's own script with it"
 done
 read -rd '' -a wanted <<<"$STAGES" || true  # also of several lines
@@ -29,7 +29,7 @@ stage() {
     echo "error: $name is refused; submitted before it: ${jobs[*]:-nothing}" >&2
     exit 2
   }
-  graph+=$(printf '%-14s %-8s %s' "$name" "${jobs[$name]}" "${waits:+after $waits}")$'\n'
+  graph+=$(printf '%-14s %-13s %s' "$name" "${jobs[$name]}" "${waits:+after $waits}")$'\n'
 }
 
 submit_stages() {
@@ -42,7 +42,7 @@ submit_stages() {
   stage evaluate evaluate.sh export
   stage sft sft.sh export
   stage dpo dpo.sh sft
-  CONFIG=$HERE/evaluate_chat.yaml stage evaluate_chat evaluate.sh dpo
+  stage evaluate_chat evaluate_chat.sh dpo
 }
 
 # What one stage would refuse is refused before any is queued. The stage's last words, which may be a traceback's, say why.

@@ -13,6 +13,11 @@ part() {
     --partition "$2/$PARTS" --language "${1%%_*}" --workers "$CPUS_PER_RANK")
 }
 
+# join CORPUS: likewise, its parts' output into one
+join() {
+  join=(python tools/merge_datasets.py --input "$OUTPUT/$1" --output_prefix "$OUTPUT/$1" "${merge_options[@]}")
+}
+
 check_corpora() {
   local corpus name
   for name in PARTS TASKS_AT_ONCE; do
@@ -31,9 +36,12 @@ submit_corpora() {
   if [ "$DRY_RUN" = 1 ]; then
     echo "${#corpora[@]} corpora in $PARTS parts each: $tasks tasks; the first and the last:" >&2
     part "${corpora[0]}" 0
-    words "${part[@]}" >&2
+    show_single "${part[@]}"
     part "${corpora[-1]}" $((PARTS - 1))
-    words "${part[@]}" >&2
+    show_single "${part[@]}"
+    echo "then, for each corpus:" >&2
+    join "${corpora[0]}"
+    show_single "${join[@]}"
   fi
   parts=$(JOB_NAME=preprocess STEP=parts submit --ntasks=1 --array="0-$((tasks - 1))%$TASKS_AT_ONCE")
   JOB_NAME=merge DEPENDENCY=afterok:$parts STEP=merge submit --ntasks=1
@@ -48,6 +56,7 @@ elif [ "$STEP" = parts ]; then
   single "${part[@]}"
 else
   for corpus in "${corpora[@]}"; do
-    single python tools/merge_datasets.py --input "$OUTPUT/$corpus" --output_prefix "$OUTPUT/$corpus" "${merge_options[@]}"
+    join "$corpus"
+    single "${join[@]}"
   done
 fi

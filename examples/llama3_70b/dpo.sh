@@ -15,8 +15,11 @@ set -euo pipefail
 SCRIPT=$(realpath "$0")
 [[ $0 == */slurm_script ]] || cd "$(dirname "$SCRIPT")/../.."   # a job begins there
 
+RECIPE=${RECIPE:-cpt}                # as for cpt.sh
+RUN=${RUN:-runs/llama3-70b/${RECIPE//_/-}}
 CONFIG=${CONFIG:-examples/llama3_70b/dpo.yaml}
-SAVE=${SAVE:-runs/llama3-70b/dpo}
+FROM=${FROM:-$RUN-sft/hf}
+SAVE=${SAVE:-$RUN-dpo}
 LAUNCHER=${LAUNCHER:-accelerate}
 ACCELERATE=${ACCELERATE:-examples/posttrain/accelerate/fsdp_128gpu.yaml}   # or deepspeed_128gpu.yaml
 NODES=${NODES:-16}
@@ -30,4 +33,4 @@ MODEL=${MODEL:-70B}
 TOOL=${TOOL:-tools/finetune_dpo.py}
 
 source examples/lib/finetune.sh
-launch "$TOOL" --config "$CONFIG" --save "$SAVE"
+launch "$TOOL" --config "$CONFIG" --model "$FROM" --save "$SAVE"

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Benchmarks of Llama-3 70B before and after CPT; with CONFIG=examples/llama3_70b/evaluate_chat.yaml, after SFT and DPO.
+# Benchmarks of Llama-3 70B before and after CPT.
 # Variables: below, and in examples/lib/launch.sh.
 set -euo pipefail
 SCRIPT=$(realpath "$0")
 [[ $0 == */slurm_script ]] || cd "$(dirname "$SCRIPT")/../.."   # a job begins there
 
+RECIPE=${RECIPE:-cpt}                # as for cpt.sh
+RUN=${RUN:-runs/llama3-70b/${RECIPE//_/-}}
 CONFIG=${CONFIG:-examples/llama3_70b/evaluate.yaml}
-JOB_NAME=${JOB_NAME:-$(basename "$CONFIG" .yaml)}
+MODELS=${MODELS:-"{Llama-3-70B: models/Meta-Llama-3-70B, CPT: $RUN-hf}"}
+OUTPUT=${OUTPUT:-$RUN-evaluation}
 GPUS_PER_NODE=${GPUS_PER_NODE:-4}     # one process; the model is spread over its GPUs
 CPUS_PER_RANK=${CPUS_PER_RANK:-8}
 TIME=${TIME:-24:00:00}               # what is measured already is not measured again

@@ -6,11 +6,13 @@ SCRIPT=$(realpath "$0")
 [[ $0 == */slurm_script ]] || cd "$(dirname "$SCRIPT")/../.."   # a job begins there
 
 RECIPE=${RECIPE:-cpt}                # as for cpt.sh
+RUN=${RUN:-runs/llama3-70b/${RECIPE//_/-}}
 CONFIG=${CONFIG:-examples/llama3_70b/export.yaml}
-MEGATRON=${MEGATRON:-runs/llama3-70b/${RECIPE//_/-}}
+MEGATRON=${MEGATRON:-$RUN}
+HF=${HF:-$RUN-hf}
 CPUS_PER_RANK=${CPUS_PER_RANK:-16}
 TIME=${TIME:-4:00:00}
 
 source examples/lib/launch.sh
 [ -f "$CONFIG" ] || refuse "CONFIG is '$CONFIG'; wanted a YAML file"
-job python tools/convert_checkpoint.py megatron-to-hf --config "$CONFIG" --megatron "$MEGATRON"
+conversion megatron-to-hf --config "$CONFIG" --megatron "$MEGATRON" --hf "$HF"

@@ -11,4 +11,4 @@ TIME=${TIME:-4:00:00}
 
 source examples/lib/launch.sh
 [ -f "$CONFIG" ] || refuse "CONFIG is '$CONFIG'; wanted a YAML file"
-job python tools/convert_checkpoint.py hf-to-megatron --config "$CONFIG"
+conversion hf-to-megatron --config "$CONFIG"

@@ -18,7 +18,8 @@ SCRIPT=$(realpath "$0")
 
 RECIPE=${RECIPE:-cpt}                # cpt: the paper's; cpt_8k, cpt_8k_fp8: as one would set it up today
 CONFIG=${CONFIG:-examples/llama3_8b/$RECIPE.yaml}
-SAVE=${SAVE:-runs/llama3-8b/${RECIPE//_/-}}
+RUN=${RUN:-runs/llama3-8b/${RECIPE//_/-}}   # the other stages write beside it: $RUN-hf, $RUN-sft, ...
+SAVE=${SAVE:-$RUN}
 NODES=${NODES:-4}
 RANKS_PER_NODE=${RANKS_PER_NODE:-8}
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}

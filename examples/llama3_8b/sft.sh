@@ -15,8 +15,11 @@ set -euo pipefail
 SCRIPT=$(realpath "$0")
 [[ $0 == */slurm_script ]] || cd "$(dirname "$SCRIPT")/../.."   # a job begins there
 
+RECIPE=${RECIPE:-cpt}                # as for cpt.sh
+RUN=${RUN:-runs/llama3-8b/${RECIPE//_/-}}
 CONFIG=${CONFIG:-examples/llama3_8b/sft.yaml}
-SAVE=${SAVE:-runs/llama3-8b/sft}
+FROM=${FROM:-$RUN-hf}
+SAVE=${SAVE:-$RUN-sft}
 LAUNCHER=${LAUNCHER:-accelerate}
 ACCELERATE=${ACCELERATE:-examples/posttrain/accelerate/fsdp_8gpu.yaml}   # or deepspeed_8gpu.yaml
 NODES=${NODES:-1}
@@ -30,4 +33,4 @@ MODEL=${MODEL:-8B}
 TOOL=${TOOL:-tools/finetune_sft.py}
 
 source examples/lib/finetune.sh
-launch "$TOOL" --config "$CONFIG" --save "$SAVE"
+launch "$TOOL" --config "$CONFIG" --model "$FROM" --save "$SAVE"

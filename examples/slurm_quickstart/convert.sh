@@ -17,4 +17,4 @@ fi
 source examples/lib/launch.sh
 [[ $DIRECTION == hf-to-megatron || $DIRECTION == megatron-to-hf ]] ||
   refuse "DIRECTION is '$DIRECTION'; wanted hf-to-megatron or megatron-to-hf"
-job python tools/convert_checkpoint.py "$DIRECTION" --hf "$HF" --megatron "$MEGATRON"
+conversion "$DIRECTION" --hf "$HF" --megatron "$MEGATRON"

@@ -12,9 +12,9 @@ export PATH=$PWD/.venv/bin:$PATH
 
 [ "$DRY_RUN" = 1 ] || python examples/quickstart/fetch.py $RUN/inputs
 merge=$(CHECK=$((1 - DRY_RUN)) $HERE/preprocess.sh)
-megatron=$($HERE/convert.sh)
+megatron=$(CHECK=$((1 - DRY_RUN)) $HERE/convert.sh)
 cpt=$(CHECK=0 DEPENDENCY=afterok:$merge:$megatron $HERE/cpt.sh)
-hf=$(DIRECTION=megatron-to-hf DEPENDENCY=afterok:$cpt $HERE/convert.sh)
+hf=$(CHECK=0 DIRECTION=megatron-to-hf DEPENDENCY=afterok:$cpt $HERE/convert.sh)
 cat >&2 <<END
 preprocess -> merge $merge -------+
 hf-to-megatron $megatron ---------+-> cpt $cpt -> megatron-to-hf $hf

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from rich.filesize import decimal
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cpt.checkpoint.archives import check_archives
@@ -88,6 +89,8 @@ class HfToMegatron:
     num_workers: int = 2
     """Processes that write files at the same time."""
     overwrite: bool = False
+    check_only: bool = False
+    """Say what would be written, after everything that can be known to be wrong before, and write nothing."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,12 @@ class MegatronToHf:
     num_workers: int = 2
     """Processes that write files at the same time."""
     overwrite: bool = False
+    check_only: bool = False
+    """Say what would be written, after everything that can be known to be wrong before, and write nothing."""
 
 
 def hf_to_megatron(config: HfToMegatron) -> str:
-    """Run the conversion; returns the checkpoint's folder."""
+    """Run the conversion, or with check_only what comes before it; returns the checkpoint's folder."""
     check_workers(config.num_workers)
     check_megatron_target(config.megatron)
     llama = read_llama_config(config.hf)
@@ -153,8 +158,11 @@ def convert_to_megatron(config: HfToMegatron, llama: LlamaConfig, source: HfTens
     )
     manifest["job"] = job_name(identity)
     if is_done(folder, manifest["job"], config.overwrite):
-        write_tracker(config.megatron, None)  # an attempt may have been killed before
+        if not config.check_only:
+            write_tracker(config.megatron, None)  # an attempt may have been killed before
         return folder
+    if config.check_only:
+        return say_size(folder, sum(chunk.bytes for chunk in chunks), dtype)
     with resumable_folder(folder, identity) as path:
         jobs = []
         for number, part in enumerate(split(chunks, FILE_BYTES)):
@@ -219,7 +227,7 @@ def finish_megatron(folder: str, hf: str, dtype: str, manifest: dict[str, Any], 
 
 
 def megatron_to_hf(config: MegatronToHf) -> str:
-    """Run the conversion; returns the HF folder."""
+    """Run the conversion, or with check_only what comes before it; returns the HF folder."""
     folder = find_checkpoint(config.megatron)
     check_workers(config.num_workers)
     check_hf_target(config.hf)
@@ -240,6 +248,8 @@ def megatron_to_hf(config: MegatronToHf) -> str:
     source["job"] = job_name(identity)
     if is_done(config.hf, source["job"], config.overwrite):
         return config.hf
+    if config.check_only:
+        return say_size(config.hf, sum(info.bytes for info in infos.values()), dtype)
     with interruptible(), resumable_folder(config.hf, identity) as path:
         jobs = [shard_job(shard, infos, tensors) for shard in shards]
         write_files(path, jobs, config.num_workers, "converting")
@@ -312,6 +322,12 @@ def check_workers(num_workers: int) -> None:
     """Raise InputError unless it is a number of processes."""
     if num_workers < 1:
         raise InputError(f"num_workers is {num_workers}; use 1 or more")
+
+
+def say_size(folder: str, size: int, dtype: str) -> str:
+    """Print what would be written into a folder, `size` bytes of weights; returns the folder."""
+    print(f"size: {decimal(size)} of {dtype} weights, into {folder}", file=sys.stderr)
+    return folder
 
 
 def check_numbers(tensor: torch.Tensor, dtype: torch.dtype, what: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.filesize import decimal
 from safetensors.torch import load_file, save_file
 from tiny_models import ROOT, VARIANTS, make_tiny_llama, run_tool
 
@@ -386,6 +387,25 @@ def test_what_an_interrupted_conversion_left_does_not_get_into_the_next(
         (left / name).write_text("{}")
     again = hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
     assert files_of(Path(again)) == files_of(Path(whole))
+
+
+def test_check_only_writes_nothing(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It refuses what the conversion would, says what it would write, and that is true."""
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    before = set(tmp_path.iterdir())
+    folder = hf_to_megatron(HfToMegatron(str(hf), str(megatron), dtype="bfloat16", check_only=True))
+    assert set(tmp_path.iterdir()) == before
+    size = sum(tensor.numel() * 2 for tensor in load_file(hf / "model.safetensors").values())
+    assert capsys.readouterr().err == f"size: {decimal(size)} of bfloat16 weights, into {folder}\n"
+    hf_to_megatron(HfToMegatron(str(hf), str(megatron)))
+    with pytest.raises(InputError, match="already holds an earlier conversion"):
+        hf_to_megatron(HfToMegatron(str(hf), str(megatron), dtype="bfloat16", check_only=True))
+    assert hf_to_megatron(HfToMegatron(str(hf), str(megatron), check_only=True)) == folder
+    assert megatron_to_hf(MegatronToHf(str(megatron), str(back), check_only=True)) == str(back)
+    assert set(tmp_path.iterdir()) == before | {megatron}
+    (hf / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"holds no \.safetensors file"):
+        hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "other"), check_only=True))
 
 
 def test_the_same_command_again_is_done_already(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from dry_runs import assert_refused, start
 from tiny_models import ROOT
 
@@ -43,22 +44,25 @@ def test_a_pipeline_says_all_and_submits_nothing(size: str) -> None:
     for name, words in submitted.items():
         waits = [word for word in words if word.startswith("--dependency=")]
         assert waits == [f"--dependency=afterok:{AFTER.get(name)}"] * (name in AFTER)
-        of_stage = {"merge": "preprocess", "evaluate_chat": "evaluate"}.get(name, name)
-        assert words[-1] == str(script(size, of_stage))
+        assert words[-1] == str(script(size, {"merge": "preprocess"}.get(name, name)))
     nodes, layout = OF_PAPER[size]
     assert f"layout: {layout}; a global batch of 256 samples" in said
     assert "token budget: 100,000,071,680 tokens = 190,735 steps of 524,288" in said
     assert "GiB: of the fullest rank" in said, "the estimate of plan_run.py"
     assert said.count("memory: weights, gradients and AdamW") == 2
     assert said.count(f"memory: the weights of {size.upper()} in bf16") == 2
-    cpt, sft, dpo = commands(said, "srun")
+    ran = commands(said, "srun")
+    tools = [next(word for word in words if word.startswith("tools/"))[6:-3] for words in ran]
+    assert tools == [
+        *("preprocess_data", "preprocess_data", "merge_datasets", "convert_checkpoint", "pretrain_cpt"),
+        *("convert_checkpoint", "evaluate", "finetune_sft", "finetune_dpo", "evaluate"),
+    ]
+    cpt, sft, dpo = (ran[tools.index(tool)] for tool in ("pretrain_cpt", "finetune_sft", "finetune_dpo"))
     assert cpt[-4:] == ["--config", f"examples/llama3_{size}/cpt.yaml", "--checkpoint.save", f"runs/llama3-{size}/cpt"]
     assert {f"--nodes={nodes}", "--ntasks-per-node=8", "--gpus-per-node=8"} < set(submitted["cpt"])
     for name, words in (("sft", sft), ("dpo", dpo)):
-        assert words[-5] == f"tools/finetune_{name}.py"
+        assert words[-7] == f"tools/finetune_{name}.py"
         assert "--main_process_ip=FIRST_NODE" in words
-    ran = {words[1] for words in commands(said, "python")}
-    assert ran == {f"tools/{tool}.py" for tool in ("preprocess_data", "convert_checkpoint", "evaluate")}
     assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == [name for name in STAGES if name != "merge"]
 
 
@@ -88,13 +92,63 @@ def test_sbatch_lines_are_what_the_script_submits_with(size: str, name: str) -> 
 
 
 def test_another_recipe() -> None:
+    """Has folders of its own for all that is made from it."""
     done = start(script("70b", "cpt"), RECIPE="cpt_8k_fp8", DEVICE="h100")
     assert done.returncode == 0, done.stderr
     assert "seq" in done.stderr
     assert "FP8" in done.stderr
     assert commands(done.stderr, "srun")[0][-1] == "runs/llama3-70b/cpt-8k-fp8"
-    done = start(script("70b", "export"), RECIPE="cpt_8k_fp8")
-    assert commands(done.stderr, "python")[0][-1] == "runs/llama3-70b/cpt-8k-fp8"
+    for name, options in {
+        "export": ["--megatron", "runs/llama3-70b/cpt-8k-fp8", "--hf", "runs/llama3-70b/cpt-8k-fp8-hf"],
+        "sft": ["--model", "runs/llama3-70b/cpt-8k-fp8-hf", "--save", "runs/llama3-70b/cpt-8k-fp8-sft"],
+        "dpo": ["--model", "runs/llama3-70b/cpt-8k-fp8-sft/hf", "--save", "runs/llama3-70b/cpt-8k-fp8-dpo"],
+        "evaluate": [
+            *("--models", "{Llama-3-70B: models/Meta-Llama-3-70B, CPT: runs/llama3-70b/cpt-8k-fp8-hf}"),
+            *("--output", "runs/llama3-70b/cpt-8k-fp8-evaluation"),
+        ],
+        "evaluate_chat": [
+            *("--models", "{C-SFT: runs/llama3-70b/cpt-8k-fp8-sft/hf, C-DPO: runs/llama3-70b/cpt-8k-fp8-dpo/hf}"),
+            *("--output", "runs/llama3-70b/cpt-8k-fp8-evaluation-chat"),
+        ],
+    }.items():
+        done = start(script("70b", name), RECIPE="cpt_8k_fp8", DEVICE="")
+        assert commands(done.stderr, "srun")[0][-4:] == options, done.stderr
+
+
+@pytest.mark.parametrize("size", OF_PAPER)
+def test_folders_of_the_scripts_are_those_of_the_configurations(size: str) -> None:
+    """Whoever starts the tools by hand goes the same way."""
+    parsed = {name: yaml.safe_load(script(size, name).with_suffix(".yaml").read_text()) for name in STAGES[2:]}
+    for name, options in {
+        "cpt": {"--checkpoint.save": parsed["cpt"]["checkpoint"]["save"]},
+        "export": {"--megatron": parsed["export"]["megatron"], "--hf": parsed["export"]["hf"]},
+        "sft": {"--model": parsed["sft"]["model"], "--save": parsed["sft"]["save"]},
+        "dpo": {"--model": parsed["dpo"]["model"], "--save": parsed["dpo"]["save"]},
+        "evaluate": {"--models": parsed["evaluate"]["models"], "--output": parsed["evaluate"]["output"]},
+        "evaluate_chat": {"--models": parsed["evaluate_chat"]["models"], "--output": parsed["evaluate_chat"]["output"]},
+    }.items():
+        words = commands(start(script(size, name), DEVICE="").stderr, "srun")[0]
+        for option, value in options.items():
+            assert yaml.safe_load(words[words.index(option) + 1]) == value, (name, option)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, []),
+        ({"CONTAINER_IMAGE": "nvcr.io#nvidia/pytorch:25.03-py3"}, ["--container-image=nvcr.io#nvidia/pytorch:25.03-py3"]),
+        ({"CONTAINER_IMAGE": "/images/a.sif", "CONTAINER_RUNTIME": "apptainer"}, ["apptainer", "exec", "/images/a.sif"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["preprocess", "convert", "export", "evaluate"])
+def test_one_process_is_shown_as_it_will_be_started(name: str, variables: dict[str, str], words: list[str]) -> None:
+    done = start(script("8b", name), **variables)
+    assert done.returncode == 0, done.stderr
+    for command in commands(done.stderr, "srun"):
+        tool = command.index("python")
+        assert command[:3] == ["srun", "--nodes=1", "--ntasks=1"]
+        assert [word for word in words if word not in command[:tool]] == []
+        assert "--nv" not in command or name == "evaluate"
 
 
 @pytest.mark.parametrize(
@@ -110,8 +164,12 @@ def test_another_recipe() -> None:
             "of 8B take 119.7 GiB of 79.2 GiB of each a100-80g; shard it",
         ),
         ("70b/dpo", {"NODES": "1"}, "the reference of 70B take 164.3 GiB of 79.2 GiB of each a100-80g; use more GPUs"),
-        ("8b/dpo", {"CHECK": "1"}, "runs/llama3-8b/sft/hf"),
+        ("8b/dpo", {"CHECK": "1"}, "runs/llama3-8b/cpt-sft/hf"),
         ("8b/convert", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml'; wanted a YAML file"),
+        ("8b/convert", {"CHECK": "1"}, "models/Meta-Llama-3-8B"),
+        ("70b/export", {"CHECK": "1"}, "runs/llama3-70b/cpt"),
+        ("8b/export", {"CHECK": "1", "MEGATRON": "examples"}, "examples"),
+        ("8b/pipeline", {"HF": "runs/x"}, "HF is 'runs/x', which is of one stage"),
         ("8b/evaluate", {"CHECK": "1"}, "raw/valid/en.jsonl: no such file"),
         ("70b/evaluate", {"GPUS_PER_NODE": "1"}, "in bf16 take 131.4 GiB of the 79.2 GiB of 1 x a100-80g; use device_map"),
         ("8b/evaluate", {"GPUS_PER_NODE": "one"}, "GPUS_PER_NODE is 'one'; wanted a whole number, 0 or more"),

@@ -113,13 +113,13 @@ def test_the_chain(cluster: Cluster, project: Path) -> None:
     for before, after in [*order, ("export", "evaluate"), ("dpo", "evaluate_chat")]:
         assert facts[before]["EndTime"] <= facts[after]["StartTime"], (before, after)
     runs = project / "runs/llama3-8b"
-    for stage in ("cpt", "sft", "dpo"):
+    for stage in ("cpt", "cpt-sft", "cpt-dpo"):
         assert json.loads((runs / stage / "status.json").read_text())["state"] == "finished"
     assert json.loads((runs / "cpt/run.json").read_text())["layout"]["data_parallel_size"] == 1, "TP 2 over two nodes"
-    report = json.loads((runs / "evaluation/report.json").read_text())
+    report = json.loads((runs / "cpt-evaluation/report.json").read_text())
     assert set(report["models"]) == {"Llama-3-8B", "CPT"}
     assert report["models"]["CPT"]["text"]["zh"]["bits_per_byte"] > 0
-    assert set(json.loads((runs / "evaluation-chat/report.json").read_text())["models"]) == {"C-SFT", "C-DPO"}
+    assert set(json.loads((runs / "cpt-evaluation-chat/report.json").read_text())["models"]) == {"C-SFT", "C-DPO"}
     logs = list((project / "runs/slurm").glob(f"sft_{jobs['sft']}/start_0/n*.log"))
     assert {log.name for log in logs} == {"n1.log", "n2.log"}, "accelerate started ranks on both nodes"
 
