@@ -10,13 +10,15 @@ from collections.abc import Sequence
 
 from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.layout import versions, write_json, write_text
+from megatron_cpt.errors import RunError
 from megatron_cpt.evaluation import figures
 from megatron_cpt.evaluation.ablation import ablation_table
 from megatron_cpt.evaluation.columns import Measured
 from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
 from megatron_cpt.evaluation.harness import Catalog
+from megatron_cpt.evaluation.identity import folder_identity
 from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparisons_table
-from megatron_cpt.evaluation.run import benchmarks_of, check_files, folder_identity, measure, wanted_parts
+from megatron_cpt.evaluation.run import benchmarks_of, check_files, measure, wanted_parts
 from megatron_cpt.evaluation.table import markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
 
@@ -28,6 +30,7 @@ def evaluate(config: EvaluateConfig) -> str:
 
     Raises:
         InputError: a model, file or setting is wrong
+        RunError: a judge gave no answers; all else is in the report
     """
     along = config.trajectory.checkpoints if config.trajectory is not None else []
     for folder in [*config.models.values(), *(checkpoint.model for checkpoint in along)]:
@@ -52,7 +55,19 @@ def evaluate(config: EvaluateConfig) -> str:
     write_text(path, page(sections))  # a trajectory may take days
     if config.trajectory is not None:
         write_text(path, page([*sections, follow(config, catalog, config.trajectory)]))
+    check_judged(config, comparisons, path)
     return path
+
+
+def check_judged(config: EvaluateConfig, comparisons: Sequence[Comparison], path: str) -> None:
+    """Raise RunError if a model that judges has failed: what comes after it is not to take the report for whole."""
+    lost = [item for item in comparisons if item.missing is not None]
+    if lost and config.pairwise is not None and config.pairwise.judge.url is not None:
+        first = f"{lost[0].model} against {lost[0].against}: {lost[0].missing}"
+        raise RunError(
+            f"{len(lost)} of {len(comparisons)} pairs not judged ({first}); all else is in {path}; "
+            "the same command asks for what is missing"
+        )
 
 
 def page(sections: Sequence[str]) -> str:

@@ -23,39 +23,15 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, Benchmark, Catalog, Harness
+from megatron_cpt.evaluation.identity import answers_identity, benchmark_identity, pairwise_identity, text_identity
 from megatron_cpt.evaluation.language_share import language_share
 from megatron_cpt.platforms.devices import device_type
 
-MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")  # weights, tokenizer, chat template, how it generates
+FORMAT = 2  # of the files of measurements
 
 
-def settings_of(config: EvaluateConfig) -> dict[str, Any]:
-    """Everything that a figure depends on but the models, and how they are compared and laid out."""
-    others = ("models", "output", "pairwise", "ablation", "trajectory")
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in others}
-
-
-def folder_identity(folder: str) -> dict[str, Any]:
-    """What tells a HF folder from others, and from what it was before."""
-    files = sorted(entry for entry in os.listdir(folder) if entry.endswith(MODEL_FILES))
-    stats = [[entry, os.stat(os.path.join(folder, entry)).st_mtime_ns] for entry in files]
-    return {"folder": os.path.abspath(folder), "files": stats}
-
-
-def stats_of(items: Sequence[TextConfig | PromptsConfig]) -> list[list[Any]]:
-    """What tells the files of text and prompts from what they were before."""
-    stats = [(item.path, os.stat(item.path)) for item in items]
-    return [[path, found.st_size, found.st_mtime_ns] for path, found in stats]
-
-
-def identity_of(config: EvaluateConfig, model: dict[str, Any]) -> Any:
-    """Everything that measurements depend on, as JSON gives it back."""
-    files = stats_of([*config.text, *config.prompts])
-    return json.loads(json.dumps({"model": model, "settings": settings_of(config), "files": files}))
-
-
-def recall(path: str, identity: Any) -> dict[str, Any]:
-    """The parts that were measured before, none if something that they depend on has changed.
+def recall(path: str, model: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was measured of a model before, none if it has changed: part -> name -> identity and what was found.
 
     Raises:
         InputError: the file is damaged
@@ -65,8 +41,13 @@ def recall(path: str, identity: Any) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         try:
             before = json.load(file)
-            return dict(before["parts"]) if before["identity"] == identity else {}
-        except (ValueError, KeyError, TypeError) as error:
+            if before["identity"] != {"format": FORMAT, "model": model}:
+                return {}
+            return {
+                part: {name: {"identity": entry["identity"], "found": entry["found"]} for name, entry in names.items()}
+                for part, names in before["parts"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is damaged: {error}; remove it to measure again") from error
 
 
@@ -90,29 +71,54 @@ def benchmarks_of(config: EvaluateConfig) -> list[Benchmark]:
     return found
 
 
+def benchmark_named(config: EvaluateConfig, name: str) -> Benchmark:
+    """One of `benchmarks_of`."""
+    return next(benchmark for benchmark in benchmarks_of(config) if benchmark.name == name)
+
+
 def names_in(config: EvaluateConfig, part: str) -> list[str]:
     """What a part of the measurements consists of: languages, benchmarks."""
     if part == "benchmarks":
         return [benchmark.name for benchmark in benchmarks_of(config)]
     if part == "pairwise":
-        return ["prompts", "answers"]
+        return ["answers"]
     return list(dict.fromkeys(item.language for item in (config.text if part == "text" else config.prompts)))
 
 
-def is_complete(config: EvaluateConfig, parts: Sequence[str], found: dict[str, Any]) -> bool:
-    """Whether there is something of everything, be it only why a benchmark could not be measured."""
-    return all(name in found.get(part, {}) for part in parts for name in names_in(config, part))
+def identities_of(config: EvaluateConfig, catalog: Catalog | None, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """part -> name -> what it depends on beside the model, as JSON gives it back."""
+    index = catalog.manager.task_index if catalog is not None else {}
+    kinds: dict[str, Callable[[str], Any]] = {
+        "text": lambda name: text_identity(config, name),
+        "answers": lambda name: answers_identity(config, name),
+        "pairwise": lambda name: pairwise_identity(config),
+        "benchmarks": lambda name: benchmark_identity(config, benchmark_named(config, name), index),
+    }
+    found = {part: {name: kinds[part](name) for name in names_in(config, part)} for part in parts}
+    return dict(json.loads(json.dumps(found)))
+
+
+def still_true(kept: dict[str, dict[str, Any]], identities: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What was found of that which is wanted now, in the order of tables, unless what it depends on has changed."""
+    return {
+        part: {
+            name: kept[part][name]["found"]
+            for name, identity in names.items()
+            if kept.get(part, {}).get(name, {}).get("identity") == identity
+        }
+        for part, names in identities.items()
+    }
 
 
 def without_mended(config: EvaluateConfig, scores: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
     """Scores without the benchmarks that could not be measured and now can."""
-    asked = {benchmark.name: benchmark for benchmark in benchmarks_of(config)}
 
     def mended(name: str) -> bool:
-        lost = scores[name]["missing"] is not None and asked[name].absent is None
-        return lost and catalog.missing(asked[name].task, config.allow_code) is None
+        benchmark = benchmark_named(config, name)
+        lost = scores[name]["missing"] is not None and benchmark.absent is None
+        return lost and catalog.missing(benchmark.task, config.allow_code) is None
 
-    return {name: score for name, score in scores.items() if name in asked and not mended(name)}
+    return {name: score for name, score in scores.items() if not mended(name)}
 
 
 def measure(
@@ -132,33 +138,22 @@ def measure(
         model: what tells it from others
         opened: gives its HF folder; entered only if there is something to measure
     """
-    identity = identity_of(config, model)
-    found = recall(path, identity)
-    if config.pairwise is not None and found.get("pairwise", {}).get("prompts") != asked_for_pairs(config):
-        found.pop("pairwise", None)
+    identities, kept = identities_of(config, catalog, parts), recall(path, model)
+    found = still_true(kept, identities)
     if catalog is not None and "benchmarks" in found:
         found["benchmarks"] = without_mended(config, found["benchmarks"], catalog)
-    if is_complete(config, parts, found):
+    wanted = [(part, key) for part, names in identities.items() for key in names if key not in found[part]]
+    if not wanted:
         return found
     with opened as folder:
         session = Session(config, catalog, folder)
-        for part in parts:
-            names = names_in(config, part)
-            for key in names:
-                content = found.get(part, {})
-                if key not in content:
-                    print(f"{name}: {part}: {key}", file=sys.stderr, flush=True)
-                    content = content | {key: session.measure(part, key)}
-                    found[part] = {known: content[known] for known in names if known in content}  # in the order of tables
-                    write_json(path, {"identity": identity, "parts": found})
+        for part, key in wanted:
+            print(f"{name}: {part}: {key}", file=sys.stderr, flush=True)
+            entry = {"identity": identities[part][key], "found": session.measure(part, key)}
+            kept[part] = kept.get(part, {}) | {key: entry}
+            write_json(path, {"identity": {"format": FORMAT, "model": model}, "parts": kept})
         session.close()
-    return found
-
-
-def asked_for_pairs(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """The prompts of pairwise comparisons and how their files are, as JSON has them."""
-    asked = config.pairwise.prompts if config.pairwise is not None else []
-    return [dataclasses.asdict(prompts) | {"file": stats_of([prompts])[0]} for prompts in asked]
+    return still_true(kept, identities)
 
 
 def check_files(config: EvaluateConfig) -> None:
@@ -209,10 +204,8 @@ class Session:
             share = {"script": None, "identified": None, "tokens": 0, "missing": str(error)}
         return share | {"answers": pairs}
 
-    def pairwise(self, name: str) -> list[dict[str, Any]]:
-        """Answers for a judge, or what they are answers to."""
-        if name == "prompts":
-            return asked_for_pairs(self._config)
+    def pairwise(self, name: str) -> list[dict[str, str]]:
+        """Answers for a judge."""
         asked = self._config.pairwise.prompts if self._config.pairwise is not None else []
         return [pair for prompts in asked for pair in self._answered(prompts)]
 
@@ -224,7 +217,7 @@ class Session:
             self.close()  # lm-eval loads the model anew
             spread = config.device_map is not None
             self._harness = Harness(self._folder, self._catalog, config.batch_size, config.chat, self._device, spread)
-        benchmark = next(item for item in benchmarks_of(config) if item.name == name)
+        benchmark = benchmark_named(config, name)
         return dataclasses.asdict(self._harness.score(benchmark, config.limit, config.allow_code, config.seed))
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
 import json
 import os
@@ -28,9 +29,11 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.columns import all_columns
 from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
 from megatron_cpt.evaluation.harness import Catalog
-from megatron_cpt.evaluation.run import folder_identity, identity_of, is_complete, measure, recall, settings_of, wanted_parts
+from megatron_cpt.evaluation.identity import folder_identity
+from megatron_cpt.evaluation.run import identities_of, measure, recall, still_true, wanted_parts
 
 FOLDER = "trajectory"
+CONVERTED = ".hf"  # in it: the checkpoint that is being measured
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def measure_trajectory(config: EvaluateConfig, catalog: Catalog | None, trajecto
     """
     folder = os.path.join(config.output, FOLDER)
     os.makedirs(folder, exist_ok=True)
+    shutil.rmtree(os.path.join(folder, CONVERTED), ignore_errors=True)  # of a run that was killed
     points = {}
     for item in trajectory.checkpoints:
         opened = contextlib.nullcontext(item.model)
@@ -64,7 +68,7 @@ def measure_trajectory(config: EvaluateConfig, catalog: Catalog | None, trajecto
         )
         points[item.iteration] = Point(item.iteration, item.tokens, parts)
     if trajectory.run is not None:
-        points |= removed_points(config, trajectory.run, folder)
+        points |= removed_points(config, catalog, trajectory.run, folder)
         for iteration, checkpoint in checkpoints_of(trajectory.run, trajectory.every).items():
             try:
                 points[iteration] = measure_checkpoint(config, catalog, trajectory.run, iteration, checkpoint, folder)
@@ -101,7 +105,7 @@ def measure_checkpoint(
         digest = hashlib.sha256(file.read()).hexdigest()
     model = {"run": os.path.abspath(run), "iteration": iteration, "tokens": tokens, "manifest": digest}
     path = os.path.join(folder, f"{checkpoint_name(iteration)}.json")
-    opened = converted(checkpoint, os.path.join(folder, ".hf"))
+    opened = converted(checkpoint, os.path.join(folder, CONVERTED))
     name = f"iteration {iteration}"
     return Point(iteration, tokens, measure(config, catalog, wanted_parts(config), name, path, model, opened))
 
@@ -109,22 +113,21 @@ def measure_checkpoint(
 @contextlib.contextmanager
 def converted(checkpoint: str, folder: str) -> Iterator[str]:
     """The checkpoint as a HF folder, for as long as it is needed."""
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     try:
         yield megatron_to_hf(MegatronToHf(checkpoint, folder, num_workers=1))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def removed_points(config: EvaluateConfig, run: str, folder: str) -> dict[int, Point]:
-    """What was measured in the same way of checkpoints that a run with `keep_last` has removed since."""
+def removed_points(config: EvaluateConfig, catalog: Catalog | None, run: str, folder: str) -> dict[int, Point]:
+    """What was measured in the same way of checkpoints that a run with `keep_last` has removed since, be it not all."""
     points = {}
     here = iterations(run)
+    identities = identities_of(config, catalog, wanted_parts(config))
     for path in Path(folder).glob("iter_*.json"):
         model = measured_model(str(path))
-        parts = recall(str(path), identity_of(config, model))
-        complete = is_complete(config, wanted_parts(config), parts)
-        if complete and model["run"] == os.path.abspath(run) and model["iteration"] not in here:
+        parts = still_true(recall(str(path), model), identities)
+        if any(parts.values()) and model["run"] == os.path.abspath(run) and model["iteration"] not in here:
             points[model["iteration"]] = Point(model["iteration"], model["tokens"], parts)
     return points
 
@@ -141,6 +144,12 @@ def measured_model(path: str) -> dict[str, Any]:
             return {name: model[name] for name in ("run", "iteration", "tokens", "manifest")}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} is damaged: {error}; remove it to measure again") from error
+
+
+def settings_of(config: EvaluateConfig) -> dict[str, Any]:
+    """How checkpoints are measured."""
+    others = ("models", "output", "pairwise", "ablation", "trajectory")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in others}
 
 
 def write_trajectory(config: EvaluateConfig, points: Sequence[Point]) -> None:

@@ -6,16 +6,18 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import run_tool, write_yaml
+from tiny_models import ROOT, run_tool, write_yaml
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.bits_per_byte import text_loss
@@ -196,9 +198,88 @@ def test_a_kill_loses_no_benchmark(config: EvaluateConfig, monkeypatch: pytest.M
     monkeypatch.setattr(Harness, "score", until_second)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config)
-    assert list(json.loads(Path(config.output, "base.json").read_text())["parts"]["benchmarks"]) == ["First"]
+    assert kept_benchmarks(config) == ["First"]
     evaluate(config)
     assert asked == ["First", "Second", "Second"]
+
+
+def kept_benchmarks(config: EvaluateConfig) -> list[str]:
+    path = Path(config.output, "base.json")
+    return list(json.loads(path.read_text())["parts"].get("benchmarks", {})) if path.exists() else []
+
+
+GATE = """
+import os, time
+
+def wait(rows):
+    end = time.monotonic() + 600
+    while os.path.exists({closed!r}) and time.monotonic() < end:
+        time.sleep(0.05)
+    return rows
+"""
+
+
+def test_a_kill_that_nothing_can_catch(config: EvaluateConfig, tasks: str, tmp_path: Path) -> None:
+    """SIGKILL within the second benchmark: the first and the texts are not measured again, the report is the same."""
+    closed = tmp_path / "closed"
+    closed.touch()
+    Path(tasks, "gate.py").write_text(GATE.format(closed=str(closed)))
+    fields = "include: tiny_choices.yaml\ntask: gated_choices\nprocess_docs: !function gate.wait\n"
+    Path(tasks, "gated_choices.yaml").write_text(fields)
+    gated = TaskConfig("Gated", "gated_choices", "acc,none", 0)
+    config = replace(config, models={"base": config.models["base"]}, tasks=[config.tasks[0], gated])
+    path = write_yaml(tmp_path / "evaluate.yaml", json.loads(json.dumps(asdict(config))))
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--config", path]
+    killed = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 600
+    while kept_benchmarks(config) != ["Choices"] and killed.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    killed.kill()
+    _, said = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, said[-3000:]
+    assert kept_benchmarks(config) == ["Choices"]
+    half = Path(config.output, "base.json.tmp")
+    half.write_text('{"identity": {')  # as a kill within the writing leaves it
+    closed.unlink()
+    again = run_tool("evaluate.py", "--config", path)
+    assert [line for line in again.stderr.splitlines() if line.startswith("base: ")] == ["base: benchmarks: Gated"]
+    undisturbed = replace(config, output=str(tmp_path / "undisturbed"))
+    page = Path(evaluate(undisturbed))
+    assert Path(config.output, "report.md").read_text() == page.read_text()
+    reports = [json.loads(Path(folder, "report.json").read_text()) for folder in (config.output, undisturbed.output)]
+    assert reports[0]["models"] == reports[1]["models"]
+    assert sorted(os.listdir(config.output)) == sorted(os.listdir(undisturbed.output))
+
+
+def test_what_is_new_is_measured_alone(
+    config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A benchmark, a text, data that have changed; what is not wanted for a while stays."""
+    score = Score("tiny_choices", "acc,none", 0, 0.5, None, 5, None, {})
+    monkeypatch.setattr(Harness, "score", lambda *_: score)
+
+    def measured(config: EvaluateConfig) -> list[str]:
+        evaluate(config)
+        said = capfd.readouterr().err.splitlines()
+        return [line.removeprefix("base: ") for line in said if line.startswith("base: ")]
+
+    config = replace(config, models={"base": config.models["base"]}, tasks=config.tasks[:1])
+    assert measured(config) == ["text: en", "answers: zh", "benchmarks: Choices"]
+    more = replace(config, tasks=[replace(config.tasks[0], name="More", num_fewshot=1), *config.tasks])
+    assert measured(more) == ["benchmarks: More"]
+    more = replace(more, text=[*more.text, replace(more.text[0], language="fr")])
+    assert measured(more) == ["text: fr"]
+    assert measured(config) == []
+    report = json.loads(Path(config.output, "report.json").read_text())["models"]["base"]
+    assert (list(report["text"]), list(report["benchmarks"])) == (["en"], ["Choices"])
+    (tmp_path / "choices.jsonl").write_text((tmp_path / "choices.jsonl").read_text() + "\n")
+    assert measured(config) == ["benchmarks: Choices"]
+    (tmp_path / "prompts.json").write_text('[{"instruction": "?"}]')
+    assert measured(config) == ["answers: zh"]
+    assert measured(more) == ["benchmarks: More"]  # of the data before
+    assert measured(more) == []
+    report = json.loads(Path(config.output, "report.json").read_text())["models"]["base"]
+    assert list(report["benchmarks"]) == ["More", "Choices"]
 
 
 def test_data_that_has_come_is_measured(config: EvaluateConfig, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from judges import judge_server
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.evaluation.config import EvaluateConfig, JudgeConfig, PairwiseConfig, PromptsConfig
-from megatron_cpt.evaluation.pairwise import Referee, comparison, comparisons_table, wilson
-from megatron_cpt.evaluation.report import evaluate
+from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparison, comparisons_table, wilson
+from megatron_cpt.evaluation.report import check_judged, evaluate
 from megatron_cpt.evaluation.votes import Outcome
 
 
@@ -135,6 +135,26 @@ def test_a_report_with_a_judge(model: str, tmp_path: Path, capfd: pytest.Capture
         evaluate(replace(wanted, pairwise=replace(wanted.pairwise, prompts=fewer)))
         assert "base: pairwise" in capfd.readouterr().err
         assert json.loads((tmp_path / "report.json").read_text())["pairwise"][0]["ties"] == 2
+
+
+def test_a_report_without_its_judge(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All else is in it, scripts are told by the status, and the same command goes on."""
+    measured = {"base": answers("a"), "other": answers("bb")}
+    monkeypatch.setattr("megatron_cpt.evaluation.report.measure_models", lambda *_: measured)
+    with judge_server(longer, failures=1, status=401) as server:
+        wanted = config(tmp_path, JudgeConfig(url=server.url, model="wise", parallel=1), ("base", "other"))
+        wanted = replace(wanted, models={"base": model, "other": model})
+        path = tmp_path / "report.md"
+        said = rf"1 of 1 pairs not judged \(other against base: .*401.*\); all else is in {path}; the same command"
+        with pytest.raises(RunError, match=said):
+            evaluate(wanted)
+        assert "- other against base: not judged, http" in path.read_text()
+        assert json.loads((tmp_path / "report.json").read_text())["models"] == measured
+        assert evaluate(wanted) == str(path)
+    assert "| other | base    | 1    | 0    | 0      | 100.0% (" in path.read_text()
+    # Nobody has failed where people have not voted on two models
+    people = replace(wanted, pairwise=PairwiseConfig(JudgeConfig(votes="votes.jsonl")))
+    check_judged(people, [Comparison("other", "base", missing="there are no votes on them")], str(path))
 
 
 def test_wrong_comparisons(tmp_path: Path) -> None:

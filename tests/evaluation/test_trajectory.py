@@ -80,12 +80,26 @@ def test_each_checkpoint_is_measured_once(
     # One that the run has removed stays; nothing is measured again but what has changed
     capfd.readouterr()
     shutil.rmtree(run / "iter_0000002")
+    left = page.parent / "trajectory" / ".hf"
+    left.mkdir()  # by a kill
     manifest = run / "iter_0000005" / "manifest.json"
     manifest.write_text(manifest.read_text() + "\n")
     evaluate(config)
     said = capfd.readouterr().err
     assert [line for line in said.splitlines() if ": text" in line] == ["iteration 5: text: en"]
     assert points(config.output) == found
+    assert not left.exists()
+    # Of what is new there is nothing of the removed one
+    more = replace(config, text=[*config.text, replace(config.text[0], language="fr")])
+    evaluate(more)
+    said = capfd.readouterr().err
+    measured = [line for line in said.splitlines() if ": text" in line]
+    assert measured == ["iteration 4: text: fr", "iteration 5: text: fr"]
+    assert {iteration: list(row["text"]) for iteration, row in points(config.output).items()} == {
+        2: ["en"],
+        4: ["en", "fr"],
+        5: ["en", "fr"],
+    }
     # With other settings the removed one is unknown
     evaluate(replace(config, window=16))
     assert list(points(config.output)) == [4, 5]
@@ -134,7 +148,7 @@ def test_damaged_measurements_are_named(config: EvaluateConfig, run: Path, conte
     folder.mkdir(parents=True)
     (folder / "iter_0000001.json").write_text(content)
     with pytest.raises(InputError, match=r"iter_0000001\.json is damaged: .*; remove it to measure again"):
-        removed_points(config, str(run), str(folder))
+        removed_points(config, None, str(run), str(folder))
 
 
 def test_wrong_trajectories(config: EvaluateConfig, model: str, tmp_path: Path) -> None:

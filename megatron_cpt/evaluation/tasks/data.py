@@ -83,6 +83,17 @@ HUMANEVAL = Source(
     {"task_id": str, "prompt": str, "test": str, "entry_point": str},
     Hub("openai/openai_humaneval", None, {"test": "test"}),
 )
+# Function of this module -> its folder in the user's folder of data.
+FOLDERS = {
+    "lcsts": LCSTS.folder,
+    "cluewsc": CLUEWSC.folder,
+    "cmrc2018": CMRC2018.folder,
+    "drcd": DRCD.folder,
+    "eprstmt": EPRSTMT.folder,
+    "belle": BELLE.folder,
+    "humaneval": HUMANEVAL.folder,
+    "wmt22": "wmt22",
+}
 
 
 def lcsts(data_folder: str | None = None, **_: Any) -> datasets.DatasetDict:
@@ -126,7 +137,7 @@ def wmt22(pair: str, data_folder: str | None = None, **_: Any) -> datasets.Datas
     from sacrebleu.dataset import DATASETS
     from sacrebleu.dataset.wmt_xml import WMTXMLDataset
 
-    path = file_of(data_folder, "wmt22", f"wmttest2022.{pair}.all.xml")
+    path = file_of(data_folder, FOLDERS["wmt22"], f"wmttest2022.{pair}.all.xml")
     if path is None:
         sources = list(DATASETS["wmt22"].source(pair))
         targets = [references[0] for references in DATASETS["wmt22"].references(pair)]
