@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ class JudgeConfig:
     """File with {question}, {answer_a} and {answer_b} in it, asking for [[A]], [[B]] or [[C]]. Default: JUDGE_PROMPT."""
     parallel: int = 4
     """Questions that are asked at the same time."""
+    timeout: float = 120.0
+    """Seconds that an answer of the endpoint is waited for, before it is asked again, four times at most."""
     votes: str | None = None
     """JSON Lines with question, model_a, model_b, vote (a, b or tie) and annotator."""
 
@@ -81,6 +84,7 @@ class JudgeConfig:
         if (self.url is None) != (self.model is None):
             raise InputError(f"pairwise.judge has url {self.url} and model {self.model}; an endpoint needs both")
         require_at_least(self, parallel=1)
+        require(0 < self.timeout < math.inf, "timeout", self.timeout, "a number of seconds above 0")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,7 +40,6 @@ then end with exactly one of [[A]] (assistant A is better), [[B]] (assistant B i
 PLACES = ("question", "answer_a", "answer_b")
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
 RETRIES = 4  # of a request that gets no answer, or one of an overloaded server; with growing pauses
-TIMEOUT = 300.0  # seconds
 
 
 class JudgeError(RuntimeError):
@@ -86,16 +86,17 @@ class Judge:
         self._config, self._path = config, path
         self._prompt = read_prompt(config.prompt)
         self._client = openai.OpenAI(
-            base_url=config.url, api_key=api_key(config.api_key_env), max_retries=RETRIES, timeout=TIMEOUT
+            base_url=config.url, api_key=api_key(config.api_key_env), max_retries=RETRIES, timeout=config.timeout
         )
         self._said = read_said(path)
         self._lock = threading.Lock()
+        self._gone: JudgeError | None = None  # once all tries of a request have had no answer
 
     def verdicts(self, pairs: Sequence[tuple[str, str, str]]) -> list[Judged]:
         """On each (question, first answer, second answer), asked in both orders.
 
         Raises:
-            JudgeError: the endpoint cannot be reached or refuses; what it has said so far is kept
+            JudgeError: the endpoint cannot be reached, now or at the last call, or refuses; what it has said so far is kept
         """
         with ThreadPoolExecutor(self._config.parallel) as pool:
             return list(pool.map(lambda pair: self._judge(*pair), pairs))
@@ -121,10 +122,20 @@ class Judge:
     def _complete(self, prompt: str) -> str:
         import openai
 
+        if self._gone is not None:
+            raise self._gone  # each further request would wait as long
+        begin = time.monotonic()
         try:
             found = self._client.chat.completions.create(
                 model=str(self._config.model), messages=[{"role": "user", "content": prompt}], temperature=0.0
             )
+        except openai.APIConnectionError as error:
+            tried = f"asked {RETRIES + 1} times for a verdict, each time for up to {self._config.timeout:g} s"
+            passed = f"{time.monotonic() - begin:.0f} s in all"
+            self._gone = JudgeError(
+                f"{self._config.url}: {tried} (pairwise.judge.timeout), {passed}, without an answer: {error}"
+            )
+            raise self._gone from error
         except openai.OpenAIError as error:
             raise JudgeError(f"{self._config.url}: {' '.join(str(error).split())[:200]}") from error
         except ValueError:  # openai passes on what json says of an answer that is none

@@ -49,7 +49,7 @@ def read_votes(path: str, models: Sequence[str]) -> list[Vote]:
     """All votes of a file.
 
     Raises:
-        InputError: a row is no vote, names a model that is not among `models`, or repeats another
+        InputError: there is none, or a row is no vote, names a model that is not among `models`, or repeats another
     """
     votes: dict[tuple[str, str, frozenset[str]], Vote] = {}
     for number, row in read_rows(path):
@@ -62,6 +62,8 @@ def read_votes(path: str, models: Sequence[str]) -> list[Vote]:
         if key in votes:
             raise InputError(f"{where}: {vote.annotator} votes again on {vote.question!r}; wanted one vote")
         votes[key] = vote
+    if not votes:
+        raise InputError(f"{path} holds no votes; wanted a row or more")
     return list(votes.values())
 
 

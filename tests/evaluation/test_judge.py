@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,28 @@ def test_a_server_that_fails_twice_is_asked_again(tmp_path: Path) -> None:
         verdicts = Judge(config(server.url), str(tmp_path / "verdicts.jsonl")).verdicts(PAIRS[:1])
     assert verdicts[0].outcome == "win"
     assert len(server.requests) == 4
+
+
+def test_a_server_that_never_answers_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_cpt.evaluation.judge.RETRIES", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/v1"
+        judge = Judge(JudgeConfig(url=url, model="wise", parallel=1, timeout=0.3), str(tmp_path / "verdicts.jsonl"))
+        said = r"/v1: asked 2 times for a verdict, each time for up to 0\.3 s \(pairwise\.judge\.timeout\), \d+ s in all"
+        for _ in range(2):  # of the next pair of models it is not asked
+            with pytest.raises(JudgeError, match=said + ", without an answer: Request timed out"):
+                judge.verdicts(PAIRS)
+        server.settimeout(0.2)
+        for _ in range(2):
+            server.accept()[0].close()
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+@pytest.mark.parametrize("timeout", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_wrong_timeout(timeout: float) -> None:
+    with pytest.raises(InputError, match=r"timeout is .*; use a number of seconds above 0"):
+        JudgeConfig(url="http://localhost:1/v1", model="wise", timeout=timeout)
 
 
 def test_a_server_that_always_fails_is_reported(tmp_path: Path) -> None:

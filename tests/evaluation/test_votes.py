@@ -83,6 +83,13 @@ def test_wrong_votes(rows: list[Any], message: str, tmp_path: Path) -> None:
         read_votes(write(tmp_path / "votes.jsonl", *rows), ["x", "y"])
 
 
+@pytest.mark.parametrize(("name", "content"), [("votes.jsonl", ""), ("votes.json", "[]")])
+def test_no_votes(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name} holds no votes; wanted a row or more"):
+        read_votes(str(tmp_path / name), ["x", "y"])
+
+
 def test_a_line_that_is_not_json(tmp_path: Path) -> None:
     (tmp_path / "votes.jsonl").write_text("{\n")
     with pytest.raises(InputError, match=r"votes\.jsonl, row 1: "):
