@@ -191,7 +191,7 @@ def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], m
                 write_json(os.path.join(folder, STATUS), {"state": "stopped", "iteration": steps, "reason": stop.asked})
                 print(f"stopped by {stop.asked} after step {steps}; the same command goes on", file=sys.stderr)
             return folder
-        if trainer.eval_dataset:
+        if trainer.eval_dataset and not evaluated_at(trainer.state, steps):
             trainer.evaluate()
     target = os.path.join(folder, RESULT)
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes, on the first
@@ -206,6 +206,11 @@ def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], m
         write_json(os.path.join(folder, STATUS), {"state": "finished", "iteration": steps, "loss": result.training_loss})
     trainer.accelerator.wait_for_everyone()
     return target
+
+
+def evaluated_at(state: TrainerState, step: int) -> bool:
+    """Whether there was an evaluation after this step, as where eval_interval divides the last."""
+    return any(row["step"] == step and any(name.startswith("eval_") for name in row) for row in state.log_history)
 
 
 def write_model(model: Any, weights: dict[str, torch.Tensor], folder: str, merge: bool, dtype: torch.dtype) -> None:

@@ -147,6 +147,18 @@ def test_the_evaluation_is_the_mean_over_all_answer_tokens(whole: tuple[SftConfi
     assert last["eval_zh_tokens"] == len(losses)
 
 
+@pytest.mark.parametrize(("interval", "steps"), [(2, [0, 2, 4, 6]), (4, [0, 4, 6])])
+def test_an_evaluation_after_some_steps_and_one_after_the_last(
+    whole: tuple[SftConfig, Path], tmp_path: Path, interval: int, steps: list[int]
+) -> None:
+    """Where the interval divides the last step, that is one; looking changes nothing."""
+    config = replace(whole[0], save=str(tmp_path / "run"), run=RunSettings(eval_interval=interval))
+    finetune_sft(config)
+    rows, before = (read_metrics(Path(run.save)) for run in (config, whole[0]))
+    assert [row["iteration"] for row in rows if "eval_zh_loss" in row] == steps
+    assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in before if "loss" in row]
+
+
 def test_a_finished_run_is_not_begun_again(whole: tuple[SftConfig, Path]) -> None:
     with pytest.raises(InputError, match="holds a finished run; use another folder"):
         finetune_sft(whole[0])
