@@ -188,11 +188,14 @@ def test_what_is_refused(name: str, variables: dict[str, str], message: str) -> 
 
 @pytest.fixture
 def sbatch(tmp_path: Path) -> Path:
-    """A program of this name that numbers what it is given, and writes it into the file beside it; returns its folder."""
+    """A program of this name that numbers what it is given, and writes it into the file beside it; returns its folder.
+
+    Behind the number stands what is in the variable CLUSTER.
+    """
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "sbatch"
-    program.write_text(f'#!/bin/sh\necho "$*" >>{folder}/calls\nexpr 100 + "$(wc -l <{folder}/calls)"\n')
+    program.write_text(f'#!/bin/sh\necho "$*" >>{folder}/calls\necho "$((100 + $(wc -l <{folder}/calls)))${{CLUSTER:-}}"\n')
     program.chmod(0o755)
     return folder
 
@@ -219,6 +222,14 @@ def test_what_is_submitted_waits_for_jobs_by_number(sbatch: Path, tmp_path: Path
     done = start(script("8b", "pipeline"), STAGES="export sft evaluate", MODEL="70B", **variables)
     assert_refused(done, "the weights of 70B in bf16 take 131.4 GiB")
     assert not (sbatch / "calls").exists(), "export was submitted though a later stage is refused"
+
+
+def test_several_clusters(sbatch: Path, tmp_path: Path) -> None:
+    """sbatch says on which one the job is, behind its number; others wait for the number."""
+    variables = {"DRY_RUN": "0", "PATH": f"{sbatch}:/usr/bin:/bin", "LOGS": str(tmp_path), "CLUSTER": ";east"}
+    done = start(script("8b", "preprocess"), **variables)
+    assert (done.returncode, done.stdout) == (0, "102\n"), done.stderr
+    assert " --dependency=afterok:101 " in (sbatch / "calls").read_text().splitlines()[1]
 
 
 def test_stages_may_stand_in_lines_of_their_own() -> None:
