@@ -4,6 +4,10 @@
 # A script that calls `launch` or `job` is both the command that submits and the job: started as a program it checks its
 # settings and gives itself to sbatch; started by SLURM it runs. Every setting is a variable of the environment.
 
+# A time limit near the start, or a preemption, may ask before there are ranks to tell: USR1 must not end the script.
+ASKED=''                                  # the signal by which somebody asked the ranks to save and stop
+trap 'ASKED=USR1' USR1
+
 SCRIPT=${SCRIPT:-$(realpath "$0")}        # to be set before the script changes its folder
 # --- The job -------------------------------------------------------------------------------------------------------------
 JOB_NAME=${JOB_NAME:-$(basename "$0" .sh)}
@@ -137,7 +141,8 @@ launch() {
     refuse "GPUS_PER_NODE is $GPUS_PER_NODE and RANKS_PER_NODE $RANKS_PER_NODE; wanted the same number, or GPUS_PER_NODE 0"
   fi
   limit=$(seconds_of "$TIME")
-  ((limit == 0 || SIGNAL_SECONDS < limit)) || refuse "SIGNAL_SECONDS is $SIGNAL_SECONDS and TIME $TIME; wanted less than that"
+  ((limit == 0 || SIGNAL_SECONDS + 60 < limit)) ||  # SLURM may signal a minute early
+    refuse "SIGNAL_SECONDS is $SIGNAL_SECONDS and TIME $TIME; wanted less than that by more than a minute"
   if in_job; then run_ranks "$@"; else submit_ranks "$@"; fi
 }
 
@@ -250,9 +255,8 @@ rank_command() {
 
 # run_ranks TOOL OPTION...: in the job: start the ranks, tell them to save when SLURM asks, and queue the job again
 run_ranks() {
-  local hosts asked='' pid status=0
-  trap 'asked=USR1' USR1
-  trap 'asked=TERM' TERM
+  local hosts pid status=0
+  trap 'ASKED=TERM' TERM
   NODES=$SLURM_NNODES
   JOB_LOGS=$LOGS/${SLURM_JOB_NAME}_$SLURM_JOB_ID
   RANK_LOGS=$JOB_LOGS/start_${SLURM_RESTART_COUNT:-0}
@@ -269,9 +273,9 @@ run_ranks() {
   "${rank_command[@]}" 2>"$RANK_LOGS/srun.log" &  # in the background: bash runs no trap before its command has ended
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do
-    if [ -n "$asked" ]; then
+    if [ -n "$ASKED" ]; then
       # Again and again: ranks that are still starting do not hear it. Not to the batch step, whose srun would end them.
-      say "$asked: the ranks are told to save"
+      say "$ASKED: the ranks are told to save"
       scancel --signal=USR1 "$SLURM_JOB_ID.0" 2>/dev/null || true  # it may have just ended
     fi
     sleep 5 &
@@ -279,7 +283,7 @@ run_ranks() {
   done
   wait "$pid" || status=$?
   cat "$RANK_LOGS/srun.log" >&2
-  settle "$status" "$asked"
+  settle "$status" "$ASKED"
 }
 
 # What the run says of itself; nothing if it never came so far in this start.
@@ -339,6 +343,7 @@ settle() {
   trap '' USR1  # there is nobody left to tell
   state=$(run_says state)
   reason=$(run_says reason)
+  if [ -z "$asked" ] && preempted; then asked=preemption; fi
   if ((status != 0)) && [ -z "$asked" ]; then
     if ! nodes_answer; then
       say "a node does not answer: waiting for SLURM to see it, take it out and queue the job again"
@@ -350,12 +355,11 @@ settle() {
     ((REQUEUE_ON_FAILURE == 0)) || requeue
     exit "$status"
   fi
-  # A preempted job is told by SLURM, and only its ranks are: they have stopped though nobody asked here.
   if [ "$state" = finished ] || [[ -z $asked && $state != stopped ]]; then
     say "finished at step $(newest_step)"
     exit 0
   fi
-  ((status == 0)) || summary "$status"
+  ((status == 0)) || [ "$state" = stopped ] || summary "$status"  # torchrun is not content with ranks that have saved
   say "stopped at step $(newest_step): ${reason:-$asked}"
   if [[ -z $asked && $reason == *stop_now* ]]; then exit 0; fi
   if [ "$REQUEUE" = 0 ]; then
@@ -364,6 +368,10 @@ settle() {
   fi
   requeue
 }
+
+# With a grace time SLURM tells the ranks alone, by SIGTERM: they end though nobody asked here, by the signal if they could not
+# save yet, and under a launcher with a status of its own.
+preempted() { [[ $(timeout "$ANSWER_SECONDS" scontrol show job "$SLURM_JOB_ID") == *PreemptTime=[0-9]* ]]; }
 
 # A dead node's tasks end no differently from any others at first.
 nodes_answer() {

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tiny_models import ROOT
@@ -57,9 +58,20 @@ class Cluster:
             seen = seen + 1 if self.states(job) <= OVER else 0
         return self.show(job)
 
+    def wait_for(self, place: Callable[[], bool], job: str, seconds: float = 300) -> None:
+        """Until a job has come to a place."""
+        deadline = time.monotonic() + seconds
+        while not place():
+            assert time.monotonic() < deadline, self.log(job)
+            time.sleep(0.2)
+
     def log(self, job: str) -> str:
         path = Path(self.show(job)["StdOut"])
         return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def preempt(self) -> None:
+        """A job that may take nodes from others wants all of them, for a moment."""
+        self.run("sbatch", "--partition=main", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true")
 
     def kill_node(self, number: int) -> None:
         """At once, with all that it runs."""

@@ -26,7 +26,7 @@ exit "${AFTER:-0}"
     "scancel": 'touch "$HERE/told"\n',
     "squeue": '[ ! -e "$HERE/busy" ] || { rm "$HERE/busy"; exit 1; }\necho "${STATE:-RUNNING}"\n',
     "scontrol": """case $1 in
-show) echo n1;;
+show) [ "$2" != job ] || echo "PreemptTime=${PREEMPTED:-None}"; [ "$2" != hostnames ] || echo n1;;
 requeue) echo "$2" >>"$HERE/requeued"; exit "${REQUEUES:-0}";;
 esac
 """,
@@ -86,6 +86,32 @@ def test_a_controller_that_does_not_queue_again(here: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].endswith("SLURM does not queue it again: submit it anew")
     assert (here / "requeued").read_text() == "9\n" * 5
+
+
+def test_a_signal_before_there_are_ranks(here: Path) -> None:
+    """From a program that the script's first lines call: they are started, told to save, and the job is queued again."""
+    (here / "basename").write_text('#!/bin/sh\nkill -USR1 "$PPID"\nexec /usr/bin/basename "$@"\n')
+    (here / "basename").chmod(0o755)
+    (here / "slurm_script").write_text("set -euo pipefail\nsource examples/lib/launch.sh\nlaunch tool.py\n")
+    done = run(here)
+    assert done.returncode == 0, done.stderr
+    assert "USR1: the ranks are told to save" in done.stderr
+    assert (here / "requeued").read_text() == "9\n"
+
+
+@pytest.mark.parametrize("state", ["stopped", ""])
+def test_ranks_that_preemption_has_ended(here: Path, state: str) -> None:
+    """Nobody told the script, and they end with a status as if they had failed: queued again, without a summary."""
+    said = f'mkdir -p $SAVE; echo \'  "state": "{state}",\' >$SAVE/status.json\n'
+    (here / "srun").write_text((here / "srun").read_text().replace("[ -z", said + "[ -z", 1))
+    done = run(here, ENDS="143", PREEMPTED="2026-11-26T06:00:54")
+    assert done.returncode == 0, done.stderr
+    assert (here / "requeued").read_text() == "9\n"
+    assert ("failed with status 143" in done.stderr) == (state == "")
+    (here / "requeued").unlink()
+    done = run(here, ENDS="143")
+    assert done.returncode == 143
+    assert not (here / "requeued").exists()
 
 
 def test_a_job_that_slurm_ends_is_not_queued_again(here: Path) -> None:

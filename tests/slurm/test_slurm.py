@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from metrics_rows import clockless, newest
+from metrics_rows import clockless, newest, steps_taken
 from slurm_cluster import Cluster
 from tampering import sign_of, signs
 from tiny_models import ROOT, read_rows, run_tool, write_yaml
@@ -114,13 +114,43 @@ def test_a_time_limit_in_mid_run(launcher: str, undisturbed: list[dict[str, Any]
     assert jobs.finished(name) == undisturbed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "partition"), [("srun", "spare"), ("torchrun", "spare"), ("srun", "spare_at_once")])
+def test_preemption_in_mid_run(launcher: str, partition: str, undisturbed: list[dict[str, Any]], jobs: Jobs) -> None:
+    """With a grace time, and without one, where KillWait has to do. In step 4, as above."""
+    name = f"preempted-{launcher}-{partition}"
+    job, sign = jobs.stuck_in_step(4, name, until=3, LAUNCHER=launcher, PARTITION=partition)
+    folder = jobs.runs.folder / name
+    jobs.cluster.wait_for(lambda: bool(signs(sign, 3)) and steps_taken(folder) == 3, job)  # reading is ahead of training
+    jobs.cluster.preempt()
+    over = jobs.cluster.wait(job)
+    log = jobs.cluster.log(job)
+    assert (over["JobState"], over["Restarts"]) == ("COMPLETED", "1"), log
+    assert ("queued again, to go on from step 3" in log) == (partition == "spare"), log
+    assert "start 1 of job" in log
+    assert "from step 3; logs: " in log
+    assert "failed with status" not in log
+    assert jobs.finished(name) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("then", "state"), [("", "COMPLETED"), ("raise ArithmeticError('broken on purpose')\n", "FAILED")])
+def test_preemption_before_a_rank_can_save(then: str, state: str, jobs: Jobs, tmp_path: Path) -> None:
+    """It ends by SLURM's signal, and not as one that fails; one that fails after that does."""
+    (tmp_path / "starting.py").write_text(STARTING + then)
+    name = f"starting-{state}"
+    job = jobs.submit(name, TOOL=str(tmp_path / "starting.py"), PARTITION="spare", BEGUN=str(tmp_path / "begun"))
+    jobs.cluster.wait_for((tmp_path / "begun").exists, job)
+    jobs.cluster.preempt()
+    over = jobs.cluster.wait(job)
+    assert (over["JobState"], over["Restarts"]) == (state, "1"), jobs.cluster.log(job)
+
+
 def test_a_node_that_is_killed_in_mid_run(undisturbed: list[dict[str, Any]], jobs: Jobs) -> None:
     """The job goes on from its last checkpoint, on the nodes that are left. The script itself was on another node."""
     job, sign = jobs.stuck_in_step(4, "killed", until=2)
-    deadline = time.monotonic() + 300
-    while not (signs(sign, 3) and newest(jobs.runs.folder / "killed") == 2):  # reading is ahead of training
-        assert time.monotonic() < deadline, jobs.cluster.log(job)
-        time.sleep(0.2)
+    folder = jobs.runs.folder / "killed"
+    jobs.cluster.wait_for(lambda: bool(signs(sign, 3)) and newest(folder) == 2, job)  # reading is ahead of training
     assert jobs.cluster.show(job)["BatchHost"] == "n1"
     jobs.cluster.kill_node(2)
     try:
@@ -180,6 +210,12 @@ def test_a_rank_that_is_killed(jobs: Jobs, tmp_path: Path) -> None:
     assert summary[1] == "error: n1: task 1: Killed"
 
 
+STARTING = """
+import os, time
+if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    open(os.environ["BEGUN"], "w").close()
+    time.sleep(3600)
+"""
 BROKEN = """
 import os, sys, time
 if os.environ["RANK"] == "2":
@@ -203,10 +239,7 @@ def test_restarts_without_progress_come_to_an_end(jobs: Jobs, tmp_path: Path) ->
 def test_a_cancelled_job_stays_cancelled(jobs: Jobs, tmp_path: Path) -> None:
     (tmp_path / "sleep.py").write_text(f"import time; open({str(tmp_path / 'started')!r}, 'w'); time.sleep(3600)")
     job = jobs.submit("cancelled", TOOL=str(tmp_path / "sleep.py"))
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "started").exists():
-        assert time.monotonic() < deadline, jobs.cluster.log(job)
-        time.sleep(0.2)
+    jobs.cluster.wait_for((tmp_path / "started").exists, job)
     jobs.cluster.run("scancel", job)
     over = jobs.cluster.wait(job)
     assert (over["JobState"], over["Restarts"]) == ("CANCELLED", "0")

@@ -21,6 +21,7 @@ for i in $(seq "$NODES"); do
   mkdir -p "$FOLDER/spool/n$i"
 done
 # cred_expire: a job that is queued again waits for so long. SlurmdTimeout: a node that is silent for so long is down.
+# Jobs in main take nodes from those in the others, which are queued again.
 cat >"$FOLDER/slurm.conf" <<END
 ClusterName=tests
 SlurmctldHost=$(hostname -s)($NET.254)
@@ -45,7 +46,11 @@ MinJobAge=86400
 KillWait=5
 NodeName=n[1-$NODES] NodeHostname=$(hostname -s) NodeAddr=$NET.[1-$NODES] \
   Port=[$((PORT + 1))-$((PORT + NODES))] CPUs=$CPUS RealMemory=$MEMORY State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
+PartitionName=spare Nodes=ALL MaxTime=INFINITE State=UP GraceTime=120
+PartitionName=spare_at_once Nodes=ALL MaxTime=INFINITE State=UP GraceTime=0
 END
 (umask 077; head -c 128 /dev/urandom >"$FOLDER/munge.key")
 munged --key-file="$FOLDER/munge.key" --socket="$FOLDER/run/munge.sock" --pid-file="$FOLDER/run/munged.pid" \
