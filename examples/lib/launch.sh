@@ -29,7 +29,7 @@ LAUNCHER=${LAUNCHER:-srun}                # srun: a task for each rank; torchrun
 ACCELERATE=${ACCELERATE:-}                # with LAUNCHER=accelerate, its configuration (YAML)
 SAVE=${SAVE:-}                            # the run's folder, checkpoint.save: tells how far the run is
 SIGNAL_SECONDS=${SIGNAL_SECONDS:-300}     # before the time limit the ranks are told to save; a save has to fit in
-REQUEUE=${REQUEUE:-1}                     # 0: a run that was told to save is not queued again
+REQUEUE=${REQUEUE:-1}                     # 0: the job is never queued again, by nobody
 REQUEUE_ON_FAILURE=${REQUEUE_ON_FAILURE:-0}       # 1: one that failed is, too, as where devices break often
 MAX_STALLED_RESTARTS=${MAX_STALLED_RESTARTS:-2}   # restarts in a row that bring no new checkpoint; then the job ends
 CHECK=${CHECK:-1}                         # 0: check the layout only, as where another job makes the inputs
@@ -147,14 +147,16 @@ launch() {
 }
 
 submit_ranks() {
+  local requeue=--requeue
   check_run "$@"
   if [ "$DRY_RUN" = 1 ]; then
     MASTER_ADDR=FIRST_NODE MASTER_PORT=PORT SLURM_NNODES=$NODES
     rank_command "$@"
     words "${rank_command[@]}" >&2
   fi
+  [ "$REQUEUE" = 1 ] || requeue=--no-requeue  # nor by SLURM itself
   # All of the script's #SBATCH lines, which would hold where nothing is said; also --gpus-per-node=0.
-  submit --nodes="$NODES" --ntasks-per-node="$RANKS_PER_NODE" --gpus-per-node="$GPUS_PER_NODE" --requeue \
+  submit --nodes="$NODES" --ntasks-per-node="$RANKS_PER_NODE" --gpus-per-node="$GPUS_PER_NODE" "$requeue" \
     --signal="B:USR1@$SIGNAL_SECONDS"
 }
 
@@ -325,6 +327,10 @@ insist() {
 
 requeue() {
   local state
+  if [ "$REQUEUE" = 0 ]; then
+    say "not queued again (REQUEUE 0), and not finished: status 1, or what waits for it would start"
+    exit 1
+  fi
   # A job that somebody has cancelled would come back to life; one whose node has failed is queued again already.
   state=$(insist squeue --noheader --job "$SLURM_JOB_ID" --format=%T) || true
   [ "${state:-RUNNING}" = RUNNING ] || {
@@ -345,7 +351,7 @@ settle() {
   reason=$(run_says reason)
   if [ -z "$asked" ] && preempted; then asked=preemption; fi
   if ((status != 0)) && [ -z "$asked" ]; then
-    if ! nodes_answer; then
+    if [ "$REQUEUE" = 1 ] && ! nodes_answer; then
       say "a node does not answer: waiting for SLURM to see it, take it out and queue the job again"
       sleep "$NODE_FAILURE_SECONDS" &
       wait $! || true
@@ -362,10 +368,6 @@ settle() {
   ((status == 0)) || [ "$state" = stopped ] || summary "$status"  # torchrun is not content with ranks that have saved
   say "stopped at step $(newest_step): ${reason:-$asked}"
   if [[ -z $asked && $reason == *stop_now* ]]; then exit 0; fi
-  if [ "$REQUEUE" = 0 ]; then
-    say "not queued again (REQUEUE 0), and not finished: status 1, or what waits for it would start"
-    exit 1
-  fi
   requeue
 }
 

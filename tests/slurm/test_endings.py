@@ -126,6 +126,9 @@ def test_an_unfinished_run_that_may_not_be_queued_again(here: Path) -> None:
     done = run(here, signal.SIGUSR1, REQUEUE="0")
     assert done.returncode == 1
     assert "not queued again (REQUEUE 0), and not finished" in done.stderr
+    assert run(here, ENDS="7", REQUEUE="0", REQUEUE_ON_FAILURE="1").returncode == 1
+    assert run(here, ENDS="7", REQUEUE="0").returncode == 7
+    assert run(here, ENDS="143", REQUEUE="0", PREEMPTED="2026-11-26T06:00:54").returncode == 1
     assert not (here / "requeued").exists()
 
 

@@ -41,7 +41,16 @@ def test_a_dry_run_says_all_and_submits_nothing(runs: Runs, tmp_path: Path) -> N
     assert sbatch.startswith("sbatch ")
     for option in ("--nodes=2", "--ntasks-per-node=2", "--time=4:00:00", "--signal=B:USR1@300", "--exclusive", "--qos=long"):
         assert f" {option} " in sbatch
+    assert " --requeue " in sbatch
     assert not save.exists()
+
+
+def test_a_job_that_nobody_may_queue_again(runs: Runs) -> None:
+    """Nor SLURM itself, whose default may be to do so."""
+    done = dry_run(CONFIG=runs.configure("dry", Layout(tp=2, dp=2)), REQUEUE="0")
+    assert done.returncode == 0, done.stderr
+    assert " --no-requeue " in done.stderr.splitlines()[-1]
+    assert " --requeue " not in done.stderr
 
 
 def test_torchrun_and_containers_in_a_dry_run(runs: Runs) -> None:
