@@ -7,6 +7,6 @@ options=(--config "$CONFIG" --models "$MODELS" --output "$OUTPUT")
 if ! in_job; then
   check_settings
   python examples/lib/evaluation.py --model "$MODEL" --gpus "$GPUS_PER_NODE" ${DEVICE:+--device "$DEVICE"} \
-    --inputs "$CHECK" "${options[@]}" >&2
+    --inputs "$(inputs)" "${options[@]}" >&2
 fi
 job python tools/evaluate.py "${options[@]}"

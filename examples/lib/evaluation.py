@@ -1,13 +1,14 @@
 """Does a model fit into the GPUs that evaluate it, and is there what it is measured on: what `evaluate.sh` asks.
 
-    python examples/lib/evaluation.py --model 70B --gpus 4 --device a100-80g --inputs 1 --config evaluate.yaml OPTION...
+    python examples/lib/evaluation.py --model 70B --gpus 4 --device a100-80g --inputs all --config evaluate.yaml OPTION...
 
-OPTION...: as tools/evaluate.py takes them. `--inputs 0`: the files that the configuration names need not be there yet.
+OPTION...: as tools/evaluate.py takes them. `--inputs given`: the models need not be there yet; none: nor need files.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import yaml
@@ -28,12 +29,16 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="as tools/plan_run.py takes it")
     parser.add_argument("--gpus", type=int, required=True, help="of the one process; 0: it runs on CPU")
     parser.add_argument("--device", help="as tools/plan_run.py knows them; empty: the memory is not checked")
-    parser.add_argument("--inputs", type=int, choices=(0, 1), required=True)
+    parser.add_argument("--inputs", choices=("all", "given", "none"), required=True)
     parser.add_argument("--config", required=True)
     own, options = parser.parse_known_args()
-    if own.inputs:
-        evaluation = make_parser(EvaluateConfig, "An evaluation.")
-        build(evaluation, EvaluateConfig, evaluation.parse_args(["--config", own.config, *options]))
+    evaluation = make_parser(EvaluateConfig, "An evaluation.")
+    parsed = evaluation.parse_args(["--config", own.config, *options])
+    if own.inputs != "none":
+        config = build(evaluation, EvaluateConfig, parsed)
+        for folder in config.models.values() if own.inputs == "all" else ():
+            if not os.path.isdir(folder):
+                raise InputError(f"{folder}: no such folder; wanted a model")
     with open(own.config, encoding="utf-8") as file:
         spread = yaml.safe_load(file).get("device_map") is not None
     if own.device and own.gpus:

@@ -10,7 +10,7 @@ check_run() {
   local sharding=''
   [ "$LAUNCHER" != accelerate ] || sharding=$ACCELERATE
   python examples/lib/finetune_layout.py --tool "$1" --ranks $((NODES * RANKS_PER_NODE)) ${DEVICE:+--device "$DEVICE"} \
-    ${MODEL:+--base "$MODEL"} --accelerate "$sharding" --inputs "$CHECK" "${@:2}" >&2 || exit
+    ${MODEL:+--base "$MODEL"} --accelerate "$sharding" --inputs "$(inputs)" "${@:2}" >&2 || exit
 }
 
 # The trainer writes trainer_state.json last.

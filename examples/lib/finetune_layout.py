@@ -1,9 +1,9 @@
 """Can SFT or DPO be spread over so many ranks, and does it fit: what `finetune.sh` asks before it submits.
 
     python examples/lib/finetune_layout.py --tool tools/finetune_sft.py --ranks 8 --base 8B --device a100-80g \
-        --accelerate examples/posttrain/accelerate/fsdp_8gpu.yaml --inputs 1 --config sft.yaml
+        --accelerate examples/posttrain/accelerate/fsdp_8gpu.yaml --inputs all --config sft.yaml
 
-takes the options of the tool beside its own. `--inputs 0`: the model and the data need not be there yet.
+takes the options of the tool beside its own. `--inputs given`: the model need not be there yet; none: nor need data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--base", help="the model, as tools/plan_run.py takes it; default: the tool's --model")
     parser.add_argument("--device", help="as tools/plan_run.py knows them; empty: the memory is not estimated")
     parser.add_argument("--accelerate", default="", help="accelerate's configuration: says whether the model is sharded")
-    parser.add_argument("--inputs", type=int, choices=(0, 1), required=True)
+    parser.add_argument("--inputs", choices=("all", "given", "none"), required=True)
     own, options = parser.parse_known_args()
     kind = DpoConfig if "dpo" in os.path.basename(own.tool) else SftConfig
     tool = make_parser(kind, "A run.")
@@ -53,8 +53,10 @@ def main() -> None:
     print(f"token budget: {length}, of at most {most:,} tokens in a step")
     if own.device:
         check_memory(run, own)
-    if own.inputs:
-        check_inputs(run)
+    if own.inputs == "all":
+        check_folder(run.save, run.model)
+    if own.inputs != "none":
+        check_data(run)
 
 
 def is_sharded(accelerate: str) -> bool:
@@ -90,9 +92,8 @@ def check_memory(run: SftConfig | DpoConfig, own: argparse.Namespace) -> None:
     print(f"memory: {facts}; activations and logits come on top and are not estimated")
 
 
-def check_inputs(run: SftConfig | DpoConfig) -> None:
-    """Raise InputError unless there are model and data, and no result yet."""
-    check_folder(run.save, run.model)
+def check_data(run: SftConfig | DpoConfig) -> None:
+    """Raise InputError unless all files of data are there."""
     for source in [*run.data.sources, *run.data.validation]:
         if not os.path.isfile(source.path):
             raise InputError(f"{source.path}: no such file")

@@ -33,6 +33,7 @@ REQUEUE=${REQUEUE:-1}                     # 0: the job is never queued again, by
 REQUEUE_ON_FAILURE=${REQUEUE_ON_FAILURE:-0}       # 1: one that failed is, too, as where devices break often
 MAX_STALLED_RESTARTS=${MAX_STALLED_RESTARTS:-2}   # restarts in a row that bring no new checkpoint; then the job ends
 CHECK=${CHECK:-1}                         # 0: check the layout only, as where another job makes the inputs
+WAITING=${WAITING:-0}                     # 1: another job makes what this one begins with; set by pipelines
 DEVICE=${DEVICE:-}                        # as in a100-80g, h100: does the run fit its memory (tools/plan_run.py)
 MODEL=${MODEL:-}                          # with DEVICE, 8B or 70B; empty: the checkpoint that the run starts from
 
@@ -61,8 +62,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS_PER_RANK}
 
 [ ! -d "$VENV" ] || PATH=$VENV/bin:$PATH
 
-say() { printf '[%s] %s\n' "$(date '+%F %T')" "$*" >&2; }
 refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
+(($# == 0)) || refuse "the arguments are '$*'; wanted none: settings are variables, as in NODES=2 $0"  # of the script
+
+say() { printf '[%s] %s\n' "$(date '+%F %T')" "$*" >&2; }
 words() { printf '%q ' "$@"; echo; }
 
 # sbatch runs a copy of the script under this name. SLURM_JOB_ID alone is set in an salloc shell, too.
@@ -76,7 +79,7 @@ check_settings() {
   for name in GPUS_PER_NODE MAX_STALLED_RESTARTS; do
     [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || refuse "$name is '${!name}'; wanted a whole number, 0 or more"
   done
-  for name in DRY_RUN CHECK REQUEUE REQUEUE_ON_FAILURE; do
+  for name in DRY_RUN CHECK WAITING REQUEUE REQUEUE_ON_FAILURE; do
     [[ ${!name} == [01] ]] || refuse "$name is '${!name}'; wanted 0 or 1"
   done
   [[ $LAUNCHER == srun || $LAUNCHER == torchrun || $LAUNCHER == accelerate ]] ||
@@ -122,12 +125,17 @@ submit() {
   echo "${job%%;*}"  # the cluster's name follows where there are several
 }
 
+# inputs: which are looked at before a job is queued: all, those that are given (no other job makes them), none
+inputs() {
+  if [ "$CHECK" = 0 ]; then echo none; elif [ "$WAITING" = 1 ]; then echo given; else echo all; fi
+}
+
 # check_run WORD...: whether the configuration can run on so many ranks, before anybody waits for them
 check_run() {
   local ranks=$((NODES * RANKS_PER_NODE))
   python examples/lib/layout.py --ranks "$ranks" ${DEVICE:+--device "$DEVICE"} ${MODEL:+--model "$MODEL"} \
     --devices_per_node "$RANKS_PER_NODE" "${@:2}" >&2 || exit
-  if [ "$CHECK" = 1 ]; then
+  if [ "$(inputs)" = all ]; then
     python "$@" --check_only --world_size "$ranks" >&2 || exit
   fi
 }
@@ -175,10 +183,10 @@ job() {
 
 # conversion DIRECTION OPTION...: tools/convert_checkpoint.py as a job, of which is known beforehand what can be
 conversion() {
-  local command=(python tools/convert_checkpoint.py "$@")
+  local command=(python tools/convert_checkpoint.py "$@") GPUS_PER_NODE=0  # whatever other stages of a pipeline take
   if ! in_job; then
     check_settings
-    [ "$CHECK" = 0 ] || "${command[@]}" --check_only true >/dev/null || exit
+    [ "$(inputs)" != all ] || "${command[@]}" --check_only true >/dev/null || exit
   fi
   job "${command[@]}"
 }

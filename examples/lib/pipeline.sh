@@ -6,6 +6,7 @@ ALL=(preprocess convert cpt export evaluate sft dpo evaluate_chat)
 
 refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
+(($# == 0)) || refuse "the arguments are '$*'; wanted none: settings are variables, as in STAGES='sft dpo' $0"
 for name in CONFIG SAVE FROM MEGATRON HF MODELS OUTPUT TOOL JOB_NAME SCRIPT LAUNCHER; do
   [ -z "${!name:-}" ] || refuse "$name is '${!name}', which is of one stage; start the stage's own script with it"
 done
@@ -17,16 +18,16 @@ for name in "${wanted[@]}"; do
 done
 
 # stage NAME SCRIPT STAGE...: submits a stage, to start when the others have succeeded. Those that are not in STAGES have been
-# done before. Only what waits for nothing finds its inputs now.
+# done before. What another stage makes is not there yet; all else is looked at now.
 stage() {
-  local name=$1 after='' waits='' before check=$CHECK
+  local name=$1 after='' waits='' before waiting=0
   [[ " $STAGES " == *" $name "* ]] || return 0
   for before in "${@:3}"; do
     [ -n "${jobs[$before]:-}" ] || continue
-    after+=:${jobs[$before]} waits+="${waits:+, }$before ${jobs[$before]}" check=0
+    after+=:${jobs[$before]} waits+="${waits:+, }$before ${jobs[$before]}" waiting=1
   done
-  jobs[$name]=$(env CHECK="$check" ${after:+DEPENDENCY="afterok$after"} "$HERE/$2") || {
-    echo "error: $name is refused; submitted before it: ${jobs[*]:-nothing}" >&2
+  jobs[$name]=$(env WAITING="$waiting" ${after:+DEPENDENCY="afterok$after"} "$HERE/$2") || {
+    echo "error: $name is refused$([ "$DRY_RUN" = 1 ] || echo "; submitted before it: ${jobs[*]:-nothing}")" >&2
     exit 2
   }
   graph+=$(printf '%-14s %-13s %s' "$name" "${jobs[$name]}" "${waits:+after $waits}")$'\n'

@@ -13,6 +13,9 @@ part() {
     --partition "$2/$PARTS" --language "${1%%_*}" --workers "$CPUS_PER_RANK")
 }
 
+# made PREFIX: whether a corpus is complete, of which the manifest is written last: a script that is started again goes on
+made() { [ ! -f "$1.json" ] || say "$1 is there, and is not made again (remove $1.* to do so)"; [ -f "$1.json" ]; }
+
 # join CORPUS: likewise, its parts' output into one
 join() {
   join=(python tools/merge_datasets.py --input "$OUTPUT/$1" --output_prefix "$OUTPUT/$1" "${merge_options[@]}")
@@ -23,10 +26,11 @@ check_corpora() {
   for name in PARTS TASKS_AT_ONCE; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name is '${!name}'; wanted a whole number above 0"
   done
+  [ -z "${CONFIG:-}" ] || [ -f "$CONFIG" ] || refuse "CONFIG is '$CONFIG'; wanted a YAML file"
   ((${#corpora[@]} > 0)) || refuse "CORPORA is empty; wanted names, as in en_train"
   [ "$CHECK" = 1 ] || return 0
   for corpus in "${corpora[@]}"; do
-    compgen -G "$INPUTS/$corpus$FILES" >/dev/null ||
+    [ -f "$OUTPUT/$corpus.json" ] || compgen -G "$INPUTS/$corpus$FILES" >/dev/null ||
       refuse "$INPUTS/$corpus$FILES is not there; wanted it, CORPORA without $corpus, or CHECK=0"
   done
 }
@@ -52,11 +56,12 @@ if ! in_job; then
   check_corpora
   submit_corpora
 elif [ "$STEP" = parts ]; then
-  part "${corpora[SLURM_ARRAY_TASK_ID / PARTS]}" $((SLURM_ARRAY_TASK_ID % PARTS))
-  single "${part[@]}"
+  corpus=${corpora[SLURM_ARRAY_TASK_ID / PARTS]} number=$((SLURM_ARRAY_TASK_ID % PARTS))
+  part "$corpus" "$number"
+  made "$OUTPUT/$corpus" || made "$(printf '%s/%s-%05d-of-%05d' "$OUTPUT" "$corpus" "$number" "$PARTS")" || single "${part[@]}"
 else
   for corpus in "${corpora[@]}"; do
     join "$corpus"
-    single "${join[@]}"
+    made "$OUTPUT/$corpus" || single "${join[@]}"
   done
 fi

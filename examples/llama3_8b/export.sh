@@ -9,7 +9,7 @@ RECIPE=${RECIPE:-cpt}                # as for cpt.sh
 RUN=${RUN:-runs/llama3-8b/${RECIPE//_/-}}
 CONFIG=${CONFIG:-examples/llama3_8b/export.yaml}
 MEGATRON=${MEGATRON:-$RUN}
-HF=${HF:-$RUN-hf}
+HF=${HF:-${RUN%/}-hf}
 CPUS_PER_RANK=${CPUS_PER_RANK:-16}
 TIME=${TIME:-4:00:00}
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextConfig
 from megatron_cpt.evaluation.harness import Benchmark
 
@@ -158,4 +157,5 @@ def digest_of(path: str) -> Any:
     found = os.stat(path)
     if found.st_size > LARGE:
         return [os.path.abspath(path), found.st_size, found.st_mtime_ns]
-    return sha256_file(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

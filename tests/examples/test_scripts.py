@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,11 +104,11 @@ def test_another_recipe() -> None:
         "sft": ["--model", "runs/llama3-70b/cpt-8k-fp8-hf", "--save", "runs/llama3-70b/cpt-8k-fp8-sft"],
         "dpo": ["--model", "runs/llama3-70b/cpt-8k-fp8-sft/hf", "--save", "runs/llama3-70b/cpt-8k-fp8-dpo"],
         "evaluate": [
-            *("--models", "{Llama-3-70B: models/Meta-Llama-3-70B, CPT: runs/llama3-70b/cpt-8k-fp8-hf}"),
+            *("--models", "{Llama-3-70B: models/Meta-Llama-3-70B, CPT: 'runs/llama3-70b/cpt-8k-fp8-hf'}"),
             *("--output", "runs/llama3-70b/cpt-8k-fp8-evaluation"),
         ],
         "evaluate_chat": [
-            *("--models", "{C-SFT: runs/llama3-70b/cpt-8k-fp8-sft/hf, C-DPO: runs/llama3-70b/cpt-8k-fp8-dpo/hf}"),
+            *("--models", "{C-SFT: 'runs/llama3-70b/cpt-8k-fp8-sft/hf', C-DPO: 'runs/llama3-70b/cpt-8k-fp8-dpo/hf'}"),
             *("--output", "runs/llama3-70b/cpt-8k-fp8-evaluation-chat"),
         ],
     }.items():
@@ -169,6 +170,11 @@ def test_one_process_is_shown_as_it_will_be_started(name: str, variables: dict[s
         ("8b/convert", {"CHECK": "1"}, "models/Meta-Llama-3-8B"),
         ("70b/export", {"CHECK": "1"}, "runs/llama3-70b/cpt"),
         ("8b/export", {"CHECK": "1", "MEGATRON": "examples"}, "examples"),
+        ("8b/convert", {"CHECK": "1", "WAITING": "yes"}, "WAITING is 'yes'; wanted 0 or 1"),
+        ("8b/sft", {"CHECK": "1", "WAITING": "1"}, "data/sft_general_en.jsonl: no such file"),
+        ("8b/evaluate_chat", {"CHECK": "1", "WAITING": "1"}, "raw/valid/sft_zh.jsonl: no such file"),
+        ("8b/evaluate", {"RUN": "runs/it's"}, "models"),
+        ("8b/preprocess", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml'; wanted a YAML file"),
         ("8b/pipeline", {"HF": "runs/x"}, "HF is 'runs/x', which is of one stage"),
         ("8b/evaluate", {"CHECK": "1"}, "raw/valid/en.jsonl: no such file"),
         ("70b/evaluate", {"GPUS_PER_NODE": "1"}, "in bf16 take 131.4 GiB of the 79.2 GiB of 1 x a100-80g; use device_map"),
@@ -184,6 +190,53 @@ def test_one_process_is_shown_as_it_will_be_started(name: str, variables: dict[s
 def test_what_is_refused(name: str, variables: dict[str, str], message: str) -> None:
     """Before anything is submitted: there is no sbatch."""
     assert_refused(start(script(*name.split("/")), **variables), message)
+
+
+def test_what_other_jobs_make_is_not_looked_for() -> None:
+    for name in ("cpt", "export"):
+        done = start(script("8b", name), CHECK="1", WAITING="1", DEVICE="")
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["export", "pipeline"])
+def test_arguments_are_refused(name: str) -> None:
+    """They would be lost: a learning rate, or --help, which must not submit."""
+    done = subprocess.run([script("8b", name), "--help"], capture_output=True, text=True)
+    assert_refused(done, "the arguments are '--help'; wanted none: settings are variables, as in ")
+
+
+def test_folders_with_signs_that_mean_something_in_yaml() -> None:
+    done = start(script("8b", "evaluate"), RUN="runs/lr=1e-5, almr: 0.3/")
+    assert done.returncode == 0, done.stderr
+    words = commands(done.stderr, "srun")[0]
+    assert yaml.safe_load(words[words.index("--models") + 1])["CPT"] == "runs/lr=1e-5, almr: 0.3-hf"
+
+
+def test_what_is_preprocessed_is_not_preprocessed_again(tmp_path: Path) -> None:
+    """A part of an array, and what joins the parts, when the script is started a second time."""
+    job, srun, output = tmp_path / "slurm_script", tmp_path / "srun", tmp_path / "data"
+    shutil.copy(script("8b", "preprocess"), job)
+    srun.write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/calls\n')
+    srun.chmod(0o755)
+    output.mkdir()
+    variables = {"SLURM_JOB_ID": "9", "OUTPUT": str(output), "CORPORA": "en_a zh_b", "PARTS": "2"}
+    variables |= {"PATH": f"{tmp_path}:/usr/bin:/bin", "VENV": "/nowhere"}
+
+    def calls(**more: str) -> list[list[str]]:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        subprocess.run(["bash", job], cwd=ROOT, env=variables | more, check=True)
+        return (
+            [line.split() for line in (tmp_path / "calls").read_text().splitlines()] if (tmp_path / "calls").exists() else []
+        )
+
+    assert calls(SLURM_ARRAY_TASK_ID="3")[0][-5:] == ["1/2", "--language", "zh", "--workers", "16"]
+    (output / "zh_b-00001-of-00002.json").touch()
+    assert not calls(SLURM_ARRAY_TASK_ID="3")
+    assert len(calls(SLURM_ARRAY_TASK_ID="2")) == 1
+    assert len(calls(STEP="merge")) == 2
+    (output / "zh_b.json").touch()
+    assert len(calls(STEP="merge")) == 1
+    assert not calls(SLURM_ARRAY_TASK_ID="2")
 
 
 @pytest.fixture
