@@ -87,6 +87,8 @@ check_settings() {
   [[ $LAUNCHER != accelerate || -f $ACCELERATE ]] || refuse "ACCELERATE is '$ACCELERATE'; wanted accelerate's configuration"
   [[ $CONTAINER_RUNTIME == pyxis || $CONTAINER_RUNTIME == apptainer ]] ||
     refuse "CONTAINER_RUNTIME is '$CONTAINER_RUNTIME'; wanted pyxis or apptainer"
+  [ -z "${CONFIG:-}" ] || [ -f "$CONFIG" ] ||
+    refuse "CONFIG is '$CONFIG'${RECIPE:+ of RECIPE $RECIPE}; wanted a YAML file"
   [[ $JOB_NAME != */* ]] || refuse "JOB_NAME is '$JOB_NAME'; wanted a name without /, since logs are called by it"
   [[ -z $TIME || ${TIME,,} =~ ^(unlimited|infinite|([0-9]+-)?[0-9]+(:[0-9]+){0,2})$ ]] ||
     refuse "TIME is '$TIME'; wanted hours:minutes:seconds, or as sbatch takes it"

@@ -26,6 +26,7 @@ stage() {
     [ -n "${jobs[$before]:-}" ] || continue
     after+=:${jobs[$before]} waits+="${waits:+, }$before ${jobs[$before]}" waiting=1
   done
+  [ "$DRY_RUN" = 0 ] || printf '\n--- %s\n' "$name" >&2
   jobs[$name]=$(env WAITING="$waiting" ${after:+DEPENDENCY="afterok$after"} "$HERE/$2") || {
     echo "error: $name is refused$([ "$DRY_RUN" = 1 ] || echo "; submitted before it: ${jobs[*]:-nothing}")" >&2
     exit 2

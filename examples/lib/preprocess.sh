@@ -26,7 +26,6 @@ check_corpora() {
   for name in PARTS TASKS_AT_ONCE; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name is '${!name}'; wanted a whole number above 0"
   done
-  [ -z "${CONFIG:-}" ] || [ -f "$CONFIG" ] || refuse "CONFIG is '$CONFIG'; wanted a YAML file"
   ((${#corpora[@]} > 0)) || refuse "CORPORA is empty; wanted names, as in en_train"
   [ "$CHECK" = 1 ] || return 0
   for corpus in "${corpora[@]}"; do

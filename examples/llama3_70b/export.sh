@@ -14,5 +14,4 @@ CPUS_PER_RANK=${CPUS_PER_RANK:-16}
 TIME=${TIME:-4:00:00}
 
 source examples/lib/launch.sh
-[ -f "$CONFIG" ] || refuse "CONFIG is '$CONFIG'; wanted a YAML file"
 conversion megatron-to-hf --config "$CONFIG" --megatron "$MEGATRON" --hf "$HF"

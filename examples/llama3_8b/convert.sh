@@ -10,5 +10,4 @@ CPUS_PER_RANK=${CPUS_PER_RANK:-16}
 TIME=${TIME:-4:00:00}
 
 source examples/lib/launch.sh
-[ -f "$CONFIG" ] || refuse "CONFIG is '$CONFIG'; wanted a YAML file"
 conversion hf-to-megatron --config "$CONFIG"

@@ -175,6 +175,13 @@ def test_one_process_is_shown_as_it_will_be_started(name: str, variables: dict[s
         ("8b/evaluate_chat", {"CHECK": "1", "WAITING": "1"}, "raw/valid/sft_zh.jsonl: no such file"),
         ("8b/evaluate", {"RUN": "runs/it's"}, "models"),
         ("8b/preprocess", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml'; wanted a YAML file"),
+        (
+            "70b/cpt",
+            {"RECIPE": "cpt-8k"},
+            "CONFIG is 'examples/llama3_70b/cpt-8k.yaml' of RECIPE cpt-8k; wanted a YAML file",
+        ),
+        ("8b/sft", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml' of RECIPE cpt; wanted a YAML file"),
+        ("8b/evaluate", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml' of RECIPE cpt; wanted a YAML file"),
         ("8b/pipeline", {"HF": "runs/x"}, "HF is 'runs/x', which is of one stage"),
         ("8b/evaluate", {"CHECK": "1"}, "raw/valid/en.jsonl: no such file"),
         ("70b/evaluate", {"GPUS_PER_NODE": "1"}, "in bf16 take 131.4 GiB of the 79.2 GiB of 1 x a100-80g; use device_map"),
