@@ -14,7 +14,8 @@ from typing import Any
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextConfig
 from megatron_cpt.evaluation.harness import Benchmark
 
-MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model")  # weights, tokenizer, chat template, how it generates
+# Weights, tokenizer, chat template, how it generates.
+MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 LARGE = 64 * 2**20  # bytes; larger files are not read to see whether they have changed
 
 
@@ -71,8 +72,8 @@ def task_identity(task: str, index: Mapping[str, Any], data_folder: str | None) 
     files = {text: module_file(text) for config in configs for text in texts_of(config) if os.path.isabs(text)}
     names = {text: os.path.basename(text) for text, file in files.items() if file is not None}  # wherever the folder lies
     definition = [renamed(config, names) for config in configs]
-    code = {name: digest_of(str(files[text])) for text, name in sorted(names.items())}
-    data = [path for config in configs for path in data_of(config, data_folder)]
+    code = sorted(([name, digest_of(str(files[text]))] for text, name in names.items()), key=str)
+    data = [path for config in configs for fields in mappings_in(config) for path in data_of(fields, data_folder)]
     content = json.dumps([definition, code], sort_keys=True, default=str)
     return {
         "definition": hashlib.sha256(content.encode()).hexdigest(),
@@ -107,6 +108,15 @@ def texts_of(value: Any) -> Iterator[str]:
             yield from texts_of(part)
 
 
+def mappings_in(value: Any) -> Iterator[Mapping[str, Any]]:
+    """All mappings in JSON's types: a task's fields, and those that a group has for its members."""
+    if isinstance(value, Mapping):
+        yield value
+    if isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from mappings_in(part)
+
+
 def renamed(value: Any, names: Mapping[str, str]) -> Any:
     """JSON's types with other texts."""
     if isinstance(value, Mapping):
@@ -131,7 +141,7 @@ def module_file(function: str) -> str | None:
 
 
 def data_of(config: Mapping[str, Any], data_folder: str | None) -> list[str]:
-    """Paths of the local data of one task."""
+    """Paths of the local data that the fields of a task name."""
     named = texts_of([config.get("dataset_path"), config.get("dataset_kwargs")])
     paths = [path for text in named for path in (glob.glob(text, recursive=True) or [text])]
     if data_folder is not None and "custom_dataset" in config:

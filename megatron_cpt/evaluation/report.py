@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.layout import versions, write_json, write_text
-from megatron_cpt.errors import RunError
+from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.evaluation import figures
 from megatron_cpt.evaluation.ablation import ablation_table
 from megatron_cpt.evaluation.columns import Measured
@@ -37,6 +38,28 @@ def evaluate(config: EvaluateConfig) -> str:
         check_model(folder)
     check_files(config)
     os.makedirs(config.output, exist_ok=True)
+    with only_evaluation(config.output):
+        return measure_and_report(config)
+
+
+@contextlib.contextmanager
+def only_evaluation(output: str) -> Iterator[None]:
+    """Of this folder, for the length of the block: two would write over what the other has measured.
+
+    Raises:
+        InputError: there is another
+    """
+    path = os.path.join(output, ".lock")
+    with open(path, "a", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        except OSError as error:
+            raise InputError(f"another evaluation is under way in {output} (it holds {path}); use another output") from error
+        yield
+
+
+def measure_and_report(config: EvaluateConfig) -> str:
+    """The evaluation itself, of models that there are; returns the path of report.md."""
     referee = Referee(config, config.pairwise) if config.pairwise is not None else None
     catalog = catalog_of(config)
     measured = measure_models(config, catalog)

@@ -111,14 +111,14 @@ def still_true(kept: dict[str, dict[str, Any]], identities: dict[str, dict[str, 
 
 
 def without_mended(config: EvaluateConfig, scores: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
-    """Scores without the benchmarks that could not be measured and now can."""
+    """Scores without the benchmarks that could not be measured and now can, or cannot for another reason."""
 
-    def mended(name: str) -> bool:
-        benchmark = benchmark_named(config, name)
-        lost = scores[name]["missing"] is not None and benchmark.absent is None
-        return lost and catalog.missing(benchmark.task, config.allow_code) is None
+    def changed(name: str) -> bool:
+        benchmark, reason = benchmark_named(config, name), scores[name]["missing"]
+        looked_for = reason is not None and benchmark.absent is None
+        return looked_for and catalog.missing(benchmark.task, config.allow_code) != reason
 
-    return {name: score for name, score in scores.items() if not mended(name)}
+    return {name: score for name, score in scores.items() if not changed(name)}
 
 
 def measure(

@@ -54,8 +54,13 @@ def measure_trajectory(config: EvaluateConfig, catalog: Catalog | None, trajecto
     folder = os.path.join(config.output, FOLDER)
     os.makedirs(folder, exist_ok=True)
     shutil.rmtree(os.path.join(folder, CONVERTED), ignore_errors=True)  # of a run that was killed
-    points = {}
+    run, points = trajectory.run, {}
+    live = checkpoints_of(run, trajectory.every) if run is not None else {}
+    if run is not None:
+        points = removed_points(config, catalog, run, folder)
     for item in trajectory.checkpoints:
+        if item.iteration in live:
+            raise InputError(f"trajectory.checkpoints has iteration {item.iteration}, and so has {run}; use one of the two")
         opened = contextlib.nullcontext(item.model)
         parts = measure(
             config,
@@ -67,15 +72,13 @@ def measure_trajectory(config: EvaluateConfig, catalog: Catalog | None, trajecto
             opened,
         )
         points[item.iteration] = Point(item.iteration, item.tokens, parts)
-    if trajectory.run is not None:
-        points |= removed_points(config, catalog, trajectory.run, folder)
-        for iteration, checkpoint in checkpoints_of(trajectory.run, trajectory.every).items():
-            try:
-                points[iteration] = measure_checkpoint(config, catalog, trajectory.run, iteration, checkpoint, folder)
-            except (InputError, OSError):
-                if os.path.exists(checkpoint):
-                    raise
-                print(f"left out: {checkpoint} has been removed by its run", file=sys.stderr)
+    for iteration, checkpoint in live.items():
+        try:
+            points[iteration] = measure_checkpoint(config, catalog, str(run), iteration, checkpoint, folder)
+        except (InputError, OSError):
+            if os.path.exists(checkpoint):
+                raise
+            print(f"left out: {checkpoint} has been removed by its run", file=sys.stderr)
     if not points:
         raise InputError(f"trajectory.run is {trajectory.run}, which has no complete checkpoint iter_*")
     return [points[iteration] for iteration in sorted(points)]
@@ -120,15 +123,22 @@ def converted(checkpoint: str, folder: str) -> Iterator[str]:
 
 
 def removed_points(config: EvaluateConfig, catalog: Catalog | None, run: str, folder: str) -> dict[int, Point]:
-    """What was measured in the same way of checkpoints that a run with `keep_last` has removed since, be it not all."""
+    """What was measured in the same way of checkpoints that a run with `keep_last` has removed since, be it not all.
+
+    A run removes none after its newest: those are of another that was in this folder, or of a part that was taken back.
+    """
     points = {}
     here = iterations(run)
+    newest = max(here, default=None)
     identities = identities_of(config, catalog, wanted_parts(config))
     for path in Path(folder).glob("iter_*.json"):
         model = measured_model(str(path))
         parts = still_true(recall(str(path), model), identities)
-        if any(parts.values()) and model["run"] == os.path.abspath(run) and model["iteration"] not in here:
-            points[model["iteration"]] = Point(model["iteration"], model["tokens"], parts)
+        iteration = model["iteration"]
+        removed = iteration not in here and (newest is None or iteration < newest)
+        if any(parts.values()) and model["run"] == os.path.abspath(run) and removed:
+            print(f"iteration {iteration}: its checkpoint is gone; as it was measured before", file=sys.stderr)
+            points[iteration] = Point(iteration, model["tokens"], parts)
     return points
 
 

@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,19 +81,20 @@ def write_run(folder: str, facts: dict[str, Any]) -> None:
 class Record(TrainerCallback):
     """metrics.jsonl and a line on screen, by the first process."""
 
-    def __init__(self, folder: str, resumed: int) -> None:
+    def __init__(self, folder: str, resumed: TrainerState | None) -> None:
         self._first = PartialState().is_main_process
         self._file = MetricsFile(folder)
         self._began = time.monotonic()
+        self._resumed = resumed is not None
         if self._first:
-            for problem in self._file.keep_until(resumed):
+            for problem in self._file.keep_until(*(kept_by(resumed) if resumed is not None else (-1,))):
                 print(problem, file=sys.stderr)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         """A row of metrics.jsonl, with the trainer's names, and a line."""
-        if not self._first:
+        if not self._first or (self._resumed and "train_runtime" in logs):  # that counts the part since then only
             return
         evaluated = [name.removesuffix("loss") for name in logs if name.startswith("eval_") and name.endswith("_loss")]
         prefix = evaluated[0] if len(evaluated) == 1 else ""  # TRL names its own figures without the set
@@ -105,6 +106,13 @@ class Record(TrainerCallback):
         row = {"iteration": state.global_step} | named
         self._file.append(row)
         print(line_of(row, state.max_steps, time.monotonic() - self._began), file=sys.stderr, flush=True)
+
+
+def kept_by(resumed: TrainerState) -> tuple[int, Callable[[dict[str, Any]], bool]]:
+    """The step that a run goes on after, and which rows of it are not written anew: its own, and those of an evaluation that
+    the checkpoint knows of."""
+    evaluated = evaluated_at(resumed, resumed.global_step)
+    return resumed.global_step, lambda row: "loss" in row or (evaluated and "train_runtime" not in row)
 
 
 SHOWN = (
@@ -174,9 +182,13 @@ def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], m
     Returns the folder of the result, or, when it was told to stop, that of the run.
     """
     checkpoint, stop = newest_checkpoint(folder), Stop()
+    resumed = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
     trainer.remove_callback(PrinterCallback)
-    for callback in (Record(folder, int(checkpoint.rsplit("-", 1)[1]) if checkpoint else -1), stop):
+    for callback in (Record(folder, resumed), stop):
         trainer.add_callback(callback)
+    if resumed is not None and resumed.global_step >= resumed.max_steps:
+        # All steps are done: only the state is to be loaded. With max_steps transformers would do another
+        trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     first = PartialState().is_main_process
     if checkpoint and first:
         print(f"resuming from {checkpoint}", file=sys.stderr)
@@ -184,7 +196,7 @@ def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], m
     trainer.args.eval_on_start = bool(trainer.eval_dataset) and checkpoint is None
     sum_in_fp32(trainer.accelerator)
     with stop.listening():
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
         steps = int(trainer.state.global_step)
         if steps < trainer.state.max_steps:
             if first:
@@ -203,7 +215,8 @@ def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], m
             facts = {"kind": "finetune", "iteration": steps, "config": settings, "versions": versions()}
             write_json(os.path.join(temporary, "manifest.json"), facts)
             sync_files(temporary)
-        write_json(os.path.join(folder, STATUS), {"state": "finished", "iteration": steps, "loss": result.training_loss})
+        loss = next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None)  # the last logged
+        write_json(os.path.join(folder, STATUS), {"state": "finished", "iteration": steps, "loss": loss})
     trainer.accelerator.wait_for_everyone()
     return target
 

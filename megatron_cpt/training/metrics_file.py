@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 from megatron_cpt.checkpoint.layout import write_text
@@ -35,14 +36,18 @@ class MetricsFile:
             while self.waiting:
                 self.waiting = self.waiting[file.write(self.waiting) :]
 
-    def keep_until(self, iteration: int) -> list[str]:
+    def keep_until(self, iteration: int, wanted: Callable[[dict[str, Any]], bool] = lambda row: True) -> list[str]:
         """Forget the rows of later steps, which a resume will do again, and lines cut off or damaged; at -1 forget all.
+
+        Args:
+            wanted: of the rows of this step, which to keep
 
         Returns a sentence for each damaged line.
         """
         parsed = [parse(text) for text in read_lines(self.path)] if iteration >= 0 else []
         rows = [row for row in parsed if row is not None]
-        write_text(self.path, "".join(line(row) for row in rows if row["iteration"] <= iteration))
+        kept = [row for row in rows if row["iteration"] < iteration or (row["iteration"] == iteration and wanted(row))]
+        write_text(self.path, "".join(line(row) for row in kept))
         return [f"{self.path}: line {n} cannot be read and is left out" for n, row in enumerate(parsed, 1) if row is None]
 
 

@@ -133,6 +133,22 @@ def test_tasks_of_ones_own(tasks: str, tmp_path: Path) -> None:
         assert changed_by(tmp_path / file) == ["child", "both"], file
 
 
+def test_parts_of_a_group_with_functions_of_one_name_and_data_of_their_own(tasks: str, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    for name in ("x", "y"):
+        (folder / name).mkdir()
+        (folder / name / "utils.py").write_text("def kept(rows):\n    return rows\n")
+        fields = "dataset_path: json\noutput_type: generate_until\nprocess_docs: !function utils.kept\n"
+        (folder / name / "own.yaml").write_text(f"task: {name}\n{fields}")
+    (folder / "rows.jsonl").write_text("")
+    member = {"task": "y", "dataset_kwargs": {"data_files": str(folder / "rows.jsonl")}}
+    write_yaml(folder / "group.yaml", {"group": "both", "task": ["x", member]})
+    for file in ("x/utils.py", "y/utils.py", "rows.jsonl"):
+        before = task_identity("both", index_of(tasks), None)
+        (folder / file).write_text((folder / file).read_text() + "\n")
+        assert task_identity("both", index_of(tasks), None) != before, file
+
+
 def test_tags_have_their_tasks(tasks: str, tmp_path: Path) -> None:
     write_yaml(tmp_path / "tasks" / "one.yaml", {"include": "tiny_choices.yaml", "task": "one", "tag": ["tagged"]})
     before = task_identity("tagged", index_of(tasks), None)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from tiny_models import make_tiny_llama
 from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_megatron, megatron_to_hf
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.config import CheckpointConfig, EvaluateConfig, TextConfig, TrajectoryConfig
-from megatron_cpt.evaluation.report import evaluate
+from megatron_cpt.evaluation.report import evaluate, only_evaluation
 from megatron_cpt.evaluation.trajectory import checkpoints_of, removed_points
 
 SEQ_LENGTH, SAMPLES = 64, 8  # samples of each iteration
@@ -103,6 +106,29 @@ def test_each_checkpoint_is_measured_once(
     # With other settings the removed one is unknown
     evaluate(replace(config, window=16))
     assert list(points(config.output)) == [4, 5]
+
+
+def test_what_was_measured_of_others_is_not_of_this_run(config: EvaluateConfig, model: str, run: Path) -> None:
+    """A run keeps its newest checkpoint: what was measured of later ones belongs to a part that was taken back."""
+    evaluate(config)
+    found = points(config.output)
+    shutil.rmtree(run / "iter_0000004")
+    given = TrajectoryConfig(str(run), checkpoints=[CheckpointConfig(4, str(run.parent / "other"))])
+    evaluate(replace(config, trajectory=given))
+    assert points(config.output)[4]["text"] == found[5]["text"], "what is given goes before what was there"
+    with pytest.raises(InputError, match=r"trajectory\.checkpoints has iteration 2, and so has "):
+        evaluate(replace(config, trajectory=replace(given, checkpoints=[CheckpointConfig(2, model)])))
+    shutil.rmtree(run / "iter_0000005")
+    evaluate(config)
+    assert list(points(config.output)) == [2]
+
+
+def test_one_evaluation_at_a_time(config: EvaluateConfig) -> None:
+    with only_evaluation(str(Path(config.output).parent)):
+        lock = "import sys; from megatron_cpt.evaluation.report import only_evaluation as only\nwith only(sys.argv[1]): pass"
+        other = [sys.executable, "-c", lock, str(Path(config.output).parent)]
+        done = subprocess.run(other, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert "another evaluation is under way in" in done.stderr
 
 
 def test_which_checkpoints(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,30 @@ def test_a_run_goes_on_where_it_was_ended(whole: tuple[SftConfig, Path], tmp_pat
         assert torch.equal(weights[name], tensor), name
     steps = [row["iteration"] for row in read_metrics(folder) if "loss" in row]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"epochs": 1}])
+@pytest.mark.parametrize("interval", [None, 3])
+def test_a_run_that_was_killed_after_its_last_step(
+    whole: tuple[SftConfig, Path], tmp_path: Path, length: dict[str, int], interval: int | None
+) -> None:
+    """No further step is made, nothing is written down twice, and the same weights and numbers are the result."""
+    training = TrainingSettings(micro_batch_size=1, global_batch_size=2, **length)
+    optimizer = replace(whole[0].optimizer, decay_style="constant")
+    run = RunSettings(save_interval=1, eval_interval=interval)
+    config = replace(whole[0], save=str(tmp_path / "run"), training=training, optimizer=optimizer, run=run)
+    results = []
+    for _ in range(2):
+        finetune_sft(config)
+        rows = [row for row in read_metrics(tmp_path / "run") if "train_runtime" not in row]
+        clockless = [{name: value for name, value in row.items() if "per_second" not in name} for row in rows]
+        status = json.loads((tmp_path / "run/status.json").read_text())
+        results.append((clockless, status, load_file(tmp_path / "run/hf/model.safetensors")))
+        shutil.rmtree(tmp_path / "run/hf")
+    (rows, status, weights), (rows_again, status_again, weights_again) = results
+    assert (rows_again, status_again) == (rows, status)
+    assert status["loss"] == [row["loss"] for row in rows if "loss" in row][-1]
+    assert all(torch.equal(weights_again[name], tensor) for name, tensor in weights.items())
 
 
 def test_another_configuration_does_not_go_on(whole: tuple[SftConfig, Path], tmp_path: Path) -> None:
