@@ -14,7 +14,7 @@ part() {
 }
 
 # made PREFIX: whether a corpus is complete, of which the manifest is written last: a script that is started again goes on
-made() { [ ! -f "$1.json" ] || say "$1 is there, and is not made again (remove $1.* to do so)"; [ -f "$1.json" ]; }
+made() { [ -f "$1.json" ] && say "$1 is there, and is not made again (remove $1.* to do so)"; }
 
 # join CORPUS: likewise, its parts' output into one
 join() {

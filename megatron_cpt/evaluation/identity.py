@@ -69,11 +69,12 @@ def files_of(items: Sequence[TextConfig] | Sequence[PromptsConfig], language: st
 def task_identity(task: str, index: Mapping[str, Any], data_folder: str | None) -> dict[str, Any]:
     """How a task, or each task of a group or tag, is defined, and its local data. What is on the hub is not looked at."""
     configs = [entry.cfg for entry in entries_of(task, index) if entry.cfg]
-    files = {text: module_file(text) for config in configs for text in texts_of(config) if os.path.isabs(text)}
+    values = [*values_in(configs)]
+    files = {text: module_file(text) for text in values if isinstance(text, str) and os.path.isabs(text)}
     names = {text: os.path.basename(text) for text, file in files.items() if file is not None}  # wherever the folder lies
     definition = [renamed(config, names) for config in configs]
     code = sorted(([name, digest_of(str(files[text]))] for text, name in names.items()), key=str)
-    data = [path for config in configs for fields in mappings_in(config) for path in data_of(fields, data_folder)]
+    data = [path for fields in values if isinstance(fields, Mapping) for path in data_of(fields, data_folder)]
     content = json.dumps([definition, code], sort_keys=True, default=str)
     return {
         "definition": hashlib.sha256(content.encode()).hexdigest(),
@@ -99,22 +100,12 @@ def entries_of(item: Any, index: Mapping[str, Any]) -> Iterator[Any]:
             yield from entries_of(member, index)
 
 
-def texts_of(value: Any) -> Iterator[str]:
-    """All texts in JSON's types."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from texts_of(part)
-
-
-def mappings_in(value: Any) -> Iterator[Mapping[str, Any]]:
-    """All mappings in JSON's types: a task's fields, and those that a group has for its members."""
-    if isinstance(value, Mapping):
-        yield value
+def values_in(value: Any) -> Iterator[Any]:
+    """A value of JSON's types, and all that are in it: a task's fields, those that a group has for its members, texts."""
+    yield value
     if isinstance(value, Mapping | list):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from mappings_in(part)
+            yield from values_in(part)
 
 
 def renamed(value: Any, names: Mapping[str, str]) -> Any:
@@ -142,8 +133,8 @@ def module_file(function: str) -> str | None:
 
 def data_of(config: Mapping[str, Any], data_folder: str | None) -> list[str]:
     """Paths of the local data that the fields of a task name."""
-    named = texts_of([config.get("dataset_path"), config.get("dataset_kwargs")])
-    paths = [path for text in named for path in (glob.glob(text, recursive=True) or [text])]
+    named = values_in([config.get("dataset_path"), config.get("dataset_kwargs")])
+    paths = [path for text in named if isinstance(text, str) for path in (glob.glob(text, recursive=True) or [text])]
     if data_folder is not None and "custom_dataset" in config:
         paths.append(os.path.join(data_folder, folder_of(str(config["custom_dataset"]))))
     return [path for path in paths if os.path.exists(path)]

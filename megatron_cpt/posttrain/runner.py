@@ -87,7 +87,8 @@ class Record(TrainerCallback):
         self._began = time.monotonic()
         self._resumed = resumed is not None
         if self._first:
-            for problem in self._file.keep_until(*(kept_by(resumed) if resumed is not None else (-1,))):
+            problems = self._file.keep_until(-1) if resumed is None else self._file.keep_until(*kept_by(resumed))
+            for problem in problems:
                 print(problem, file=sys.stderr)
 
     def on_log(
