@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart quickstart-chat test test-matrix test-slow test-llamafactory test-gpu test-slurm sanitize cuda bench lint type format docs clean
+.PHONY: setup quickstart quickstart-chat test test-matrix test-slow test-llamafactory test-gpu test-slurm mutants sanitize cuda bench lint type format docs clean
 
 setup: $(READY)
 
@@ -64,6 +64,10 @@ test-slurm: setup
 	  apt-get update && apt-get install -y --no-install-recommends $(SLURM_PACKAGES) || \
 	  echo "SLURM's packages cannot be installed"; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(SLURM_TESTS)" tests/slurm
+
+# The code broken in one place at a time: each time a test has to fail. Half an hour or more; not in CI.
+mutants: setup
+	$(BIN)/python tests/mutants/run.py --jobs $(WORKERS)
 
 # The native code's tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g -O1
