@@ -61,14 +61,20 @@ class Mutant:
 def read_mutants(folder: Path) -> list[Mutant]:
     """All mutants of the YAML files in a folder."""
     return [
-        Mutant(**entry) for path in sorted(folder.glob("*.yaml")) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
+        Mutant(**entry)
+        for path in sorted(folder.glob("*.yaml"))
+        for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
     ]
 
 
 def copy_tree(target: Path) -> None:
     """Copy what git knows or does not ignore, and the compiled extensions."""
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
     built = [str(path.relative_to(ROOT)) for path in ROOT.glob("megatron_cpt/**/*.so")]
     for name in [*listed, *built]:
@@ -100,7 +106,7 @@ def outcome(mutant: Mutant, timeout: float) -> tuple[str, str]:
 
 def report(mutant: Mutant, result: str, text: str, seconds: float) -> bool:
     """Print a line about a mutant; whether that is as expected."""
-    good = result == KILLED and not mutant.survives or result == SURVIVED and bool(mutant.survives)
+    good = (result == KILLED and not mutant.survives) or (result == SURVIVED and bool(mutant.survives))
     note = f" (known: {mutant.survives})" if result == SURVIVED and mutant.survives else ""
     print(f"{'' if good else 'WRONG: '}{result:8} {seconds:4.0f} s  {mutant.file}: {mutant.name}{note}", flush=True)
     if not good:
@@ -110,7 +116,9 @@ def report(mutant: Mutant, result: str, text: str, seconds: float) -> bool:
 
 def main() -> int:
     """Run all mutants, or those whose name or file holds a word."""
-    parser = argparse.ArgumentParser(description="Break the code in one place at a time and run the tests that should notice.")
+    parser = argparse.ArgumentParser(
+        description="Break the code in one place at a time and run the tests that should notice."
+    )
     parser.add_argument("--only", default="", help="mutants whose file or name holds this text")
     parser.add_argument("--jobs", type=int, default=2, help="how many at the same time")
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a mutant counts as noticed")
