@@ -22,11 +22,47 @@ from megatron_cpt.errors import InputError
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+# For transformers' from_pretrained: adapters are looked for in a subfolder that no model has, so that weights into
+# which they are merged already are read as they are
+WITHOUT_ADAPTERS: dict[str, Any] = {"adapter_kwargs": {"subfolder": "adapters are merged already"}}
+
+
 def check_model(model: str) -> None:
-    """Raise InputError unless it is a Hugging Face folder."""
+    """Raise InputError unless a folder holds a Hugging Face model with weights that no adapter has to be applied to."""
+    adapter_note(model)
     if not os.path.exists(os.path.join(model, "config.json")):
         wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
         raise InputError(f"model is {model}, which has no config.json; use {wanted}")
+
+
+def adapter_note(folder: str) -> str | None:
+    """What to tell people of a PEFT adapter in a model's folder: None where there is none.
+
+    transformers applies an adapter that lies beside whole weights. Where these name another model as their base, they are
+    what merging left, and have to be read with `WITHOUT_ADAPTERS`.
+
+    Raises:
+        InputError: the folder holds an adapter and no weights, or the weights that the adapter is meant for
+    """
+    path = os.path.join(folder, ADAPTER_CONFIG)
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            base = json.load(file)["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); expected PEFT's configuration, or no such file") from error
+    merge = "a folder of merged weights (PEFT's merge_and_unload)"
+    if not any(name.endswith((".safetensors", ".bin")) for name in os.listdir(folder) if name not in ADAPTER_FILES):
+        raise InputError(f"{folder} holds an adapter of {base} and no weights of its own; expected {merge}")
+    if isinstance(base, str) and os.path.realpath(base) == os.path.realpath(folder):
+        expected = f"{merge}, or no {ADAPTER_CONFIG}"
+        raise InputError(
+            f"{path}: base_model_name_or_path is {base}, so that the weights beside it lack it; expected {expected}"
+        )
+    return f"{folder}: its weights are used as they are; {ADAPTER_CONFIG} beside them (of {base}) is not applied again"
 
 
 @dataclass(frozen=True)
@@ -99,7 +135,7 @@ def weight_files(folder: str) -> list[str]:
         start, end = os.path.splitext(whole)
         # "consolidated" are Meta's names for the same numbers
         others = [n for n in present if n.endswith(end) and (n.startswith(start) or end != ".bin")]
-        others = [n for n in others if not n.startswith("consolidated")]
+        others = [n for n in others if not n.startswith("consolidated") and n not in ADAPTER_FILES]
         if others:
             return others
     raise InputError(f"{folder} holds no .safetensors file and no pytorch_model.bin")

@@ -14,7 +14,7 @@ import torch
 
 from megatron_cpt.chat_data.conversations import Message, RowError
 from megatron_cpt.chat_data.templates import Template, load_template
-from megatron_cpt.checkpoint.hf_files import check_model
+from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, check_model
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
@@ -79,7 +79,10 @@ class Speaker:
         self.template: Template = load_template(config.model, config.chat_template)
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                config.model, dtype=dtype_of(config.dtype) if config.dtype else "auto", trust_remote_code=False
+                config.model,
+                dtype=dtype_of(config.dtype) if config.dtype else "auto",
+                trust_remote_code=False,
+                **WITHOUT_ADAPTERS,
             )
         except Exception as error:  # it raises what it likes for files that are damaged
             raise InputError(f"model {config.model} cannot be read: {' '.join(str(error).split())[:300]}") from error

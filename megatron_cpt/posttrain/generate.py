@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, check_model
 
 
 def load_model(folder: str) -> tuple[Any, Any]:
     """(model, tokenizer) of a HF folder, on CPU, in the dtype it was saved in."""
-    if not os.path.exists(os.path.join(folder, "config.json")):
-        raise InputError(f"model {folder}: no config.json there; use a Hugging Face folder")
+    check_model(folder)
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **WITHOUT_ADAPTERS).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 

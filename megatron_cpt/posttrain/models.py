@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.chat_data.templates import Template
+from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import Prepared
@@ -33,7 +34,7 @@ def load_model(folder: str) -> Any:
         if receives_weights():
             return unread_model(folder)
         return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+            folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, **WITHOUT_ADAPTERS
         )
     except Exception as error:  # it raises what it likes for files that are damaged, or another library's
         raise InputError(f"model {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error

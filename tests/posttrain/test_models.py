@@ -1,0 +1,67 @@
+"""The model that SFT and DPO begin with: whole weights, whatever lies beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_tiny_llama
+
+from megatron_cpt.checkpoint.hf_files import adapter_note, check_model, weight_files
+from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.models import load_model
+
+
+@pytest.fixture(scope="module")
+def adapter(chat_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the tiny model that changes it, as PEFT writes it."""
+    import peft
+
+    folder = tmp_path_factory.mktemp("adapter")
+    model = peft.get_peft_model(load_model(chat_model), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_beside_merged_weights_is_not_applied_again(adapter: Path, chat_model: str, tmp_path: Path) -> None:
+    model = tmp_path / "merged"
+    shutil.copytree(chat_model, model)
+    assert adapter_note(str(model)) is None
+    expected = load_model(str(model)).state_dict()
+    for path in adapter.glob("adapter_*"):
+        shutil.copy(path, model)
+    check_model(str(model))
+    assert "adapter_config.json beside them" in str(adapter_note(str(model)))
+    assert weight_files(str(model)) == ["model.safetensors"]
+    found = load_model(str(model)).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_weights_that_lack_their_adapter_are_refused(adapter: Path, chat_tokenizer_dir: str, tmp_path: Path) -> None:
+    """An adapter alone, one beside the weights that it is meant for, and one whose configuration is damaged."""
+    alone = tmp_path / "alone"
+    shutil.copytree(adapter, alone)
+    with pytest.raises(InputError, match=r"alone holds an adapter of .* and no weights of its own"):
+        check_model(str(alone))
+    base = Path(make_tiny_llama(tmp_path / "base", chat_tokenizer_dir))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (base / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    with pytest.raises(InputError, match=r"adapter_config\.json: base_model_name_or_path is .*, so that the weights"):
+        check_model(str(base))
+    (base / "adapter_config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"adapter_config\.json is damaged"):
+        check_model(str(base))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_is_no_weights(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"holds no \.safetensors file"):
+        weight_files(str(tmp_path))
