@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -94,6 +95,36 @@ def test_gradients_are_scaled_where_they_are() -> None:
     assert all(map(torch.equal, ours, theirs))
     with pytest.raises(ValueError, match="in place"):
         clip_grads.multi_tensor_scale_impl(0, None, [ours, theirs], 0.3)
+
+
+@pytest.mark.parametrize("kind", ["normal", "equal", "growing", "bf16"])
+def test_gradient_norms_are_exact_whatever_the_size(kind: str) -> None:
+    import megatron.core.optimizer.clip_grads as clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    assert "torch.norm(tensor)" in inspect.getsource(local_multi_tensor_l2_norm), "another way now: drop the adaptation"
+    size = 3_000_001
+    values = {
+        "normal": lambda: torch.randn(size, generator=torch.Generator().manual_seed(1)) * 1e-5,
+        "equal": lambda: torch.full((size,), 0.1),
+        "growing": lambda: torch.logspace(-12, 3, size),
+        "bf16": lambda: torch.full((size,), 0.1, dtype=torch.bfloat16),
+    }[kind]()
+    gradients = [values[:-1].view(1000, 3000), torch.zeros(0), values[-1:]]
+    exact = float(values.double().square().sum().sqrt())
+    with process_groups(ParallelConfig()):
+        found = clip_grads.get_grad_norm_fp32(gradients, grad_stats_parallel_group=torch.distributed.group.WORLD)
+        nothing = clip_grads.get_grad_norm_fp32([], grad_stats_parallel_group=torch.distributed.group.WORLD)
+    assert found == pytest.approx(exact, rel=2e-7)
+    assert nothing == 0.0
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_has_no_finite_norm(value: float) -> None:
+    for place in (5, cpu.NORM_ROW + 3):  # in a whole row, and in what is left
+        tensor = torch.ones(cpu.NORM_ROW + 7)
+        tensor[place] = value
+        assert not math.isfinite(cpu.sum_of_squares(tensor))
 
 
 def test_largest_logits_are_megatrons() -> None:
