@@ -68,19 +68,18 @@ class PairExample:
         return [self.prompt_ids + self.chosen_ids, self.prompt_ids + self.rejected_ids]
 
 
-class Template:
-    """A chat template with its tokenizer, which carries it from then on.
+class PromptTemplate:
+    """A chat template with its tokenizer, which carries it from then on: what a model is given that has to answer.
 
     Attributes:
         tokenizer: transformers' tokenizer
-        end_of_turn: id of the token at which a model that answers has to stop
     """
 
     def __init__(self, tokenizer: Any, name: str | None) -> None:
         """`name`: llama3, chatml, a file with a Jinja template; None: the tokenizer's own.
 
         Raises:
-            InputError: there is none, its tokens are not the tokenizer's, or it does not let answers be told from the rest
+            InputError: there is none, or its tokens are not the tokenizer's
         """
         self.tokenizer = tokenizer
         tokenizer.chat_template = template_text(tokenizer, name)
@@ -90,6 +89,40 @@ class Template:
             if missing:
                 own = f"the tokenizer {tokenizer.name_or_path} has no token {missing[0]}"
                 raise InputError(f"chat_template is {name}, but {own}; use another template, or add its tokens")
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """What a model is given that has to answer."""
+        return self._render(messages, True)
+
+    def _render(self, messages: Sequence[Message], ask: bool) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            ArithmeticError,
+        ) as error:  # Jinja's, or of its expressions
+            raise RowError("template", f"the chat template refuses it: {error}") from error
+        return text
+
+
+class Template(PromptTemplate):
+    """A chat template that can be trained with.
+
+    Attributes:
+        end_of_turn: id of the token at which a model that answers has to stop
+    """
+
+    def __init__(self, tokenizer: Any, name: str | None) -> None:
+        """As PromptTemplate.
+
+        Raises:
+            InputError: as PromptTemplate, or it does not let answers be told from the rest
+        """
+        super().__init__(tokenizer, name)
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = special | set(tokenizer.all_special_tokens)
         self._find_special = re.compile("|".join(map(re.escape, sorted(self._special)))).search
@@ -129,10 +162,6 @@ class Template:
             raise RowError("identical answers", "chosen and rejected are the same tokens")
         return PairExample(prompt, ended[0], ended[1], preference)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """What a model is given that has to answer."""
-        return self._render(messages, True)
-
     def _answer(self, messages: Sequence[Message], done: str) -> tuple[str, str]:
         """(text from the end of `done` up to the last message's answer, the answer)"""
         for message in messages:
@@ -143,20 +172,6 @@ class Template:
         if not (whole.startswith(asked) and asked.startswith(done)):
             raise RowError("template", "the chat template changes earlier turns when later ones come")
         return asked[len(done) :], whole[len(asked) :]
-
-    def _render(self, messages: Sequence[Message], ask: bool) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        try:
-            text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            ArithmeticError,
-        ) as error:  # Jinja's, or of its expressions
-            raise RowError("template", f"the chat template refuses it: {error}") from error
-        return text
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
@@ -193,11 +208,13 @@ def load_template(folder: str, name: str | None) -> Template:
 def template_text(tokenizer: Any, name: str | None) -> str:
     """The Jinja text."""
     if name is None:
-        if not isinstance(tokenizer.chat_template, str):
+        own = tokenizer.chat_template
+        own = own.get("default") if isinstance(own, dict) else own  # some have a second one, for tools
+        if not isinstance(own, str):
             raise InputError(
                 f"the tokenizer {tokenizer.name_or_path} has no chat template; use chat_template: llama3, chatml or a file"
             )
-        return tokenizer.chat_template
+        return own
     if name in TEMPLATES:
         return TEMPLATES[name][0]
     if not os.path.isfile(name):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.sandbox import require_sandbox
 
@@ -193,7 +195,7 @@ class Harness:
     def _lm(self) -> Any:
         from lm_eval.models.huggingface import HFLM
 
-        return HFLM(**self._options)
+        return turn_ending(HFLM)(**self._options) if self._chat else HFLM(**self._options)
 
     def _results(self, benchmark: Benchmark, limit: int | None, allow_code: bool, seed: int) -> dict[str, Any]:
         import lm_eval
@@ -214,6 +216,28 @@ class Harness:
             fewshot_random_seed=seed,
         )
         return results
+
+
+def turn_ending(base: type[Any]) -> type[Any]:
+    """lm-eval's class of models with answers that end where a turn of the chat template does, beside the task's own ends."""
+
+    class TurnEndingLM(base):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.turn_end = turn_end(self.tokenizer, self.model.generation_config)
+            self.model.generation_config.eos_token_id = list(self.turn_end.token_ids) or None
+            self.model.generation_config.stop_strings = None  # they are among the ends, for which it needs no tokenizer
+
+        def generate_until(self, requests: list[Any], *arguments: Any, **options: Any) -> Any:
+            asked = [dataclasses.replace(request, arguments=self._ended(*request.args)) for request in requests]
+            return super().generate_until(asked, *arguments, **options)
+
+        def _ended(self, context: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+            until = settings.get("until") or []
+            ends = [*([until] if isinstance(until, str) else until), *self.turn_end.strings, *self.turn_end.token_texts]
+            return context, settings | {"until": list(dict.fromkeys(ends))}
+
+    return TurnEndingLM
 
 
 def has_punkt() -> bool:

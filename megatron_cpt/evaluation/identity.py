@@ -16,6 +16,7 @@ from megatron_cpt.evaluation.harness import Benchmark
 
 # Weights, tokenizer, chat template, how it generates.
 MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+ANSWERS = {"answers": "end with the turn of the chat template"}  # in another way before: those are measured anew
 LARGE = 64 * 2**20  # bytes; larger files are not read to see whether they have changed
 
 
@@ -51,13 +52,16 @@ def benchmark_identity(config: EvaluateConfig, benchmark: Benchmark, index: Mapp
     asked = dataclasses.asdict(benchmark)
     del asked["name"]
     settings = {name: getattr(config, name) for name in ("limit", "chat", "batch_size", "seed")}
+    settings |= ANSWERS if config.chat else {}
     return asked | settings | task_identity(benchmark.task, index, config.data_folder)
 
 
 def generation(config: EvaluateConfig) -> dict[str, Any]:
     """How models answer prompts."""
     settings = {name: getattr(config, name) for name in ("chat_template", "max_new_tokens", "batch_size")}
-    return settings | {"template_file": digest_of(config.chat_template) if config.chat_template is not None else None}
+    return (
+        ANSWERS | settings | {"template_file": digest_of(config.chat_template) if config.chat_template is not None else None}
+    )
 
 
 def files_of(items: Sequence[TextConfig] | Sequence[PromptsConfig], language: str | None = None) -> list[dict[str, Any]]:

@@ -10,13 +10,15 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_cpt.chat_data.conversations import RowError, check_turns, messages_of, parse_preference
 from megatron_cpt.chat_data.rows import read_rows
-from megatron_cpt.chat_data.templates import Template
+from megatron_cpt.chat_data.templates import PromptTemplate
+from megatron_cpt.chat_data.turn_end import TurnEnd, turn_end
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
@@ -174,7 +176,8 @@ class Session:
         self._device = device_type()
         self._loaded: tuple[Any, Any] | None = None
         self._harness: Harness | None = None
-        self._answers: dict[PromptsConfig, list[dict[str, str]]] = {}
+        self._end: TurnEnd | None = None
+        self._answers: dict[PromptsConfig, list[dict[str, Any]]] = {}
 
     def measure(self, part: str, name: str) -> Any:
         """One of the names in one of the parts text, answers, pairwise and benchmarks."""
@@ -204,7 +207,7 @@ class Session:
             share = {"script": None, "identified": None, "tokens": 0, "missing": str(error)}
         return share | {"answers": pairs}
 
-    def pairwise(self, name: str) -> list[dict[str, str]]:
+    def pairwise(self, name: str) -> list[dict[str, Any]]:
         """Answers for a judge."""
         asked = self._config.pairwise.prompts if self._config.pairwise is not None else []
         return [pair for prompts in asked for pair in self._answered(prompts)]
@@ -243,17 +246,21 @@ class Session:
             self._loaded = (model.eval(), tokenizer)
         return self._loaded
 
-    def _answered(self, prompts: PromptsConfig) -> list[dict[str, str]]:
+    def _answered(self, prompts: PromptsConfig) -> list[dict[str, Any]]:
         """Questions with answers; the same prompts are answered once."""
         if prompts not in self._answers:
             model, tokenizer = self._model()
             config, questions = self._config, questions_of(prompts)
             asked = [self._asked(tokenizer, question) for question in questions]
-            answers: list[str] = []
+            if self._end is None:  # the tokenizer has the chat template by now
+                self._end = turn_end(tokenizer, model.generation_config)
+            answers: list[Answer] = []
             for begin in range(0, len(asked), config.batch_size):
-                answers += answers_to(model, tokenizer, asked[begin : begin + config.batch_size], config.max_new_tokens)
+                batch = asked[begin : begin + config.batch_size]
+                answers += answers_to(model, tokenizer, batch, config.max_new_tokens, self._end)
             self._answers[prompts] = [
-                {"question": question, "answer": answer} for question, answer in zip(questions, answers, strict=True)
+                {"question": question, "answer": answer.text, "cut_off": answer.cut_off}
+                for question, answer in zip(questions, answers, strict=True)
             ]
         return self._answers[prompts]
 
@@ -264,29 +271,49 @@ class Session:
         if tokenizer.chat_template is None and self._config.chat_template is None:
             return question + "\n"
         name = None if tokenizer.chat_template is not None else self._config.chat_template
-        return Template(tokenizer, name).prompt([Message("user", question)])
+        return PromptTemplate(tokenizer, name).prompt([Message("user", question)])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says to a prompt.
+
+    Attributes:
+        cut_off: whether it has reached max_new_tokens without an end
+    """
+
+    text: str
+    cut_off: bool
 
 
 @torch.inference_mode()
-def answers_to(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """The likeliest continuations, token by token, of all at once."""
+def answers_to(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, end: TurnEnd) -> list[Answer]:
+    """The likeliest continuations, token by token, of all at once, each up to its end."""
+    from transformers import GenerationConfig, StoppingCriteriaList
+
     ids = [tokenizer.encode(prompt, add_special_tokens=tokenizer.chat_template is None) for prompt in prompts]
     width = max(map(len, ids))
     padding = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    model.generation_config = GenerationConfig()  # what the folder's own says beside the ends is no part of the measure
     output = model.generate(
         input_ids=inputs,
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
+        eos_token_id=list(end.token_ids) or None,
         pad_token_id=padding,
+        stopping_criteria=StoppingCriteriaList([end.criterion(tokenizer, width)]),
     )
-    texts: list[str] = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return texts
+    return [answer_of(tokenizer, row, end) for row in output[:, width:].tolist()]
+
+
+def answer_of(tokenizer: Any, ids: Sequence[int], end: TurnEnd) -> Answer:
+    """Text of the tokens up to the first end; what comes after it is padding."""
+    size = next((place for place, number in enumerate(ids) if number in end.token_ids), len(ids))
+    text = tokenizer.decode(ids[:size], skip_special_tokens=True)
+    return Answer(end.cut(text), not end.is_in(ids, text))
 
 
 def documents_of(text: TextConfig) -> list[str]:

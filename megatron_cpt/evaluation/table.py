@@ -16,6 +16,7 @@ def markdown(measured: Measured) -> str:
     languages = [*columns_of(measured, "text"), *columns_of(measured, "answers")]
     if languages:
         parts += [models_table(measured, languages), *shares_missing(measured)]
+    parts += answers_cut_off(measured)
     return "\n\n".join(parts) + "\n"
 
 
@@ -55,6 +56,18 @@ def shares_missing(measured: Measured) -> list[str]:
         for language, share in parts.get("answers", {}).items()
         if share.get("missing")
     ]
+    return ["\n".join(lines)] if lines else []
+
+
+def answers_cut_off(measured: Measured) -> list[str]:
+    """How many answers have reached max_new_tokens without an end: their rest is not seen by any measure or judge."""
+    lines = []
+    for model, parts in measured.items():
+        asked = {f"%{language}": share["answers"] for language, share in parts.get("answers", {}).items()}
+        asked |= {f"{name}, for the judge": answers for name, answers in parts.get("pairwise", {}).items()}
+        for name, answers in asked.items():
+            if number := sum(bool(answer.get("cut_off")) for answer in answers):
+                lines.append(f"- {model}, {name}: {number} of {len(answers)} are cut off at max_new_tokens")
     return ["\n".join(lines)] if lines else []
 
 

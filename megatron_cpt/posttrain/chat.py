@@ -13,9 +13,11 @@ from typing import Any, Literal
 import torch
 
 from megatron_cpt.chat_data.conversations import Message, RowError
-from megatron_cpt.chat_data.templates import Template, load_template
+from megatron_cpt.chat_data.templates import PromptTemplate
+from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, check_model
 from megatron_cpt.checkpoint.save_load import dtype_of
+from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 from megatron_cpt.platforms.devices import device_type
@@ -64,6 +66,8 @@ class Speaker:
 
     Attributes:
         tokens, seconds: of the last answer, and how long it took
+        cut_off: whether it has reached max_new_tokens without an end
+        end: where an answer ends
     """
 
     def __init__(self, config: ChatConfig) -> None:
@@ -76,7 +80,7 @@ class Speaker:
 
         check_model(config.model)
         transformers.utils.logging.disable_progress_bar()
-        self.template: Template = load_template(config.model, config.chat_template)
+        self.template = PromptTemplate(load(config.model), config.chat_template)
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 config.model,
@@ -93,7 +97,9 @@ class Speaker:
             raise InputError(
                 f"max_new_tokens is {config.max_new_tokens}; wanted less than {positions}, the model's positions"
             )
-        self.tokens, self.seconds = 0, 0.0
+        self.end = turn_end(self.template.tokenizer, self._model.generation_config)
+        self._model.generation_config = transformers.GenerationConfig()  # ChatConfig says how, not the model's folder
+        self.tokens, self.seconds, self.cut_off = 0, 0.0, False
         self._generator_seed = config.seed
 
     def room(self) -> int:
@@ -114,27 +120,31 @@ class Speaker:
         )
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ended = threading.Event()
-        self.tokens, began = 0, time.monotonic()
+        self.tokens, self.cut_off, began = 0, False, time.monotonic()
+        stops = self.end.criterion(tokenizer, prompt["input_ids"].shape[1])
         if self._generator_seed is not None:
             torch.manual_seed(self._generator_seed)
             self._generator_seed += 1
 
         def watch(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             self.tokens += 1
-            return torch.full((len(ids),), ended.is_set(), dtype=torch.bool, device=ids.device)
+            at_end = stops(ids, scores)
+            self.cut_off = self.tokens == config.max_new_tokens and int(ids[0, -1]) not in ends and not bool(at_end.all())
+            return at_end | ended.is_set()
 
         sampling = (
-            {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p} if config.temperature else {}
+            {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}  # 0: of all tokens
+            if config.temperature
+            else {}
         )
-        ends = self._model.generation_config.eos_token_id
-        known = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        ends, padding = list(self.end.token_ids), tokenizer.pad_token_id
         options = {
             **prompt,
             **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
             "max_new_tokens": config.max_new_tokens,
             "repetition_penalty": config.repetition_penalty,
-            "eos_token_id": sorted({self.template.end_of_turn, *known}),
-            "pad_token_id": self.template.end_of_turn,
+            "eos_token_id": ends or None,
+            "pad_token_id": padding if padding is not None else next(iter(ends), 0),
             "stopping_criteria": StoppingCriteriaList([watch]),
             "streamer": streamer,
         }
@@ -151,7 +161,7 @@ class Speaker:
         thread = threading.Thread(target=generate)
         thread.start()
         try:
-            yield from streamer
+            yield from self.end.cut_stream(streamer)
         finally:
             ended.set()
             thread.join()
@@ -219,7 +229,8 @@ class Chat:
             stream.close()  # type: ignore[attr-defined]
         print()
         speed = self.speaker.tokens / max(self.speaker.seconds, 1e-9)
-        print(f"[{self.speaker.tokens} tokens, {speed:.1f} tokens/s]", file=sys.stderr)
+        cut_off = "; cut off at max_new_tokens" if self.speaker.cut_off else ""
+        print(f"[{self.speaker.tokens} tokens, {speed:.1f} tokens/s{cut_off}]", file=sys.stderr)
         self.turns.append(Message("assistant", "".join(pieces)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, check_model
 
 
@@ -20,10 +21,11 @@ def load_model(folder: str) -> tuple[Any, Any]:
 
 
 def complete(folder: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy completions (the new text only), with a mild penalty on repetition; stops at the end-of-text token."""
+    """Greedy completions (the new text only), with a mild penalty on repetition; stops at the end of a text or turn."""
     import torch
 
     model, tokenizer = load_model(folder)
+    end = turn_end(tokenizer, model.generation_config)
     completions = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -33,6 +35,7 @@ def complete(folder: str, prompts: Sequence[str], max_new_tokens: int) -> list[s
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 repetition_penalty=1.2,
+                eos_token_id=list(end.token_ids) or None,
                 pad_token_id=tokenizer.eos_token_id,
             )
         completions.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.chat_data.templates import Template
+from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.errors import InputError
@@ -75,10 +76,7 @@ def saved_dtype(folder: str) -> torch.dtype:
 
 def make_ready_to_answer(model: Any, template: Template) -> None:
     """A model that has learned to end its turns stops there when it generates."""
-    ends = model.generation_config.eos_token_id
-    known = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if template.end_of_turn not in known:
-        model.generation_config.eos_token_id = [*known, template.end_of_turn]
+    model.generation_config.eos_token_id = list(turn_end(template.tokenizer, model.generation_config).token_ids)
     if template.tokenizer.pad_token is None:
         template.tokenizer.pad_token = template.tokenizer.eos_token
     model.config.use_cache = True

@@ -19,6 +19,7 @@ import pytest
 import torch
 from tiny_models import ROOT, run_tool, write_yaml
 
+from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskConfig, TextConfig
@@ -321,11 +322,12 @@ def test_answers_do_not_depend_on_the_batch(model: str) -> None:
 
     network, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
     prompts = ["The dog", "狗在公园里散步，今天天气很好", "A"]
-    alone = [answers_to(network, tokenizer, [prompt], 12)[0] for prompt in prompts]
-    assert answers_to(network, tokenizer, prompts, 12) == alone
+    end = turn_end(tokenizer, network.generation_config)
+    alone = [answers_to(network, tokenizer, [prompt], 12, end)[0] for prompt in prompts]
+    assert answers_to(network, tokenizer, prompts, 12, end) == alone
     ids = tokenizer(prompts[1], return_tensors="pt")
     output = network.generate(**ids, max_new_tokens=12, do_sample=False)
-    assert alone[1] == tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert alone[1].text == tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_questions_of_one_language_are_put_together(config: EvaluateConfig) -> None:

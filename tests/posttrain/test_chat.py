@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from rigged_models import make_reciter, set_json, tokens_of
 from tiny_models import ROOT, make_tiny_llama
 
 from megatron_cpt.chat_data.conversations import Message
@@ -41,17 +42,30 @@ def test_an_answer_is_what_transformers_generates(speaker: Speaker, config: Chat
     assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_without_an_end_of_text_only_the_turns_end_ends(speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_answer_ends_with_its_turn(
+    chat_tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], cut: bool
+) -> None:
+    """Though generation_config has other things to say, and beams; nothing of the end is shown."""
+    folder, plain = str(tmp_path / "hf"), tmp_path / "plain.jinja"
+    plain.write_text(
+        "{% for m in messages %}{{ ('Q> ' if m['role'] == 'user' else 'A:') + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"
+    )
+    make_reciter(tmp_path / "hf", chat_tokenizer_dir, tokens_of(chat_tokenizer_dir, ":狗\nQ> quick brown fox"))
+    set_json(tmp_path / "hf" / "generation_config.json", num_beams=2, stop_strings=["no such text"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("狗？\n"))
+    chat(ChatConfig(folder, chat_template=str(plain), max_new_tokens=2 if cut else 12, temperature=0))
+    said = capfd.readouterr()
+    assert said.out == ("\ufffd\n" if cut else "狗\n")
+    assert ("2 tokens" in said.err, "; cut off at max_new_tokens]" in said.err) == (cut, cut)
 
-    def generate(**options: Any) -> None:
-        given.update(options)
-        options["streamer"].end()
 
-    monkeypatch.setattr(speaker._model.generation_config, "eos_token_id", None)
-    monkeypatch.setattr(speaker._model, "generate", generate)
-    assert "".join(speaker.answer([Message("user", "Hello?")])) == ""
-    assert given["eos_token_id"] == [speaker.template.end_of_turn]
+def test_completion_ends_with_a_turn(chat_tokenizer_dir: str, tmp_path: Path) -> None:
+    chain = [*tokens_of(chat_tokenizer_dir, ":狗"), 401, *tokens_of(chat_tokenizer_dir, " quick brown fox")]
+    make_reciter(tmp_path / "hf", chat_tokenizer_dir, chain)
+    set_json(tmp_path / "hf" / "tokenizer_config.json", chat_template=CHATML)
+    assert chat(ChatConfig(str(tmp_path / "hf"), prompt="A:", max_new_tokens=12)) == "A:狗"
 
 
 def test_seeds_repeat_answers(config: ChatConfig) -> None:
