@@ -286,3 +286,95 @@ def signs(path: str, rank: int = 0) -> int:
     """How often a rank has reached a place so far."""
     sign = sign_of(path, rank)
     return sign.stat().st_size if sign.exists() else 0
+
+
+def tell_engine(sign: str) -> None:
+    """Note, as JSON Lines, what the run gives to megatron-core, torch and the trackers: where its settings act."""
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.gpt import GPTModel
+
+    from megatron_cpt.checkpoint.attempt import Attempt
+    from megatron_cpt.training import pretrain, step
+    from megatron_cpt.training.stopping import Peers
+
+    def tell(call: str, **values: Any) -> None:
+        with open(sign_of(sign, own_rank()), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"call": call} | values, default=str) + "\n")
+
+    def before(target: Any, name: str, told: Callable[..., None]) -> None:
+        real: Callable[..., Any] = getattr(target, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            told(*args, **kwargs)
+            return real(*args, **kwargs)
+
+        setattr(target, name, call)
+
+    real_build = pretrain.build
+
+    def build(*args: Any) -> Any:
+        chunks, optimizer = real_build(*args)
+        tell("layers", layers=sum(len(chunk.module.decoder.layers) for chunk in chunks))
+        return chunks, optimizer
+
+    pretrain.build = build
+    before(GPTModel, "__init__", lambda *args, **kwargs: tell("model", **vars(kwargs["config"])))
+    before(DistributedDataParallel, "__init__", lambda *args, **kwargs: tell("ddp", **vars(args[2])))
+    before(step, "clip_grad_by_total_norm_fp32", lambda *args, max_norm, **kwargs: tell("clip", max_norm=max_norm))
+    before(pretrain, "prefetch", lambda reads, workers, ahead, *rest: tell("prefetch", workers=workers, ahead=ahead))
+    before(pretrain, "check_replicas", lambda chunks, iteration, ranks: tell("check_replicas", iteration=iteration))
+    before(pretrain, "rerunning", lambda wanted, batches: tell("rerunning", wanted=wanted))
+    before(Peers, "__init__", lambda self, *args: tell("heartbeat", seconds=args[-1]))
+    before(
+        Attempt,
+        "__init__",
+        lambda self, request: tell("save", optimizer=request.optimizer is not None, background=request.staging is not None),
+    )
+
+    real_schedule, real_apply = step.get_forward_backward_func, step.apply_gradients
+
+    def get_forward_backward_func() -> Callable[..., Any]:
+        schedule = real_schedule()
+
+        def call(**kwargs: Any) -> Any:
+            sizes = {name: kwargs[name] for name in ("num_microbatches", "micro_batch_size", "forward_only")}
+            tell("schedule", **sizes, precision=torch.get_float32_matmul_precision(), seed=torch.initial_seed())
+            return schedule(**kwargs)
+
+        return call
+
+    def apply_gradients(optimizer: Any, *args: Any) -> None:
+        names = ("lr", "weight_decay", "betas", "eps")
+        tell("update", groups=[{name: group[name] for name in names} for group in optimizer.param_groups])
+        real_apply(optimizer, *args)
+
+    step.get_forward_backward_func, step.apply_gradients = get_forward_backward_func, apply_gradients
+
+
+def no_wandb(sign: str) -> None:
+    """In place of Weights & Biases, something that notes what it is asked for."""
+    import wandb
+
+    class Run:
+        offline, dir, starting_step = True, "nowhere/files", 0
+
+        def log(self, *args: Any, **kwargs: Any) -> None: ...
+
+        def finish(self, **kwargs: Any) -> None: ...
+
+    def init(**kwargs: Any) -> Run:
+        wanted = {name: kwargs[name] for name in ("project", "name", "mode")}
+        sign_of(sign, own_rank()).write_text(json.dumps(wanted), encoding="utf-8")
+        return Run()
+
+    wandb.init = init  # type: ignore[assignment]
+
+
+def failing_saves(_: Any) -> None:
+    """No checkpoint can be written."""
+    from megatron_cpt.checkpoint import saver
+
+    def attempt(request: Any) -> None:
+        raise saver.CheckpointError("broken on purpose")
+
+    saver.Attempt = attempt  # type: ignore[assignment, misc]
