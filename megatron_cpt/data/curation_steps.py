@@ -7,6 +7,7 @@ This module imports datatrove; import it only when a curation runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,74 +21,44 @@ from datatrove.pipeline.readers.jsonl import JsonlReader
 from datatrove.utils.word_tokenizers import load_word_tokenizer
 
 from megatron_cpt.data.curation_languages import ALIASES
-from megatron_cpt.data.sources import Source, open_source
-from megatron_cpt.errors import InputError
+from megatron_cpt.data.documents import read_part
+from megatron_cpt.data.reading import ReadOptions, units
+from megatron_cpt.data.sources import Source
 
 
 class CorpusReader(BaseReader):
-    """Input files -> documents: file i belongs to task i modulo the number of tasks.
+    """Input files -> documents, read as preprocessing reads them: file i belongs to task i modulo the number of tasks.
 
-    datatrove's JsonlReader passes over the rest of a file after a byte that is no UTF-8, and reads only the first frame of a
-    .zst file. Here a bad line costs that line and is counted, and a damaged file is an error that names it.
+    A record without text costs that record and is counted with the reason; a damaged file is an error that names it.
     """
 
     name = "corpus"
 
-    def __init__(self, sources: list[Source], text_key: str, keep_fields: list[str]) -> None:
-        super().__init__(text_key=text_key)
-        self.sources, self.keep_fields = sources, keep_fields
+    def __init__(self, sources: list[Source], options: ReadOptions) -> None:
+        """`options.metadata_keys`: what is carried along into `metadata.source`."""
+        super().__init__(text_key=options.text_key)
+        self.sources, self.options = sources, options
+        self.with_id = replace(options, metadata_keys=("id", *options.metadata_keys), optional_metadata=True)
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for source in self.sources[rank::world_size]:
-            for number, record in enumerate(self.records(source)):
-                self.stat_update("records")
-                document = self.document(record, f"{source.url}/{number}", source.url)
-                if isinstance(document, str):
-                    self.stat_update(f"dropped_{document}")
-                else:
-                    yield document
+            number = 0
+            for unit in units([source], self.with_id):
+                for part in unit.parts:
+                    content = read_part(part, [source], self.with_id)
+                    self.stat_update("records", value=len(content.texts) + len(content.problems))
+                    for problem in content.problems:
+                        self.stat_update(f"dropped_{problem.reason}")
+                    for text, fields in zip(content.texts, content.metadata, strict=True):
+                        yield self.document(text, orjson.loads(fields), f"{source.url}/{number}", source.url)
+                        number += 1
 
-    def records(self, source: Source) -> Iterator[Any]:
-        """JSON values or rows of a file; None for a line that is no JSON. InputError: the file is damaged."""
-        if source.format == "parquet":
-            yield from parquet_rows(source)
-            return
-        with open_source(source) as (lines, _):
-            for line in lines:
-                if not line.strip():
-                    continue
-                try:
-                    yield orjson.loads(line)
-                except orjson.JSONDecodeError:
-                    yield None
-
-    def document(self, record: Any, default_id: str, url: str) -> Document | str:
-        """The document in a record, or why there is none."""
-        if not isinstance(record, dict):
-            return "not_a_json_object"
-        text: Any = record
-        for key in self.text_key.split("."):
-            text = text.get(key) if isinstance(text, dict) else None
-        if not isinstance(text, str) or not text.strip():
-            return "no_text"
+    def document(self, text: str, fields: dict[str, Any], default_id: str, url: str) -> Document:
+        """The document with this text and these fields of its record."""
         # Under a name of their own: datatrove puts metadata into file names, where a field `rank` would lead astray.
-        kept = {name: record[name] for name in self.keep_fields if name in record}
+        kept = {name: fields[name] for name in self.options.metadata_keys if fields[name] is not None}
         metadata = {"file_path": url} | ({"source": kept} if kept else {})
-        return Document(text=text, id=str(record.get("id") or default_id), metadata=metadata)
-
-
-def parquet_rows(source: Source) -> Iterator[Any]:
-    """The rows of a Parquet file. InputError: damaged."""
-    import pyarrow
-    import pyarrow.parquet
-
-    with open_source(source) as (file, _):
-        try:
-            with pyarrow.parquet.ParquetFile(file) as table:
-                for batch in table.iter_batches(batch_size=1000):
-                    yield from batch.to_pylist()
-        except (pyarrow.ArrowInvalid, UnicodeDecodeError, OSError) as error:
-            raise InputError(f"{source.url}: damaged Parquet file ({error})") from None
+        return Document(text=text, id=str(fields["id"] or default_id), metadata=metadata)
 
 
 class OwnReader(JsonlReader):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
@@ -19,9 +20,11 @@ from megatron_cpt.data.reading import (
     TextFile,
     Texts,
     columns,
+    field_type,
+    is_list,
     open_parquet,
 )
-from megatron_cpt.data.sources import Source, open_file, open_source, printable
+from megatron_cpt.data.sources import Source, is_utf16, open_file, open_source, printable
 from megatron_cpt.errors import InputError
 
 
@@ -68,7 +71,7 @@ def _read(part: Part, source: Source, options: ReadOptions, content: Content) ->
             _read_lines(part.data, options, content)
         case TextFile():
             with open_source(source) as (stream, _):
-                _read_texts([stream.read().removeprefix(codecs.BOM_UTF8)], options, content)
+                _read_file(stream.read().removeprefix(codecs.BOM_UTF8), options, content)
         case Texts():
             _read_texts(part.texts, options, content)
         case RowGroup():
@@ -102,9 +105,11 @@ def _read_lines(data: bytes, options: ReadOptions, content: Content) -> None:
     keys, metadata_keys = options.text_key.split("."), options.metadata_keys
     for line in _lines(data):
         try:
-            value = text = orjson.loads(line)
+            value = text = parse_json(line)
             for key in keys:
                 text = text[key]
+            if type(text) is list and all(part is None or type(part) is str for part in text):
+                text = "\n".join(part for part in text if part is not None)
             if type(text) is not str:
                 raise TypeError
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
@@ -114,6 +119,42 @@ def _read_lines(data: bytes, options: ReadOptions, content: Content) -> None:
             if _take(text, options, content) and metadata_keys:
                 content.metadata.append(_metadata(value, metadata_keys))
         content.records += 1
+
+
+def parse_json(line: bytes | memoryview) -> Any:
+    """The value of a line of JSON, with null for NaN and Infinity, which Python writes and JSON does not know.
+
+    A byte order mark before it is passed over: files that have one are put together, too. JSONDecodeError: no JSON.
+    """
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        text = bytes(line)
+        if text.startswith(codecs.BOM_UTF8):
+            return _parse_with_nan(text.removeprefix(codecs.BOM_UTF8))
+        return _parse_with_nan(text, error)
+
+
+def _parse_with_nan(text: bytes, error: orjson.JSONDecodeError | None = None) -> Any:
+    """As `parse_json`; `error`: what orjson has said of it already."""
+    try:
+        if error is None:
+            return orjson.loads(text)
+    except orjson.JSONDecodeError as found:
+        error = found
+    assert error is not None
+    if b"NaN" not in text and b"Infinity" not in text and "infinity" not in error.msg:
+        raise error
+    try:
+        value = json.loads(text.decode(), parse_int=_number, parse_constant=lambda name: None)
+        return orjson.loads(orjson.dumps(value))  # what is infinite becomes null; lone surrogates are refused
+    except (ValueError, TypeError, RecursionError):
+        raise error from None
+
+
+def _number(digits: str) -> int | float:
+    """A whole number as orjson reads it: a float where it does not fit 64 bits."""
+    return int(digits) if len(digits) < 19 else float(digits)
 
 
 def _lines(data: bytes) -> Iterator[memoryview]:
@@ -138,7 +179,7 @@ def _what_is_wrong(line: bytes, text_key: str, error: Exception) -> tuple[str, s
         if "surrogate" in error.msg:
             return "lone_surrogate", f"column {error.colno}: {error.msg}; wanted whole characters"
         return "broken_json", f"not valid JSON (column {error.colno}: {error.msg}); wanted one JSON object per line"
-    value = orjson.loads(line)
+    value = parse_json(line)
     for key in text_key.split("."):
         if not isinstance(value, dict):
             return "no_object", f"found {type(value).__name__}; wanted an object with field {text_key!r}"
@@ -173,6 +214,15 @@ def _take(text: str, options: ReadOptions, content: Content) -> bool:
     return True
 
 
+def _read_file(raw: bytes, options: ReadOptions, content: Content) -> None:
+    """A file that is one document."""
+    if is_utf16(raw):
+        content.refuse("invalid_utf8", "is UTF-16; wanted UTF-8, as `iconv -f UTF-16 -t UTF-8` makes of it")
+        content.records += 1
+    else:
+        _read_texts([raw], options, content)
+
+
 def _read_texts(texts: Iterable[bytes | None], options: ReadOptions, content: Content) -> None:
     for raw in texts:
         if raw is None:
@@ -193,13 +243,11 @@ def _take_bytes(raw: bytes, options: ReadOptions, content: Content) -> bool:
 
 
 def _read_rows(table: Any, options: ReadOptions, content: Content) -> None:
-    import pyarrow as pa
-
-    text = _column(table, options.text_key)
-    if pa.types.is_dictionary(text.type):
-        text = text.cast(text.type.value_type)
-    texts = text.cast(pa.large_binary()).to_pylist()  # as bytes: one text that is not UTF-8 must not spoil the others
-    metadata = [_values(_column(table, key), key) for key in options.metadata_keys]
+    texts = _texts(_column(table, options.text_key))
+    metadata = [
+        _values(_column(table, key), key) if field_type(table.schema, key, "") else [None] * table.num_rows
+        for key in options.metadata_keys
+    ]
     for row, raw in enumerate(texts):
         if raw is None:
             content.refuse("null_text", f"column {options.text_key!r} is null; wanted a string")
@@ -207,6 +255,19 @@ def _read_rows(table: Any, options: ReadOptions, content: Content) -> None:
             found = {key: values[row] for key, values in zip(options.metadata_keys, metadata, strict=True)}
             content.metadata.append(orjson.dumps(found, default=str, option=orjson.OPT_APPEND_NEWLINE))
         content.records += 1
+
+
+def _texts(column: Any) -> list[bytes | None]:
+    """A column of text as bytes: one text that is not UTF-8 must not spoil the others. Lists: their strings as lines."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if not is_list(column.type):
+        texts: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
+        return texts
+    rows = column.cast(pa.large_list(pa.large_binary())).to_pylist()
+    return [None if row is None else b"\n".join(part for part in row if part is not None) for row in rows]
 
 
 def _column(table: Any, key: str) -> Any:

@@ -30,7 +30,7 @@ from megatron_cpt.data.preprocess_config import PreprocessConfig, parse_partitio
 from megatron_cpt.data.progress import Meter, meter, rates
 from megatron_cpt.data.publish import check_output, complete, is_output, publish
 from megatron_cpt.data.reading import UNIT_BYTES, records_before, sources_beginning_in, units
-from megatron_cpt.data.sources import Source, check_unchanged, find_sources, printable
+from megatron_cpt.data.sources import Source, check_unchanged, find_sources, note_passed_over, printable
 from megatron_cpt.data.workers import ordered_map
 from megatron_cpt.errors import InputError, ProcessDiedError
 from megatron_cpt.interrupting import interruptible
@@ -41,7 +41,7 @@ from megatron_cpt.version import __version__
 FAST_FROM_BYTES = 8 << 20
 """Input from which gigatoken's second of loading is worth while."""
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same input would give another corpus: an unfinished one of before is then not gone on with."""
 
 
@@ -55,9 +55,7 @@ def preprocess(config: PreprocessConfig) -> str:
     prefix = config.prefix
     patterns = [config.input] if isinstance(config.input, str) else config.input
     sources, passed_over = find_sources(patterns, config.file_format, partial_(is_output, config.prefix_of_all))
-    if passed_over:
-        some = ", ".join(map(printable, passed_over[:3]))
-        print(f"not read, of unknown kind: {len(passed_over)} files ({some}, ...)", file=sys.stderr)
+    note_passed_over(passed_over)
     check_output(prefix, config.overwrite)
     folder = partial_folder(prefix)
     with lock(folder), interruptible(), one_thread_per_process(), writing(folder):

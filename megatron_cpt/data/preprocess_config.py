@@ -22,9 +22,9 @@ class PreprocessConfig:
 
     input: list[str] | str
     """Files, folders (all files of a known kind inside, by name), quoted globs, or fsspec URLs (s3://...). Kinds, by
-    name: .jsonl .ndjson .json (a document per line), .txt .text (a document per file), .parquet, .arrow (also a folder
-    that `datasets` saved); the first two also as .gz .zst .bz2 .xz. A file that is named is plain text when its kind is
-    unknown. A file named twice is read once."""
+    name: .jsonl .ndjson .json (a document per line, or one array of them), .txt .text (a document per file), .parquet,
+    .arrow (also a folder that `datasets` saved); the first two also as .gz .zst .bz2 .xz. A file that is named is plain
+    text when its kind is unknown. A file named twice is read once."""
     tokenizer: str
     """Hugging Face folder or tokenizer.json, Llama-3 tokenizer.model (tiktoken), or SentencePiece .model."""
     output_prefix: str
@@ -32,7 +32,8 @@ class PreprocessConfig:
     language: str
     """Language of the corpus, such as en or zh; the mixture counts tokens by it."""
     text_key: str = "text"
-    """Field or column that holds a document's text; dots reach into objects (`article.body`)."""
+    """Field or column that holds a document's text, a string or a list of strings (its lines); dots reach into objects
+    (`article.body`)."""
     metadata_keys: list[str] | str = field(default_factory=list)
     """Fields to keep beside each document, in OUTPUT_PREFIX.metadata.jsonl (as in `url date`)."""
     file_format: Literal["auto", "jsonl", "text", "parquet", "arrow"] = "auto"
@@ -93,11 +94,15 @@ class PreprocessConfig:
     @property
     def read_options(self) -> ReadOptions:
         """How documents lie in the files."""
-        separator = self.document_separator
-        for escape, character in (("\\r", "\r"), ("\\n", "\n"), ("\\t", "\t")):
-            separator = separator.replace(escape, character)
         keys = [self.metadata_keys] if isinstance(self.metadata_keys, str) else self.metadata_keys
-        return ReadOptions(self.text_key, tuple(keys), separator or None, self.max_document_characters)
+        return ReadOptions(self.text_key, tuple(keys), separator(self.document_separator), self.max_document_characters)
+
+
+def separator(written: str) -> str | None:
+    """What stands between documents, from `document_separator` as it is written; None: nothing does."""
+    for escape, character in (("\\r", "\r"), ("\\n", "\n"), ("\\t", "\t")):
+        written = written.replace(escape, character)
+    return written or None
 
 
 def parse_partition(partition: str | None) -> tuple[int, int]:

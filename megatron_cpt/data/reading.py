@@ -2,8 +2,9 @@
 
 A *unit* is about UNIT_BYTES of input, described so that a worker can read it by itself wherever that is possible: a byte
 range of a plain JSON-lines file, a row group of a Parquet file, a text file. What can only be read from the beginning
-(compressed files, Arrow streams, very large row groups, text with a separator) is read by the main process and carried
-inside the unit. The units are a function of the files alone, so neither workers nor interruptions change a corpus.
+(compressed files, JSON arrays, Arrow streams, very large row groups, text with a separator) is read by the main process
+and carried inside the unit. The units are a function of files and partition alone, so neither workers nor interruptions
+change a corpus.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 
-from megatron_cpt.data.sources import Source, open_file, open_source, printable
+import orjson
+
+from megatron_cpt.data.json_arrays import PEEK_BYTES, array_elements, begins_array
+from megatron_cpt.data.sources import Source, is_utf16, open_file, open_source, printable
 from megatron_cpt.errors import InputError
 
 UNIT_BYTES = 2 << 20
@@ -31,6 +35,8 @@ class ReadOptions:
     metadata_keys: tuple[str, ...] = ()
     separator: str | None = None
     max_characters: int = 100_000_000
+    optional_metadata: bool = False
+    """Whether tables may lack a column of `metadata_keys`, which is then null, as in JSON."""
 
 
 class LineRange(NamedTuple):
@@ -125,19 +131,51 @@ def sources_beginning_in(sources: Sequence[Source], partition: tuple[int, int]) 
 
 def _parts(i: int, source: Source, options: ReadOptions, first: int, last: int) -> Iterator[tuple[Part, int, int]]:
     """(part, bytes of content, bytes of file) for what begins in bytes [first, last) of a file."""
-    if source.format == "jsonl" and source.compression is None:
-        for start in range(0, source.bytes, UNIT_BYTES):
-            if first <= start < last:
-                stop = min(start + UNIT_BYTES, source.bytes)
-                yield LineRange(i, start, stop), stop - start, stop - start
+    if source.format == "jsonl" and source.compression is None and not _is_array(source):
+        stop = min(last, source.bytes)
+        for start in range(max(first, 0), stop, UNIT_BYTES):
+            size = min(UNIT_BYTES, stop - start)
+            yield LineRange(i, start, start + size), size, size
     elif source.format == "parquet":
         yield from _row_groups(i, source, options, first, last)
     elif first <= 0 < last:
         if source.format == "text" and options.separator is None:
             yield TextFile(i), source.bytes, source.bytes
+        elif source.format == "jsonl" and _is_array(source):
+            yield from _stream_array(i, source, options)
         else:
             readers = {"jsonl": _stream_lines, "text": _stream_texts, "arrow": _stream_arrow}
             yield from readers[source.format](i, source, options)
+
+
+def _is_array(source: Source) -> bool:
+    """Whether a file of JSON is one array. InputError: it is UTF-16."""
+    with open_source(source) as (stream, _):
+        begin = stream.read(PEEK_BYTES)
+    if is_utf16(begin):
+        raise InputError(f"{printable(source.url)}: is UTF-16; wanted UTF-8, as `iconv -f UTF-16 -t UTF-8` makes of it")
+    return begins_array(begin)
+
+
+def _stream_array(i: int, source: Source, options: ReadOptions) -> Iterator[tuple[Part, int, int]]:
+    """A JSON array as JSON lines, one for each element; a string in it stands for an object with that text."""
+    with open_source(source) as (stream, raw):
+        before, lines, size = 0, [], 0
+        for element in array_elements(stream, printable(source.url)):
+            lines.append(_with_key(element, options.text_key) if element.startswith(b'"') else element)
+            size += len(element) + 1
+            if size >= UNIT_BYTES:
+                yield Lines(i, b"\n".join([*lines, b""])), size, raw.tell() - before
+                before, lines, size = raw.tell(), [], 0
+        if lines:
+            yield Lines(i, b"\n".join([*lines, b""])), size, raw.tell() - before
+
+
+def _with_key(element: bytes, key: str) -> bytes:
+    """A JSON value as the field `key` (dots: of objects in objects) of an object."""
+    for name in reversed(key.split(".")):
+        element = b"{%s: %s}" % (orjson.dumps(name), element)
+    return element
 
 
 def _stream_lines(i: int, source: Source, options: ReadOptions) -> Iterator[tuple[Part, int, int]]:
@@ -237,32 +275,71 @@ def columns(options: ReadOptions) -> list[str]:
     return [options.text_key, *options.metadata_keys]
 
 
-def _check_columns(schema: Any, source: Source, options: ReadOptions) -> None:
-    """InputError when a field is missing or the text is not text: in these files that holds for every row."""
+def field_type(fields: Any, key: str, where: str) -> Any:
+    """The type of a column, dots reaching into structs; None when there is none.
+
+    `fields`: a schema or struct type. InputError: two columns have that name.
+    """
+    first, _, rest = key.partition(".")
+    found = [field.type for field in fields if field.name == first]
+    if len(found) > 1:
+        raise InputError(f"{where}: has {len(found)} columns {first!r}; wanted one")
+    if not found or not rest:
+        return found[0] if found else None
+    return field_type(_fields_of(found[0]), rest, where)
+
+
+def _fields_of(kind: Any) -> list[Any]:
     import pyarrow.types as types
 
+    return list(kind.fields) if types.is_struct(kind) else []
+
+
+def _check_columns(schema: Any, source: Source, options: ReadOptions) -> None:
+    """InputError when a field is missing or the text is not text: in these files that holds for every row."""
+    where = printable(source.url)
     for key in columns(options):
-        found: Any = None
-        fields = {f.name: f.type for f in schema}
-        for name in key.split("."):
-            if name not in fields:
-                raise InputError(f"{printable(source.url)}: no column {key!r}; found {sorted(fields)}")
-            found = fields[name]
-            fields = {f.name: f.type for f in found.fields} if types.is_struct(found) else {}
-        if types.is_dictionary(found):
-            found = found.value_type
-        is_text = types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
-        if key == options.text_key and not (
-            is_text or types.is_binary(found) or types.is_large_binary(found) or types.is_null(found)
-        ):
-            raise InputError(f"{printable(source.url)}: column {key!r} is {found}; wanted text")
+        found = field_type(schema, key, where)
+        if found is None and (key == options.text_key or not options.optional_metadata):
+            raise InputError(f"{where}: no column {key!r}; found {_names_near(schema, key)}")
+        if key == options.text_key and not _is_text(found):
+            raise InputError(f"{where}: column {key!r} is {found}; wanted text")
+
+
+def _names_near(schema: Any, key: str) -> list[str]:
+    """The names of the columns, or of the fields of the innermost struct on the way to `key` that is there."""
+    fields = list(schema)
+    for name in key.split("."):
+        inside = [field for field in fields if field.name == name]
+        if not inside:
+            break
+        fields = _fields_of(inside[0].type)
+    return sorted(field.name for field in fields)
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column holds text: strings, bytes, nothing at all, or lists of strings."""
+    import pyarrow.types as types
+
+    if is_list(kind) or types.is_dictionary(kind):
+        kind = kind.value_type
+    is_string = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return bool(is_string or types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind))
+
+
+def is_list(kind: Any) -> bool:
+    """Whether a column holds lists."""
+    import pyarrow.types as types
+
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
 def _slices(batch: Any, options: ReadOptions) -> Iterator[Rows]:
     """The wanted columns of a record batch, in pieces of about UNIT_BYTES (source 0, to be replaced)."""
     import pyarrow as pa
 
-    names = list(dict.fromkeys(key.split(".")[0] for key in columns(options)))
+    wanted = dict.fromkeys(key.split(".")[0] for key in columns(options))
+    names = [name for name in wanted if name in batch.schema.names]
     batch = batch.select(names)
     rows = max(1, batch.num_rows * UNIT_BYTES // max(batch.nbytes, 1))
     for start in range(0, batch.num_rows, rows):
@@ -287,8 +364,7 @@ def records_before(sources: Sequence[Source], index: int, partition: tuple[int, 
                     break
                 seen += metadata.row_group(k).num_rows
             return seen
-        start = -(-position // UNIT_BYTES) * UNIT_BYTES
-        breaks, left = 0, start - 1
+        breaks, left = 0, position - 1
         while left and (data := raw.read(min(left, 1 << 20))):
             breaks, left = breaks + data.count(b"\n"), left - len(data)
-        return breaks + 1  # the line in which byte start - 1 lies belongs to the part before
+        return breaks + 1  # the line in which byte position - 1 lies belongs to the part before

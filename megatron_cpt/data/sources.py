@@ -5,10 +5,12 @@ Everything goes through fsspec, so `s3://bucket/zh/*.jsonl.zst` works like a loc
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,6 +96,13 @@ def find_sources(
                 seen.add(identity)
                 sources.append(source)
     return sources, passed_over
+
+
+def note_passed_over(files: Sequence[str]) -> None:
+    """Say on stderr which files of folders are not read."""
+    if files:
+        some = ", ".join(map(printable, files[:3])) + (", ..." if len(files) > 3 else "")
+        print(f"not read, of unknown kind: {len(files)} files ({some})", file=sys.stderr)
 
 
 def _match(pattern: str, file_format: Format | Literal["auto"]) -> tuple[list[Source], list[str]]:
@@ -229,6 +238,13 @@ def open_file(source: Source) -> Iterator[IO[bytes]]:
 def _remote(stream: Any) -> IO[bytes]:
     """fsspec's files lack the limit of `readline`."""
     return io.BufferedReader(stream, 1 << 20)
+
+
+def is_utf16(begin: bytes) -> bool:
+    """Whether the first bytes of a text are UTF-16 or UTF-32: a mark, or a character with zeros around it."""
+    return begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (
+        len(begin) > 1 and (begin[0] == 0) != (begin[1] == 0)
+    )
 
 
 def sha256_file(path: str | Path) -> str:

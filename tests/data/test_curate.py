@@ -83,6 +83,41 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"config": config, "output": output, "english": english, "chinese": chinese, "near": near, "report": report}
 
 
+def test_no_document_of_any_kind_of_file_is_lost(tmp_path: Path) -> None:
+    """A byte order mark, NaN in another field, text as bytes or as lists of lines, JSON arrays, text files, Arrow."""
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    good = iter([document(ENGLISH, i) for i in range(20)])
+    marked = [json.dumps({"text": next(good)}) for _ in range(2)]
+    (folder / "a.jsonl").write_bytes(b"".join(b"\xef\xbb\xbf" + line.encode() + b"\r\n" for line in marked))
+    (folder / "b.jsonl").write_text(json.dumps({"score": float("nan"), "text": next(good)}) + "\n")
+    (folder / "c.json").write_text(json.dumps([{"text": next(good), "id": i} for i in range(2)], indent=1))
+    (folder / "d.txt").write_bytes(f"{next(good)}\r\n\r\n##{next(good)}".encode())
+    lines = [next(good).split(". ") for _ in range(2)]
+    table = {"text": pyarrow.array([next(good).encode(), None, b"\xff"]), "price": pyarrow.array([float("nan")] * 3)}
+    pyarrow.parquet.write_table(pyarrow.table(table), folder / "e.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": lines[:1], "id": [None]}), folder / "f.parquet")
+    (folder / "g.jsonl").write_text(json.dumps({"text": lines[1]}) + "\n")
+    coded = pyarrow.array([next(good)], pyarrow.large_string()).dictionary_encode()
+    pyarrow.feather.write_feather(pyarrow.table({"text": coded}), folder / "h.arrow")
+    (folder / "i.jsonl").write_bytes(b"")
+    output = curate(
+        configured(
+            tmp_path, keep_languages="en", filters="none", deduplicate=False, document_separator="##", keep_fields="price"
+        )
+    )
+    report = curation_report.read_report(Path(output) / ".curation")
+    assert report["steps"][0]["reasons"] == {"null_text": 1, "invalid_utf8": 1}
+    kept = texts_in(Path(output) / "en")
+    assert len(kept) == len(set(kept)) == 11
+    assert {"\n".join(line) for line in lines} <= set(kept)
+    assert all("\ufeff" not in text and "##" not in text for text in kept)
+
+
 def test_each_language_keeps_its_good_documents(corpus: dict[str, Any]) -> None:
     for language, originals, near in (("en", "english", 0), ("zh", "chinese", 1)):
         kept = texts_in(corpus["output"] / language)
@@ -99,7 +134,9 @@ def test_report_adds_up(corpus: dict[str, Any]) -> None:
     for step in report["steps"]:
         assert step["documents_in"] - step["documents_out"] == step["dropped"] == sum(step["reasons"].values())
     steps = {(step["language"], step["step"]): step for step in report["steps"]}
-    assert steps[None, "read"]["reasons"] == {"not_a_json_object": 2, "no_text": 3}
+    assert steps[None, "read"]["reasons"] == dict.fromkeys(
+        ("invalid_utf8", "no_object", "missing_text", "empty", "null_text"), 1
+    )
     assert steps[None, "language"]["dropped"] == 4
     assert (steps["en", "minhash"]["reasons"], steps["zh", "minhash"]["reasons"]) == ({"duplicate": 2}, {"duplicate": 3})
     assert (report["languages"]["en"]["documents"], report["languages"]["zh"]["documents"]) == (10, 11)
@@ -268,7 +305,6 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("arguments", "message"),
     [
         (["--input", "{tmp}/none/*.jsonl"], "found no files"),
-        (["--input", "{tmp}/notes.txt"], "found text; wanted JSON lines or Parquet"),
         (["--keep_languages", "zz"], "'zz', which cld2 does not identify; wanted some of"),
         (["--language_threshold", "65"], "language_threshold is 65"),
         (["--filters", "gopher"], "filters: found gopher; wanted default, none, or any of gopher_repetition"),
@@ -284,9 +320,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--tasks", "0"], "tasks is 0; wanted at least 1"),
         (["--output_folder", "{tmp}/other"], "notes.txt, which no curation wrote; wanted a new or empty folder"),
         (["--output_folder", "{tmp}/in", "--input", "{tmp}/in/a.jsonl"], "lies in output_folder"),
-        (["--text_key", "body"], "1 documents, none left (most lost in read: no_text 1)"),
+        (["--text_key", "body"], "1 documents, none left (most lost in read: missing_text 1)"),
         (["--input", "{tmp}/bad.jsonl.gz"], "bad.jsonl.gz: damaged gzip data"),
-        (["--input", "{tmp}/bad.parquet"], "bad.parquet: damaged Parquet file"),
+        (["--input", "{tmp}/bad.parquet"], "bad.parquet: not a Parquet file"),
     ],
 )
 def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
