@@ -1,5 +1,15 @@
 """The one error a user is meant to see without a traceback."""
 
+import re
+
+
+def if_on_the_hub(path: str) -> str:
+    """What to do about a folder that is not there whose name could be that of a model on the Hugging Face hub; or ""."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path):
+        return ""
+    folder = path.split("/")[1]
+    return f"; if it is a model on the Hugging Face hub, get it first: hf download {path} --local-dir {folder}"
+
 
 class InputError(ValueError):
     """Something the user gave (a file, a field, a layout) is wrong.

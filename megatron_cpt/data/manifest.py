@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from megatron_cpt.data.indexed import atomic_file
 from megatron_cpt.data.sources import printable
 from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer.base import Tokenizer, token_bytes_sha256
+from megatron_cpt.tokenizer.behaviour import behaviour_sha256, lost_letters
 
 FORMAT_VERSION = 2
 
@@ -31,10 +32,20 @@ class TokenizerInfo:
     fingerprint: str
     token_bytes_sha256: str
     """Tells vocabularies apart whatever the file format (`tokenizer.base.token_bytes_sha256`)."""
+    eos_token: str | None = None
+    """The token of `eos_id`. This field and the following ones are not in manifests of before."""
+    eos_reason: str | None = None
+    """Why it is this one."""
+    behaviour_sha256: str | None = None
+    """Of the ids of a set of texts (`tokenizer.behaviour`): tells apart what splits text in another way."""
+    notes: list[str] = field(default_factory=list)
+    """In what the tokenizer was read otherwise than its files say, and which scripts it cannot spell."""
 
     @classmethod
     def of(cls, path: str, tokenizer: Tokenizer) -> TokenizerInfo:
         """What `tokenizer`, which was loaded from `path`, says of itself."""
+        lost = lost_letters(tokenizer)
+        lost_note = f"tokenizer {path} cannot spell every script: {', '.join(lost)} do not come back from its tokens"
         return cls(
             path=printable(str(Path(path).expanduser().absolute())),
             name=tokenizer.name,
@@ -43,6 +54,10 @@ class TokenizerInfo:
             bos_id=tokenizer.bos_id,
             fingerprint=tokenizer.fingerprint,
             token_bytes_sha256=token_bytes_sha256(tokenizer),
+            eos_token=tokenizer.eos_token,
+            eos_reason=tokenizer.eos_reason,
+            behaviour_sha256=behaviour_sha256(tokenizer),
+            notes=[*map(printable, tokenizer.notes), *([printable(lost_note)] if lost else [])],
         )
 
 
@@ -138,10 +153,12 @@ def _build(record: type[Record], values: Any, where: str) -> Record:
         raise InputError(f"{where.rstrip('. ')} is {type(values).__name__}; wanted an object")
     hints = typing.get_type_hints(record)
     found = {}
-    for field in fields(record):  # type: ignore[arg-type]
-        if field.name not in values:
-            raise InputError(f"{where}{field.name} is missing")
-        found[field.name] = _value(hints[field.name], values[field.name], where + field.name)
+    for one in fields(record):  # type: ignore[arg-type]
+        if one.name not in values and (one.default is not MISSING or one.default_factory is not MISSING):
+            continue
+        if one.name not in values:
+            raise InputError(f"{where}{one.name} is missing")
+        found[one.name] = _value(hints[one.name], values[one.name], where + one.name)
     return record(**found)
 
 

@@ -35,7 +35,7 @@ from megatron_cpt.data.workers import ordered_map
 from megatron_cpt.errors import InputError, ProcessDiedError
 from megatron_cpt.interrupting import interruptible
 from megatron_cpt.tokenizer import load_tokenizer
-from megatron_cpt.tokenizer.fast import FastTokenizer, NotSupportedError
+from megatron_cpt.tokenizer.fast import FailedError, FastTokenizer, NotSupportedError
 from megatron_cpt.version import __version__
 
 FAST_FROM_BYTES = 8 << 20
@@ -61,7 +61,7 @@ def preprocess(config: PreprocessConfig) -> str:
     with lock(folder), interruptible(), one_thread_per_process(), writing(folder):
         try:
             return _preprocess(config, sources, folder, config.fast_tokenizer)
-        except TokenizerMismatchError as mismatch:
+        except (TokenizerMismatchError, FailedError) as mismatch:
             print(f"WARNING: gigatoken is wrong here, so all is done again without it: {mismatch}", file=sys.stderr)
             discard(folder)
             return _preprocess(config, sources, folder, "never")
@@ -99,6 +99,8 @@ def _preprocess(config: PreprocessConfig, sources: list[Source], folder: Path, f
             discard(folder)
         elif state and "publish" in state and state["run"] == run:
             return publish(config.prefix, folder, state["publish"])
+        for line in tokenizer_lines(facts, config.eos):
+            print(line, file=sys.stderr)
         policy = TokenPolicy.of(facts.vocab_size, facts.bos_id, facts.eos_id, config.bos, config.eos, config.tokenizer)
         encoder = Encoder(engine, policy, sources, config.read_options, audited=is_fast)
         with open_partial(folder, run, "gigatoken" if is_fast else "reference", len(sources)) as partial:
@@ -120,7 +122,7 @@ def _kept_on_error(partial: PartialCorpus, audit: Audit) -> Iterator[None]:
     """On the way out after an error, keep what is complete and checked."""
     try:
         yield
-    except (TokenizerMismatchError, ProcessDiedError):
+    except (TokenizerMismatchError, FailedError, ProcessDiedError):
         raise  # it is wrong, or cannot be checked any more
     except BaseException:
         try:
@@ -151,6 +153,12 @@ def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, To
             return engine, facts
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
     return Reference(tokenizer), TokenizerInfo.of(config.tokenizer, tokenizer)
+
+
+def tokenizer_lines(facts: TokenizerInfo, eos: str) -> list[str]:
+    """What should be known before anything is encoded: how the tokenizer is read, and what ends documents."""
+    end = f"documents end with {facts.eos_token} (id {facts.eos_id}), {facts.eos_reason} (--eos_token takes another)"
+    return [*(f"note: {note}" for note in facts.notes), end if eos == "document" else "no token ends documents (eos none)"]
 
 
 def _run_identity(config: PreprocessConfig, sources: Sequence[Source], facts: TokenizerInfo) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 from megatron_cpt.errors import InputError, ProcessDiedError
+from megatron_cpt.tokenizer.fast import FailedError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -126,7 +127,7 @@ def _work(function: Callable[[Any], Any], connection: Connection, inherited: lis
         item = inbox.get()
         try:
             result, error = function(item), None
-        except InputError as refusal:
+        except (InputError, FailedError) as refusal:
             result, error = None, refusal
         connection.send((error, result, getattr(function, "is_worn_out", bool)()))
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, if_on_the_hub
 from megatron_cpt.tokenizer.base import Tokenizer
 
 __all__ = ["Tokenizer", "load_tokenizer", "tokenizer_file"]
@@ -40,8 +40,9 @@ def tokenizer_file(path: str) -> tuple[Path, Literal["hf", "tiktoken", "sentence
     file = source / "tokenizer.model" if source.is_dir() else source
     if not file.is_file():
         found = "a folder without either" if source.is_dir() else "nothing there"
+        advice = "" if source.exists() else if_on_the_hub(path)
         raise InputError(
-            f"tokenizer {path}: found {found}; wanted a tokenizer.json or tokenizer.model, or a folder with one"
+            f"tokenizer {path}: found {found}; wanted a tokenizer.json or tokenizer.model, or a folder with one{advice}"
         )
     with file.open("rb") as stream:
         head = stream.read(4096)

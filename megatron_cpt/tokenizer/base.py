@@ -28,6 +28,11 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int
+    eos_token: str
+    eos_reason: str
+    """Why this token ends documents, for people."""
+    notes: tuple[str, ...]
+    """What the person who uses it should know, a line each."""
     fingerprint: str
     """sha256 over the tokenizer file and `eos_id`: equal fingerprints mean equal token streams."""
 
@@ -39,6 +44,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens spelled out."""
+
+    def added_tokens(self) -> list[str]:
+        """Texts that are one token by themselves wherever they stand, in the order of their ids; no special ones."""
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """(vocab_size,) UTF-8 bytes of text each id stands for; 0 for special tokens and ids without a token.
@@ -63,6 +71,9 @@ def display_name(kind: str, path: Path) -> str:
 def piece_bytes(pieces: Iterable[str]) -> list[int]:
     """Bytes of SentencePiece-style pieces: `<0xE4>` is one byte, '▁' the one-byte space, the rest its own UTF-8."""
     return [1 if BYTE_PIECE.fullmatch(piece) else len(piece.replace("▁", " ").encode()) for piece in pieces]
+
+
+SETTING = "the setting eos_token"
 
 
 def no_eos(path: Path) -> InputError:

@@ -6,19 +6,50 @@ trusted by itself: preprocessing compares it with the reference on the very inpu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
+from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer import tokenizer_file
+from megatron_cpt.tokenizer.hf_files import read_tokenizer_json
 from megatron_cpt.tokenizer.tiktoken_llama3 import SPLIT_PATTERN, read_ranks
 
 
 class NotSupportedError(Exception):
     """gigatoken is not installed or does not know this vocabulary."""
+
+
+class FailedError(Exception):
+    """gigatoken gave up on a text, or on one of several of which this is the first."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"it cannot encode a text that begins with {text[:80]!r}")
+
+
+@contextmanager
+def _failures_as(error: Exception) -> Iterator[None]:
+    """Raise `error` for whatever the Rust library raises; lines that its panics print are kept off the screen."""
+    sys.stderr.flush()
+    shown = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, InputError):
+        raise
+    except BaseException:  # a panic is no Exception
+        raise error from None
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
+        os.close(nowhere)
 
 
 class FastTokenizer:
@@ -35,8 +66,8 @@ class FastTokenizer:
             from gigatoken._load.sentencepiece import sentencepiece_to_tokenizer_json
         except ImportError as error:
             raise NotSupportedError(f"gigatoken is not installed ({error})") from None
-        content = file.read_bytes()
-        try:
+        content = read_tokenizer_json(file).content if kind == "hf" else file.read_bytes()
+        with _failures_as(NotSupportedError(f"gigatoken cannot read {file}, a kind of tokenizer it does not have")):
             if kind == "tiktoken":
                 description = _from_ranks(read_ranks(file, content))
             elif kind == "sentencepiece":
@@ -44,14 +75,11 @@ class FastTokenizer:
             else:
                 description = _without_specials(content)
             self._backend = gigatoken_rs.load_hf_json(description)
-        except (KeyboardInterrupt, SystemExit, MemoryError):
-            raise
-        except BaseException as error:  # a panic of the Rust library is no Exception
-            raise NotSupportedError(f"gigatoken cannot read {file}: {' '.join(str(error).split())[:200]}") from None
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """(tokens,) ids of one text, no special tokens added."""
-        ids: npt.NDArray[np.uint32] = self._backend.encode(text)
+        with _failures_as(FailedError(text)):
+            ids: npt.NDArray[np.uint32] = self._backend.encode(text)
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
@@ -61,7 +89,8 @@ class FastTokenizer:
         """
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
-        rows = self._backend.encode_batch(list(texts), parallel=False).layout
+        with _failures_as(FailedError(texts[0])):
+            rows = self._backend.encode_batch(list(texts), parallel=False).layout
         return np.asarray(rows.content.data), np.diff(np.asarray(rows.offsets.data))
 
 

@@ -12,7 +12,9 @@ import numpy.typing as npt
 import orjson
 
 from megatron_cpt.errors import InputError
-from megatron_cpt.tokenizer.base import display_name, fingerprint, no_eos, piece_bytes, unknown_token
+from megatron_cpt.tokenizer.base import SETTING, display_name, fingerprint, no_eos, piece_bytes, unknown_token
+from megatron_cpt.tokenizer.end_of_text import Choice, begin_of_text, end_of_text
+from megatron_cpt.tokenizer.hf_files import CONFIG, read_tokenizer_json
 
 
 class HuggingFaceTokenizer:
@@ -26,26 +28,41 @@ class HuggingFaceTokenizer:
         from tokenizers import Tokenizer
 
         self._file = path / "tokenizer.json" if path.is_dir() else path
-        content = self._file.read_bytes()
+        read = read_tokenizer_json(self._file)
         try:
-            self._backend = Tokenizer.from_buffer(content)
+            self._backend = Tokenizer.from_buffer(read.content)
         except Exception as error:  # the library raises bare Exception
             raise InputError(f"{self._file}: not a tokenizer.json ({error}); wanted a tokenizers file") from None
+        for token in read.configured:
+            self._check_id(token)
         # A saved file may carry the truncation and padding of its last use.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True  # i.e. encode their text as text
 
-        eos = eos_token or _configured(self._file.parent, "eos_token")
+        self._added = dict(sorted(self._backend.get_added_tokens_decoder().items()))
+        eos = Choice(eos_token, SETTING) if eos_token else end_of_text(self._file.parent, self._specials())
         if eos is None:
             raise no_eos(self._file)
-        bos = _configured(self._file.parent, "bos_token")
-        self.eos_id = self._id_of("eos_token", eos)
+        bos = begin_of_text(self._file.parent)
+        self.eos_token, self.eos_reason, self.notes = eos.token, eos.reason, read.notes
+        self.eos_id = self._id_of("eos_token", eos.token)
         self.bos_id = None if bos is None else self._id_of("bos_token", bos)
         self._vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values()) + 1
         self.name = display_name("hf", path.parent if path.name == "tokenizer.json" else path)
-        self.fingerprint = fingerprint(content, self.eos_id)
+        self.fingerprint = fingerprint(read.content, self.eos_id)
+
+    def _check_id(self, token: dict[str, Any]) -> None:
+        """InputError where a token of tokenizer_config.json has not the id that the library gives it, the next free one."""
+        if (found := self._backend.token_to_id(token["content"])) != token["id"]:
+            raise InputError(
+                f"{self._file.with_name(CONFIG)}: added_tokens_decoder.{token['id']} is {token['content']!r}, which "
+                f"{self._file.name} does not have; expected id {found}, the next free one"
+            )
+
+    def _specials(self) -> dict[str, int]:
+        return {token.content: number for number, token in self._added.items() if token.special}
 
     def _id_of(self, field: str, token: str) -> int:
         found: int | None = self._backend.token_to_id(token)
@@ -68,6 +85,10 @@ class HuggingFaceTokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=False)
         return text
 
+    def added_tokens(self) -> list[str]:
+        """Texts that are one token by themselves wherever they stand, in the order of their ids; no special ones."""
+        return [token.content for token in self._added.values() if not token.special]
+
     @cached_property
     def _token_bytes(self) -> npt.NDArray[np.int32]:
         # Byte-level BPE spells each byte as one character of its own alphabet.
@@ -75,30 +96,13 @@ class HuggingFaceTokenizer:
         lengths = [len(token) for token in self._vocabulary] if byte_level else piece_bytes(self._vocabulary)
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         sizes[list(self._vocabulary.values())] = lengths
-        for token_id, token in self._backend.get_added_tokens_decoder().items():
+        for token_id, token in self._added.items():
             sizes[token_id] = 0 if token.special else len(token.content.encode())
         return sizes
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """(vocab_size,) UTF-8 bytes per id; see `Tokenizer.token_bytes`."""
         return self._token_bytes
-
-
-def _configured(folder: Path, field: str) -> str | None:
-    """`eos_token` or `bos_token` as the files beside tokenizer.json name it, or None."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            value = orjson.loads(file.read_bytes()).get(field)
-        except (orjson.JSONDecodeError, AttributeError):
-            raise InputError(f"{file}: not a JSON object; wanted a Hugging Face tokenizer configuration") from None
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            return value
-    return None
 
 
 def _is_byte_level(step: Any) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.errors import InputError
-from megatron_cpt.tokenizer.base import display_name, fingerprint, no_eos, piece_bytes, unknown_token
+from megatron_cpt.tokenizer.base import SETTING, display_name, fingerprint, no_eos, piece_bytes, unknown_token
 
 
 class SentencePieceTokenizer:
@@ -32,6 +32,9 @@ class SentencePieceTokenizer:
         # An unknown piece gets the id of <unk>, so ask back.
         if eos_token is not None and self._processor.id_to_piece(self.eos_id) != eos_token:
             raise unknown_token(path, "eos_token", eos_token)
+        self.eos_token: str = self._processor.id_to_piece(self.eos_id)
+        self.eos_reason = "the model's own" if eos_token is None else SETTING
+        self.notes: tuple[str, ...] = ()
         bos_id = self._processor.bos_id()
         self.bos_id: int | None = bos_id if bos_id >= 0 else None
         self.vocab_size: int = self._processor.get_piece_size()
@@ -51,6 +54,10 @@ class SentencePieceTokenizer:
         """Text of `ids`; SentencePiece drops control symbols and the dummy prefix."""
         text: str = self._processor.decode(list(ids))
         return text
+
+    def added_tokens(self) -> list[str]:
+        """None: the library does not tell symbols that the model's maker defined from other pieces."""
+        return []
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """(vocab_size,) bytes per id; see `Tokenizer.token_bytes`. <unk> counts 0: what it replaced is not known."""

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.errors import InputError
-from megatron_cpt.tokenizer.base import display_name, fingerprint, unknown_token
+from megatron_cpt.tokenizer.base import SETTING, display_name, fingerprint, unknown_token
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -57,7 +57,9 @@ class Llama3Tokenizer:
         )
         self._lengths = [len(token) for token in ranks]
         named = specials | {name: len(ranks) + place for name, place in LLAMA_3_1_SPECIALS.items()}
-        eos_token = eos_token or NAMED_SPECIALS[1]
+        self.eos_reason = SETTING if eos_token else "Llama 3's end of text"
+        self.eos_token = eos_token = eos_token or NAMED_SPECIALS[1]
+        self.notes: tuple[str, ...] = ()
         if eos_token in named:
             self.eos_id = named[eos_token]
         elif eos_token.encode() in ranks:
@@ -84,6 +86,10 @@ class Llama3Tokenizer:
         """Text of `ids`, special tokens spelled out."""
         text: str = self._encoding.decode(list(ids))
         return text
+
+    def added_tokens(self) -> list[str]:
+        """None: all that ranks have beside them is special."""
+        return []
 
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """(vocab_size,) bytes per id, exact; see `Tokenizer.token_bytes`."""

@@ -25,6 +25,7 @@ from megatron_cpt.model.llama import LlamaConfig, read_llama_config
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.base import token_bytes_sha256
+from megatron_cpt.tokenizer.behaviour import behaviour_sha256
 from megatron_cpt.training.schedule import LearningRate, RunLength, continue_schedule, make_schedule, run_length
 from megatron_cpt.training.sinks import check_logging
 from megatron_cpt.training.trouble import History
@@ -135,7 +136,10 @@ def check_run(config: RunConfig, world_size: int) -> CheckedRun:
             f"there is nothing left to do; make it longer"
         )
     return CheckedRun(
-        notes=tuple(newest_complete(config.checkpoint.save, own=True)[1]),
+        notes=(
+            *(f"passed over: {folder}" for folder in newest_complete(config.checkpoint.save, own=True)[1]),
+            *untold_tokenizers(mixture),
+        ),
         config=config,
         llama=llama,
         mixture=mixture,
@@ -309,8 +313,25 @@ def read_token_bytes(hf_folder: str, mixture: Mixture, vocab_size: int) -> np.nd
             f"{mixture.path}: the corpora were made with tokenizer {used.name} ({used.path}, {used.vocab_size} tokens); the "
             f"model's own in {hf_folder} ({tokenizer.vocab_size} tokens) has another vocabulary"
         )
+    if used.behaviour_sha256 not in (None, behaviour_sha256(tokenizer)):
+        raise InputError(
+            f"{mixture.path}: the corpora were made with tokenizer {used.name} ({used.path}), which has the tokens of the "
+            f"model's own in {hf_folder} but splits text in another way; expected corpora made with the model's own"
+        )
     known = tokenizer.token_bytes()[:vocab_size]
     return np.pad(known.astype(np.int64), (0, vocab_size - len(known)))
+
+
+def untold_tokenizers(mixture: Mixture) -> list[str]:
+    """A note where manifests are of before the fingerprint of what a tokenizer does: only its tokens could be compared."""
+    old = [f"{corpus.prefix}.json" for corpus in mixture.corpora if corpus.manifest.tokenizer.behaviour_sha256 is None]
+    if not old:
+        return []
+    others = f" and {len(old) - 1} others" if len(old) > 1 else ""
+    return [
+        f"{old[0]}{others}: no tokenizer.behaviour_sha256 (made before there was one); its tokens are those of the model's "
+        f"tokenizer, and whether they split text alike was not compared"
+    ]
 
 
 def check_batch(config: RunConfig, world_size: int) -> int:

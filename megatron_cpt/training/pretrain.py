@@ -83,7 +83,7 @@ def main(context: RunContext) -> None:
     """Build, load, and run to the last iteration."""
     run, ranks, log = context.run, context.ranks, context.log
     for note in run.notes:
-        log.say(f"passed over: {note}")
+        log.say(note)
     log.say(f"{'resuming' if run.resumed else 'starting'} from {run.start_from}; {layout(ranks)}")
     chunks, optimizer = build(run.config, run.llama, run.mixture.seq_length, ranks)
     state = TrainState(chunks, optimizer)

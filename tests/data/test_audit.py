@@ -255,14 +255,53 @@ def test_a_vocabulary_that_is_not_supported(
     monkeypatch.setattr(preprocess_module, "FAST_FROM_BYTES", 0)
     one = run(tmp_path / "one", str(tmp_path / "tokenizer.json"), fast_tokenizer="auto", **settings)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert len(said) == 1
-    assert said[0].endswith("; the slower reference encodes")
+    (slower, lost) = said
+    assert slower.endswith("; the slower reference encodes")
+    assert "src/" not in slower
+    assert lost.endswith(
+        "cannot spell every script: a, é, ж, α, ע, ع, ह, ไ, 中, の, 한, 🦊 do not come back from its tokens"
+    )
     assert read_manifest(one.prefix).encoder == "the reference tokenizer"
     run(tmp_path / "two", str(tmp_path / "tokenizer.json"), fast_tokenizer="never", **settings)
     assert content(tmp_path / "one") == content(tmp_path / "two")
     with pytest.raises(InputError, match="fast_tokenizer is 'always' but gigatoken cannot read"):
         run(tmp_path / "three", str(tmp_path / "tokenizer.json"), fast_tokenizer="always", **settings)
     assert not list(tmp_path.glob("three*"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_panic_in_the_middle(
+    workers: int,
+    tmp_path: Path,
+    tiny_tokenizer_dir: str,
+    source: str,
+    wanted: dict[str, bytes],
+    monkeypatch: Patch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """What the Rust library raises is no Exception, and it prints a line by itself: the reference does all of it again."""
+    load = FastTokenizer.__init__
+
+    class Panics:
+        def __init__(self, backend: Any) -> None:
+            self._backend = backend
+
+        def encode_batch(self, some: Sequence[str], parallel: bool) -> Any:
+            if any(says_wrong(text) for text in some):
+                os.write(2, b"thread '<unnamed>' panicked at src/bpe/mod.rs:88:24")
+                raise BaseException("called unwrap on None")
+            return self._backend.encode_batch(some, parallel=parallel)
+
+    def init(self: FastTokenizer, path: str) -> None:
+        load(self, path)
+        self._backend = Panics(self._backend)
+
+    monkeypatch.setattr(FastTokenizer, "__init__", init)
+    assert fast(tmp_path / "c", tiny_tokenizer_dir, source, workers=max(workers, 1)) == "the reference tokenizer"
+    assert content(tmp_path / "c") == wanted
+    said = capfd.readouterr().err
+    assert "WARNING: gigatoken is wrong here, so all is done again without it: it cannot encode a text that begins" in said
+    assert "src/bpe" not in said
 
 
 # --- the helper process ---

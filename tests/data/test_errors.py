@@ -228,7 +228,7 @@ def test_the_tool_refuses_and_skips(tmp_path: Path, tiny_tokenizer_dir: str) -> 
     words += [f"--tokenizer={tiny_tokenizer_dir}", f"--output-prefix={tmp_path}/c", "--max-document-characters=30"]
     done = subprocess.run([*words, "--on-error=fail"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    _, line = done.stderr.splitlines()  # the first says what ends documents
     assert line.startswith(f"error: {tmp_path}/a.jsonl:1: not valid JSON")
     done = subprocess.run([*words, "--on-error", "skip"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
