@@ -4,6 +4,10 @@
     ShareGPT   {"conversations": [{"from": "human" | "gpt" | "system" | "function_call" | "observation", "value"}, ...]}
     OpenAI     {"messages": [{"role": "user" | "assistant" | "system" | "tool", "content"}, ...]}
 
+A turn of the assistant may say that it is not to be learned: {"weight": 0} (OpenAI, Mistral), {"train": false} (Axolotl) or
+{"loss": false} (ms-swift). It may have a reasoning beside its answer ("reasoning_content", "reasoning", "thinking"), which
+is given to the chat template under its name.
+
 A preference pair has "chosen" and "rejected" beside a prompt in one of these styles (or "prompt", as TRL has it): texts, one
 message, or lists of messages of which the last is the answer.
 """
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -28,20 +32,40 @@ ROLES: dict[str, Role] = {
 }
 
 
+EMPTY: tuple[Any, ...] = (None, "", "[]", [], (), {})  # what files have in a column that a row does not use
+SWITCHES = ("weight", "train", "loss", "trainable")  # fields of a turn that say whether it is learned, 0 or 1
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# Fields of a turn that are read, or say nothing that a model could learn
+READ = {"role", "from", "content", "value", "tool_calls", "function_call", "id", *SWITCHES, *REASONING}
+# What a model of texts cannot be shown: a row whose text speaks of it would teach to make things up
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+
+
 @dataclass(frozen=True)
 class Message:
-    """One turn."""
+    """One turn.
+
+    Attributes:
+        reasoning: (field, text) of what comes before the answer, None: nothing
+        learned: whether the loss counts it, if it is the assistant's
+    """
 
     role: Role
     content: str
+    reasoning: tuple[str, str] | None = None
+    learned: bool = True
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns of which at least one is the assistant's."""
+    """Turns of which at least one is the assistant's, and learned.
+
+    Attributes:
+        has_tools: the row describes tools, which no template here shows to the model
+    """
 
     messages: tuple[Message, ...]
-    has_tools: bool = False  # the row describes tools, which no template here shows to the model
+    has_tools: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +95,8 @@ def parse_conversation(row: Any) -> Conversation:
     check_turns(messages)
     if messages[-1].role != "assistant":
         raise RowError("no answer at the end", f"the last message is the {messages[-1].role}'s; wanted the assistant's")
+    if not any(message.learned for message in messages if message.role == "assistant"):
+        raise RowError("nothing to learn", "each answer says that it is not to be learned (weight, train or loss)")
     return Conversation(messages, describes_tools(row))
 
 
@@ -95,14 +121,29 @@ def parse_preference(row: Any) -> Preference:
     if not prompt:
         raise RowError("no prompt", "there is nothing before the answers")
     check_turns((*prompt, chosen))
-    if chosen.content == rejected.content:
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer.learned:
+            raise RowError("nothing to learn", f"{name} says that it is not to be learned (weight, train or loss)")
+    if (chosen.content, chosen.reasoning) == (rejected.content, rejected.reasoning):
         raise RowError("identical answers", "chosen and rejected are the same")
     return Preference(prompt, chosen, rejected)
 
 
 def describes_tools(row: Any) -> bool:
-    """Whether a row has descriptions of tools; some files have an empty list in each, as text."""
-    return as_mapping(row).get("tools") not in (None, "", "[]", [])
+    """Whether a row has descriptions of tools."""
+    return as_mapping(row).get("tools") not in EMPTY
+
+
+def unused_fields(row: Any) -> tuple[str, ...]:
+    """Names of fields in the turns of a row that hold something and are not used."""
+    fields = as_mapping(row)
+    found: set[str] = set()
+    for place in ("messages", "conversations", "prompt", "chosen", "rejected"):
+        value = fields.get(place)
+        for turn in [value] if isinstance(value, Mapping) else value if is_list(value) else []:
+            if isinstance(turn, Mapping):
+                found |= {str(name) for name in turn if turn[name] not in EMPTY}
+    return tuple(sorted(found - READ))
 
 
 def as_mapping(row: Any) -> Mapping[str, Any]:
@@ -123,24 +164,49 @@ def has_prompt(fields: Mapping[str, Any]) -> bool:
 
 
 def messages_of(row: Any, prompt_only: bool = False) -> tuple[Message, ...]:
-    """All turns of a row; `prompt_only`: those before an answer that stands elsewhere."""
+    """All turns of a row; `prompt_only`: those before an answer that stands elsewhere.
+
+    Raises:
+        RowError: it has them in no style, in two that differ, or something that is no text
+    """
     fields = as_mapping(row)
-    system = (Message("system", text_of(fields["system"], "system")),) if fields.get("system") else ()
-    for name in ("messages", "conversations", *(["prompt"] if prompt_only else [])):
-        if fields.get(name) is not None and not (name == "prompt" and isinstance(fields[name], str)):
-            turns = turns_of(fields[name], name)
-            if turns[0].role != "system":
-                return (*system, *turns)
-            if system and system[0] != turns[0]:
-                raise RowError("two system prompts", f"system and the first of {name} are different")
-            return turns
-    if prompt_only and isinstance(fields.get("prompt"), str):
-        return (*system, Message("user", text_of(fields["prompt"], "prompt")))
-    if "instruction" not in fields:
+    for name in MEDIA:
+        if fields.get(name) not in EMPTY:
+            raise RowError("images, videos or sounds", f"it has {name}; wanted a conversation in text alone")
+    styles = {
+        name: fields.get(name) is not None for name in ("messages", "conversations", *(["prompt"] if prompt_only else []))
+    }
+    styles["instruction"] = fields.get("instruction") is not None or fields.get("history") not in EMPTY
+    filled = [name for name, given in styles.items() if given and fields.get(name) not in EMPTY]
+    # One that is there and empty is refused as such, unless it is a column that this row does not use
+    used = filled or [name for name, given in styles.items() if given]
+    if not used:
         raise RowError(
             "unknown style", f"it has no messages, conversations or instruction; its fields are {names_of(fields)}"
         )
-    return (*system, *alpaca_turns(fields, prompt_only))
+    found = {name: messages_in(fields, name, prompt_only) for name in used}
+    first = found[used[0]]
+    for name, messages in found.items():
+        if messages != first:
+            raise RowError("two conversations", f"{used[0]} and {name} are both there, and differ; wanted one of them")
+    return first
+
+
+def messages_in(fields: Mapping[str, Any], style: str, prompt_only: bool) -> tuple[Message, ...]:
+    """All turns of a row in the style that this field is the mark of."""
+    system = (Message("system", text_of(fields["system"], "system")),) if fields.get("system") else ()
+    if style == "instruction":
+        if "instruction" not in fields:
+            raise RowError("unknown style", f"it has history without instruction; its fields are {names_of(fields)}")
+        return (*system, *alpaca_turns(fields, prompt_only))
+    if style == "prompt" and isinstance(fields["prompt"], str):
+        return (*system, Message("user", fields["prompt"]))
+    turns = turns_of(fields[style], style)
+    if turns[0].role != "system":
+        return (*system, *turns)
+    if system and system[0] != turns[0]:
+        raise RowError("two system prompts", f"system and the first of {style} are different")
+    return turns
 
 
 def alpaca_turns(fields: Mapping[str, Any], prompt_only: bool) -> list[Message]:
@@ -162,9 +228,14 @@ def alpaca_turns(fields: Mapping[str, Any], prompt_only: bool) -> list[Message]:
 
 def turns_of(value: Any, name: str) -> tuple[Message, ...]:
     """A list of messages in the style of ShareGPT or OpenAI."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or not len(value):
+    if not is_list(value) or not len(value):
         raise RowError("no messages", f"{name} is {shortened(value)}; wanted a list of messages")
     return tuple(message_of(item, name) for item in value)
+
+
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether it is a sequence, but no text."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def message_of(item: Any, name: str) -> Message:
@@ -178,7 +249,27 @@ def message_of(item: Any, name: str) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise RowError("unknown role", f"a message of {name} is from {role!r}; wanted one of {', '.join(ROLES)}")
     content = item.get("value") if item.get("content") is None else item["content"]
-    return Message(ROLES[role], text_of(content, name))
+    for medium in MEDIA:
+        if item.get(medium) not in EMPTY:
+            raise RowError("images, videos or sounds", f"a message of {name} has {medium}; wanted text alone")
+    return Message(ROLES[role], text_of(content, name), reasoning_of(item, name), learned(item, name))
+
+
+def learned(item: Mapping[str, Any], name: str) -> bool:
+    """Whether none of the fields of a turn says that it is not to be learned."""
+    for switch in SWITCHES:
+        value = item.get(switch)
+        if value is not None and (not isinstance(value, (int, float)) or value not in (0, 1)):
+            raise RowError("weight of a turn", f"a message of {name} has {switch} {shortened(value)}; wanted 0 or 1")
+    return all(item.get(switch) is None or item[switch] == 1 for switch in SWITCHES)
+
+
+def reasoning_of(item: Mapping[str, Any], name: str) -> tuple[str, str] | None:
+    """(field, text) of the reasoning in a turn."""
+    found = [(field, text_of(item[field], field)) for field in REASONING if item.get(field) not in EMPTY]
+    if len({text for _, text in found}) > 1:
+        raise RowError("two reasonings", f"a message of {name} has {found[0][0]} and {found[1][0]}, which differ")
+    return found[0] if found else None
 
 
 def answer_of(value: Any, name: str) -> tuple[tuple[Message, ...], Message]:
@@ -198,7 +289,7 @@ def answer_of(value: Any, name: str) -> tuple[tuple[Message, ...], Message]:
 
 def text_of(value: Any, name: str) -> str:
     """A text; OpenAI's list of parts is joined."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if is_list(value):
         parts = [part.get("text", part.get("value")) for part in value if isinstance(part, Mapping)]
         if len(parts) == len(value) and all(isinstance(part, str) for part in parts):
             return "".join(str(part) for part in parts)

@@ -95,7 +95,10 @@ class PromptTemplate:
         return self._render(messages, True)
 
     def _render(self, messages: Sequence[Message], ask: bool) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
+        turns = [
+            {"role": message.role, "content": message.content, **dict([message.reasoning] if message.reasoning else [])}
+            for message in messages
+        ]
         try:
             text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
         except (
@@ -132,7 +135,7 @@ class Template(PromptTemplate):
         """All tokens of a conversation.
 
         Raises:
-            RowError: a text of it holds one of the tokenizer's special tokens, or cannot be rendered
+            RowError: a text of it holds one of the tokenizer's special tokens, is left out by the template, or not rendered
         """
         input_ids: list[int] = []
         labels: list[int] = []
@@ -144,8 +147,10 @@ class Template(PromptTemplate):
             asked, answer = self._ids(before), self._ids(after)
             end = len(answer) - answer[::-1].index(self.end_of_turn) if self.end_of_turn in answer else len(answer)
             input_ids += asked + answer
-            labels += [IGNORED] * len(asked) + answer[:end] + [IGNORED] * (len(answer) - end)
+            counted = answer[:end] if message.learned else [IGNORED] * end
+            labels += [IGNORED] * len(asked) + counted + [IGNORED] * (len(answer) - end)
             done += before + after
+        check_all_texts(conversation.messages, done)
         return Example(input_ids, labels, conversation)
 
     def encode_pair(self, preference: Preference) -> PairExample:
@@ -155,6 +160,8 @@ class Template(PromptTemplate):
             RowError: as `encode`
         """
         sides = [self._answer((*preference.prompt, side), "") for side in (preference.chosen, preference.rejected)]
+        for answer, (before, after) in zip((preference.chosen, preference.rejected), sides, strict=True):
+            check_all_texts((*preference.prompt, answer), before + after)
         prompt = self._ids(sides[0][0])
         answers = [self._ids(after) for _, after in sides]
         ended = [ids[: len(ids) - ids[::-1].index(self.end_of_turn)] if self.end_of_turn in ids else ids for ids in answers]
@@ -165,8 +172,8 @@ class Template(PromptTemplate):
     def _answer(self, messages: Sequence[Message], done: str) -> tuple[str, str]:
         """(text from the end of `done` up to the last message's answer, the answer)"""
         for message in messages:
-            found = self._find_special(message.content)
-            if found is not None:
+            found = self._find_special(message.content) or (message.reasoning and self._find_special(message.reasoning[1]))
+            if found:
                 raise RowError("special token in a text", f"a text holds {found[0]}, which the model would take for its own")
         asked, whole = self._render(messages[:-1], True), self._render(messages, False)
         if not (whole.startswith(asked) and asked.startswith(done)):
@@ -194,6 +201,24 @@ class Template(PromptTemplate):
                 f"{where} ends an answer with {first[1].removeprefix(PROBE[1].content)!r}; wanted a special token"
             )
         return special[0]
+
+
+def check_all_texts(messages: Sequence[Message], rendered: str) -> None:
+    """Raise RowError unless a rendered conversation has the texts of all its turns, in their order.
+
+    Templates cut spaces off their ends.
+    """
+    place = 0
+    for number, message in enumerate(messages, 1):
+        texts = [("content", message.content)]
+        if message.reasoning is not None:
+            texts.insert(0, message.reasoning)
+        for field, text in texts:
+            found = rendered.find(text.strip(), place)
+            if found < 0:
+                what = f"the {field} of message {number}, the {message.role}'s"
+                raise RowError("left out by the template", f"the chat template leaves out {what}, or changes it")
+            place = found + len(text.strip())
 
 
 def load_template(folder: str, name: str | None) -> Template:

@@ -13,7 +13,13 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
-from megatron_cpt.chat_data.conversations import RowError, describes_tools, parse_conversation, parse_preference
+from megatron_cpt.chat_data.conversations import (
+    RowError,
+    describes_tools,
+    parse_conversation,
+    parse_preference,
+    unused_fields,
+)
 from megatron_cpt.chat_data.languages import Identify, mismatch, shares
 from megatron_cpt.chat_data.rows import read_rows
 from megatron_cpt.chat_data.templates import IGNORED, Example, PairExample, Template
@@ -22,6 +28,8 @@ from megatron_cpt.errors import InputError
 
 NAMED_ROWS = 5  # of each kind of broken row in the report
 TOO_LONG = "too long"
+
+COUNTED = ("rows", "used", "validation", "truncated", "left_out", "with_tools", "not_learned")
 
 Group = Literal["general", "additional"]
 Item = TypeVar("Item", Example, PairExample)
@@ -99,6 +107,8 @@ class Counts:
         broken: kind -> numbers of the rows, and what is wrong with the first
         left_out: for the sake of ALMR or max_rows
         lengths: tokens of the examples before they were truncated
+        not_learned: answers that say that they are not to be learned (weight, train, loss)
+        unused: field of a turn that nothing uses -> rows that have it
         languages: of the answers of rows that could be read, by identification; None: not identified
     """
 
@@ -109,6 +119,8 @@ class Counts:
     truncated: int = 0
     left_out: int = 0
     with_tools: int = 0
+    not_learned: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
     broken: dict[str, tuple[list[int], str]] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     tokens: int = 0
@@ -130,7 +142,8 @@ class Counts:
             "path": self.source.path,
             "language": self.source.language,
             "group": self.source.group,
-            **{name: getattr(self, name) for name in ("rows", "used", "validation", "truncated", "left_out", "with_tools")},
+            **{name: getattr(self, name) for name in COUNTED},
+            "unused_fields": dict(self.unused.most_common()),
             "broken": {
                 kind: {"rows": len(numbers), "first": numbers[:NAMED_ROWS], "example": text}
                 for kind, (numbers, text) in sorted(self.broken.items())
@@ -165,10 +178,13 @@ def prepare_sft(config: DataConfig, template: Template, seed: int, identify: Ide
 
     def make(row: Any, counts: Counts) -> Example:
         conversation = parse_conversation(row)
+        answers = [message for message in conversation.messages if message.role == "assistant"]
+        example = template.encode(conversation)
         counts.with_tools += conversation.has_tools
-        answers = [message.content for message in conversation.messages if message.role == "assistant"]
-        count_language(counts, identify, "\n".join(answers))
-        return template.encode(conversation)
+        counts.not_learned += sum(not answer.learned for answer in answers)
+        counts.unused.update(unused_fields(row))
+        count_language(counts, identify, "\n".join(answer.content for answer in answers))
+        return example
 
     return _prepare(config, make, cut_example, tokens_of_example, seed)
 
@@ -187,9 +203,11 @@ def prepare_dpo(
 
     def make(row: Any, counts: Counts) -> PairExample:
         preference = parse_preference(row)
+        pair = template.encode_pair(preference)
         counts.with_tools += describes_tools(row)
+        counts.unused.update(unused_fields(row))
         count_language(counts, identify, preference.chosen.content)
-        return template.encode_pair(preference)
+        return pair
 
     return _prepare(config, make, cut_pair, tokens_of_pair, seed)
 

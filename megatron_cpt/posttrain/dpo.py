@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import datasets
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from trl import DPOConfig as TrlConfig
 from trl import DPOTrainer
 
@@ -18,10 +21,11 @@ from megatron_cpt.chat_data.templates import PairExample, load_template
 from megatron_cpt.config.require import require
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.data import DataConfig, prepare_dpo
+from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
-from megatron_cpt.posttrain.models import check_fit, load_model, lora, make_ready_to_answer, saved_dtype
+from megatron_cpt.posttrain.models import check_fit, load_model, lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.runner import check_folder, check_same, train, write_run
+from megatron_cpt.posttrain.runner import check_folder, check_resumes, train, write_run
 from megatron_cpt.posttrain.settings import (
     LoraSettings,
     OptimizerSettings,
@@ -30,6 +34,9 @@ from megatron_cpt.posttrain.settings import (
     trainer_arguments,
 )
 from megatron_cpt.posttrain.sharding import check_sharding, is_sharded, recomputes, shard
+from megatron_cpt.posttrain.trainers import FILLER_TOKENS, StepTrainer, own_batches
+
+SMOOTHED = ("sigmoid", "robust")  # losses that label_smoothing is defined for
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class DpoConfig:
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "sppo_hard", "apo_zero"] = "sigmoid"
     """As TRL names them; sigmoid is the paper's."""
     label_smoothing: float = 0.0
-    """Share of pairs that are taken to be the wrong way round (cDPO; robust)."""
+    """Share of pairs that are taken to be the wrong way round: conservative DPO with loss_type sigmoid, or robust."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
     """See TrainingSettings."""
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-6))
@@ -61,17 +68,130 @@ class DpoConfig:
     """Write data and settings for LLaMA-Factory into this folder, instead of training."""
 
     def __post_init__(self) -> None:
-        require(self.beta > 0, "beta", self.beta, "a number above 0")
+        require(0 < self.beta < math.inf, "beta", self.beta, "a number above 0")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "0 or more, below 0.5")
+        known = self.label_smoothing == 0 or self.loss_type in SMOOTHED
+        require(
+            known, "label_smoothing", self.label_smoothing, f"0 with loss_type {self.loss_type}, or {' or '.join(SMOOTHED)}"
+        )
         for section in (self.data, self.training, self.optimizer, self.run):
             section.check()
 
 
-class TokenizedTrainer(DPOTrainer):
-    """Takes pairs that are tokens already."""
+# What a pair of two empty answers costs, whatever the model: fillers are such pairs, and have no gradient
+LOSS_OF_FILLERS = {
+    "sigmoid": lambda beta: math.log(2),
+    "hinge": lambda beta: 1.0,
+    "ipo": lambda beta: (1 / (2 * beta)) ** 2,
+    "robust": lambda beta: math.log(2),
+    "sppo_hard": lambda beta: 2 * (0.5 / beta) ** 2,
+    "apo_zero": lambda beta: 1.0,
+}
+# TRL's figures that are means over the pairs of all processes, fillers among them, which are 0 in each of them
+FIGURES_OF_PAIRS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+
+
+class PairTrainer(StepTrainer, DPOTrainer):
+    """Takes pairs that are tokens already. Losses and figures are means over the pairs of a step, or of a set: the same for
+    every batch size and number of processes, also where they do not divide the pairs."""
+
+    loss_is_scaled_for_ga = True  # compute_loss has divided by the pairs of the step
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._filler = filler_of(self.train_dataset[0])
+        self.fill_up(self._filler)
+        self._sums: Counter[str] = Counter()  # since the last log
+        self._loss_of_fillers = sum(
+            weight * LOSS_OF_FILLERS[kind](self.beta)
+            for kind, weight in zip(self.loss_types, self.loss_weights, strict=True)
+        )
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Pairs of a step, over all processes."""
+        own = torch.tensor(sum(pairs_in(inputs) for inputs in batch_samples), device=device)
+        return self.accelerator.reduce(own, "sum")
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This process's part of the mean over the pairs of a step; without `num_items_in_batch`, the mean of the batch."""
+        rows, own = len(inputs["input_ids"]) // 2, pairs_in(inputs)
+        mean = super().compute_loss(model, inputs)
+        total = mean * rows - self._loss_of_fillers * (rows - own)
+        self._add_figures(rows, own)
+        if self.fillers and self.model.training:
+            self.take_out(2 * FILLER_TOKENS * (rows - own))
+        if num_items_in_batch is None:
+            return total / max(own, 1)
+        return total * self.args.world_size / num_items_in_batch  # gradients are averaged over the processes
+
+    def _add_figures(self, rows: int, own: int) -> None:
+        """Take TRL's figures of a batch over, by the number of its pairs."""
+        mode = "train" if self.model.training else "eval"
+        self._sums["pairs"] += int(self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum").item())
+        for name in FIGURES_OF_PAIRS:
+            self._sums[name] += self._metrics[mode][name].pop() * rows * self.args.world_size
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, with the figures of pairs."""
+        mode = "train" if self.model.training else "eval"
+        for name in FIGURES_OF_PAIRS:
+            self._metrics[mode].pop(name, None)
+            if self._sums["pairs"]:
+                self._metrics[mode][name] = [self._sums[name] / self._sums["pairs"]]
+        self._sums.clear()
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """{eval_LANGUAGE_loss, eval_LANGUAGE_rewards/margins, ...}"""
+        sets = eval_dataset or self.eval_dataset or {}
+        model, kept = self.model_wrapped, self._sums
+        was_training = model.training
+        model.eval()
+        metrics: dict[str, float] = {}
+        for name, examples in sets.items():
+            self._sums, total = Counter(), torch.zeros((), dtype=torch.float64, device=self.args.device)
+            for batch in own_batches(examples, self.args, self._filler):
+                inputs = self._prepare_inputs(self.data_collator(batch))
+                with self.compute_loss_context_manager():
+                    total += self.compute_loss(model, inputs).double() * pairs_in(inputs)
+            figures = {figure: value / len(examples) for figure, value in self._sums.items() if figure != "pairs"}
+            figures |= {figure: sum(values) / len(values) for figure, values in self._metrics["eval"].items() if values}
+            figures |= {"loss": self.accelerator.reduce(total, "sum").item() / len(examples), "pairs": len(examples)}
+            metrics |= {f"{metric_key_prefix}_{name}_{figure}": value for figure, value in figures.items()}
+            self._metrics["eval"].clear()
+        self._sums = Counter()
+        self.log(metrics)
+        self._sums = kept
+        model.train(was_training)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def filler_of(pair: dict[str, Any]) -> dict[str, Any]:
+    """A pair like this one with two empty answers."""
+    references = {name: 0.0 for name in ("ref_chosen_logps", "ref_rejected_logps") if name in pair}
+    return {"prompt_ids": pair["prompt_ids"][:FILLER_TOKENS], "chosen_ids": [], "rejected_ids": []} | references
+
+
+def pairs_in(inputs: dict[str, torch.Tensor]) -> int:
+    """Number of pairs in a batch whose answers are not empty."""
+    answered = inputs["completion_mask"].any(dim=1)
+    return int(answered[: len(answered) // 2].sum())
 
 
 def finetune_dpo(config: DpoConfig) -> str:
@@ -89,10 +209,14 @@ def finetune_dpo(config: DpoConfig) -> str:
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
-    facts = check_same(config.save, settings, config.data.files())
+    files = config.data.files()
     template = load_template(config.model, config.data.chat_template)
+    facts = facts_of(settings, files, config.model, template)
+    check_resumes(config.save, facts)
     identify = language_identifier() if process.is_main_process else None  # which writes the report
     prepared = prepare_dpo(config.data, template, config.training.seed, identify)
+    facts |= facts_of_examples(prepared)
+    check_resumes(config.save, facts)  # such as other rows that an older version would have left out
     check_fit(config.model, prepared)
     folder = os.path.join(config.save, "data")
     if process.is_main_process:
@@ -114,15 +238,15 @@ def finetune_dpo(config: DpoConfig) -> str:
         **arguments,
         max_length=None,
         beta=config.beta,
-        loss_type=[config.loss_type],
-        label_smoothing=config.label_smoothing,
+        **loss_of(config),
+        disable_dropout=config.lora is None or config.lora.dropout == 0,  # or TRL would switch off that of the adapters
         precompute_ref_log_probs=precompute,
         precompute_ref_batch_size=config.training.micro_batch_size,
     )
-    model = load_model(config.model)
-    make_ready_to_answer(model, template)
+    model = model_to_train(config.model, template, process.is_main_process)
     needs_reference = config.lora is None and not precompute
-    trainer = TokenizedTrainer(
+    set_seed(config.training.seed)  # of adapters' first values
+    trainer = PairTrainer(
         model=model,
         ref_model=shard(load_model(config.model), trl_config.mixed_precision) if needs_reference else None,
         args=trl_config,
@@ -133,6 +257,19 @@ def finetune_dpo(config: DpoConfig) -> str:
     )
     merge = config.lora is None or config.lora.merge
     return train(trainer, config.save, template.tokenizer, settings, merge, saved_dtype(config.model))
+
+
+def loss_of(config: DpoConfig) -> dict[str, Any]:
+    """The loss in TRL's words.
+
+    With e = label_smoothing, A = -log sigmoid(beta d) and B = -log sigmoid(-beta d), cDPO is (1 - e) A + e B, which TRL does
+    not have. It has robust DPO, R = ((1 - e) A - e B) / (1 - 2 e), so that cDPO is 2 (1 - e) A - (1 - 2 e) R.
+    """
+    smoothing = config.label_smoothing
+    loss: dict[str, Any] = {"loss_type": [config.loss_type], "label_smoothing": smoothing}
+    if smoothing and config.loss_type == "sigmoid":
+        loss |= {"loss_type": ["sigmoid", "robust"], "loss_weights": [2 * (1 - smoothing), -(1 - 2 * smoothing)]}
+    return loss
 
 
 def as_dataset(pairs: list[PairExample]) -> datasets.Dataset:

@@ -41,6 +41,8 @@ def export(folder: str, config: SftConfig | DpoConfig, prepared: Prepared[Any], 
     check_loss(config)
     if os.path.isdir(folder) and os.listdir(folder):
         raise InputError(f"export_to is {folder}, which is not empty; use another folder")
+    for item in [*prepared.train, *(item for items in prepared.validation.values() for item in items)]:
+        check_messages(item.origin)
     stage = "dpo" if hasattr(config, "beta") else "sft"
     sets = {"train": prepared.train, "validation": [item for items in prepared.validation.values() for item in items]}
     with appearing_folder(folder) as temporary:
@@ -59,11 +61,24 @@ def export(folder: str, config: SftConfig | DpoConfig, prepared: Prepared[Any], 
 
 def check_loss(config: SftConfig | DpoConfig) -> None:
     """Raise InputError unless LLaMA-Factory has DPO's loss."""
-    loss, smoothing = getattr(config, "loss_type", LOSSES[0]), getattr(config, "label_smoothing", 0.0)
+    loss = getattr(config, "loss_type", LOSSES[0])
     if loss not in LOSSES:
         raise InputError(f"loss_type is {loss}, which LLaMA-Factory does not have; use one of {', '.join(LOSSES)}")
-    if smoothing and loss != "sigmoid":
-        raise InputError(f"label_smoothing is {smoothing}, which LLaMA-Factory has for loss_type sigmoid only; use 0")
+
+
+def check_messages(origin: Conversation | Preference) -> None:
+    """Raise InputError where LLaMA-Factory would learn something else, as its rows are texts only."""
+    if isinstance(origin, Preference):
+        messages: tuple[Message, ...] = (*origin.prompt, origin.chosen, origin.rejected)
+    else:
+        messages = origin.messages
+        if not all(message.learned for message in messages):
+            raise InputError("an answer is not to be learned, which LLaMA-Factory's rows cannot say; leave such rows out")
+    for message in messages:
+        if message.reasoning is not None:
+            raise InputError(
+                f"a message has {message.reasoning[0]}, for which LLaMA-Factory's rows have no field; leave it out"
+            )
 
 
 def dataset_info(file: str, stage: str) -> dict[str, Any]:

@@ -6,18 +6,22 @@ import json
 import math
 import os
 import re
+import sys
 from typing import Any
 
 import torch
 
 from megatron_cpt.chat_data.templates import Template
 from megatron_cpt.chat_data.turn_end import turn_end
-from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
+from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, adapter_note
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import Prepared
 from megatron_cpt.posttrain.settings import LoraSettings
 from megatron_cpt.posttrain.sharding import receives_weights, unread_model
+
+GENERATION = "generation_config.json"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def load_model(folder: str) -> Any:
@@ -41,13 +45,13 @@ def load_model(folder: str) -> Any:
         raise InputError(f"model {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
-def config_of(folder: str) -> dict[str, Any]:
-    """The fields of config.json.
+def config_of(folder: str, name: str = "config.json") -> dict[str, Any]:
+    """The fields of config.json, or of another such file.
 
     Raises:
         InputError: it is no JSON object
     """
-    path = os.path.join(folder, "config.json")
+    path = os.path.join(folder, name)
     with open(path, encoding="utf-8") as file:
         try:
             return dict(json.load(file))
@@ -72,6 +76,55 @@ def saved_dtype(folder: str) -> torch.dtype:
     """Of the weights in a HF folder, as its config.json says."""
     fields = config_of(folder)
     return dtype_of(fields.get("dtype") or fields.get("torch_dtype") or "float32")
+
+
+def mend_generation(folder: str, model: Any) -> str | None:
+    """Make the generation settings ones that transformers writes: some that it reads, it refuses to write once they change.
+
+    Llama-2-chat and Vicuna have a temperature and no do_sample: their makers sample, so do_sample becomes true. Where it is
+    false, what only sampling uses is left out. Returns what to tell people, None: nothing was wrong.
+
+    Raises:
+        InputError: generation_config.json is damaged, or has something else that transformers would not write
+    """
+    path = os.path.join(folder, GENERATION)
+    if os.path.exists(path):
+        config_of(folder, GENERATION)  # transformers would take defaults for a damaged one, without a word
+    settings, before = model.generation_config, dict(vars(model.generation_config))
+    if problem_of(settings) is None:
+        return None
+    if settings.do_sample is None:
+        settings.do_sample = True
+    elif not settings.do_sample:
+        for name in SAMPLING:
+            setattr(settings, name, None)
+    if (problem := problem_of(settings)) is not None:
+        raise InputError(f"{path}: {problem}; expected settings that transformers writes again")
+    changed = [f"{name} {value}" for name, value in vars(settings).items() if before.get(name) != value]
+    return f"{path} is one that transformers reads but does not write; the result has {', '.join(changed)}"
+
+
+def problem_of(settings: Any) -> str | None:
+    """Why transformers would not write generation settings."""
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return " ".join(str(error).split())[:400]
+    return None
+
+
+def model_to_train(folder: str, template: Template, speaks: bool) -> Any:
+    """The model in a folder, ready to be trained and written.
+
+    Args:
+        speaks: print what was found about the folder
+    """
+    model = load_model(folder)
+    for note in (adapter_note(folder), mend_generation(folder, model)):
+        if note is not None and speaks:
+            print(note, file=sys.stderr)
+    make_ready_to_answer(model, template)
+    return model
 
 
 def make_ready_to_answer(model: Any, template: Template) -> None:

@@ -70,6 +70,10 @@ def show_report(prepared: Prepared[Any]) -> None:
         for kind, (numbers, text) in sorted(counts.broken.items()):
             first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             print(f"{counts.source.path}: {len(numbers)} rows left out ({kind}): {first}; {text}", file=sys.stderr)
+        if counts.not_learned:
+            print(f"{counts.source.path}: {counts.not_learned} answers are not learned, as they say", file=sys.stderr)
+        for name, rows in counts.unused.most_common():
+            print(f"{counts.source.path}: {rows} rows have {name} in their messages, which is not used", file=sys.stderr)
         if counts.with_tools:
             print(
                 f"{counts.source.path}: {counts.with_tools} rows describe tools, which the model is not shown",

@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,10 +19,12 @@ import torch.distributed as dist
 from accelerate import PartialState, init_empty_weights
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from megatron_cpt.chat_data.templates import load_template
 from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
 from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.identity import check_same
 from megatron_cpt.posttrain.sharding import sum_in_fp32
 from megatron_cpt.training.metrics_file import MetricsFile
 
@@ -51,31 +55,17 @@ def check_folder(folder: str, model: str) -> None:
     check_model(model)
 
 
-def check_same(folder: str, settings: dict[str, Any], files: list[str]) -> dict[str, Any]:
-    """Returns what goes into run.json: the configuration, and how the files of data are.
-
-    Raises:
-        InputError: the run in this folder has begun with others, and would go on with these
-    """
-    path = os.path.join(folder, RUN)
-    stats = {name: [os.stat(name).st_size, os.stat(name).st_mtime_ns] for name in files}
-    now = json.loads(json.dumps({"config": settings, "files": stats}))
-    if newest_checkpoint(folder) and os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            before = json.load(file)
-        for name in sorted(now["config"] | now["files"]):
-            was, now_is = ((facts["config"] | facts["files"]).get(name) for facts in (before, now))
-            if was != now_is:
-                raise InputError(f"{folder} has begun with {name} {was}, now it is {now_is}; use another folder as save")
-    return now
+def check_resumes(folder: str, facts: dict[str, Any]) -> None:
+    """Raise InputError if the run in a folder would resume with something else than it began with."""
+    if newest_checkpoint(folder):
+        check_same(os.path.join(folder, RUN), facts)
 
 
 def write_run(folder: str, facts: dict[str, Any]) -> None:
     """Write run.json, unless the run goes on. By the first process, once nothing is found wrong with the data."""
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, RUN)
-    if newest_checkpoint(folder) is None or not os.path.exists(path):
-        write_json(path, facts | {"versions": versions()})
+    if newest_checkpoint(folder) is None:
+        write_json(os.path.join(folder, RUN), facts | {"versions": versions()})
 
 
 class Record(TrainerCallback):
@@ -85,7 +75,6 @@ class Record(TrainerCallback):
         self._first = PartialState().is_main_process
         self._file = MetricsFile(folder)
         self._began = time.monotonic()
-        self._resumed = resumed is not None
         if self._first:
             problems = self._file.keep_until(-1) if resumed is None else self._file.keep_until(*kept_by(resumed))
             for problem in problems:
@@ -94,19 +83,27 @@ class Record(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        """A row of metrics.jsonl, with the trainer's names, and a line."""
-        if not self._first or (self._resumed and "train_runtime" in logs):  # that counts the part since then only
+        """A row of metrics.jsonl, with the trainer's names, and a line.
+
+        The last one has `train_loss`, the mean over all steps; its times are of the part since the last start.
+        """
+        if not self._first:
             return
-        evaluated = [name.removesuffix("loss") for name in logs if name.startswith("eval_") and name.endswith("_loss")]
-        prefix = evaluated[0] if len(evaluated) == 1 else ""  # TRL names its own figures without the set
-        named = {
-            prefix + name.removeprefix("eval_") if prefix and "/" in name else name: value
-            for name, value in logs.items()
-            if name != "total_flos"
-        }
-        row = {"iteration": state.global_step} | named
+        row = {"iteration": state.global_step} | {name: value for name, value in logs.items() if name != "total_flos"}
+        if "train_loss" in row:  # the trainer's is of the part since the last start
+            row["train_loss"] = mean_loss(state.log_history)
         self._file.append(row)
         print(line_of(row, state.max_steps, time.monotonic() - self._began), file=sys.stderr, flush=True)
+
+
+def mean_loss(history: list[dict[str, Any]]) -> float | None:
+    """Over all steps: a row of the trainer's history has the mean of the steps since the row before it."""
+    total, before = 0.0, 0
+    for row in history:
+        if "loss" in row:
+            total += row["loss"] * (row["step"] - before)
+            before = row["step"]
+    return total / before if before else None
 
 
 def kept_by(resumed: TrainerState) -> tuple[int, Callable[[dict[str, Any]], bool]]:
@@ -168,6 +165,8 @@ class Stop(TrainerCallback):
         if asked.item():
             self.asked = self.asked or "a signal to another process"
             control.should_save = control.should_training_stop = True
+        # Losses since the last line are in no checkpoint
+        control.should_log = control.should_log or control.should_save
         return control
 
 
@@ -196,6 +195,9 @@ def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], m
     # Within the training, where a sharded model is sharded already
     trainer.args.eval_on_start = bool(trainer.eval_dataset) and checkpoint is None
     sum_in_fp32(trainer.accelerator)
+    if first:
+        rehearse(trainer, folder, tokenizer, dtype)
+    trainer.accelerator.wait_for_everyone()
     with stop.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
         steps = int(trainer.state.global_step)
@@ -220,6 +222,33 @@ def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], m
         write_json(os.path.join(folder, STATUS), {"state": "finished", "iteration": steps, "loss": loss})
     trainer.accelerator.wait_for_everyone()
     return target
+
+
+def rehearse(trainer: Any, folder: str, tokenizer: Any, dtype: torch.dtype) -> None:
+    """Do what the end needs, but for the weights, before the first step.
+
+    Raises:
+        InputError: the folder cannot be written to or has no room, or the model's configuration or tokenizer is none that
+            transformers writes
+    """
+    model = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
+    numbers = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    needed = numbers * dtype.itemsize
+    if trainer.args.save_strategy != "no":
+        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        needed += 3 * sum(4 * getattr(parameter, "ds_numel", parameter.numel()) for parameter in trained)  # with AdamW's
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        has, wants = f"{free / 1e9:.1f}", f"{needed / 1e9:.1f}"
+        raise InputError(f"{folder}: {has} GB are free; expected {wants} GB, for the result and a checkpoint")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".rehearsal-") as temporary:
+        for what in (model.config, model.generation_config, tokenizer):
+            try:
+                what.save_pretrained(temporary)
+            except (ValueError, TypeError, AttributeError) as error:
+                named = f"the {type(what).__name__} of {model.config._name_or_path}"
+                raise InputError(f"{named} could not be written in the end: {' '.join(str(error).split())[:300]}") from error
+        load_template(temporary, None)
 
 
 def evaluated_at(state: TrainerState, step: int) -> bool:

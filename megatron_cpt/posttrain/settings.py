@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,12 +29,13 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, to save memory."""
     seed: int = 1234
-    """Of the order of the data."""
+    """Of the order of the data, of the rows that are picked, and of the first values of adapters."""
 
     def check(self) -> None:
         """Raise InputError unless this can be done."""
         require_at_least(self, max_steps=1, micro_batch_size=1, global_batch_size=1)
-        require(self.epochs > 0, "training.epochs", self.epochs, "a number above 0")
+        require(0 < self.epochs < math.inf, "training.epochs", self.epochs, "a number above 0")
+        require(0 <= self.seed < 1 << 32, "training.seed", self.seed, "a whole number from 0 to 2^32 - 1")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     """Of matrices; norms and biases have none."""
     clip_grad: float = 1.0
-    """Longest gradient."""
+    """Longest gradient; 0: any."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95
@@ -61,7 +63,9 @@ class OptimizerSettings:
         """Raise InputError unless these are settings of AdamW."""
         require(0 < self.lr < 1, "optimizer.lr", self.lr, "a number above 0 and below 1")
         require(0 <= self.warmup_fraction < 1, "optimizer.warmup_fraction", self.warmup_fraction, "0 or more, below 1")
-        require_at_least(self, weight_decay=0, clip_grad=0)
+        require_at_least(self, weight_decay=0, clip_grad=0, adam_eps=0)
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "0 or more, below 1")
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,6 @@ def trainer_arguments(
         "bf16": training.params_dtype == "bf16",
         "gradient_checkpointing": training.gradient_checkpointing,
         "seed": training.seed,
-        "data_seed": training.seed,
         "learning_rate": optimizer.lr,
         "lr_scheduler_type": optimizer.decay_style if optimizer.decay_style != "constant" else "constant_with_warmup",
         "warmup_steps": optimizer.warmup_fraction,
@@ -147,6 +150,7 @@ def trainer_arguments(
         "eval_steps": run.eval_interval,
         "logging_steps": run.log_interval,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # or losses that are not numbers would be logged as the mean of the others
         "report_to": list(run.report_to),
         "disable_tqdm": True,
         "use_cpu": use_cpu,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 import torch
 from accelerate import PartialState
+from accelerate.utils import set_seed
 from datasets import Dataset
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
@@ -18,10 +18,11 @@ from megatron_cpt.chat_data.languages import language_identifier
 from megatron_cpt.chat_data.templates import IGNORED, Example, load_template
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.data import DataConfig, prepare_sft
+from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
-from megatron_cpt.posttrain.models import check_fit, load_model, lora, make_ready_to_answer, saved_dtype
+from megatron_cpt.posttrain.models import check_fit, lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.runner import check_folder, check_same, train, write_run
+from megatron_cpt.posttrain.runner import check_folder, check_resumes, train, write_run
 from megatron_cpt.posttrain.settings import (
     LoraSettings,
     OptimizerSettings,
@@ -30,6 +31,7 @@ from megatron_cpt.posttrain.settings import (
     trainer_arguments,
 )
 from megatron_cpt.posttrain.sharding import check_sharding, recomputes
+from megatron_cpt.posttrain.trainers import FILLER_TOKENS, StepTrainer, own_batches
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,22 @@ class SftConfig:
             section.check()
 
 
-class AnswerLossTrainer(SFTTrainer):
-    """Evaluates the mean loss of all answer tokens of a set: the same number for every batch size and layout."""
+class AnswerLossTrainer(StepTrainer, SFTTrainer):
+    """The mean loss of all answer tokens, of a step or of a set to evaluate on: the same for every batch size and layout."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._filler = filler_of(self.train_dataset[0])
+        self.fill_up(self._filler)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's; fillers are taken out of its count of tokens."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.fillers and self.model.training:
+            self.take_out(FILLER_TOKENS * fillers_in(inputs))
+        return loss
 
     @torch.no_grad()
     def evaluate(
@@ -75,7 +91,7 @@ class AnswerLossTrainer(SFTTrainer):
         metrics: dict[str, float] = {}
         for name, examples in sets.items():
             total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-            for batch in own_batches(examples, self.args):
+            for batch in own_batches(examples, self.args, self._filler):
                 inputs = self._prepare_inputs(self.data_collator(batch))
                 labels = inputs["labels"][:, 1:]
                 logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits[:, :-1]
@@ -85,19 +101,26 @@ class AnswerLossTrainer(SFTTrainer):
                 total += torch.stack([losses.double(), (labels != IGNORED).sum().double()])
             loss, tokens = self.accelerator.reduce(total, "sum").tolist()
             metrics |= {f"{metric_key_prefix}_{name}_loss": loss / tokens, f"{metric_key_prefix}_{name}_tokens": tokens}
+        self.log(metrics)  # before the model trains again: TRL adds its figures of the steps to what is logged then
         model.train(was_training)
-        self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
 
-def own_batches(examples: Dataset, args: Any) -> Iterator[list[dict[str, Any]]]:
-    """This process's part of a set. All processes get as many batches, as sharded models need: some may count nothing."""
-    size, world, rank = args.per_device_eval_batch_size, args.world_size, args.process_index
-    own = [examples[number] for number in range(rank, len(examples), world)]
-    empty = examples[0] | {"labels": [IGNORED] * len(examples[0]["input_ids"])}
-    for begin in range(0, -(-len(examples) // world), size):
-        yield own[begin : begin + size] or [empty]
+def filler_of(example: dict[str, Any]) -> dict[str, Any]:
+    """An example like this one, of which no token counts."""
+    filler = {"input_ids": example["input_ids"][:FILLER_TOKENS], "labels": [IGNORED] * FILLER_TOKENS}
+    return filler | ({"seq_lengths": [FILLER_TOKENS]} if "seq_lengths" in example else {})
+
+
+def fillers_in(inputs: dict[str, torch.Tensor]) -> int:
+    """Number of examples in a batch of which no token counts; packed ones begin at position 0."""
+    counts = inputs["labels"] != IGNORED
+    if "position_ids" not in inputs:
+        return int((~counts.any(dim=1)).sum())
+    example = (inputs["position_ids"] == 0).cumsum(dim=1).flatten() - 1
+    answered = torch.zeros(int(example[-1]) + 1, dtype=torch.long, device=counts.device)
+    return int((answered.index_add(0, example, counts.flatten().long()) == 0).sum())
 
 
 def finetune_sft(config: SftConfig) -> str:
@@ -115,10 +138,14 @@ def finetune_sft(config: SftConfig) -> str:
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
-    facts = check_same(config.save, settings, config.data.files())
+    files = config.data.files()
     template = load_template(config.model, config.data.chat_template)
+    facts = facts_of(settings, files, config.model, template)
+    check_resumes(config.save, facts)
     identify = language_identifier() if process.is_main_process else None  # which writes the report
     prepared = prepare_sft(config.data, template, config.training.seed, identify)
+    facts |= facts_of_examples(prepared)
+    check_resumes(config.save, facts)  # such as other rows that an older version would have left out
     check_fit(config.model, prepared)
     if process.is_main_process:
         write_run(config.save, facts)
@@ -133,8 +160,8 @@ def finetune_sft(config: SftConfig) -> str:
         eval_packing=False,
         dataset_kwargs={"skip_prepare_dataset": not config.packing},
     )
-    model = load_model(config.model)
-    make_ready_to_answer(model, template)
+    model = model_to_train(config.model, template, process.is_main_process)
+    set_seed(config.training.seed)  # of adapters' first values
     trainer = AnswerLossTrainer(
         model=model,
         args=trl_config,

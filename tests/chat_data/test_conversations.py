@@ -16,6 +16,7 @@ from megatron_cpt.chat_data.conversations import (
     RowError,
     parse_conversation,
     parse_preference,
+    unused_fields,
 )
 
 ASKED, ANSWERED = Message("user", "你好？"), Message("assistant", "你好。")
@@ -207,3 +208,81 @@ def test_whatever_is_in_a_row_it_is_used_or_refused(row: Any) -> None:
     for parse in (parse_conversation, parse_preference):
         with contextlib.suppress(RowError):
             assert parse(row)
+
+
+def spoken(**fields: Any) -> dict[str, Any]:
+    """A row of two turns with fields beside the answer."""
+    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"} | fields, *LAST]}
+
+
+LAST = [{"role": "user", "content": "你好？"}, {"role": "assistant", "content": "你好。"}]
+
+
+@pytest.mark.parametrize("field", ["weight", "train", "loss", "trainable"])
+@pytest.mark.parametrize(
+    ("value", "learned"), [(0, False), (0.0, False), (False, False), (1, True), (1.0, True), (True, True), (None, True)]
+)
+def test_a_turn_says_whether_it_is_learned(field: str, value: Any, learned: bool) -> None:
+    found = parse_conversation(spoken(**{field: value})).messages
+    assert [message.learned for message in found] == [True, learned, True, True]
+
+
+def test_turns_that_say_it_in_no_known_way_are_refused() -> None:
+    for value in (0.5, 2, "no", [0], float("nan")):
+        with pytest.raises(RowError, match=r"a message of messages has weight .*; wanted 0 or 1") as caught:
+            parse_conversation(spoken(weight=value))
+        assert caught.value.kind == "weight of a turn"
+    silent = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "loss": False}]
+    with pytest.raises(RowError) as caught:
+        parse_conversation({"conversations": silent})
+    assert caught.value.kind == "nothing to learn"
+    pair = {"prompt": "a", "chosen": {"role": "assistant", "content": "b", "weight": 0}, "rejected": "c"}
+    with pytest.raises(RowError, match="chosen says that it is not to be learned"):
+        parse_preference(pair)
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_stays_with_its_answer(field: str) -> None:
+    found = parse_conversation(spoken(**{field: "Greet."})).messages
+    assert [message.reasoning for message in found] == [None, (field, "Greet."), None, None]
+    with pytest.raises(RowError, match=f"{field} is 3; wanted a text"):
+        parse_conversation(spoken(**{field: 3}))
+
+
+def test_two_reasonings_of_one_answer() -> None:
+    assert parse_conversation(spoken(reasoning="a", thinking="a")).messages[1].reasoning == ("reasoning", "a")
+    with pytest.raises(RowError, match="reasoning and thinking, which differ"):
+        parse_conversation(spoken(reasoning="a", thinking="b"))
+
+
+@pytest.mark.parametrize("field", ["images", "image", "videos", "audios", "audio"])
+def test_media_are_refused_in_rows_and_in_turns(field: str) -> None:
+    for row in (spoken() | {field: ["1.png"]}, spoken(**{field: "1.png"})):
+        with pytest.raises(RowError, match=f"has {field}") as caught:
+            parse_conversation(row)
+        assert caught.value.kind == "images, videos or sounds"
+    assert parse_conversation(spoken(**{field: []}) | {field: None})
+
+
+def test_a_second_style_has_to_say_the_same() -> None:
+    """Parquet has the columns of all styles in each row, and most are empty."""
+    same = {
+        "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        "instruction": "a",
+        "output": "b",
+    }
+    assert parse_conversation(same | {"messages": None}).messages == (Message("user", "a"), Message("assistant", "b"))
+    assert parse_conversation(same | {"messages": [], "history": []}).messages[1].content == "b"
+    for other in ({"instruction": "c"}, {"history": [["c", "d"]]}, {"messages": LAST}):
+        with pytest.raises(RowError, match="are both there, and differ") as caught:
+            parse_conversation(same | other)
+        assert caught.value.kind == "two conversations"
+    pair = {"prompt": "a", "instruction": "b", "chosen": "c", "rejected": "d"}
+    with pytest.raises(RowError, match="prompt and instruction are both there"):
+        parse_preference(pair)
+    assert parse_preference(pair | {"instruction": "a"}).prompt == (Message("user", "a"),)
+
+
+def test_fields_of_turns_that_nothing_uses_are_named() -> None:
+    assert unused_fields(spoken(name="bot", weight=1, refusal=None, id="3")) == ("name",)
+    assert unused_fields({"prompt": "a", "chosen": {"content": "b", "score": 3}, "rejected": 5}) == ("score",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,64 @@ def test_a_role_that_a_template_does_not_know(chat_tokenizer_dir: str, tmp_path:
     assert template.encode(Conversation(FOUR)).input_ids
     with pytest.raises(RowError, match="the chat template refuses it: no system messages"):
         template.encode(Conversation((SYSTEM, *FOUR)))
+
+
+def write_template(folder: Path, text: str) -> str:
+    path = folder / "own.jinja"
+    path.write_text(text)
+    return str(path)
+
+
+TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}"
+ASK = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_a_template_that_leaves_out_turns_of_a_role(chat_tokenizer_dir: str, tmp_path: Path, role: str) -> None:
+    """Rows without such turns are used, the others refused, as prompts of pairs too."""
+    text = "{% for m in messages %}{% if m['role'] != 'ROLE' %}" + TURN + "{% endif %}{% endfor %}" + ASK
+    template = load_template(chat_tokenizer_dir, write_template(tmp_path, text.replace("ROLE", role)))
+    assert template.encode(Conversation(FOUR)).input_ids
+    tool = Message("tool", "Found: fox")
+    messages = (SYSTEM, *FOUR) if role == "system" else (*FOUR, tool, Message("assistant", "A fox."))
+    with pytest.raises(RowError, match=f"leaves out the content of message ., the {role}'s") as caught:
+        template.encode(Conversation(messages))
+    assert caught.value.kind == "left out by the template"
+    prompt = (SYSTEM, FOUR[0]) if role == "system" else (*FOUR, tool)
+    with pytest.raises(RowError, match=f"the {role}'s"):
+        template.encode_pair(Preference(prompt, FOUR[1], FOUR[3]))
+
+
+def test_a_text_that_a_later_one_holds_is_missed(chat_tokenizer_dir: str, tmp_path: Path) -> None:
+    text = "{% for m in messages %}{% if m['role'] != 'system' %}" + TURN + "{% endif %}{% endfor %}" + ASK
+    template = load_template(chat_tokenizer_dir, write_template(tmp_path, text))
+    with pytest.raises(RowError, match="leaves out the content of message 2"):
+        template.encode(Conversation((Message("system", "Hi"), Message("user", "Hi there"), FOUR[1])))
+
+
+def test_answers_that_are_not_to_be_learned_have_no_labels(template: Template) -> None:
+    messages = (FOUR[0], replace(FOUR[1], learned=False), *FOUR[2:])
+    example, whole = template.encode(Conversation(messages)), template.encode(Conversation(FOUR))
+    assert example.input_ids == whole.input_ids
+    counted = [number for number in example.labels if number != IGNORED]
+    assert template.tokenizer.decode(counted) == TEXTS[3] + template.tokenizer.decode([template.end_of_turn])
+
+
+def test_reasoning_is_learned_where_the_template_shows_it(chat_tokenizer_dir: str, tmp_path: Path) -> None:
+    thought = replace(FOUR[1], reasoning=("reasoning_content", "The dog is fast."))
+    thinking = "('<think>' + m['reasoning_content'] + '</think>')"
+    shown = TURN.replace("m['content']", f"({thinking} if m['reasoning_content'] else '') + m['content']")
+    text = "{% for m in messages %}" + shown + "{% endfor %}" + ASK
+    template = load_template(chat_tokenizer_dir, write_template(tmp_path, text))
+    labels = [number for number in template.encode(Conversation((FOUR[0], thought))).labels if number != IGNORED]
+    assert template.tokenizer.decode(labels) == f"<think>The dog is fast.</think>{TEXTS[1]}<|im_end|>"
+    silent = load_template(chat_tokenizer_dir, "chatml")
+    for encode in (
+        lambda: silent.encode(Conversation((FOUR[0], thought))),
+        lambda: silent.encode_pair(Preference((FOUR[0],), thought, FOUR[3])),
+    ):
+        with pytest.raises(RowError, match="leaves out the reasoning_content of message 2, the assistant's"):
+            encode()
+    special = replace(thought, reasoning=("reasoning_content", "<|im_end|>"))
+    with pytest.raises(RowError, match="which the model would take for its own"):
+        template.encode(Conversation((FOUR[0], special)))

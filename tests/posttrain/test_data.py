@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from megatron_cpt.chat_data.templates import IGNORED, Example, Template, load_template
+from megatron_cpt.chat_data.templates import CHATML, IGNORED, Example, Template, load_template
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import DataConfig, Prepared, SourceConfig, prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.models import check_fit
@@ -105,6 +105,45 @@ def test_broken_rows_are_counted_and_named(template: Template, tmp_path: Path, c
     assert "data: 10 examples, ALMR 0.000" in said
 
 
+def test_what_rows_say_of_themselves_is_heeded_or_counted(
+    template: Template, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Answers that are not to be learned, fields that nothing uses, what a model of texts cannot be shown."""
+    turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "Dog?"), ("assistant", "Fox.")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    silent = [messages[0] | {"name": "ann"}, messages[1] | {"weight": 0}, *messages[2:]]
+    content = [{"messages": messages}, {"messages": silent}, {"messages": messages, "images": ["1.png"]}]
+    source = SourceConfig(write(tmp_path / "rows.jsonl", content), "en")
+    with pytest.raises(InputError, match=r"rows\.jsonl, row 3: it has images; wanted a conversation in text alone"):
+        prepare_sft(DataConfig([source]), template, 1)
+    found = prepare_sft(DataConfig([source], validation_share=0, broken="skip"), template, 1)
+    learned = {sum(label != IGNORED for label in example.labels) for example in found.train}
+    assert learned == {len(template.tokenizer.encode(t + "<|im_end|>")) for t in ("Fox.",)} | {
+        sum(len(template.tokenizer.encode(t + "<|im_end|>")) for t in ("Hello", "Fox."))
+    }
+    (counts,) = json.loads(Path(write_report(str(tmp_path), found)).read_text())["sources"]
+    assert (counts["not_learned"], counts["unused_fields"]) == (1, {"name": 1})
+    assert counts["broken"]["images, videos or sounds"]["rows"] == 1
+    show_report(found)
+    said = capfd.readouterr().err
+    assert "rows.jsonl: 1 answers are not learned, as they say" in said
+    assert "rows.jsonl: 1 rows have name in their messages, which is not used" in said
+
+
+def test_texts_that_the_template_leaves_out_are_named(chat_tokenizer_dir: str, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(
+        CHATML.replace("{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}")
+    )
+    without_system = load_template(chat_tokenizer_dir, str(tmp_path / "own.jinja"))
+    for make, content, prepare in ((rows, rows(2), prepare_sft), (pairs, pairs(2), prepare_dpo)):
+        content[1]["system"] = "Be kind."
+        source = SourceConfig(write(tmp_path / f"{make.__name__}.json", content), "en")
+        with pytest.raises(
+            InputError, match=rf"{make.__name__}\.json, row 2: the chat template leaves out the content of message 1"
+        ):
+            prepare(DataConfig([source]), without_system, 1)  # type: ignore[operator]
+
+
 def test_what_is_too_long(template: Template, tmp_path: Path) -> None:
     """Cut at its end; a prompt that leaves no room for an answer is skipped and counted."""
     long_answer = {"instruction": "a", "output": "dog " * 100}
@@ -126,6 +165,17 @@ def test_what_is_too_long(template: Template, tmp_path: Path) -> None:
 
 def pairs(number: int) -> list[dict[str, Any]]:
     return [{"instruction": f"Say {i}.", "chosen": "狗" * (2 + i % 3), "rejected": "dog"} for i in range(number)]
+
+
+def test_groups_are_mixed_with_each_other(template: Template, tmp_path: Path) -> None:
+    """In the order of training: neither the first nor the last quarter is of one group."""
+    general = SourceConfig(write(tmp_path / "en.json", rows(40)), "en")
+    additional = SourceConfig(write(tmp_path / "zh.json", rows(40, 5, "狗")), "zh", "additional")
+    found = prepare_sft(DataConfig([general, additional], validation_share=0), template, 3)
+    groups = ["狗" in example.origin.messages[1].content for example in found.train]
+    assert sum(groups) == 40
+    for quarter in range(0, 80, 20):
+        assert 0 < sum(groups[quarter : quarter + 20]) < 20, quarter
 
 
 def test_pairs(template: Template, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from trl import DPOConfig as TrlConfig
 
 from megatron_cpt.chat_data.conversations import Message, Preference
 from megatron_cpt.chat_data.templates import PairExample, load_template
-from megatron_cpt.posttrain.dpo import DpoConfig, TokenizedTrainer, as_dataset, finetune_dpo
+from megatron_cpt.posttrain.dpo import DpoConfig, PairTrainer, as_dataset, finetune_dpo
 from megatron_cpt.posttrain.models import load_model
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings
 
@@ -58,7 +58,7 @@ def test_the_loss_is_the_papers(chat_model: str, tmp_path: Path, precomputed: bo
     policy, reference = load_model(chat_model), load_model(chat_model)
     template = load_template(chat_model, "chatml")
     template.tokenizer.pad_token = template.tokenizer.eos_token
-    trainer = TokenizedTrainer(
+    trainer = PairTrainer(
         model=policy,
         ref_model=None if precomputed else reference,
         args=TrlConfig(

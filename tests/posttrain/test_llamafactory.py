@@ -13,11 +13,12 @@ import pytest
 import yaml
 from chats import dpo_config, sft_config
 
-from megatron_cpt.chat_data.conversations import parse_conversation, parse_preference
+from megatron_cpt.chat_data.conversations import Conversation, Message, Preference, parse_conversation, parse_preference
 from megatron_cpt.chat_data.templates import load_template
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.dpo import finetune_dpo
+from megatron_cpt.posttrain.llamafactory import check_messages
 from megatron_cpt.posttrain.settings import LoraSettings, OptimizerSettings
 from megatron_cpt.posttrain.sft import finetune_sft
 
@@ -50,20 +51,27 @@ def test_pairs(chat_model: str, tmp_path: Path) -> None:
         finetune_dpo(config)
 
 
+@pytest.mark.parametrize("loss", ["apo_zero", "robust"])
+def test_losses_that_only_one_knows(chat_model: str, tmp_path: Path, loss: str) -> None:
+    with pytest.raises(InputError, match=f"loss_type is {loss}, which LLaMA-Factory does not have; use one of sigmoid"):
+        finetune_dpo(dpo_config(chat_model, tmp_path, export_to=str(tmp_path / "lf"), loss_type=loss))
+    assert not (tmp_path / "lf").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss_type": "apo_zero"}, "loss_type is apo_zero, which LLaMA-Factory does not have; use one of sigmoid"),
-        (
-            {"loss_type": "ipo", "label_smoothing": 0.1},
-            "label_smoothing is 0.1, which LLaMA-Factory has for loss_type",
-        ),
+        ({"learned": False}, "an answer is not to be learned, which LLaMA-Factory's rows cannot say"),
+        ({"reasoning": ("thinking", "x")}, "a message has thinking, for which LLaMA-Factory's rows have no field"),
     ],
 )
-def test_losses_that_only_one_knows(chat_model: str, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_answers_that_its_rows_have_no_place_for(changes: dict[str, Any], message: str) -> None:
+    answer = Message("assistant", "b", **changes)
     with pytest.raises(InputError, match=message):
-        finetune_dpo(dpo_config(chat_model, tmp_path, export_to=str(tmp_path / "lf"), **changes))
-    assert not (tmp_path / "lf").exists()
+        check_messages(Conversation((Message("user", "a"), answer)))
+    if answer.reasoning is not None:
+        with pytest.raises(InputError, match=message):
+            check_messages(Preference((Message("user", "a"),), Message("assistant", "c"), answer))
 
 
 def test_the_optimizer_is_the_same(chat_model: str, tmp_path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import make_tiny_llama
 
+from megatron_cpt.chat_data.templates import load_template
 from megatron_cpt.checkpoint.hf_files import adapter_note, check_model, weight_files
 from megatron_cpt.errors import InputError
-from megatron_cpt.posttrain.models import load_model
+from megatron_cpt.posttrain.models import load_model, model_to_train
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +67,48 @@ def test_an_adapter_is_no_weights(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     with pytest.raises(InputError, match=r"holds no \.safetensors file"):
         weight_files(str(tmp_path))
+
+
+@pytest.fixture
+def model(chat_model: str, tmp_path: Path) -> Path:
+    """A copy to change files of."""
+    shutil.copytree(chat_model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"temperature": 0.9, "top_p": 0.6}, {"temperature": 0.9, "top_p": 0.6, "do_sample": True}),  # Llama-2-chat's
+        ({"temperature": 0.9, "do_sample": False}, {"do_sample": False}),
+        ({"temperature": 0.6, "do_sample": True}, {"temperature": 0.6, "do_sample": True}),
+        ({"max_length": 4096}, {"max_length": 4096}),
+    ],
+)
+def test_generation_settings_are_written_again(
+    model: Path, tmp_path: Path, settings: dict[str, Any], expected: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [0, 3]} | settings))
+    found = model_to_train(str(model), load_template(str(model), "chatml"), True)
+    assert ("reads but does not write" in capfd.readouterr().err) == (settings != expected)
+    found.generation_config.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    settings = {name: value for name, value in written.items() if name not in ("transformers_version", "_from_model_config")}
+    assert settings == expected | {"bos_token_id": 0, "eos_token_id": [0, 3, 401]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"generation_config\.json is damaged"),
+        (
+            '{"length_penalty": 2.0}',
+            r"generation_config\.json: .*length_penalty.*; expected settings that transformers writes",
+        ),
+        ('{"max_new_tokens": -3}', "max_new_tokens"),
+    ],
+)
+def test_generation_settings_that_cannot_be_written(model: Path, content: str, message: str) -> None:
+    (model / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        model_to_train(str(model), load_template(str(model), "chatml"), False)

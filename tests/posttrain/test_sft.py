@@ -279,6 +279,10 @@ def test_batches_that_cannot_be_divided() -> None:
     ("section", "changes", "message"),
     [
         ("optimizer", {"lr": 2.0}, r"optimizer\.lr is 2\.0; use a number above 0 and below 1"),
+        ("optimizer", {"adam_beta2": 1.0}, r"optimizer\.adam_beta2 is 1\.0; use 0 or more, below 1"),
+        ("optimizer", {"adam_eps": -1e-8}, "adam_eps is -1e-08; use 0 or more"),
+        ("training", {"seed": -1}, r"training\.seed is -1; use a whole number from 0"),
+        ("training", {"epochs": float("inf")}, r"training\.epochs is inf; use a number above 0"),
         ("data", {"almr": 1.5}, r"almr is 1\.5; use a number from 0 to 1"),
         ("data", {"max_length": 2}, "max_length is 2; use 8 or more"),
         ("data", {"chat_template": "llama4"}, "chat_template is llama4, no file"),

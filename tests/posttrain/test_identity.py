@@ -1,0 +1,178 @@
+"""A run resumes with what it began with, or says what is another; and then its figures are those of an undisturbed one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chats import read_metrics, sft_config
+from safetensors.torch import load_file, save_file
+
+from megatron_cpt.chat_data.templates import CHATML
+from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain import identity, runner
+from megatron_cpt.posttrain.identity import digest
+from megatron_cpt.posttrain.settings import RunSettings
+from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
+
+
+@pytest.fixture(scope="module")
+def stopped(chat_model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[SftConfig, SftConfig]:
+    """(a run that was stopped after three of its six steps, an undisturbed one)"""
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(chat_model, folder / "model")
+    (folder / "mine.jinja").write_text(CHATML)
+    config = sft_config(str(folder / "model"), folder, run=RunSettings(log_interval=2))
+    config = replace(config, data=replace(config.data, chat_template=str(folder / "mine.jinja")))
+    whole = replace(config, save=str(folder / "whole"), run=RunSettings(log_interval=2, save_interval=3))
+    finetune_sft(whole)
+    original = runner.Stop.on_step_end
+
+    def stopping(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> Any:
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, args, state, control, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner.Stop, "on_step_end", stopping)
+        assert finetune_sft(config) == config.save
+    return config, whole
+
+
+@pytest.fixture
+def restored(stopped: tuple[SftConfig, SftConfig]) -> Iterator[SftConfig]:
+    """The stopped run; files that a test changes are put back."""
+    config = stopped[0]
+    paths = [*Path(config.model).iterdir(), Path(str(config.data.chat_template)), Path(config.data.sources[0].path)]
+    paths.append(Path(config.save) / "run.json")
+    contents = {path: path.read_bytes() for path in paths}
+    yield config
+    for path, content in contents.items():
+        path.write_bytes(content)
+
+
+def edit(path: str, old: str, new: str) -> None:
+    """With the same size and time of change."""
+    before = os.stat(path)
+    text = Path(path).read_text()
+    assert old in text
+    Path(path).write_text(text.replace(old, new))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def change_weight(config: SftConfig) -> None:
+    path = Path(config.model) / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors["model.norm.weight"][3] += 0.01
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def drop_merge(config: SftConfig) -> None:
+    path = Path(config.model) / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"].pop()
+    path.write_text(json.dumps(content))
+
+
+CHANGES: dict[str, tuple[Callable[[SftConfig], Any], str]] = {
+    "template": (lambda config: edit(str(config.data.chat_template), " | trim", ""), "another text of chat_template"),
+    "tokenizer": (
+        drop_merge,
+        "another file of the model tokenizer.json",
+    ),
+    "weights": (change_weight, r"another file of the model model\.safetensors"),
+    "data": (
+        lambda config: edit(config.data.sources[0].path, "dog 0", "fox 0"),
+        r"another data file .*conversations_en\.json",
+    ),
+    "damaged run.json": (lambda config: (Path(config.save) / "run.json").write_text("{"), r"run\.json does not say"),
+    "missing run.json": (lambda config: (Path(config.save) / "run.json").unlink(), r"run\.json does not say"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_does_not_resume_with_something_else(restored: SftConfig, name: str) -> None:
+    change, message = CHANGES[name]
+    change(restored)
+    with pytest.raises(InputError, match=message):
+        finetune_sft(restored)
+    assert not (Path(restored.save) / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("training", {"seed": 7}, r"has begun with training\.seed 1234, now it is 7"),
+        ("training", {"max_steps": 7}, r"training\.max_steps 6, now it is 7"),
+        ("optimizer", {"adam_beta2": 0.9}, r"optimizer\.adam_beta2 0\.95, now it is 0\.9"),
+        ("data", {"almr": 0.5}, r"data\.almr None, now it is 0\.5"),
+        (None, {"packing": False}, "packing True, now it is False"),
+    ],
+)
+def test_a_run_does_not_resume_with_other_settings(
+    restored: SftConfig, section: str | None, changes: dict[str, Any], message: str
+) -> None:
+    other = replace(restored, **({section: replace(getattr(restored, section), **changes)} if section else changes))
+    with pytest.raises(InputError, match=message):
+        finetune_sft(other)
+
+
+def test_other_examples_of_the_same_files_are_noticed(restored: SftConfig) -> None:
+    """As where another version of a library makes other tokens of them."""
+    path = Path(restored.save) / "run.json"
+    facts = json.loads(path.read_text())
+    facts["examples"]["train"] = "0" * 64
+    path.write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="has begun with another tokenization of train"):
+        finetune_sft(restored)
+
+
+def test_a_resumed_run_has_the_figures_of_an_undisturbed_one(stopped: tuple[SftConfig, SftConfig], tmp_path: Path) -> None:
+    """Tokens, mean loss and all; in a folder of another name, with other intervals between checkpoints."""
+    config, whole = stopped
+    shutil.copytree(config.save, tmp_path / "moved")
+    result = finetune_sft(replace(config, save=str(tmp_path / "moved"), run=replace(config.run, keep_last=1)))
+    rows, expected = read_metrics(tmp_path / "moved"), read_metrics(Path(whole.save))
+    clocks = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "epoch")
+    for mine, theirs in zip(rows, expected, strict=True):
+        assert {n: v for n, v in mine.items() if n not in clocks} == {n: v for n, v in theirs.items() if n not in clocks}
+    steps = [row["loss"] for row in expected if "loss" in row]
+    assert [row["iteration"] for row in expected if "loss" in row] == [1, 2, 3, 4, 6]
+    (last,) = [row for row in rows if "train_loss" in row]
+    assert last["train_loss"] == pytest.approx((sum(steps[:4]) + 2 * steps[4]) / 6)
+    tokens = [row["num_tokens"] for row in rows if "loss" in row]
+    assert tokens == sorted(tokens)
+    assert tokens[0] > 0
+    weights, whole_weights = (
+        load_file(Path(result) / "model.safetensors"),
+        load_file(Path(whole.save) / "hf/model.safetensors"),
+    )
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole_weights.items())
+
+
+def test_large_files_are_known_by_pieces_from_all_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "WHOLE", 100)
+    monkeypatch.setattr(identity, "PIECES", 3)
+    monkeypatch.setattr(identity, "PIECE", 10)
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(200))
+    before = digest(str(path))
+    for place in (0, 95, 104, 199):
+        content = bytearray(200)
+        content[place] = 1
+        path.write_bytes(content)
+        assert digest(str(path)) != before, place
+    path.write_bytes(bytes(201))
+    assert digest(str(path)) != before
+    path.write_bytes(bytes(50))
+    small = digest(str(path))
+    path.write_bytes(bytes(49) + b"\x01")
+    assert digest(str(path)) != small
