@@ -113,6 +113,9 @@ class CorpusManifest:
     versions: dict[str, str]
     command: str
     duration_seconds: float
+    holdout: str | None = None
+    """"train:SPLIT" or "holdout:SPLIT": the corpus is one side of a split (several after a merge: SPLIT,SPLIT). "asked:200":
+    a partition of an input of which so much will be held out when its partitions are merged. None: all of the input."""
     format_version: int = FORMAT_VERSION
 
 
