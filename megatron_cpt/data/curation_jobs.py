@@ -31,6 +31,7 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 
 from megatron_cpt.data import curation_languages as languages
 from megatron_cpt.data import curation_steps as steps
+from megatron_cpt.data.curation_origins import number_of_tasks
 from megatron_cpt.data.preprocess_config import separator
 from megatron_cpt.data.reading import ReadOptions
 from megatron_cpt.data.sources import Source
@@ -46,7 +47,6 @@ FILTER_CLASSES = {
     "fineweb_quality": FineWebQualityFilter,
 }
 SUFFIX_COMPRESSION = {"zstd": "zstd", "gzip": "gzip", "none": None}
-MAX_DEFAULT_TASKS = 1000
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Job:
 def plan_jobs(config: CurateConfig, sources: list[Source], root: Path) -> list[Job]:
     """The jobs in an order that respects `after`. InputError: unknown language, filter argument or missing library."""
     languages.check_languages(list(config.keep_languages), config.language_identifier)
-    tasks = config.tasks or min(len(sources), MAX_DEFAULT_TASKS)
+    tasks = number_of_tasks(config.tasks, len(sources))
     with missing_library():
         jobs = [_language_job(config, sources, root, tasks)]
         for language in config.keep_languages:

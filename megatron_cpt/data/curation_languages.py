@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
+from megatron_cpt.data.languages import cld2_languages
 from megatron_cpt.errors import InputError
 
 FILTERS = ("gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality")  # in the order of FineWeb
-ALIASES = {"zh-Hant": "zh", "iw": "he", "jw": "jv", "un": "unknown"}  # codes of cld2 -> codes of everybody else
 WORD_TOKENIZERS = {"no": "nob_Latn", "tl": "fil_Latn"}  # codes that datatrove's table does not have
 WITHOUT_SPACES = frozenset(("bo", "dz", "ja", "km", "lo", "my", "th", "wuu", "yue", "zh"))
 LID_176 = (  # the labels of fastText's lid.176
@@ -67,14 +67,10 @@ def identifiable(identifier: str) -> frozenset[str] | None:
         return None
     if identifier != "cld2":
         return frozenset(LID_176.split())
-    try:
-        import pycld2
-    except ImportError:
-        raise InputError(
-            "language_identifier cld2 needs pycld2; wanted: pip install pycld2, or another identifier"
-        ) from None
-    detected = set(pycld2.DETECTED_LANGUAGES)
-    return frozenset(ALIASES.get(code, code) for name, code in pycld2.LANGUAGES if name in detected and code[:3] != "xx-")
+    known = cld2_languages()
+    if not known:
+        raise InputError("language_identifier cld2 needs pycld2; wanted: pip install pycld2, or another identifier")
+    return known
 
 
 def check_languages(languages: list[str], identifier: str) -> None:

@@ -21,8 +21,8 @@ from datatrove.pipeline.readers.base import BaseReader
 from datatrove.pipeline.readers.jsonl import JsonlReader
 from datatrove.utils.word_tokenizers import load_word_tokenizer
 
-from megatron_cpt.data.curation_languages import ALIASES
 from megatron_cpt.data.documents import read_part
+from megatron_cpt.data.languages import ALIASES
 from megatron_cpt.data.reading import ReadOptions, units
 from megatron_cpt.data.sources import Source
 

@@ -206,8 +206,14 @@ def piece_around(text: str, place: int, characters: int) -> str:
 
 
 def count_languages(sample: Sequence[str], text_bytes: int) -> Counter[str]:
-    """Bytes by language, as CLD2 tells them of a sample that stands for `text_bytes`. ISO 639 codes; "un": not reliable."""
-    import pycld2
+    """Bytes by language, as CLD2 tells them of a sample that stands for `text_bytes`. ISO 639 codes; "un": not reliable.
+
+    Nothing without pycld2.
+    """
+    try:
+        import pycld2
+    except ImportError:
+        return Counter()
 
     found: Counter[str] = Counter()
     for text in sample:

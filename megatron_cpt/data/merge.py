@@ -74,7 +74,7 @@ def merge_datasets(config: MergeConfig) -> str:
         shutil.rmtree(folder, ignore_errors=True)  # of a merge that was killed
         folder.mkdir()
         try:
-            with meter(sum(manifest.files["bin"].bytes for manifest in manifests)) as shown:
+            with meter(sum(manifest.files["bin"].bytes for manifest in manifests), of="tokens") as shown:
                 bin_sha256 = _copy(prefixes, manifests, folder, shown)
             seconds = time.monotonic() - began
             files, merged = complete(
@@ -92,7 +92,7 @@ def merge_datasets(config: MergeConfig) -> str:
     size, documents, tokens = (
         sum(sizes) for sizes in zip(*((m.files["bin"].bytes, m.documents, m.tokens) for m in merged), strict=True)
     )
-    speed = rates(size, documents, seconds)
+    speed = rates(size, documents, seconds, "tokens")
     aside = "".join(f"; held out: {part.documents:,} documents, {part.tokens:,} tokens" for part in merged[1:])
     print(f"{len(prefixes)} corpora, {documents:,} documents, {tokens:,} tokens, {speed}{aside}", file=sys.stderr)
     return path
@@ -252,10 +252,19 @@ def merge_manifests(manifests: Sequence[CorpusManifest], shuffle_seed: int | Non
         encoder="; ".join(dict.fromkeys(manifest.encoder for manifest in manifests)),
         sources=list(sources.values()),
         files={},
+        origins=_joined_origins(manifests),
         holdout=_joined_holdout(manifests),
         command=shlex.join(map(printable, sys.argv)),
         duration_seconds=round(seconds + sum(manifest.duration_seconds for manifest in manifests), 3),
     )
+
+
+def _joined_origins(manifests: Sequence[CorpusManifest]) -> dict[str, list[str]]:
+    joined: dict[str, dict[str, None]] = {}
+    for manifest in manifests:
+        for curation, files in manifest.origins.items():
+            joined.setdefault(curation, {}).update(dict.fromkeys(files))
+    return {curation: list(files) for curation, files in joined.items()}
 
 
 def _joined_holdout(manifests: Sequence[CorpusManifest]) -> str | None:

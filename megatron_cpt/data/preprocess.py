@@ -8,7 +8,6 @@ order of the input, so the corpus does not depend on the number of workers. Ever
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +22,11 @@ from typing import Any
 import orjson
 
 from megatron_cpt.data.audit import ODD_TEXTS, Audit, TokenizerMismatchError
+from megatron_cpt.data.curation_origins import origins
 from megatron_cpt.data.encoding import EncodedUnit, Encoder, Engine, Reference, TokenPolicy, per_text, useful_workers
 from megatron_cpt.data.holdout import number_held_out
-from megatron_cpt.data.manifest import CorpusManifest, SourceInfo, TokenizerInfo
+from megatron_cpt.data.languages import unlike
+from megatron_cpt.data.manifest import CorpusManifest, SourceInfo, TokenizerInfo, versions
 from megatron_cpt.data.partial import PartialCorpus, discard, lock, open_partial, partial_folder, read_state, writing
 from megatron_cpt.data.preprocess_config import PreprocessConfig, parse_partition
 from megatron_cpt.data.progress import Meter, meter, rates
@@ -37,7 +38,6 @@ from megatron_cpt.errors import InputError, ProcessDiedError
 from megatron_cpt.interrupting import interruptible
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.fast import FailedError, FastTokenizer, NotSupportedError
-from megatron_cpt.version import __version__
 
 FAST_FROM_BYTES = 8 << 20
 """Input from which gigatoken's second of loading is worth while."""
@@ -203,7 +203,7 @@ def _encode(
             partial.add(unit, errors)
             if unit.audit:
                 audit.compare(unit.audit)
-            shown.advance(unit.read_bytes, unit.lengths.size)
+            shown.advance(unit.read_bytes, unit.lengths.size, unit.text_bytes)
             if partial.is_due():
                 audit.settle()
                 partial.checkpoint()
@@ -264,6 +264,8 @@ def _finish(
         with_metadata=bool(config.metadata_keys),
         with_errors=bool(counts.skipped),
     )
+    if odd := unlike(config.language, manifests[0].languages):
+        print(f"WARNING: {odd}", file=sys.stderr)
     partial.announce(files)
     return files, manifests
 
@@ -293,7 +295,7 @@ def _summary(partial: PartialCorpus, policy: TokenPolicy, held_out: Sequence[Cor
     aside = "".join(f"; held out: {part.documents:,} documents, {part.tokens:,} tokens" for part in held_out)
     per_token = f"{_bytes_per_token(partial, policy):.2f} bytes/token"
     seconds = partial.seconds()
-    speed = rates(counts.read_bytes, documents, seconds)
+    speed = rates(counts.text_bytes, documents, seconds)
     return f"{documents:,} documents, {counts.tokens:,} tokens, {per_token}, {seconds:.1f} s, {speed}{left_out}{aside}"
 
 
@@ -339,8 +341,8 @@ def _manifest(
             for source, count in zip(sources, counts.documents, strict=True)
         ],
         files={},
-        versions={"megatron_cpt": __version__, "python": platform.python_version()}
-        | {library: version(library) for library in libraries},
+        origins=origins(source for source, count in zip(sources, counts.documents, strict=True) if count),
+        versions=versions(libraries),
         command=shlex.join(map(printable, sys.argv)),
         duration_seconds=round(partial.seconds(), 3),
         holdout=None if config.holdout is None else f"asked:{config.holdout}",

@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_cpt.data.encoding import Policy
 from megatron_cpt.data.holdout import parse_holdout
+from megatron_cpt.data.languages import check_language
 from megatron_cpt.data.reading import ReadOptions
 from megatron_cpt.errors import InputError
 
@@ -31,7 +32,8 @@ class PreprocessConfig:
     output_prefix: str
     """Writes OUTPUT_PREFIX.bin, .idx and .json; the folder is made if needed."""
     language: str
-    """Language of the corpus, such as en or zh; the mixture counts tokens by it."""
+    """Language of the corpus: an ISO 639 code such as en or zh, or a longer name such as code; the mixture counts tokens by
+    it. A warning says when a sample of the text is in another one."""
     text_key: str = "text"
     """Field or column that holds a document's text, a string or a list of strings (its lines); dots reach into objects
     (`article.body`)."""
@@ -76,6 +78,7 @@ class PreprocessConfig:
         for name in ("language", "input", "text_key"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty; wanted a value")
+        check_language(self.language)
         for name in ("workers", "max_document_characters"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; wanted at least 1")

@@ -169,6 +169,41 @@ def test_preprocess_reads_the_output(corpus: dict[str, Any], tmp_path: Path, tin
     assert manifest["documents"] == corpus["report"]["output"]["zh"]["documents"]
 
 
+def test_validation_from_a_raw_file_is_noticed(corpus: dict[str, Any], tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    """The raw file of a curated one, directly or through another curation; two files of one curation share nothing."""
+    from megatron_cpt.data.merge import MergeConfig, merge_datasets
+    from megatron_cpt.data.mixture_file import load_mixture
+
+    raw, curated = Path(corpus["config"].input[0]), corpus["output"]
+    other = configured(tmp_path, input=str(raw / "b.jsonl"), keep_languages="zh", filters="none", deduplicate=False)
+    sources = {
+        "train": curated / "zh" / "00001.jsonl",
+        "raw": raw / "b.jsonl",
+        "unused": raw / "c.jsonl.gz",
+        "again": Path(curate(other)) / "zh",
+        "beside": curated / "zh" / "00002.jsonl",
+    }
+    settings = {"tokenizer": tiny_tokenizer_dir, "language": "zh", "workers": 1, "on_error": "skip"}
+    for name, source in sources.items():
+        seed = None if name == "train" else 3  # in another order, or equal files would be noticed by their checksums
+        output = str(tmp_path / name)
+        preprocess(PreprocessConfig(input=str(source), output_prefix=output, shuffle_documents=seed, **settings))
+    merge_datasets(MergeConfig([str(tmp_path / "train"), str(tmp_path / "unused")], str(tmp_path / "merged")))
+
+    def mixture(train: str, valid: str) -> None:
+        text = f"seq_length: 16\nseed: 1\nalmr: 0\ngeneral: [{{prefix: {train}}}]\nvalidation: [{{prefix: {valid}}}]\n"
+        (tmp_path / "mixture.yaml").write_text(text)
+        load_mixture(str(tmp_path / "mixture.yaml"))
+
+    for train, valid in (("train", "raw"), ("raw", "train"), ("train", "again"), ("merged", "raw"), ("merged", "again")):
+        with pytest.raises(
+            InputError, match=r"both were made from .*/in/b\.jsonl, one of them curated; use different files"
+        ):
+            mixture(train, valid)
+    mixture("train", "unused")
+    mixture("train", "beside")
+
+
 def test_a_finished_curation_is_left_alone(corpus: dict[str, Any]) -> None:
     before = {path: path.stat().st_mtime_ns for path in corpus["output"].rglob("*")}
     assert curate(corpus["config"]) == str(corpus["output"])
