@@ -28,8 +28,7 @@ def check_language(language: str) -> None:
     """
     base = re.split("[-_]", language)[0]
     if len(base) < 2 or (len(base) == 2 and base not in ISO_639_1):
-        wanted = "an ISO 639 code, as in zh, or a longer name, as in code"
-        raise InputError(f"language is {language!r}; wanted {wanted}")
+        raise InputError(f"language is {language!r}; wanted an ISO 639 code, as in zh, or a longer name, as in code")
 
 
 def unlike(language: str, shares: Mapping[str, float]) -> str | None:
