@@ -69,8 +69,10 @@ inline void check(const Description& order) {
     const Stage& stage = order.stages[i];
     check_tree(stage.left, order.nodes.size(), at("left tree of stage", i));
     if (stage.right != NO_TREE) check_tree(stage.right, order.nodes.size(), at("right tree of stage", i));
-    const bool in_order = i ? order.stages[i - 1].start <= stage.start : stage.start == 0;
-    require(in_order && stage.start <= SAMPLES_LIMIT, at("start of stage", i), stage.start, "0 first, then no less than before");
+    const bool in_order = i ? order.stages[i - 1].start <= stage.start
+                            : 0 <= stage.start && stage.start <= order.block_origin;
+    require(in_order && stage.start <= SAMPLES_LIMIT, at("start of stage", i), stage.start,
+            "0 to block_origin first, then no less than before");
     require(stage.length > 0 && (!stage.ramp || stage.length <= RAMP_LIMIT), at("length of stage", i), stage.length,
             "1 or more; at most 2**46 with a ramp");
     const bool ends = i + 1 < order.stages.size() && order.stages[i + 1].start <= stage.start + static_cast<int64_t>(stage.length);

@@ -7,10 +7,9 @@ from typing import Any
 
 from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.data.ledger import Ledger, LedgerRow, StageTotal
+from megatron_cpt.training.baseline import Baseline, Measurement, extended
 from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.validation import ValidationResult
-
-BASELINE = {"zh": {"loss": 4.0, "bits_per_byte": 2.0}, "en": {"loss": 2.0, "bits_per_byte": 1.0}}
 
 
 def make_ledger() -> Ledger:
@@ -49,6 +48,18 @@ def results(factor: float = 1.0) -> list[ValidationResult]:
     ]
 
 
+def measured(name: str, samples: int = 100) -> Measurement:
+    """How a set is measured."""
+    return Measurement(name, "b" * 64, "1" * 64, "t" * 64, 64, samples, False, False)
+
+
+def validated(log: RunLog, iteration: int, found: list[ValidationResult], samples: int = 100) -> None:
+    """Record an evaluation of a run that has evaluated zh and en, 100 samples each, before its first step."""
+    before = [Baseline(measured(r.name), 0, r.loss, r.bits_per_byte) for r in results()] if iteration else []
+    how = [measured(result.name, samples) for result in found]
+    log.validation(iteration, found, how, extended(before, how, found, iteration))
+
+
 def start(log: RunLog, iteration: int = 0, **run: Any) -> None:
     """Begin, or go on after `iteration` steps."""
     rates = [
@@ -64,7 +75,7 @@ def record(folder: Path, first: int, last: int, config: LoggingConfig | None = N
     with RunLog(str(folder), config or LoggingConfig(), 0) as log:
         start(log, first - 1)
         if first == 1:
-            log.validation(0, results(), {})
+            validated(log, 0, results())
         for iteration in range(first, last + 1):
             log.step(step_row(iteration, **changed), 20)
-        log.validation(last, results(0.9), BASELINE)
+        validated(log, last, results(0.9))

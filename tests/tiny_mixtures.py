@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def make_corpus(
     prefix = str(folder / name)
     with IndexedWriter(prefix, np.int32) as writer:
         writer.add_documents(np.arange(first, first + tokens), np.array(lengths or [tokens]))
-    return Corpus(name, prefix, language, manifest(language=language, tokens=tokens, **fields), IndexedCorpus(prefix), group)
+    described = manifest(language=language, tokens=tokens, **fields)
+    described = replace(described, tokenizer=replace(described.tokenizer, vocab_size=first + tokens))
+    return Corpus(name, prefix, language, described, IndexedCorpus(prefix), group)
 
 
 def make_mixture(

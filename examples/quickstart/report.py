@@ -20,6 +20,7 @@ from rich.table import Table
 from megatron_cpt.posttrain.generate import complete
 from megatron_cpt.training.metrics_file import read_metrics
 from megatron_cpt.training.report import write_report
+from megatron_cpt.training.validation_table import baseline_of
 
 PROMPTS = {"zh": "今年春节期间，", "en": "The capital of France is"}
 LANGUAGES = {"zh": "Chinese", "en": "English"}
@@ -29,7 +30,10 @@ def collect(run: Path) -> dict[str, Any]:
     """The figures of the training run."""
     rows = read_metrics(str(run / "checkpoints"))
     steps = [row for row in rows if "loss" in row]
-    before, *_, after = [row["validation"] for row in rows if "validation" in row]
+    evaluations = [row for row in rows if "validation" in row]
+    after = evaluations[-1]["validation"]
+    found = {name: baseline_of(evaluations, name) for name in after}
+    before = {name: baseline for name, baseline in found.items() if baseline is not None}
     ledger = json.loads((run / "checkpoints" / "ledger.json").read_text())
     description = json.loads((run / "checkpoints" / "run.json").read_text())
     tokens = steps[-1]["consumed_tokens"]

@@ -57,6 +57,10 @@ class TrainingConfig:
     """Samples of the whole run, rounded up to whole steps."""
     train_tokens: int | None = None
     """Tokens of the whole run, rounded up to whole steps."""
+    extend_to: int | None = None
+    """Train longer than planned: the new end of the run, in the unit of the setting above that gives the planned one, which
+    stays as it is. The learning rate decays to the new end: where it has not begun to decay it goes on, else it warms up
+    again from the checkpoint on."""
     micro_batch_size: int = 1
     """Samples one model replica computes at once."""
     global_batch_size: int = 1
@@ -81,8 +85,23 @@ class TrainingConfig:
         if at_most_one("training", self, "train_iters", "train_samples", "train_tokens") is None:
             raise InputError("the length of the run is not given; use training.train_iters, train_samples or train_tokens")
         require_at_least(self, train_iters=1, train_samples=1, train_tokens=1, exit_duration_in_mins=0)
+        name, planned = self.planned_length()
+        longer = f"more than training.{name}, {planned}"
+        require(self.extend_to is None or self.extend_to > planned, "training.extend_to", self.extend_to, longer)
         require_at_least(self, micro_batch_size=1, global_batch_size=1)
         require(self.fp8 is None or self.params_dtype == "bf16", "training.params_dtype", self.params_dtype, "bf16 with fp8")
+
+    def planned_length(self) -> tuple[str, int]:
+        """The setting that gives the length, and its value."""
+        lengths = {name: getattr(self, name) for name in ("train_iters", "train_samples", "train_tokens")}
+        return next((name, length) for name, length in lengths.items() if length is not None)
+
+    def extended(self) -> TrainingConfig:
+        """The same with the new end as its length, if there is one."""
+        if self.extend_to is None:
+            return self
+        changes: dict[str, Any] = {"extend_to": None, self.planned_length()[0]: self.extend_to}
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -97,6 +116,9 @@ class DataConfig:
     """Which text sample n is; "megatron": bit for bit what Megatron-LM reads in a run of this length (docs/sampling.md)."""
     accept_new_mixture: bool = False
     """Go on with another mixture than the run has read so far, from the next sample on."""
+    check_files: bool = True
+    """Compare the corpora's files with the checksums in their manifests while the run is under way, in the background, once
+    for each version of a file. Without it sizes and token ids are still checked."""
     num_workers: int = 2
     """Threads of each process that read ahead; 0 reads when a batch is needed."""
     prefetch: int = 4

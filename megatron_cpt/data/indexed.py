@@ -9,11 +9,12 @@ which are not read here.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, RunError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -143,7 +144,8 @@ class IndexedWriter:
 class IndexedCorpus:
     """Read-only, memory-mapped view of a corpus; `prefix` is the path without `.bin`/`.idx`. Cheap to pickle.
 
-    Attributes: `dtype`; `num_tokens`; `num_documents`; `tokens` (num_tokens,), all ids in file order;
+    Attributes: `files`, what reads "bin" and "idx"; `dtype`; `num_tokens`; `num_documents`; `tokens` (num_tokens,), all ids
+    in file order;
     `sequence_lengths` (sequences,) int32 tokens; `sequence_pointers` (sequences,) int64 bytes; `document_indices`
     (num_documents + 1,) int64. A document may hold several sequences; what this program writes holds one.
     """
@@ -172,6 +174,7 @@ class IndexedCorpus:
                 f"{bin_}: found {found} bytes; wanted {wanted} ({self.num_tokens} tokens of {self.dtype}, says {idx})"
             )
         self.tokens = _map(bin_, self.dtype, 0, self.num_tokens)
+        self.files = {"bin": FileReader(bin_), "idx": FileReader(idx)}
 
     def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
         return IndexedCorpus, (self.prefix,)  # a memory map pickles as a copy of the file: map it again instead
@@ -192,17 +195,95 @@ class IndexedCorpus:
 
     def sample(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """(length,) int64 tokens from position `start` of the token stream, across document borders."""
+        return self.read(start, length).astype(np.int64)
+
+    def read(self, start: int, length: int) -> Tokens:
+        """(length,) tokens from position `start` of the token stream, read from the file.
+
+        Unlike `tokens`, a memory map, this is safe while others write: a file that was cut short ends a process that touches
+        its map without a word.
+
+        RunError: the file is not what it was when it was opened, or cannot be read.
+        """
         if not 0 <= start <= start + length <= self.num_tokens:
             raise IndexError(f"{self.prefix}: tokens {start} to {start + length} of {self.num_tokens}")
-        return self.tokens[start : start + length].astype(np.int64)
+        return np.frombuffer(self.files["bin"].read(start * self.dtype.itemsize, length * self.dtype.itemsize), self.dtype)
 
     def sequences_at(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """(n,) positions after `start` and before `stop` where a sequence begins: found in the index, no token is read."""
-        # not numpy's search, which would copy the array: the format leaves it unaligned
-        first = bisect.bisect_right(self.sequence_pointers, start * self.dtype.itemsize)
-        last = bisect.bisect_left(self.sequence_pointers, stop * self.dtype.itemsize, lo=first)
-        begins = self.sequence_pointers[first:last] // self.dtype.itemsize
+        """(n,) positions after `start` and before `stop` where a sequence begins: found in the index, no token is read.
+
+        RunError: as `read`; or the index is damaged.
+        """
+        pointers = Pointers(self.files["idx"], HEADER.size + 4 * len(self), len(self))
+        first = bisect.bisect_right(pointers, start * self.dtype.itemsize)
+        last = bisect.bisect_left(pointers, stop * self.dtype.itemsize, lo=first)
+        begins = pointers.part(first, last) // self.dtype.itemsize
+        if begins.size and not start < begins.min() <= begins.max() < stop:
+            raise RunError(
+                f"{self.prefix}.idx: sequences {first} to {last - 1} begin at tokens {begins.min()} to {begins.max()}; "
+                f"expected them between {start} and {stop}: the file is damaged"
+            )
         return np.unique(begins)  # a sequence without tokens begins where the next one does
+
+    def document_at(self, position: int) -> int:
+        """The document that a position of the token stream lies in."""
+        pointers = Pointers(self.files["idx"], HEADER.size + 4 * len(self), len(self))
+        sequence = bisect.bisect_right(pointers, position * self.dtype.itemsize) - 1
+        documents = Pointers(self.files["idx"], HEADER.size + 12 * len(self), self.num_documents + 1)
+        return bisect.bisect_right(documents, sequence) - 1
+
+
+class FileReader:
+    """Reads parts of a file that is not supposed to change. Threads may share one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+
+    @functools.cached_property
+    def _file(self) -> IO[bytes]:
+        return self.path.open("rb", buffering=0)
+
+    def version(self) -> list[int]:
+        """Bytes, time of the last change in nanoseconds, inode: another version of the file has another. OSError: none."""
+        status = os.fstat(self._file.fileno())
+        return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+    def read(self, start: int, count: int) -> bytes:
+        """`count` bytes from `start` on. RunError: the file has become shorter, or cannot be read."""
+        parts, place = [], start
+        try:
+            while place < start + count:
+                part = os.pread(self._file.fileno(), start + count - place, place)
+                if not part:
+                    break
+                parts.append(part)
+                place += len(part)
+            found = os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise RunError(f"{self.path}: bytes {start} to {start + count} cannot be read: {error.strerror}") from error
+        if place < start + count or found != self.size:
+            raise RunError(
+                f"{self.path}: found {found} bytes; expected {self.size}: the file has changed since the run opened it"
+            )
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class Pointers(Sequence[int]):
+    """int64 numbers in a file, as a sequence that can be searched without reading it as a whole."""
+
+    def __init__(self, file: FileReader, offset: int, count: int) -> None:
+        self._file, self._offset, self._count = file, offset, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:  # type: ignore[override]  # no slices: `part`
+        return int.from_bytes(self._file.read(self._offset + 8 * index, 8), "little", signed=True)
+
+    def part(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Numbers first to last - 1."""
+        return np.frombuffer(self._file.read(self._offset + 8 * first, 8 * (last - first)), "<i8").astype(np.int64)
 
 
 def _read_header(idx: Path) -> tuple[np.dtype[Any], int, int]:

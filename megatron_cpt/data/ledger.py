@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -52,22 +52,10 @@ class Ledger:
     """Share of the samples by language."""
 
 
-def make_ledger(
-    mixture: Mixture,
-    schedule: Schedule,
-    run_samples: int,
-    first_sample: int = 0,
-    before: Mapping[str, int] | None = None,
-) -> Ledger:
-    """Count the samples of a run (seq_length targets each) from `first_sample` on.
-
-    `before`: samples each corpus gave before `first_sample` (none: 0); None: as many as this mixture says.
-    """
+def make_ledger(mixture: Mixture, schedule: Schedule, run_samples: int, first_sample: int = 0) -> Ledger:
+    """Count the samples of a run (seq_length targets each) from `first_sample` on."""
     borders = _borders(schedule, first_sample, run_samples)
     counts = {n: schedule.counts(n) for n in {n for _, *ends in borders for n in ends} | {first_sample, run_samples}}
-    offset = [0] * len(mixture.corpora)
-    if before is not None:
-        offset = [before.get(c.name, 0) - n for c, n in zip(mixture.corpora, counts[first_sample], strict=True)]
     rows, stages = [], []
     for number, begin, end in borders:
         name = mixture.stages[number].name
@@ -94,7 +82,7 @@ def make_ledger(
                     samples=given[place],
                     tokens=given[place] * mixture.seq_length,
                     share=_share(given[place], end - begin),
-                    epochs=(counts[end][place] + offset[place]) / corpus.num_samples(mixture.seq_length),
+                    epochs=counts[end][place] / corpus.num_samples(mixture.seq_length),
                 )
             )
     total = run_samples - first_sample
@@ -114,11 +102,10 @@ def make_ledger(
     )
 
 
-def check_limits(mixture: Mixture, schedule: Schedule, run_samples: int, offsets: Mapping[str, int] | None = None) -> None:
-    """InputError when the run would read a corpus more often than its max_epochs. `offsets`: see `DataState.offsets`."""
-    offsets = offsets or {}
+def check_limits(mixture: Mixture, schedule: Schedule, run_samples: int) -> None:
+    """InputError when the run would read a corpus more often than its max_epochs."""
     for corpus, count in zip(mixture.corpora, schedule.counts(run_samples), strict=True):
-        epochs = Fraction(count + offsets.get(corpus.name, 0), corpus.num_samples(mixture.seq_length))
+        epochs = Fraction(count, corpus.num_samples(mixture.seq_length))
         if corpus.max_epochs is not None and epochs > corpus.max_epochs:
             raise InputError(
                 f"{mixture.path}: {run_samples:,} samples of {mixture.seq_length} would read corpus {corpus.name} "

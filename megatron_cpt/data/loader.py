@@ -18,6 +18,7 @@ import numpy.typing as npt
 from megatron_cpt.config.run import DataConfig
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.mixture import Corpus
+from megatron_cpt.errors import RunError
 
 T = TypeVar("T")
 STOP_POLL_SECONDS = 0.2
@@ -83,8 +84,10 @@ class TrainingData:
         order: Order,
         config: DataConfig,
         reads_tokens: bool = True,
+        vocab_size: int | None = None,
     ) -> None:
         self.corpora, self.order, self.config, self.reads_tokens = corpora, order, config, reads_tokens
+        self.vocab_size = vocab_size
 
     def microbatches(self, consumed_samples: int, shape: BatchShape) -> Iterator[Callable[[], Batch]]:
         """What reads this rank's micro-batches of the global batch that starts at `consumed_samples`."""
@@ -92,7 +95,10 @@ class TrainingData:
             yield partial(self.read, consumed_samples + offsets.start, len(offsets))
 
     def read(self, first: int, count: int) -> Batch:
-        """Samples first to first + count - 1 of the run."""
+        """Samples first to first + count - 1 of the run.
+
+        RunError: a file has changed or cannot be read, or has ids that are not below `vocab_size`.
+        """
         samples, length = self.order.spans(first, count), self.order.seq_length
         tokens: npt.NDArray[np.int64] | None = None
         loss_mask: npt.NDArray[np.float32] | None = None
@@ -102,6 +108,8 @@ class TrainingData:
             loss_mask = np.ones((count, length), np.float32)
             for row, (corpus, spans) in zip(tokens, samples, strict=True):
                 read_spans(self.corpora[corpus], spans, row)
+                if self.vocab_size is not None and row.view(np.uint64).max() >= self.vocab_size:  # negative ones as well
+                    raise wrong_id(self.corpora[corpus], spans, row, self.vocab_size)
         if self.config.eod_mask_loss or self.config.reset_attention_mask:
             starts = [document_starts(self.corpora[corpus], spans) for corpus, spans in samples]
             if self.config.eod_mask_loss and loss_mask is not None:
@@ -116,8 +124,23 @@ def read_spans(corpus: IndexedCorpus, spans: Sequence[Span], out: npt.NDArray[np
     """Fill `out` with the tokens of (first token, number of tokens) one after the other."""
     place = 0
     for first, count in spans:
-        out[place : place + count] = corpus.tokens[first : first + count]
+        out[place : place + count] = corpus.read(first, count)
         place += count
+
+
+def wrong_id(corpus: IndexedCorpus, spans: Sequence[Span], row: npt.NDArray[np.int64], vocab_size: int) -> RunError:
+    """What to say of a sample that was read from these spans and has an id that is in no vocabulary of this size."""
+    wrong = int(np.flatnonzero(row.view(np.uint64) >= vocab_size)[0])
+    position, place = 0, wrong
+    for first, count in spans:
+        if place < count:
+            position = first + place
+            break
+        place -= count
+    return RunError(
+        f"{corpus.prefix}.bin: token {position:,} (document {corpus.document_at(position):,}) is {row[wrong]}; expected ids "
+        f"from 0 to {vocab_size - 1}, the vocabulary of the tokenizer in its manifest: the file is damaged"
+    )
 
 
 def document_starts(corpus: IndexedCorpus, spans: Sequence[Span]) -> npt.NDArray[np.int64]:
@@ -246,7 +269,8 @@ def validation_microbatches(
     corpus: Corpus, seq_length: int, num_samples: int, shape: BatchShape, config: DataConfig, reads_tokens: bool = True
 ) -> Iterator[Batch]:
     """The first samples of a validation set, in order; `shape.global_batch_size` covers them all, masked past the end."""
-    data = TrainingData([corpus.data], InOrder(seq_length, num_samples), config, reads_tokens)
+    vocab_size = corpus.manifest.tokenizer.vocab_size
+    data = TrainingData([corpus.data], InOrder(seq_length, num_samples), config, reads_tokens, vocab_size)
     for offsets in shape.offsets():
         batch = data.read(offsets.start, len(offsets))
         if batch.loss_mask is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -68,7 +67,7 @@ class Mixture:
                 "tokens": stage.tokens,
                 "fraction": None if stage.fraction is None else str(stage.fraction),
                 "almr": [[part.begin_tokens, str(part.first), str(part.last)] for part in stage.almr],
-                **{name: self._described(getattr(stage, name)) for name in GROUPS},
+                **{name: self.describe_group(getattr(stage, name)) for name in GROUPS},
             }
             for stage in self.stages
         ]
@@ -81,14 +80,22 @@ class Mixture:
             "tokenizer": tokenizer,
         }
 
-    def _described(self, group: Group | None) -> list[Any]:
+    def describe_group(self, group: Group | None) -> list[Any]:
         """A group in plain values: [name of a corpus, or a list for a sub-group; weight]."""
         if group is None:
             return []
         return [
-            [self._described(member) if isinstance(member, Group) else self.corpora[member].name, str(weight)]
+            [self.describe_group(member) if isinstance(member, Group) else self.corpora[member].name, str(weight)]
             for member, weight in zip(group.members, group.weights, strict=True)
         ]
+
+    def find_group(self, described: list[Any]) -> Group | None:
+        """The group with this description; None: it has a corpus that is not in this mixture."""
+        places = {corpus.name: place for place, corpus in enumerate(self.corpora)}
+        found = [self.find_group(member) if isinstance(member, list) else places.get(member) for member, _ in described]
+        members = tuple(member for member in found if member is not None)
+        weights = tuple(Fraction(weight) for _, weight in described)
+        return Group(members, weights) if len(members) == len(weights) else None
 
     def schedule(self, run_samples: int) -> Schedule:
         """The stages of a run of so many samples. InputError: see `stages.plan_run`."""
@@ -113,17 +120,7 @@ class Mixture:
             raise InputError(f"{self.path}: data.order megatron: {error}") from None
         return replace(schedule, megatron=order)
 
-    def sample_order(
-        self,
-        schedule: Schedule,
-        global_batch_size: int,
-        block_origin: int = 0,
-        offsets: Mapping[str, int] | None = None,
-    ) -> SampleOrder:
-        """The order of the samples; `offsets`: by corpus, samples it has given more than this mixture's stages say."""
+    def sample_order(self, schedule: Schedule, global_batch_size: int, block_origin: int = 0) -> SampleOrder:
+        """The order of the samples."""
         tokens = [CorpusTokens(corpus.name, corpus.data.num_tokens) for corpus in self.corpora]
-        stages = schedule.stages
-        if offsets:
-            more = [offsets.get(corpus.name, 0) for corpus in self.corpora]
-            stages = [stage.moved(more) for stage in stages]
-        return SampleOrder(stages, tokens, self.seq_length, self.seed, global_batch_size, block_origin)
+        return SampleOrder(schedule.stages, tokens, self.seq_length, self.seed, global_batch_size, block_origin)

@@ -340,6 +340,12 @@ def _open_corpus(prefix: str) -> tuple[CorpusManifest, IndexedCorpus]:
     manifest, data = read_manifest(prefix), IndexedCorpus(prefix)
     if data.num_tokens != manifest.tokens:
         raise InputError(f"{prefix}.bin has {data.num_tokens} tokens but {prefix}.json says {manifest.tokens}")
+    if str(data.dtype) != manifest.dtype:
+        raise InputError(f"{prefix}.idx: dtype is {data.dtype}; expected {manifest.dtype}, as {prefix}.json says")
+    for name, info in manifest.files.items():
+        found = os.path.getsize(f"{prefix}.{name}")
+        if found != info.bytes:
+            raise InputError(f"{prefix}.{name}: found {found} bytes; expected {info.bytes}, as {prefix}.json says")
     return manifest, data
 
 

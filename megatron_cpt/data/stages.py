@@ -10,7 +10,17 @@ from fractions import Fraction
 from typing import Any
 
 from megatron_cpt.data.megatron_order import MegatronOrder
-from megatron_cpt.data.sampling.splitters import MAX_RAMP, Group, Stage, StagePlan, build_stages
+from megatron_cpt.data.sampling.splitters import (
+    MAX_RAMP,
+    Group,
+    Position,
+    Stage,
+    StagePlan,
+    beginning,
+    build_stages,
+    position_at,
+    rest_of,
+)
 from megatron_cpt.errors import InputError
 
 
@@ -40,7 +50,9 @@ class MixtureStage:
 class Schedule:
     """A mixture's stages in samples of a run. One stage of the file may be several plans (ALMR in steps).
 
-    With `megatron`, samples are counted as Megatron-LM's order gives them.
+    With `megatron`, samples are counted as Megatron-LM's order gives them. With `begin` the run has read other mixtures
+    before that sample, and what it owes is carried over. `moved`: by corpus, samples it has given more (or fewer) than the
+    plans say, of runs that changed their mixture before debts were carried over.
     """
 
     plans: tuple[StagePlan, ...]
@@ -48,14 +60,24 @@ class Schedule:
     starts: tuple[int, ...]
     """For each stage of the file, its first sample."""
     megatron: MegatronOrder | None = None
+    begin: Position | None = None
+    moved: tuple[int, ...] = ()
 
     @functools.cached_property
     def stages(self) -> list[Stage]:
-        """What computes the order."""
-        return build_stages(self.plans, self.num_corpora)
+        """What computes the order, from `begin` on."""
+        if self.begin is not None:
+            return build_stages(rest_of(self.plans, self.begin.start), self.num_corpora, self.begin)
+        stages = build_stages(self.plans, self.num_corpora)
+        return [stage.moved(self.moved) for stage in stages] if self.moved else stages
+
+    def position(self, n: int) -> Position:
+        """Where the counting is at sample n, not before `begin`."""
+        begin = self.begin or beginning(self.num_corpora)
+        return position_at(rest_of(self.plans, begin.start), begin, n)
 
     def counts(self, n: int) -> list[int]:
-        """Samples that each corpus gives among the first n of the run."""
+        """Samples that each corpus gives among the first n of the run, n not before `begin`."""
         if self.megatron is not None:
             return self.megatron.counts(n)
         return [stage for stage in self.stages if stage.start <= n][-1].counts(n)

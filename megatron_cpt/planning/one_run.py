@@ -93,6 +93,7 @@ def parse_run(path: str) -> RunConfig:
 
 def tokens_of(training: TrainingConfig, seq_length: int) -> float:
     """The run's length in tokens, whichever way it is given."""
+    training = training.extended()
     if training.train_tokens is not None:
         return training.train_tokens
     samples = training.train_samples or (training.train_iters or 0) * training.global_batch_size

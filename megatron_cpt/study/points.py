@@ -184,7 +184,11 @@ def run_fields(study: StudyConfig, base: Base, point: Point) -> dict[str, Any]:
     optimizer = base.config.optimizer
     fields["mixture"] = mixture_path(study.folder, point)
     fields["checkpoint"] = fields["checkpoint"] | {"save": run_folder(study.folder, point)}
-    training = {name: value for name, value in fields["training"].items() if name not in ("train_iters", "train_samples")}
+    training = {
+        name: value
+        for name, value in fields["training"].items()
+        if name not in ("train_iters", "train_samples", "extend_to")
+    }
     fields["training"] = training | {"train_tokens": study.train_tokens, "seed": point.seed}
     min_lr = point.lr * (optimizer.min_lr / optimizer.lr)
     fields["optimizer"] = fields.get("optimizer", {}) | {"lr": point.lr, "min_lr": min_lr}

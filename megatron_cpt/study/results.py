@@ -58,10 +58,11 @@ def collect(study: StudyConfig, base: Base) -> Results:
     """
     rows: list[dict[str, Any]] = []
     names: set[str] = set()
+    measured: dict[str, dict[str, Any]] = {}
     ledgers = {point: ledger for point in points(study) if (ledger := ledger_of(study, base, point)) is not None}
     general = set().union(*map(general_languages, ledgers.values()))
     for point, ledger in ledgers.items():
-        of_run = run_rows(study, point, general, planned_tokens(ledger))
+        of_run = run_rows(study, point, general, planned_tokens(ledger), measured)
         for row in of_run:
             names |= row["scores"].keys()
         rows += of_run
@@ -95,8 +96,10 @@ def ledger_of(study: StudyConfig, base: Base, point: Point) -> dict[str, Any] | 
     return read_ledger(folder) if begun else None
 
 
-def run_rows(study: StudyConfig, point: Point, general: set[str], length: int) -> list[dict[str, Any]]:
-    """The evaluations of one run of `length` tokens."""
+def run_rows(
+    study: StudyConfig, point: Point, general: set[str], length: int, measured: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The evaluations of one run of `length` tokens; `measured`: see `check_measurements`."""
     folder = run_folder(study.folder, point)
     outcome = read_outcome(folder)
     metrics = read_run_metrics(folder)
@@ -113,6 +116,7 @@ def run_rows(study: StudyConfig, point: Point, general: set[str], length: int) -
                 f"{os.path.join(folder, METRICS)}: step {evaluation['iteration']} has validation sets {sets}; wanted those "
                 f"of step {evaluations[0]['iteration']}: {', '.join(groups)}"
             )
+        check_measurements(folder, evaluation, measured)
     scores = read_all_scores(study.folder, START) | read_all_scores(study.folder, point.name)
     rows = []
     for evaluation in evaluations:
@@ -134,6 +138,27 @@ def run_rows(study: StudyConfig, point: Point, general: set[str], length: int) -
     for row in rows:
         row["balanced"] = balanced(row, rows[0])
     return rows
+
+
+def check_measurements(folder: str, evaluation: dict[str, Any], measured: dict[str, dict[str, Any]]) -> None:
+    """Raise InputError where a set was measured on another text, or in another way, than in the runs before: its losses do
+    not compare.
+
+    `measured`: by set, how it was measured so far; sets that are new are added. Older runs do not say.
+    """
+    for name, figures in evaluation["validation"].items():
+        how = figures.get("measurement")
+        if not isinstance(how, dict):
+            continue
+        known = measured.setdefault(name, how)
+        different = [field for field in known if known[field] != how.get(field)]
+        if different:
+            field = different[0]
+            raise InputError(
+                f"{os.path.join(folder, METRICS)}: step {evaluation['iteration']}: {field} of validation set {name} is "
+                f"{how.get(field)}; expected {known[field]}, as in other runs, or losses do not "
+                f"compare; remove {folder} to repeat it"
+            )
 
 
 def check_evaluations(folder: str, outcome: Outcome | None, tokens: list[int | None], length: int) -> None:

@@ -26,6 +26,7 @@ from megatron_cpt.platforms import current_platform
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.base import token_bytes_sha256
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256
+from megatron_cpt.training.baseline import Baseline, from_json
 from megatron_cpt.training.schedule import LearningRate, RunLength, continue_schedule, make_schedule, run_length
 from megatron_cpt.training.sinks import check_logging
 from megatron_cpt.training.trouble import History
@@ -42,7 +43,7 @@ class RunData:
     def ledger(self, mixture: Mixture) -> Ledger:
         """What is left to read, by this mixture: from where it (or this global batch size) began to the end of the run."""
         now = self.state.now
-        return make_ledger(mixture, self.schedule, self.run_samples, now.start, now.samples_before())
+        return make_ledger(mixture, self.schedule, self.run_samples, now.start)
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,13 @@ class Resumed:
     Attributes:
         manifest: as a whole
         history: see `History`
-        baseline: {validation set: {"loss", "bits_per_byte"}} before the first step of the run
+        baselines: what the figures of validation sets are compared with
         evaluated: whether the evaluation that was due at its step was done
     """
 
     manifest: dict[str, Any]
     history: History
-    baseline: dict[str, dict[str, float]]
+    baselines: list[Baseline]
     evaluated: bool
 
     @property
@@ -201,7 +202,7 @@ def is_own(config: RunConfig, start_from: str) -> bool:
 def resumed_from(manifest: dict[str, Any]) -> Resumed:
     """A manifest's parts."""
     state = manifest["training"]
-    return Resumed(manifest, History.from_json(state["history"]), state["baseline"], state["evaluated"])
+    return Resumed(manifest, History.from_json(state["history"]), from_json(state["baseline"]), state["evaluated"])
 
 
 def check_profile(config: RunConfig, train_iters: int, world_size: int) -> None:
@@ -253,10 +254,11 @@ def check_data(config: RunConfig, mixture: Mixture, length: RunLength, resumed: 
     if resumed is None or complete:  # nothing was read, or nothing will be: no need to compare
         state = begin(mixture, schedule, batch)
     else:
-        saved = resumed.manifest["data"]
-        state = resume(saved, length.consumed_samples, mixture, schedule, batch, data.accept_new_mixture)
+        saved, longer = resumed.manifest["data"], config.training.extend_to is not None
+        state = resume(saved, length.consumed_samples, mixture, schedule, batch, data.accept_new_mixture, longer)
+    schedule = state.continued(mixture, schedule)
     if not complete:
-        check_limits(mixture, schedule, length.run_samples, state.offsets(mixture, schedule))
+        check_limits(mixture, schedule, length.run_samples)
     return RunData(schedule, state, length.run_samples)
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, TextIO
@@ -20,6 +21,7 @@ from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.mixture_inspection import ledger_table
+from megatron_cpt.training.baseline import Baseline, Measurement
 from megatron_cpt.training.metrics_file import MetricsFile, finite, read_metrics
 from megatron_cpt.training.progress_line import RunProgress, TimeLeft, plain, step_parts
 from megatron_cpt.training.rank_output import output_to_file, rank_file
@@ -140,11 +142,17 @@ class RunLog:
         elif row["iteration"] % self.config.log_interval == 0 or row["iteration"] == train_iters:
             self.say(plain(step_parts(row, train_iters, left)))
 
-    def validation(self, iteration: int, results: list[ValidationResult], baseline: dict[str, dict[str, Any]]) -> None:
-        """Record and show an evaluation, compared with `baseline`, that of step 0 ({}: unknown, or this is it)."""
+    def validation(
+        self,
+        iteration: int,
+        results: list[ValidationResult],
+        measured: Sequence[Measurement],
+        baselines: Sequence[Baseline],
+    ) -> None:
+        """Record and show an evaluation, compared with the baselines of these measurements (see `figures`)."""
         if not self.first:
             return
-        sets = figures(iteration, results, baseline)
+        sets = figures(results, measured, baselines)
         self.metrics({"iteration": iteration, "validation": sets})
         if self.sinks is not None:
             self.sinks.validation(iteration, finite(sets))

@@ -90,11 +90,3 @@ def read_rows(path: str) -> list[dict[str, Any]]:
 def read_metrics(folder: str) -> list[dict[str, Any]]:
     """All rows of a run's metrics.jsonl."""
     return read_rows(os.path.join(folder, METRICS))
-
-
-def validation_baseline(folder: str) -> dict[str, dict[str, Any]]:
-    """{set: figures} of the validation before step 1, with which later ones are compared; {} if there was none."""
-    for row in read_metrics(folder):
-        if row["iteration"] == 0 and "validation" in row:
-            return dict(row["validation"])
-    return {}

@@ -14,11 +14,13 @@ import torch
 from megatron_cpt.checkpoint.save_load import Progress, load_checkpoint
 from megatron_cpt.checkpoint.saver import Saver
 from megatron_cpt.config.run import RunConfig
+from megatron_cpt.data.file_checks import ExpectedFile, FileChecks, expected_files
 from megatron_cpt.data.loader import BatchShape, TrainingData, Waited, prefetch, run_microbatches, validation_samples
 from megatron_cpt.data.mixture_inspection import ledger_table
 from megatron_cpt.errors import RunError
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import job_store, launched_world_size, process_groups
+from megatron_cpt.training.baseline import extended, incomparable, measurements
 from megatron_cpt.training.building import build, unwrap, whole_parameters
 from megatron_cpt.training.checks import CheckedRun, check_run
 from megatron_cpt.training.describe import run_facts
@@ -33,6 +35,8 @@ from megatron_cpt.training.step import StepResult, StepShape, train_step
 from megatron_cpt.training.stopping import StopRequestedError, Watch
 from megatron_cpt.training.trouble import check_replicas, unusual
 from megatron_cpt.training.validation import validate
+
+SECONDS_FOR_LAST_CHECKS = 10.0  # before the last checkpoint, where the run was shorter than reading its files takes
 
 
 def setup(config: RunConfig) -> str | None:
@@ -50,7 +54,9 @@ def setup(config: RunConfig) -> str | None:
                     start(run, watch)
             elif first:
                 log = RunLog(folder, config.logging, 0)
-                log.say(f"{run.start_from} is the last checkpoint of this run: nothing to do")
+                log.say(
+                    f"{run.start_from} is the last checkpoint of this run: nothing to do (training.extend_to trains longer)"
+                )
                 log.ended_before(run.length.iteration, run.length.train_iters)
         except StopRequestedError:
             if first:
@@ -91,10 +97,12 @@ def main(context: RunContext) -> None:
     stop_if_asked(context)
     if run.resumed is not None:
         state.progress = load_checkpoint(run.start_from, unwrap(chunks), optimizer)
-        state.history, state.baseline, state.evaluated = run.resumed.history, run.resumed.baseline, run.resumed.evaluated
+        state.history, state.baselines, state.evaluated = run.resumed.history, run.resumed.baselines, run.resumed.evaluated
     else:
         load_checkpoint(run.start_from, unwrap(chunks))
         optimizer.reload_model_params()
+    if config_is_extended(run):
+        log.say(extension_note(run))
     rates = learning_rate_table(run.schedule, run.length, run.config.training.global_batch_size)
     log.start(
         run_description(context) | run_facts(ranks.gather),
@@ -104,6 +112,8 @@ def main(context: RunContext) -> None:
         rates,
         resumed=run.resumed is not None,
     )
+    if run.resumed is not None:
+        measure_anew_if_needed(context, state)
     log.status("running", run.length.iteration, run.length.train_iters)
     context.watch.working()
     stop_if_asked(context)
@@ -119,6 +129,31 @@ def main(context: RunContext) -> None:
         context.saver.finish()
         log.status("finished", state.progress.iteration, run.length.train_iters)
     log.finish()
+
+
+def config_is_extended(run: CheckedRun) -> bool:
+    """Whether the run goes on with a length that is not the planned one."""
+    return run.resumed is not None and run.config.training.extend_to is not None
+
+
+def extension_note(run: CheckedRun) -> str:
+    """What becomes of the learning rate of a run that is longer than planned."""
+    name, planned = run.config.training.planned_length()
+    restarted = run.schedule.start == run.length.consumed_samples
+    rate = "warms up again and decays from here" if restarted else "goes on as scheduled and decays"
+    return (
+        f"{name} was planned as {planned:,} and is extended to {run.config.training.extend_to:,}: the learning rate {rate} "
+        f"to the new end, step {run.length.train_iters:,}"
+    )
+
+
+def measure_anew_if_needed(context: RunContext, state: TrainState) -> None:
+    """Have a resumed run evaluate at once if a set was not measured so before: later figures have something to compare."""
+    wanted = measurements(context.run.mixture, context.config)
+    missing = incomparable(state.baselines, wanted, state.progress.iteration)
+    for note in missing:
+        context.log.say(note)
+    state.evaluated = state.evaluated and not missing
 
 
 def stop_if_asked(context: RunContext) -> None:
@@ -145,7 +180,10 @@ def fit(context: RunContext, state: TrainState) -> None:
         if state.progress.iteration == run.length.train_iters:  # it was stopped in its last evaluation
             save(context, state, last=True)
     order = run.data.state.order(run.mixture, run.data.schedule)
-    reader = TrainingData([corpus.data for corpus in run.mixture.corpora], order, config.data, ranks.reads_tokens)
+    vocab_size = run.mixture.manifest.tokenizer.vocab_size
+    reader = TrainingData(
+        [corpus.data for corpus in run.mixture.corpora], order, config.data, ranks.reads_tokens, vocab_size
+    )
     steps = run.length.train_iters - state.progress.iteration
     reads = run_microbatches(reader, state.progress.consumed_samples, batch, steps, current_platform().page_locked)
     with (
@@ -153,6 +191,7 @@ def fit(context: RunContext, state: TrainState) -> None:
         profiling(config.logging, ranks.rank, config.checkpoint.save, state.progress.iteration) as profiler,
         current_platform().monitored() as alive,
         rerunning(config.trouble.rerun_rejected_steps, batches := Waited(read)) as reruns,
+        FileChecks(files_to_check(context), config.checkpoint.save, remember=ranks.rank == 0) as files,
     ):
         while state.progress.iteration < run.length.train_iters:
             start, waited = time.perf_counter(), batches.seconds
@@ -173,11 +212,22 @@ def fit(context: RunContext, state: TrainState) -> None:
             take(context, state, result, after)
             seconds = time.perf_counter() - start
             log.step(metrics_of_step(context, state, result, lr, seconds, batches.seconds - waited), run.length.train_iters)
+            files.poll()
+            if state.progress.iteration == run.length.train_iters:
+                for path in files.finish(SECONDS_FOR_LAST_CHECKS):
+                    log.say(f"{path} was not compared with its checksum: there was no time")
             give_up_if_too_many(context, state, result)
             finish_step(context, state, shape, result)
             profiler.step(state.progress.iteration)
             alive()
     log.metrics({"iteration": state.progress.iteration, "peak_memory_bytes": peak_memory(ranks)})
+
+
+def files_to_check(context: RunContext) -> list[ExpectedFile]:
+    """Those whose checksums this process compares: the first process of every host looks at all of them."""
+    mixture = context.run.mixture
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    return expected_files(mixture.corpora + mixture.validation) if context.config.data.check_files and is_first else []
 
 
 def take(context: RunContext, state: TrainState, result: StepResult, after: Progress) -> None:
@@ -292,7 +342,7 @@ def evaluate(context: RunContext, state: TrainState, shape: StepShape) -> None:
                 stopping=context.watch.requests.stopping,
             )
         log.progress.remove_task(task)
-        if state.progress.iteration == 0:
-            state.baseline = {r.name: {"loss": r.loss, "bits_per_byte": r.bits_per_byte} for r in results}
-        log.validation(state.progress.iteration, results, state.baseline)
+        measured = measurements(mixture, config)
+        state.baselines = extended(state.baselines, measured, results, state.progress.iteration)
+        log.validation(state.progress.iteration, results, measured, state.baselines)
     state.evaluated = True

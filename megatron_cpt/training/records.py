@@ -15,6 +15,7 @@ from megatron_cpt.data.state import CorpusUse, almr_of
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.training.baseline import to_json
 from megatron_cpt.training.checks import CheckedRun
 from megatron_cpt.training.state import RunContext, TrainState
 from megatron_cpt.training.step import StepResult
@@ -72,13 +73,12 @@ def run_ledger(run: CheckedRun, progress: Progress) -> dict[str, Any]:
 def run_manifest(context: RunContext, state: TrainState) -> dict[str, Any]:
     """What went into a checkpoint, and what a resume needs beside weights and optimizer."""
     run = context.run
-    consumed = run.data.state.consumed(run.mixture, run.data.schedule, state.progress.consumed_samples)
     return run_description(context) | {
-        "data": run.data.state.to_json(consumed),
+        "data": run.data.state.to_json(run.mixture, run.data.schedule, state.progress.consumed_samples),
         "training": {
             "lr_schedule": dataclasses.asdict(run.schedule),
             "history": state.history.to_json(),
-            "baseline": state.baseline,
+            "baseline": to_json(state.baselines),
             "evaluated": state.evaluated,
         },
     }

@@ -21,10 +21,14 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.training.metrics_file import METRICS, read_metrics
 from megatron_cpt.training.progress_line import duration, number
 from megatron_cpt.training.report_figure import draw
-from megatron_cpt.training.validation_table import change, percent, perplexity, verdict
+from megatron_cpt.training.validation_table import baseline_of, change, percent, perplexity, verdict
 
 REPORT, FIGURE = "report.md", "report.png"
 SKIPPED_NAMED = 20
+MEASURED_ANEW = (
+    "The run was resumed with another text under the name of a set, or measures it in another way: its figures are compared "
+    "with the first of the same kind, since the step that is named, not with step 0."
+)
 
 
 @dataclass(frozen=True)
@@ -179,16 +183,17 @@ def layout_name(layout: dict[str, Any]) -> str:
 
 
 def validation_section(recorded: Recorded) -> list[str]:
-    """First and last evaluation of each set, and the change."""
-    first, last = recorded.evaluations[0], recorded.evaluations[-1]
+    """What each set's last evaluation is compared with, the last one, and the change."""
+    last = recorded.evaluations[-1]
     rows_of_ledger = recorded.ledger.get("planned", {}).get("rows", [])
     general = {row["language"] for row in rows_of_ledger if row["group"] == "general"}
     new = {row["language"] for row in rows_of_ledger} - general
-    rows = []
+    rows, anew = [], False
     for name, now in last["validation"].items():
-        before = first["validation"].get(name, {})
-        relative = change(now["bits_per_byte"], before.get("bits_per_byte"))
-        word = verdict(relative, now["language"] not in new) if last is not first else ""
+        before = baseline_of(recorded.evaluations, name) or {}
+        since = before.get("iteration")
+        relative = None if since in (None, last["iteration"]) else change(now["bits_per_byte"], before["bits_per_byte"])
+        word = verdict(relative, now["language"] not in new)
         rows.append(
             [
                 name,
@@ -196,17 +201,16 @@ def validation_section(recorded: Recorded) -> list[str]:
                 arrow(before.get("loss"), now["loss"], ".4f"),
                 arrow(perplexity(before.get("loss")), perplexity(now["loss"]), ",.2f"),
                 arrow(before.get("bits_per_byte"), now["bits_per_byte"], ".4f"),
-                percent(relative) if last is not first else "",
+                "?" if since is None else f"{since:,}",
+                percent(relative),
                 word,
             ]
         )
-    header = ("set", "language", "loss", "perplexity", "bits per byte", "change of bits per byte", "so")
-    return [
-        f"Step {first['iteration']:,} → step {last['iteration']:,}, of {len(recorded.evaluations):,} evaluations. "
-        "Lower is better.",
-        "",
-        *table(header, rows),
-    ]
+        anew = anew or bool(since)
+    header = ("set", "language", "loss", "perplexity", "bits per byte", "since step", "change of bits per byte", "so")
+    note = [MEASURED_ANEW, ""] if anew else []
+    evaluations = f"{len(recorded.evaluations):,} evaluations, the last at step {last['iteration']:,}. Lower is better."
+    return [evaluations, "", *note, *table(header, rows)]
 
 
 def arrow(before: float | None, now: float | None, form: str) -> str:

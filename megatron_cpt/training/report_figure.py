@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -182,50 +182,52 @@ def shortened(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
 
+def draw_sets(
+    axis: Axes, evaluations: list[dict[str, Any]], figure: str, scale: float, label: Callable[[float, int], str]
+) -> None:
+    """A curve of `figure` for each validation set, with a gap wherever the set began to be measured in another way.
+
+    Args:
+        label: of the newest value (times `scale`) and the step of its baseline, what to say behind the set's name
+    """
+    for place, name in enumerate(dict.fromkeys(name for row in evaluations for name in row["validation"])):
+        measured: dict[int, list[dict[str, Any]]] = {}  # by the step of the baseline
+        for row in evaluations:
+            values = row["validation"].get(name, {}) | {"iteration": row["iteration"]}
+            measured.setdefault(values.get("baseline", {"iteration": 0})["iteration"], []).append(values)
+        since = list(measured)[-1]
+        newest = [value for value in scale * column(measured[since], figure) if math.isfinite(value)]
+        said = label(newest[-1] if newest else math.nan, since)
+        for rows in measured.values():
+            axis.plot(
+                column(rows, "iteration"),
+                scale * column(rows, figure),
+                color=COLORS[place % len(COLORS)],
+                marker="o" if len(evaluations) <= FEW or len(rows) == 1 else "",
+                markersize=3.5,
+                label=f" {shortened(name)}: {said}"
+                if rows is measured[since]
+                else None,  # one that begins with _ is left out
+            )
+    axis.margins(y=0.12)
+    axis.legend(loc="best", fontsize="small")
+
+
 def draw_validation_loss(axis: Axes, evaluations: list[dict[str, Any]]) -> None:
     """Loss of each set, as it is."""
     axis.set(title="Held-out text: loss", ylabel="nats per token")
-    for place, name in enumerate(dict.fromkeys(name for row in evaluations for name in row["validation"])):
-        rows = [row["validation"].get(name, {}) | {"iteration": row["iteration"]} for row in evaluations]
-        x, values = column(rows, "iteration"), column(rows, "loss")
-        now = next((value for value in reversed(values) if math.isfinite(value)), math.nan)
-        axis.plot(
-            x,
-            values,
-            color=COLORS[place % len(COLORS)],
-            marker="o" if len(x) <= FEW else "",
-            markersize=3.5,
-            label=f" {shortened(name)}: {now:.4f}",
-        )
-    axis.margins(y=0.12)
-    axis.legend(loc="best", fontsize="small")
+    draw_sets(axis, evaluations, "loss", 1.0, lambda now, since: f"{now:.4f}")
 
 
 def draw_validation(axis: Axes, evaluations: list[dict[str, Any]]) -> None:
-    """Bits per byte of each set as change since step 0, or as it is where step 0 is not known or all there is."""
-    names = list(dict.fromkeys(name for row in evaluations for name in row["validation"]))
-    first = evaluations[0]
-    relative = first["iteration"] == 0 and len(evaluations) > 1
-    axis.set_title("Held-out text: bits per byte" + (" since step 0" if relative else ""))
-    axis.set_ylabel("change in %, lower is better" if relative else "lower is better")
-    for place, name in enumerate(names):
-        rows = [row["validation"].get(name, {}) | {"iteration": row["iteration"]} for row in evaluations]
-        x, values = column(rows, "iteration"), column(rows, "bits_per_byte")
-        y = 100 * (values / values[0] - 1) if relative else values
-        now = next((value for value in reversed(values) if math.isfinite(value)), math.nan)
-        change = f" ({y[-1]:+.1f} %)" if relative and math.isfinite(y[-1]) else ""
-        axis.plot(
-            x,
-            y,
-            color=COLORS[place % len(COLORS)],
-            marker="o" if len(x) <= FEW else "",
-            markersize=3.5,
-            label=f" {shortened(name)}: {now:.4f}{change}",  # a label that begins with _ would be left out
-        )
-    if relative:
+    """Bits per byte of each set: the change since it was first measured so, or as it is where nothing has changed."""
+    if any(figures.get("bits_per_byte_change") for row in evaluations for figures in row["validation"].values()):
+        axis.set(title="Held-out text: change of bits per byte", ylabel="change in %, lower is better")
+        draw_sets(axis, evaluations, "bits_per_byte_change", 100, lambda now, since: f"{now:+.1f} % since step {since:,}")
         axis.axhline(0, color="0.4", linewidth=0.8)
-    axis.margins(y=0.12)
-    axis.legend(loc="best", fontsize="small")
+    else:
+        axis.set(title="Held-out text: bits per byte", ylabel="lower is better")
+        draw_sets(axis, evaluations, "bits_per_byte", 1.0, lambda now, since: f"{now:.4f}")
 
 
 def draw_learning_rate(axis: Axes, steps: list[dict[str, Any]]) -> None:

@@ -97,7 +97,7 @@ class RunLength:
 
 def run_length(training: TrainingConfig, seq_length: int, iteration: int = 0, consumed_samples: int = 0) -> RunLength:
     """The end of a run that is at `iteration`, from what the configuration gives: steps, samples or tokens."""
-    batch = training.global_batch_size
+    batch, training = training.global_batch_size, training.extended()
     if training.train_iters is not None:
         steps = max(training.train_iters - iteration, 0)
         end = consumed_samples + steps * batch
@@ -153,17 +153,30 @@ def continue_schedule(saved: Mapping[str, Any], config: RunConfig, seq_length: i
     same_origin = make_schedule(config, seq_length, length, before.start)
     if same_origin.settings() == before.settings():
         return before
-    if config.lr.on_continue == "continue":
-        return same_origin
-    if config.lr.on_continue == "restart":
-        return make_schedule(config, seq_length, length, length.consumed_samples)
     now = same_origin.settings()
-    changed = [f"{name} was {old} and is {now[name]}" for name, old in before.settings().items() if old != now[name]]
+    different = {name: old for name, old in before.settings().items() if old != now[name]}
+    on_continue = config.lr.on_continue
+    if on_continue is None and config.training.extend_to is not None and set(different) <= follow_from_length(config):
+        on_continue = (
+            "continue" if before.at(length.consumed_samples) == same_origin.at(length.consumed_samples) else "restart"
+        )
+    if on_continue == "continue":
+        return same_origin
+    if on_continue == "restart":
+        return make_schedule(config, seq_length, length, length.consumed_samples)
+    changed = [f"{name} was {old} and is {now[name]}" for name, old in different.items()]
     raise InputError(
         f"{config.checkpoint.save}: the learning-rate schedule is not the one of the run's checkpoint (in samples: "
         f"{'; '.join(changed)}); lr.on_continue restart warms up and decays anew from here, continue goes on where the new "
-        f"schedule would be by now"
+        f"schedule would be by now; training.extend_to trains longer than planned"
     )
+
+
+def follow_from_length(config: RunConfig) -> set[str]:
+    """Settings of a schedule that are others as soon as the run is longer."""
+    lr = config.lr
+    given = any(value is not None for value in (lr.wsd_decay_iters, lr.wsd_decay_samples, lr.wsd_decay_tokens))
+    return {"end"} if given else {"end", "decay"}
 
 
 def learning_rate_table(schedule: LearningRate, length: RunLength, batch: int) -> list[dict[str, float]]:

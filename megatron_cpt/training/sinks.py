@@ -30,7 +30,8 @@ TRAINING_SERIES = {
     "data/consumed_tokens": "consumed_tokens",
     "data/consumed_samples": "consumed_samples",
 }
-VALIDATION_SERIES = ("loss", "bits_per_byte", "perplexity", "loss_change", "bits_per_byte_change")
+VALIDATION_SERIES = ("loss", "bits_per_byte", "perplexity")
+VALIDATION_CHANGES = ("loss_change", "bits_per_byte_change")
 
 
 def check_logging(config: LoggingConfig) -> None:
@@ -61,13 +62,14 @@ def training_scalars(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def validation_scalars(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The series that a validation adds to, with their values."""
-    return {
-        f"validation/{name}/{figure}": values[figure]
-        for name, values in sets.items()
-        for figure in VALIDATION_SERIES
-        if values.get(figure) is not None
-    }
+    """The series that a validation adds to, with their values. Changes since another step than 0 are series of their own."""
+    scalars: dict[str, float | None] = {}
+    for name, values in sets.items():
+        since = values["baseline"]["iteration"]
+        figures = {figure: figure for figure in VALIDATION_SERIES}
+        figures |= {figure + (f"_since_{since}" if since else ""): figure for figure in VALIDATION_CHANGES}
+        scalars |= {f"validation/{name}/{series}": values[figure] for series, figure in figures.items()}
+    return {series: value for series, value in scalars.items() if value is not None}
 
 
 @dataclass(frozen=True)

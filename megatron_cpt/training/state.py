@@ -11,6 +11,7 @@ from megatron_cpt.checkpoint.save_load import Progress
 from megatron_cpt.checkpoint.saver import Saver
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.training.baseline import Baseline
 from megatron_cpt.training.checks import CheckedRun
 from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.stopping import Watch
@@ -39,7 +40,7 @@ class TrainState:
 
     Attributes:
         chunks: model chunks of this rank
-        baseline: {validation set: {"loss", "bits_per_byte"}} before the first step
+        baselines: what the figures of validation sets are compared with
         evaluated: whether the evaluation that was due at this step was done
     """
 
@@ -47,5 +48,5 @@ class TrainState:
     optimizer: MegatronOptimizer
     progress: Progress = field(default_factory=Progress)
     history: History = field(default_factory=History)
-    baseline: dict[str, dict[str, float]] = field(default_factory=dict)
+    baselines: list[Baseline] = field(default_factory=list)
     evaluated: bool = False

@@ -20,10 +20,11 @@ from tiny_mixtures import make_corpus, make_mixture
 from tiny_orders import Case, plan
 
 from megatron_cpt.config.run import DataConfig
-from megatron_cpt.data.indexed import HEADER, MAGIC, VERSION, IndexedCorpus
+from megatron_cpt.data.indexed import HEADER, MAGIC, VERSION, IndexedCorpus, IndexedWriter
 from megatron_cpt.data.loader import (
     Batch,
     BatchShape,
+    InOrder,
     TrainingData,
     document_starts,
     pack,
@@ -34,6 +35,7 @@ from megatron_cpt.data.loader import (
 )
 from megatron_cpt.data.megatron_order import MegatronOrder
 from megatron_cpt.data.mixture import Mixture
+from megatron_cpt.errors import RunError
 
 SEQ_LENGTH = 8
 MILLION = 1_000_000
@@ -341,3 +343,31 @@ def test_more_documents_than_fit_32_bits(tmp_path: Path) -> None:
     batch = TrainingData([corpus], order, BOTH).read(10**9, 4)
     assert tokens_of(batch).shape == (4, 2049)
     assert psutil.Process().memory_info().rss - before < 50 << 20
+
+
+@pytest.mark.parametrize(("document", "place", "token"), [(0, 0, -1), (3, 13, 500), (3, 13, 2**31 - 1)])
+def test_an_id_outside_the_vocabulary_is_named(tmp_path: Path, document: int, place: int, token: int) -> None:
+    tokens = np.arange(90)
+    tokens[place] = token
+    with IndexedWriter(str(tmp_path / "c"), np.int32) as writer:
+        writer.add_documents(tokens, np.array([3, 1, 9, 77]))
+    corpus = IndexedCorpus(str(tmp_path / "c"))
+    data = TrainingData([corpus], InOrder(8, 11), NEITHER, vocab_size=500)
+    batch = place // 8
+    with pytest.raises(
+        RunError, match=rf"c\.bin: token {place} \(document {document}\) is {token}; expected ids from 0 to 499"
+    ):
+        data.read(batch, 1)
+    data.read(batch + 2, 4)  # elsewhere all is well
+    assert TrainingData([corpus], InOrder(8, 11), NEITHER).read(batch, 1).tokens is not None
+
+
+def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+    with IndexedWriter(str(tmp_path / "c"), np.int32) as writer:
+        writer.add_documents(np.arange(90), np.full(9, 10))
+    with (tmp_path / "c.idx").open("r+b") as file:
+        file.seek(34 + 4 * 9 + 8 * 4)
+        file.write((999).to_bytes(8, "little"))  # the fifth document
+    data = TrainingData([IndexedCorpus(str(tmp_path / "c"))], InOrder(60, 1), BOTH, vocab_size=500)
+    with pytest.raises(RunError, match=r"c\.idx: sequences .* the file is damaged"):
+        data.read(0, 1)

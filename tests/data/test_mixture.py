@@ -513,7 +513,7 @@ def test_a_corpus_without_tokens(folder: Path) -> None:
         pass
     shutil.copy(folder / "en.json", folder / "empty.json")
     change_manifest(
-        folder, "empty", tokens=0, files={"bin": {"bytes": 0, "sha256": "0"}, "idx": {"bytes": 0, "sha256": "0"}}
+        folder, "empty", tokens=0, files={"bin": {"bytes": 0, "sha256": "0"}, "idx": {"bytes": 42, "sha256": "0"}}
     )
     assert "general[1] has no tokens; leave it out" in refusal(folder, general=[{"prefix": "en"}, {"prefix": "empty"}])
 
@@ -551,3 +551,16 @@ def test_a_stage_of_k_samples_has_k_wherever_it_begins(folder: Path) -> None:
         stages = [{"tokens": before}, {"tokens": 32}, {"tokens": 64}, {}]
         starts = load(folder, stages=stages).schedule(100).starts
         assert (starts[2] - starts[1], starts[3] - starts[2]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"dtype": "int16"}, "en.idx: dtype is uint16; expected int16, as "),
+        ({"dtype": "int32"}, "en.idx: dtype is uint16; expected int32, as "),
+        ({"files": {"bin": {"bytes": 3, "sha256": "0"}, "idx": {"bytes": 4, "sha256": "0"}}}, "bytes; expected 3, as "),
+    ],
+)
+def test_files_that_are_not_those_of_the_manifest(folder: Path, change: dict[str, Any], wanted: str) -> None:
+    change_manifest(folder, "en", **change)
+    assert wanted in refusal(folder, general=[{"prefix": "en"}])

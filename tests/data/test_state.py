@@ -42,7 +42,7 @@ def mixture_of(corpora: list[Corpus], almr: Fraction) -> Mixture:
 
 def go_on(state: DataState, mixture: Mixture, new: Mixture, consumed: int, batch: int, accept: bool = True) -> DataState:
     """As through a checkpoint."""
-    saved = json.loads(json.dumps(state.to_json(state.consumed(mixture, mixture.schedule(10_000), consumed))))
+    saved = json.loads(json.dumps(state.to_json(mixture, mixture.schedule(10_000), consumed)))
     return resume(saved, consumed, new, new.schedule(10_000), batch, accept)
 
 
@@ -61,7 +61,9 @@ def test_nothing_changed(corpora: list[Corpus]) -> None:
     )
 )
 def test_any_changes(corpora: list[Corpus], changes: list[tuple[int, int, Fraction, set[int]]]) -> None:
-    """Over all segments each corpus gives sample 0, 1, 2, ... of its order, also when it was away for a while."""
+    """Over all segments each corpus gives sample 0, 1, 2, ... of its order, also when it was away for a while, and after
+    every batch the additional text is what was asked for by all mixtures so far, to half a sample."""
+    asked = Fraction(0)
     seen: dict[str, list[tuple[int, int]]] = {corpus.name: [] for corpus in corpora}
     state: DataState | None = None
     consumed, mixture = 0, None
@@ -80,6 +82,10 @@ def test_any_changes(corpora: list[Corpus], changes: list[tuple[int, int, Fracti
         for n in range(consumed, consumed + steps * batch):
             corpus, epoch, sample, _ = order.locate(n)
             seen[chosen[corpus].name].append((epoch, sample))
+            if (n + 1 - consumed) % batch == 0:
+                given = sum(len(seen[corpus.name]) for corpus in corpora if corpus.group == "additional")
+                assert abs(given - asked - almr * (n + 1 - consumed)) <= Fraction(1, 2)
+        asked += almr * steps * batch
         consumed += steps * batch
         counts = {use.name: use.samples for use in state.consumed(mixture, schedule, consumed)}
         assert {name: len(found) for name, found in seen.items() if found} == {n: c for n, c in counts.items() if c}
@@ -91,6 +97,94 @@ def test_any_changes(corpora: list[Corpus], changes: list[tuple[int, int, Fracti
         assert len(set(found)) == len(found)  # nothing twice
         epochs = [[sample for epoch, sample in found if epoch == e] for e in range(len(found) // size)]
         assert all(sorted(samples) == list(range(size)) for samples in epochs)  # nothing left out
+
+
+def ramp(mixture: Mixture, first: Fraction, last: Fraction) -> Mixture:
+    """ALMR goes from one value to the other over the run."""
+    return replace(mixture, stages=(replace(mixture.stages[0], almr=(AlmrPart(0, first, last),)),))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    phases=st.lists(
+        st.tuples(st.integers(0, 40), st.fractions(0, 1, max_denominator=64), st.fractions(0, 1, max_denominator=64)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_almr_after_every_sample_through_any_changes(
+    corpora: list[Corpus], phases: list[tuple[int, Fraction, Fraction]]
+) -> None:
+    """Half a sample, also where a ramp is left in its middle; each corpus of a group that stays has its share of it."""
+    state, mixture, consumed, length = None, None, 0, 600
+    asked, given = Fraction(0), 0
+    for samples, first, last in phases:
+        new = ramp(mixture_of(corpora, first), first, last)
+        schedule = new.schedule(length)
+        if state is None or mixture is None:
+            state = begin(new, schedule, 1)
+        else:
+            saved = json.loads(json.dumps(state.to_json(mixture, mixture.schedule(length), consumed)))
+            state = resume(saved, consumed, new, schedule, 1, True)
+        mixture, asked_before = new, asked - schedule.asked(consumed)
+        order = state.order(new, schedule)
+        assert isinstance(order, SampleOrder)
+        for n in range(consumed, consumed + samples):
+            given += corpora[order.locate(n).corpus].group == "additional"
+            asked = asked_before + schedule.asked(n + 1)
+            assert abs(given - asked) <= Fraction(1, 2) + Fraction(n + 1, 2**60)
+        consumed += samples
+    assert state is not None
+    assert mixture is not None
+    uses = {use.name: use.samples for use in state.consumed(mixture, mixture.schedule(length), consumed)}
+    assert uses["news"] + uses["poems"] == given
+    for name, others, group in (("wiki", "books", consumed - given), ("news", "poems", given)):  # which weigh their tokens
+        tokens = {corpus.name: corpus.data.num_tokens for corpus in corpora}
+        share = Fraction(tokens[name], tokens[name] + tokens[others])
+        assert abs(uses[name] - share * group) <= Fraction(1, 2) + Fraction(1, 2**40)
+
+
+def test_the_changes_of_the_report(corpora: list[Corpus]) -> None:
+    """0.5 for one sample, then 0.25: of two samples one is additional. Eleven changes owe no more than half a sample."""
+    almrs = [Fraction(1, 2), Fraction(1, 4)] * 6
+    state, mixture = None, None
+    for n, almr in enumerate(almrs):
+        new = mixture_of(corpora, almr)
+        schedule = new.schedule(10_000)
+        if state is None or mixture is None:
+            state = begin(new, schedule, 1)
+        else:
+            state = go_on(state, mixture, new, n, 1)
+        mixture = new
+        uses = state.consumed(new, schedule, n + 1)
+        additional = sum(use.samples for use in uses if use.group == "additional")
+        assert abs(additional - sum(almrs[: n + 1])) <= Fraction(1, 2)
+
+
+def test_an_older_change_goes_on_as_it_was(corpora: list[Corpus]) -> None:
+    """A checkpoint of a run whose mixture was changed before debts were carried over: not one sample is another one."""
+    first, new = mixture_of(corpora, Fraction(1, 2)), mixture_of(corpora, Fraction(1, 4))
+    state = go_on(begin(first, first.schedule(10_000), 1), first, new, 1, 1)
+    saved = json.loads(json.dumps(state.to_json(new, new.schedule(10_000), 41)))
+    del saved["trees"]
+    for segment in saved["segments"]:
+        del segment["trees"]
+    old = resume(saved, 41, new, new.schedule(10_000), 1, False)
+    order = old.order(new, new.schedule(10_000))
+    from_start = new.sample_order(new.schedule(10_000), 1)  # as if the new mixture had been there from sample 0 on
+    places = [(order.locate(n), from_start.locate(n)) for n in range(41, 200)]
+    assert all(found.corpus == other.corpus for found, other in places)
+    seen = [first.sample_order(first.schedule(10_000), 1).locate(0)] + [order.locate(n) for n in range(1, 200)]
+    for place, corpus in enumerate(corpora):
+        found = [(sample.epoch, sample.sample) for sample in seen if sample.corpus == place]
+        size = corpus.num_samples(SEQ_LENGTH)
+        assert len(set(found)) == len(found)  # nothing twice
+        assert sorted(found)[: len(found) // size * size] == [divmod(i, size) for i in range(len(found) // size * size)]
+    assert old.to_json(new, new.schedule(10_000), 41)["segments"][1]["trees"] is None
+    # Another change begins to carry: what the older one owes is paid back, at most a sample with each.
+    changed = go_on(old, new, first, 200, 1)
+    assert changed.phase.trees == {}
+    assert isinstance(changed.order(first, first.schedule(10_000)), SampleOrder)
 
 
 def with_text(corpus: Corpus, sha256: str) -> Corpus:
@@ -130,7 +224,7 @@ def test_epochs_after_a_change_are_those_that_are_read(corpora: list[Corpus]) ->
     first = mixture_of(corpora[:3], Fraction(1, 2))
     new = mixture_of([*corpora[:2], corpora[3]], Fraction(1, 2))  # poems instead of news
     state = go_on(begin(first, first.schedule(200), 8), first, new, 80, 8)
-    ledger = make_ledger(new, new.schedule(200), 200, state.now.start, state.now.samples_before())
+    ledger = make_ledger(new, state.continued(new, new.schedule(200)), 200, state.now.start)
     assert [(row.corpus, row.samples, row.epochs) for row in ledger.rows if row.group == "additional"] == [
         ("poems", 60, 60 / 7)
     ]
@@ -158,10 +252,9 @@ def test_a_new_mixture_is_refused_unless_accepted(corpora: list[Corpus]) -> None
 
 def test_stages_that_depend_on_the_length_of_the_run(corpora: list[Corpus]) -> None:
     mixture = mixture_of(corpora, Fraction(0))
-    ramp = replace(mixture.stages[0], almr=(AlmrPart(0, Fraction(1, 5), Fraction(3, 5)),))
-    mixture = replace(mixture, stages=(ramp,))
+    mixture = ramp(mixture, Fraction(1, 5), Fraction(3, 5))
     state = begin(mixture, mixture.schedule(100), 8)
-    saved = json.loads(json.dumps(state.to_json(state.consumed(mixture, mixture.schedule(100), 16))))
+    saved = json.loads(json.dumps(state.to_json(mixture, mixture.schedule(100), 16)))
     with pytest.raises(InputError, match=r"the length of the run .* is not what it was.* 100 there and 200 now"):
         resume(saved, 16, mixture, mixture.schedule(200), 8, False)
     assert resume(saved, 16, mixture, mixture.schedule(100), 8, False) == state
@@ -172,7 +265,7 @@ def test_megatrons_order_cannot_begin_in_the_middle(tmp_path: Path, corpora: lis
     mixture = mixture_of(corpora[:2], Fraction(0))
     schedule = mixture.megatron_schedule(100)
     state = begin(mixture, schedule, 8)
-    saved = json.loads(json.dumps(state.to_json(state.consumed(mixture, schedule, 16))))
+    saved = json.loads(json.dumps(state.to_json(mixture, schedule, 16)))
     assert [use["samples"] for use in saved["consumed"]] == schedule.counts(16)
     assert resume(saved, 16, mixture, schedule, 8, False) == state
     assert resume(saved, 16, mixture, schedule, 4, False) == state  # it knows no batches

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny_logs import BASELINE, record, results, start, step_row
+from tiny_logs import record, results, start, step_row, validated
 
 from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.training.log import RunLog
-from megatron_cpt.training.metrics_file import MetricsFile, read_metrics, validation_baseline
+from megatron_cpt.training.metrics_file import MetricsFile, read_metrics
 from megatron_cpt.training.validation import ValidationResult
 
 
@@ -26,7 +26,7 @@ def test_names_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     folder = tmp_path / "[x]run"
     folder.mkdir()
     with RunLog(str(folder), LoggingConfig(), 0) as log:
-        log.validation(3, [ValidationResult("zh [/b]", "zh", 2.5, 1.25, 100, 200)], {})
+        validated(log, 3, [ValidationResult("zh [/b]", "zh", 2.5, 1.25, 100, 200)])
         log.say(f"saved {folder}")
     shown = capsys.readouterr().err
     assert "zh [/b]  zh        2.5000" in shown
@@ -82,8 +82,8 @@ def test_a_skipped_step_is_named_whatever_the_interval(tmp_path: Path, capsys: p
 def test_validation_says_what_was_gained_and_what_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(str(tmp_path), LoggingConfig(), 0) as log:
         start(log)
-        log.validation(0, results(), {})
-        log.validation(7, results(0.9), validation_baseline(str(tmp_path)))
+        validated(log, 0, results())
+        validated(log, 7, results(0.9))
     shown = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
     assert "zh zh 4.0000 54.60 2.0000" in shown
     assert "zh zh 3.6000 -10.0 % 36.60 1.8000 -10.0 % gain" in shown
@@ -95,10 +95,20 @@ def test_validation_says_what_was_gained_and_what_forgotten(tmp_path: Path, caps
     assert last["zh"]["perplexity"] == pytest.approx(36.598, rel=1e-4)
 
 
-def test_a_set_that_step_0_did_not_have_has_no_change(tmp_path: Path) -> None:
+def test_a_set_that_is_new_or_measured_otherwise_is_compared_with_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with RunLog(str(tmp_path), LoggingConfig(), 0) as log:
-        log.validation(7, [ValidationResult("new", "zh", 2.0, 1.0, 1, 1)], BASELINE)
-    assert read_metrics(str(tmp_path))[0]["validation"]["new"]["bits_per_byte_change"] is None
+        validated(log, 7, [ValidationResult("new", "zh", 2.0, 1.0, 1, 1), *results(0.9)])
+        validated(log, 8, results(0.8), samples=99)
+    first, second = (row["validation"] for row in read_metrics(str(tmp_path)))
+    assert {name: figures["baseline"]["iteration"] for name, figures in first.items()} == {"new": 7, "zh": 0, "en": 0}
+    assert {name: figures["baseline"]["iteration"] for name, figures in second.items()} == {"zh": 8, "en": 8}
+    assert second["zh"]["bits_per_byte_change"] == 0.0
+    shown = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    assert "new zh 2.0000 7.39 1.0000 7" in shown  # no change, no word about it
+    assert "zh zh 3.6000 -10.0 % 36.60 1.8000 -10.0 % 0 gain" in shown
+    assert shown[shown.index("validation at step 8") + 1] == "set language loss perplexity bits/byte"
 
 
 def test_a_resume_forgets_the_steps_it_does_again_and_a_line_cut_off(tmp_path: Path) -> None:
@@ -110,7 +120,7 @@ def test_a_resume_forgets_the_steps_it_does_again_and_a_line_cut_off(tmp_path: P
     rows = read_metrics(str(tmp_path))
     assert [row["iteration"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [row["iteration"] for row in rows if "validation" in row] == [0, 8]
-    assert validation_baseline(str(tmp_path))["zh"]["loss"] == 4.0
+    assert rows[0]["validation"]["zh"]["loss"] == 4.0
     starts = json.loads((tmp_path / "run.json").read_text())["starts"]
     assert [start["iteration"] for start in starts] == [0, 5]
 
@@ -186,7 +196,7 @@ def other_rank(folder: str, stdout: int, stderr: int) -> None:
     with RunLog(folder, LoggingConfig(tensorboard=True), 1) as log:
         start(log)
         log.step(step_row(1), 2)
-        log.validation(1, results(), {})
+        validated(log, 1, results())
         log.status("running", 1, 2)
         log.finish()
         log.say("said")

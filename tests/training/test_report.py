@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_logs import record, results, start, step_row
+from tiny_logs import record, results, start, step_row, validated
 
 from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.errors import InputError
@@ -42,11 +42,11 @@ def test_what_the_report_says(tmp_path: Path) -> None:
         }
         hosts = [{"hostname": "node1", "ranks": [0, 1, 2, 3], "devices": ["chip"] * 4}]
         start(log, layout=layout, hosts=hosts, versions={"torch": "2.13"})
-        log.validation(0, results(), {})
+        validated(log, 0, results())
         for iteration in range(1, 12):
             skipped = {"loss": float("nan"), "skipped": "loss is nan"} if iteration == 5 else {}
             log.step(step_row(iteration, tokens_per_second=1000.0 + iteration, **skipped), 20)
-        log.validation(11, results(0.9), {})
+        validated(log, 11, results(0.9))
         log.metrics({"iteration": 11, "peak_memory_bytes": 3_000_000_000})
         (folder / "iter_0000011").mkdir()
         log.status("stopped", 11, 20, "time limit")
@@ -61,8 +61,8 @@ def test_what_the_report_says(tmp_path: Path) -> None:
         "| skipped steps | 1 |",
         "| peak memory, all processes | 3.0 GB |",
         "| checkpoints | iter\\_0000011 |",
-        "| zh | zh | 4.0000 → 3.6000 | 54.60 → 36.60 | 2.0000 → 1.8000 | -10.0 % | gain |",
-        "| en | en | 2.0000 → 2.2222 | 7.39 → 9.23 | 1.0000 → 1.1111 | +11.1 % | forgetting |",
+        "| zh | zh | 4.0000 → 3.6000 | 54.60 → 36.60 | 2.0000 → 1.8000 | 0 | -10.0 % | gain |",
+        "| en | en | 2.0000 → 2.2222 | 7.39 → 9.23 | 1.0000 → 1.1111 | 0 | +11.1 % | forgetting |",
         "ALMR realised so far: 0.500000. Asked for the whole run: 0.500000, planned: 0.500000.",
         "| en\\_wiki | general | en | 2,816 | 50.00% |",
         "| tokens/s | 1,006 | 1,002 | 1,010 |",
@@ -111,14 +111,16 @@ def test_a_run_that_stopped_before_its_first_step(tmp_path: Path) -> None:
         start(log)
         log.finish()  # nothing at all yet
         assert not (tmp_path / "report.png").exists()
-        log.validation(0, results(), {})
-    assert "Step 0 → step 0, of 1 evaluations" in report(tmp_path)
+        validated(log, 0, results())
+    text = report(tmp_path)
+    assert "1 evaluations, the last at step 0." in text
+    assert "%" not in text
 
 
 def test_no_report_where_none_is_wanted(tmp_path: Path) -> None:
     with RunLog(str(tmp_path), LoggingConfig(report=False), 0) as log:
         start(log)
-        log.validation(0, results(), {})
+        validated(log, 0, results())
         log.finish()
     assert (tmp_path / "metrics.jsonl").exists()
     assert not (tmp_path / "report.md").exists()
@@ -129,7 +131,7 @@ def test_names_may_be_anything(tmp_path: Path) -> None:
     with RunLog(str(tmp_path), LoggingConfig(), 0) as log:
         start(log)
         for iteration in (0, 5):
-            log.validation(iteration, [ValidationResult(name, "zh", 2.0, 1.0 + iteration, 1, 1) for name in names], {})
+            validated(log, iteration, [ValidationResult(name, "zh", 2.0, 1.0 + iteration, 1, 1) for name in names])
     text = report(tmp_path)
     for name in ("\\_hidden", "$x^{", "中文\\|集", "\\<b>\\*a\\*"):
         assert f"| {name} | zh |" in text

@@ -257,3 +257,39 @@ def test_the_table_has_first_last_and_ten_points_and_is_what_is_used() -> None:
         2,
         3,
     ]
+
+
+def extended(style: str, iteration: int, **lr: Any) -> tuple[LearningRate, RunConfig, RunConfig]:
+    """A run of 10 steps of 4 samples that is extended to 16 after `iteration` steps: its rate, the old and new settings."""
+    before = run_config(10, 4, decay_style=style, **lr)
+    now = dataclasses.replace(before, training=dataclasses.replace(before.training, extend_to=16))
+    return resumed(before, now, iteration), before, now
+
+
+@pytest.mark.parametrize("style", ["linear", "cosine"])
+def test_an_extended_run_warms_up_again_once_it_decays(style: str) -> None:
+    found, before, now = extended(style, 10, warmup_iters=2)
+    assert (found.start, found.end, found.at(44), found.at(48)) == (40, 64, 0.5, 1.0)
+    assert found.at(64) == before.optimizer.min_lr
+    # A checkpoint of it goes on without another word, and a job that is queued again has the same configuration.
+    length = run_length(now.training, SEQ_LENGTH, 12, 48)
+    assert continue_schedule(dataclasses.asdict(found), now, SEQ_LENGTH, length) == found
+
+
+@pytest.mark.parametrize(("style", "iteration"), [("WSD", 9), ("constant", 10), ("linear", 2)])
+def test_an_extended_run_goes_on_where_it_has_not_begun_to_decay(style: str, iteration: int) -> None:
+    found, before, _ = extended(style, iteration, warmup_iters=2)
+    assert (found.start, found.end) == (0, 64)
+    assert found.at(4 * iteration) == make_schedule(before, SEQ_LENGTH, run_length(before.training, SEQ_LENGTH)).at(
+        4 * iteration
+    )
+
+
+def test_extending_a_run_changes_nothing_else() -> None:
+    before = run_config(10, 4, decay_style="linear")
+    training = dataclasses.replace(before.training, extend_to=16)
+    now = dataclasses.replace(before, training=training, optimizer=OptimizerConfig(lr=0.5, min_lr=0.0))
+    with pytest.raises(InputError, match=r"lr was 1\.0 and is 0\.5"):
+        resumed(before, now, 10)
+    with pytest.raises(InputError, match=r"training\.extend_to is 10; .*more than training\.train_iters, 10"):
+        TrainingConfig(train_iters=10, extend_to=10)

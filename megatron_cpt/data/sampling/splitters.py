@@ -7,7 +7,7 @@ almost exactly, and where sample n goes is computed without looking at the sampl
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -167,70 +167,135 @@ class Stage:
         return counts
 
 
-def build_stages(plans: Sequence[StagePlan], num_corpora: int) -> list[Stage]:
-    """The stages of a run, one after the other from sample 0.
+@dataclass(frozen=True)
+class TreePosition:
+    """How far a group's tree has come, and (by corpus) the samples that were read before the tree began."""
+
+    group: Group
+    samples: int
+    base: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the counting is at sample `start` of a run: all that the order of later samples depends on.
+
+    Attributes:
+        used: by corpus, samples read so far
+        debt: additional samples that were asked for so far less those that were given
+        trees: of each group that has had samples, "additional" or "general", its last tree
+    """
+
+    start: int
+    used: tuple[int, ...]
+    debt: Fraction
+    trees: Mapping[str, TreePosition]
+
+
+def beginning(num_corpora: int) -> Position:
+    """That of a run that has read nothing."""
+    return Position(0, (0,) * num_corpora, Fraction(0), {})
+
+
+def build_stages(plans: Sequence[StagePlan], num_corpora: int, begin: Position | None = None) -> list[Stage]:
+    """The stages of a run, one after the other from `begin`, by default from sample 0, on.
 
     After the last, if it has a length, comes an endless one with its groups and the ALMR it ended with: a global batch may
     reach beyond the end.
     """
+    return [stage for _, _, stage in walk(plans, begin or beginning(num_corpora))]
+
+
+def position_at(plans: Sequence[StagePlan], begin: Position, n: int) -> Position:
+    """Where the counting is at sample n, not before `begin`."""
+    for position, plan, stage in walk(plans, begin):
+        if plan.samples is None or n < stage.start + plan.samples:
+            return after(position, plan, stage, n - stage.start)
+    raise AssertionError("the last stage has no end")
+
+
+def walk(plans: Sequence[StagePlan], position: Position) -> Iterator[tuple[Position, StagePlan, Stage]]:
+    """Each plan from a position on, with the position it begins at and the stage that comes of it."""
     final = plans[-1]
     if final.samples is not None:
         plans = [*plans, StagePlan(None, (final.almr[1], final.almr[1]), final.general, final.additional)]
-    stages: list[Stage] = []
-    used = [0] * num_corpora  # by all stages so far
-    asked = {"additional": Fraction(0), "general": Fraction(0)}
-    given = {"additional": 0, "general": 0}
-    running: dict[str, tuple[Group, int, list[int]]] = {}  # group -> its last tree's, samples it gave, base where it began
-    start = 0
     for plan in plans:
         assert plan.samples is not None or plan.almr[0] == plan.almr[1], "an endless stage has one ALMR"
-        groups = {"additional": plan.additional, "general": plan.general}
-        if plan.almr[1] < plan.almr[0]:
-            groups = dict(reversed(groups.items()))
-        shares = [_shares(plan, name) for name in groups]
-        names = [name for name, share in zip(groups, shares, strict=True) if any(share)]
-        before, base = {}, list(used)
-        for name in names:
-            group = groups[name]
-            assert group is not None, "a group with a share has corpora"
-            if name not in running or running[name][0] != group:
-                running[name] = group, 0, list(used)
-            before[name] = running[name][1]
-            for corpus in group.corpora():
-                base[corpus] = running[name][2][corpus]
-        first, last = shares[0] if len(names) == 2 else (ONE, ONE)
-        debt = asked[names[0]] + Fraction(1, 2) - given[names[0]]
-        stage = Stage(
-            start=start,
-            share=min(first, ONE - 1),
-            phase=min(max(int(debt * ONE), 0), ONE - 1),
-            ramp=min(last - first, ONE - 1),
-            length=plan.samples or 1,
-            left=_tree(groups[names[0]]),
-            right=_tree(groups[names[1]]) if len(names) == 2 else None,
-            left_before=before[names[0]],
-            right_before=before[names[1]] if len(names) == 2 else 0,
-            base=tuple(base),
-        )
-        stages.append(stage)
+        position = with_trees(plan, position)
+        stage = stage_at(plan, position)
+        yield position, plan, stage
         if plan.samples is None:
-            break
-        start += plan.samples
-        used = stage.counts(start)
-        left = stage.left_count(plan.samples)
-        for name, samples in zip(names, (left, plan.samples - left), strict=False):
-            given[name] += samples
-            group, so_far, began = running[name]
-            running[name] = group, so_far + samples, began
-        additional = plan.asked(plan.samples)
-        asked["additional"] += additional
-        asked["general"] += plan.samples - additional
-    return stages
+            return
+        position = after(position, plan, stage, plan.samples)
 
 
-def _tree(group: Group | None) -> Tree:
-    assert group is not None
-    return group.tree()
+def groups_of(plan: StagePlan) -> dict[str, Group]:
+    """The groups that get something, the one whose share rises first (additional, if none does)."""
+    groups = {"additional": plan.additional, "general": plan.general}
+    if plan.almr[1] < plan.almr[0]:
+        groups = dict(reversed(groups.items()))
+    found = {name: group for name, group in groups.items() if any(_shares(plan, name))}
+    assert None not in found.values(), "a group with a share has corpora"
+    return {name: group for name, group in found.items() if group is not None}
+
+
+def with_trees(plan: StagePlan, position: Position) -> Position:
+    """A group that is the one it was goes on in its tree; another begins a new one."""
+    trees = dict(position.trees)
+    for name, group in groups_of(plan).items():
+        if name not in trees or trees[name].group != group:
+            trees[name] = TreePosition(group, 0, position.used)
+    return replace(position, trees=trees)
+
+
+def stage_at(plan: StagePlan, position: Position) -> Stage:
+    """The stage of a plan that begins at a position."""
+    groups, base = groups_of(plan), list(position.used)
+    trees = [position.trees[name] for name in groups]
+    for tree in trees:
+        for corpus in tree.group.corpora():
+            base[corpus] = tree.base[corpus]
+    names = list(groups)
+    first, last = _shares(plan, names[0]) if len(names) == 2 else (ONE, ONE)
+    owed = (position.debt if names[0] == "additional" else -position.debt) + Fraction(1, 2)
+    return Stage(
+        start=position.start,
+        share=min(first, ONE - 1),
+        phase=min(max(int(owed * ONE), 0), ONE - 1),
+        ramp=min(last - first, ONE - 1),
+        length=plan.samples or 1,
+        left=trees[0].group.tree(),
+        right=trees[1].group.tree() if len(trees) == 2 else None,
+        left_before=trees[0].samples,
+        right_before=trees[1].samples if len(trees) == 2 else 0,
+        base=tuple(base),
+    )
+
+
+def after(position: Position, plan: StagePlan, stage: Stage, samples: int) -> Position:
+    """The position when so many samples of a stage, which begins at `position`, have been read."""
+    left = stage.left_count(samples)
+    given = dict(zip(groups_of(plan), (left, samples - left), strict=False))
+    trees = {name: replace(tree, samples=tree.samples + given.get(name, 0)) for name, tree in position.trees.items()}
+    return Position(
+        start=position.start + samples,
+        used=tuple(stage.counts(stage.start + samples)),
+        debt=position.debt + plan.asked(samples) - given.get("additional", 0),
+        trees=trees,
+    )
+
+
+def rest_of(plans: Sequence[StagePlan], n: int) -> list[StagePlan]:
+    """What is left of plans after their first n samples; at least one plan."""
+    rest: list[StagePlan] = []
+    for plan in plans:
+        if plan.samples is None:
+            rest.append(plan)
+        elif n < plan.samples:
+            first, last = plan.almr
+            rest.append(replace(plan, samples=plan.samples - n, almr=(first + (last - first) * n / plan.samples, last)))
+        n = max(n - (plan.samples or 0), 0)
+    return rest or [replace(plans[-1], samples=None, almr=(plans[-1].almr[1],) * 2)]
 
 
 def _shares(plan: StagePlan, name: str) -> tuple[int, int]:
