@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_corpora import json_lines
 
 from megatron_cpt.data import preprocess as preprocess_module
 from megatron_cpt.data import reading
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.manifest import read_manifest
+from megatron_cpt.data.partial import PartialCorpus
 from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.errors import InputError
@@ -167,7 +170,7 @@ def test_tool_prints_the_manifest_path_last(tmp_path: Path, tiny_tokenizer_dir: 
         (b'{"text": ""}\n\n', "a.jsonl:1: no text"),
         (b"", "empty corpus"),
         (b'{"text": "a"}\n{"text": \n', "a.jsonl:2: not valid JSON"),
-        (b'[{"text": "a"}]\n', "a.jsonl:1: found list"),
+        (b'[1]\n{"text": "a"}\n', "a.jsonl:1: found list"),
         (b'{"title": "a", "body": "b"}\n', "a.jsonl:1: no field 'text'; found ['body', 'title']"),
         (b'{"text": "\xff"}\n', "a.jsonl:1: byte 10 is not UTF-8"),
     ],
@@ -213,3 +216,23 @@ def test_json_lines_by_other_names(name: str, tmp_path: Path, tiny_tokenizer_dir
     (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
     preprocess(PreprocessConfig(str(tmp_path / name), tiny_tokenizer_dir, str(tmp_path / "c"), "en", workers=1))
     assert read_manifest(str(tmp_path / "c")).documents == 2
+
+
+def test_speed_is_that_of_text_not_of_compressed_files(
+    tmp_path: Path, tiny_tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json_lines([{"text": "word " * 20, "more": "x" * 900}] * 4000)))
+    monkeypatch.setattr(PartialCorpus, "seconds", lambda self: 2.0)
+    run(tmp_path, tiny_tokenizer_dir, input=str(tmp_path / "a.jsonl.gz"))
+    assert "2.0 s, 0.2 MB of text/s, 2,000 documents/s" in capsys.readouterr().err
+
+
+def test_what_a_kill_after_the_last_rename_leaves_goes_with_the_next_run(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    run(tmp_path, tiny_tokenizer_dir, input=source)
+    (tmp_path / "out" / "c.partial").mkdir()
+    for left in ("c.partial.lock", "c.partial/tokens.bin"):
+        (tmp_path / "out" / left).touch()
+    with pytest.raises(InputError, match="wanted a new name or overwrite"):
+        run(tmp_path, tiny_tokenizer_dir, input=source)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"c.bin", "c.idx", "c.json"}
