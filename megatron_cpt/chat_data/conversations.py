@@ -114,7 +114,7 @@ def parse_preference(row: Any) -> Preference:
     (before, chosen), (other, rejected) = sides["chosen"], sides["rejected"]
     if before != other:
         raise RowError("two prompts", "chosen and rejected begin with different messages")
-    own = messages_of(fields, prompt_only=True) if has_prompt(fields) else ()
+    own = messages_of(fields, prompt_only=True, answer=chosen) if has_prompt(fields) else ()
     if own and before and own not in (before, tuple(message for message in before if message.role != "system")):
         raise RowError("two prompts", "chosen begins with other messages than the prompt beside it")
     prompt = before or own
@@ -163,8 +163,8 @@ def has_prompt(fields: Mapping[str, Any]) -> bool:
     return any(fields.get(name) for name in ("messages", "conversations", "prompt", "instruction"))
 
 
-def messages_of(row: Any, prompt_only: bool = False) -> tuple[Message, ...]:
-    """All turns of a row; `prompt_only`: those before an answer that stands elsewhere.
+def messages_of(row: Any, prompt_only: bool = False, answer: Message | None = None) -> tuple[Message, ...]:
+    """All turns of a row; `prompt_only`: those before an answer that stands elsewhere, and may be there once more.
 
     Raises:
         RowError: it has them in no style, in two that differ, or something that is no text
@@ -185,6 +185,7 @@ def messages_of(row: Any, prompt_only: bool = False) -> tuple[Message, ...]:
             "unknown style", f"it has no messages, conversations or instruction; its fields are {names_of(fields)}"
         )
     found = {name: messages_in(fields, name, prompt_only) for name in used}
+    found = {name: turns[:-1] if turns[-1] == answer else turns for name, turns in found.items()}
     first = found[used[0]]
     for name, messages in found.items():
         if messages != first:

@@ -286,3 +286,12 @@ def test_a_second_style_has_to_say_the_same() -> None:
 def test_fields_of_turns_that_nothing_uses_are_named() -> None:
     assert unused_fields(spoken(name="bot", weight=1, refusal=None, id="3")) == ("name",)
     assert unused_fields({"prompt": "a", "chosen": {"content": "b", "score": 3}, "rejected": 5}) == ("score",)
+
+
+def test_the_better_answer_may_stand_in_the_conversation_too() -> None:
+    """As in UltraFeedback: prompt, messages with the chosen answer, and whole conversations as chosen and rejected."""
+    user, good, bad = ({"role": r, "content": t} for r, t in (("user", "a"), ("assistant", "b"), ("assistant", "c")))
+    row = {"prompt": "a", "messages": [user, good], "chosen": [user, good], "rejected": [user, bad], "score_chosen": 8.0}
+    assert parse_preference(row) == Preference((Message("user", "a"),), Message("assistant", "b"), Message("assistant", "c"))
+    with pytest.raises(RowError, match="messages and prompt are both there, and differ"):
+        parse_preference(row | {"messages": [user, bad]})
