@@ -20,7 +20,7 @@ from megatron_cpt.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 EOS = "<|endoftext|>"
-SUFFIXES = (".bin", ".idx", ".metadata.jsonl", ".errors.jsonl")
+SUFFIXES = (".bin", ".idx", ".metadata.jsonl", ".errors.jsonl", ".documents")
 
 
 def json_lines(records: list[Any]) -> bytes:

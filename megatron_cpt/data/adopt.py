@@ -7,14 +7,12 @@ end with the end-of-document token, checksums. Language shares and characters co
 from __future__ import annotations
 
 import hashlib
-import platform
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +20,22 @@ import numpy as np
 from megatron_cpt.data.encoding import count_languages
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.inspection import check
-from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, TokenizerInfo, manifest_path, write_manifest
+from megatron_cpt.data.languages import check_language, unlike
+from megatron_cpt.data.manifest import (
+    CorpusManifest,
+    FileInfo,
+    SourceInfo,
+    TokenizerInfo,
+    manifest_path,
+    versions,
+    write_manifest,
+)
 from megatron_cpt.data.merge import find_prefixes
 from megatron_cpt.data.progress import meter, rates
 from megatron_cpt.data.sources import printable, sha256_file
 from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.base import Tokenizer
-from megatron_cpt.version import __version__
 
 CHUNK = 1 << 22  # tokens looked at at a time
 SAMPLED_DOCUMENTS = 1000
@@ -54,6 +60,7 @@ class AdoptConfig:
     def __post_init__(self) -> None:
         if not self.language:
             raise InputError("language is empty; wanted a value")
+        check_language(self.language)
 
 
 def adopt_corpora(config: AdoptConfig) -> str:
@@ -91,8 +98,10 @@ def adopt(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerInfo, lan
     source = SourceInfo(path, "megatron", files["bin"].bytes, sha256, corpus.num_documents)
     around = corpus.num_documents * ((eos == "document") + (bos == "document"))
     seconds = time.monotonic() - began
-    speed = rates(files["bin"].bytes, corpus.num_documents, seconds)
+    speed = rates(files["bin"].bytes, corpus.num_documents, seconds, "tokens")
     counts = f"{corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens, {text_bytes:,} bytes of text"
+    if odd := unlike(language, languages):
+        print(f"WARNING: {prefix}: {odd}", file=sys.stderr)
     print(f"{prefix}: {counts}; eos: {eos}, bos: {bos}; {speed}", file=sys.stderr)
     return CorpusManifest(
         language=language,
@@ -112,8 +121,7 @@ def adopt(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerInfo, lan
         tokenizer=facts,
         sources=[source],
         files=files,
-        versions={name: version(name) for name in ("numpy", "pycld2")}
-        | {"megatron_cpt": __version__, "python": platform.python_version()},
+        versions=versions(("numpy", "pycld2")),
         command=shlex.join(map(printable, sys.argv)),
         duration_seconds=round(seconds, 3),
     )
@@ -165,7 +173,7 @@ def _policy(corpus: IndexedCorpus, what: str, token: int, at_end: bool) -> str:
 def _read(corpus: IndexedCorpus, tokenizer: Tokenizer) -> tuple[str, int]:
     """(sha256 of .bin, UTF-8 bytes of text), in one pass. InputError: ids outside of the vocabulary."""
     digest, text_bytes, sizes = hashlib.sha256(), 0, tokenizer.token_bytes().astype(np.int64)
-    with meter(corpus.num_tokens * corpus.dtype.itemsize) as shown:
+    with meter(corpus.num_tokens * corpus.dtype.itemsize, of="tokens") as shown:
         for start in range(0, corpus.num_tokens, CHUNK):
             some = corpus.tokens[start : start + CHUNK]
             lowest, highest = int(some.min()), int(some.max())

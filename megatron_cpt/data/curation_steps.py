@@ -6,6 +6,7 @@ This module imports datatrove; import it only when a curation runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from datatrove.pipeline.readers.base import BaseReader
 from datatrove.pipeline.readers.jsonl import JsonlReader
 from datatrove.utils.word_tokenizers import load_word_tokenizer
 
-from megatron_cpt.data.curation_languages import ALIASES
 from megatron_cpt.data.documents import read_part
+from megatron_cpt.data.languages import ALIASES
 from megatron_cpt.data.reading import ReadOptions, units
 from megatron_cpt.data.sources import Source
 
@@ -87,14 +88,14 @@ class Count(PipelineStep):
 
 
 class KeepLanguages(BaseFilter):
-    """Keeps documents of some languages whose score reaches a threshold. This class takes language and score from metadata,
-    where datatrove's LanguageFilter leaves them; its subclasses find them themselves."""
+    """Keeps documents of some languages whose score reaches the language's threshold. This class takes language and score
+    from metadata, where datatrove's LanguageFilter leaves them; its subclasses find them themselves."""
 
     name = "language"
 
-    def __init__(self, languages: list[str], threshold: float, exclusion_writer: Any = None) -> None:
+    def __init__(self, thresholds: dict[str, float], exclusion_writer: Any = None) -> None:
         super().__init__(exclusion_writer)
-        self.languages, self.threshold = frozenset(languages), threshold
+        self.thresholds = thresholds
 
     def identify(self, document: Document) -> tuple[str, float]:
         """(ISO 639 code, score from 0 to 1)."""
@@ -105,31 +106,86 @@ class KeepLanguages(BaseFilter):
         document.metadata["language"], document.metadata["language_score"] = language, round(score, 4)
         self.stat_update(f"identified_{language}")
         self.stat_update(f"identified_bytes_{language}", value=len(document.text.encode()))
-        if language not in self.languages:
+        if language not in self.thresholds:
             return False, f"language_{language}"
-        return (True, "") if score >= self.threshold else (False, f"unsure_{language}")
+        return (True, "") if score >= self.thresholds[language] else (False, f"unsure_{language}")
+
+
+# Code is in no language, though cld2 takes it for English: what is fenced off, addresses, and runs of ASCII with a character
+# that words do not have.
+CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|(?<![!-~])(?=[!-~]*?[_(){}\[\]=<>/\\|@#$;])[!-~]+", re.DOTALL)
+LATIN_WORDS = re.compile("[A-Za-z]+")
 
 
 class Cld2Languages(KeepLanguages):
-    """Language by pycld2. The score is the share of the text in the language, and 0 when cld2 calls itself unreliable."""
+    """Language by pycld2. The score is the share of the text in the language, and 0 when cld2 calls itself unreliable.
+
+    Code counts for nothing, unless there is nothing else; nor do Latin words within a text of another script, where they
+    would make cld2 unreliable.
+    """
 
     name = "language cld2"
 
     def identify(self, document: Document) -> tuple[str, float]:
+        prose = CODE.sub(" ", document.text)
+        reliable, shares = self.shares(prose)
+        if not reliable and _is_of_another_script(prose):
+            reliable, shares = self.shares(LATIN_WORDS.sub(" ", prose))
+        if not reliable:
+            reliable, shares = self.shares(document.text)
+        language = max(shares, key=lambda code: shares[code])
+        return language, shares[language] if reliable else 0.0
+
+    def shares(self, text: str) -> tuple[bool, dict[str, float]]:
+        """(whether cld2 calls itself reliable, share of the text by language)."""
         import pycld2
 
         try:
-            reliable, _, details = pycld2.detect(document.text)
+            reliable, _, details = pycld2.detect(text)
         except pycld2.error:  # it refuses control characters and other code points that nobody prints
-            printable = "".join(c if c.isprintable() else " " for c in document.text)
+            printable = "".join(c if c.isprintable() else " " for c in text)
             self.stat_update("control_characters")
             reliable, _, details = pycld2.detect(printable)
         shares: dict[str, float] = {}
         for _, code, percent, _ in details:
             name = "unknown" if code.startswith("xx-") else ALIASES.get(code, code)  # xx-Qaai is a script, no language
             shares[name] = shares.get(name, 0.0) + percent / 100  # zh and zh-Hant add up
-        language = max(shares, key=lambda code: shares[code])
-        return language, shares[language] if reliable else 0.0
+        return bool(reliable), shares
+
+
+def _is_of_another_script(text: str) -> bool:
+    """Whether at least half of a text, in bytes of letters, is beyond Latin-1."""
+    latin = sum(map(len, LATIN_WORDS.findall(text)))
+    others = sum(len(c.encode()) for c in text if c > "\u02ff" and c.isalpha())
+    return others > 0 and others >= latin
+
+
+class FastTextLanguages(KeepLanguages):
+    """Language by a fastText model of one's own, as GlotLID's. `codes`: {its label: ISO 639 code of a language to keep}."""
+
+    name = "language fasttext"
+
+    def __init__(self, thresholds: dict[str, float], exclusion_writer: Any, path: str, codes: dict[str, str]) -> None:
+        super().__init__(thresholds, exclusion_writer)
+        self.path, self.codes = path, codes
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        """The model, loaded when it is first needed. ValueError: it is none."""
+        if self._model is None:
+            from fasttext import load_model
+
+            self._model = load_model(self.path)
+        return self._model
+
+    def identify(self, document: Document) -> tuple[str, float]:
+        labels, scores = self.model.predict(document.text.replace("\n", " "), k=1)
+        label = labels[0].removeprefix("__label__") if labels else "unknown"
+        return self.codes.get(label, label), min(float(scores[0]), 1.0) if labels else 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": None}  # datatrove copies the pipeline for every task
 
 
 class FastLanguages(KeepLanguages):

@@ -217,7 +217,7 @@ def _take(text: str, options: ReadOptions, content: Content) -> bool:
 def _read_file(raw: bytes, options: ReadOptions, content: Content) -> None:
     """A file that is one document."""
     if is_utf16(raw):
-        content.refuse("invalid_utf8", "is UTF-16; wanted UTF-8, as `iconv -f UTF-16 -t UTF-8` makes of it")
+        content.refuse("invalid_utf8", "is UTF-16; wanted UTF-8, as iconv -f UTF-16 -t UTF-8 makes of it")
         content.records += 1
     else:
         _read_texts([raw], options, content)

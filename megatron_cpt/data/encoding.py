@@ -15,6 +15,7 @@ import numpy.typing as npt
 import psutil
 
 from megatron_cpt.data.documents import Content, Problem, read_part
+from megatron_cpt.data.holdout import document_records
 from megatron_cpt.data.indexed import best_dtype
 from megatron_cpt.data.reading import ReadOptions, Unit
 from megatron_cpt.data.sources import Source
@@ -99,10 +100,16 @@ class EncodedUnit(NamedTuple):
     audit: list[tuple[str, npt.NDArray[Any]]]
     """A few short texts and the ids they were given; empty when the reference itself encodes."""
     read_bytes: int
+    documents: bytes = b""
+    """A `holdout.RECORD` for each document, when documents are to be held out."""
 
 
 class Encoder:
-    """Unit -> EncodedUnit. `audited`: the engine is not the reference, so samples are wanted and its cache is watched."""
+    """Unit -> EncodedUnit.
+
+    `audited`: the engine is not the reference, so samples are wanted and its cache is watched. `keyed`: documents will be
+    held out, by the hashes of their texts.
+    """
 
     def __init__(
         self,
@@ -112,9 +119,10 @@ class Encoder:
         options: ReadOptions,
         audited: bool,
         cache_bytes: int = CACHE_BYTES,
+        keyed: bool = False,
     ) -> None:
         self._engine, self._policy, self._sources, self._options = engine, policy, sources, options
-        self._audited, self._cache_bytes = audited, cache_bytes
+        self._audited, self._cache_bytes, self._keyed = audited, cache_bytes, keyed
         self._first_size: int | None = None
 
     def __call__(self, unit: Unit) -> EncodedUnit:
@@ -135,6 +143,7 @@ class Encoder:
             languages=count_languages(sample, sum(sizes)),
             audit=self._audit(sample) if self._audited else [],
             read_bytes=unit.read_bytes,
+            documents=document_records(texts, sizes) if self._keyed else b"",
         )
 
     def _with_policy(
@@ -197,8 +206,14 @@ def piece_around(text: str, place: int, characters: int) -> str:
 
 
 def count_languages(sample: Sequence[str], text_bytes: int) -> Counter[str]:
-    """Bytes by language, as CLD2 tells them of a sample that stands for `text_bytes`. ISO 639 codes; "un": not reliable."""
-    import pycld2
+    """Bytes by language, as CLD2 tells them of a sample that stands for `text_bytes`. ISO 639 codes; "un": not reliable.
+
+    Nothing without pycld2.
+    """
+    try:
+        import pycld2
+    except ImportError:
+        return Counter()
 
     found: Counter[str] = Counter()
     for text in sample:

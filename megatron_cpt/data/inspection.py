@@ -130,6 +130,10 @@ def describe(corpus: IndexedCorpus, manifest: CorpusManifest | None) -> Table:
     table.add_row("order", Text(order))
     if manifest.partition:
         table.add_row("partition", Text(manifest.partition))
+    if manifest.holdout:
+        side, _, split = manifest.holdout.partition(":")
+        words = {"train": "the rest of split", "holdout": "held out, split", "asked": "held out when merged:"}
+        table.add_row("hold-out", Text(f"{words.get(side, side)} {split}"))
     table.add_row("bos, eos", Text(f"{manifest.bos}, {manifest.eos}"))
     tokenizer = manifest.tokenizer
     table.add_row(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 import typing
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +18,7 @@ from megatron_cpt.data.sources import printable
 from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer.base import Tokenizer, token_bytes_sha256
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256, lost_letters
+from megatron_cpt.version import __version__
 
 FORMAT_VERSION = 2
 
@@ -113,7 +118,21 @@ class CorpusManifest:
     versions: dict[str, str]
     command: str
     duration_seconds: float
+    holdout: str | None = None
+    """"train:SPLIT" or "holdout:SPLIT": the corpus is one side of a split (several after a merge: SPLIT,SPLIT). "asked:200":
+    a partition of an input of which so much will be held out when its partitions are merged. None: all of the input."""
+    origins: dict[str, list[str]] = field(default_factory=dict)
+    """{a curation: raw files}: what the sources that were curated were made from, so far as their folder tells."""
     format_version: int = FORMAT_VERSION
+
+
+def versions(libraries: Sequence[str]) -> dict[str, str]:
+    """The versions of this package, Python and those of `libraries` that are installed."""
+    found = {"megatron_cpt": __version__, "python": platform.python_version()}
+    for library in libraries:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
 
 
 def manifest_path(prefix: str) -> Path:
@@ -155,7 +174,7 @@ def _build(record: type[Record], values: Any, where: str) -> Record:
     found = {}
     for one in fields(record):  # type: ignore[arg-type]
         if one.name not in values and (one.default is not MISSING or one.default_factory is not MISSING):
-            continue
+            continue  # manifests of before do not have it
         if one.name not in values:
             raise InputError(f"{where}{one.name} is missing")
         found[one.name] = _value(hints[one.name], values[one.name], where + one.name)

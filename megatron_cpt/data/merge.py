@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_cpt.data.indexed import IndexedCorpus
-from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, read_manifest, write_manifest
+from megatron_cpt.data.manifest import CorpusManifest, SourceInfo, read_manifest
 from megatron_cpt.data.partial import lock, partial_folder, read_state, writing
 from megatron_cpt.data.preprocess import interruptible
 from megatron_cpt.data.preprocess_config import parse_partition
@@ -65,7 +65,8 @@ def merge_datasets(config: MergeConfig) -> str:
         raise InputError(f"output_prefix {prefix} is one of the inputs; wanted another name")
     manifests = [read_manifest(name) for name in prefixes]
     _check(prefixes, manifests)
-    check_output(prefix, config.overwrite)
+    holdout = _asked(manifests[0])
+    check_output(prefix, config.overwrite, holdout is not None)
     folder = partial_folder(prefix)
     with lock(folder), interruptible(), writing(folder):
         if read_state(folder) is not None:
@@ -73,26 +74,34 @@ def merge_datasets(config: MergeConfig) -> str:
         shutil.rmtree(folder, ignore_errors=True)  # of a merge that was killed
         folder.mkdir()
         try:
-            with meter(sum(manifest.files["bin"].bytes for manifest in manifests)) as shown:
+            with meter(sum(manifest.files["bin"].bytes for manifest in manifests), of="tokens") as shown:
                 bin_sha256 = _copy(prefixes, manifests, folder, shown)
-            files, info = complete(
+            seconds = time.monotonic() - began
+            files, merged = complete(
                 folder,
-                manifests[0].dtype,
+                merge_manifests(manifests, config.shuffle_documents, seconds),
                 bin_sha256,
-                config.shuffle_documents,
+                holdout,
                 with_metadata=(folder / "metadata.jsonl").exists(),
                 with_errors=(folder / "errors.jsonl").exists(),
             )
-            seconds = time.monotonic() - began
-            merged = merge_manifests(manifests, info, config.shuffle_documents, seconds)
-            write_manifest(folder / "manifest.json", merged)
             path = publish(prefix, folder, files)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    speed = rates(info["bin"].bytes, merged.documents, seconds)
-    print(f"{len(prefixes)} corpora, {merged.documents:,} documents, {merged.tokens:,} tokens, {speed}", file=sys.stderr)
+    size, documents, tokens = (
+        sum(sizes) for sizes in zip(*((m.files["bin"].bytes, m.documents, m.tokens) for m in merged), strict=True)
+    )
+    speed = rates(size, documents, seconds, "tokens")
+    aside = "".join(f"; held out: {part.documents:,} documents, {part.tokens:,} tokens" for part in merged[1:])
+    print(f"{len(prefixes)} corpora, {documents:,} documents, {tokens:,} tokens, {speed}{aside}", file=sys.stderr)
     return path
+
+
+def _asked(manifest: CorpusManifest) -> str | None:
+    """How much is to be held out when the partitions are joined, of which this is one."""
+    kind, _, asked = (manifest.holdout or "").partition(":")
+    return asked if kind == "asked" else None
 
 
 def find_prefixes(patterns: Sequence[str], output: str | None = None) -> list[str]:
@@ -132,6 +141,19 @@ def _check(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> None
         if Path(prefix + ".metadata.jsonl").exists() != Path(prefixes[0] + ".metadata.jsonl").exists():
             raise InputError(f"{prefix}: some corpora have .metadata.jsonl and some have none; wanted all or none")
     _check_partitions(prefixes, manifests)
+    _check_holdouts(prefixes, manifests)
+
+
+def _check_holdouts(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> None:
+    """InputError when some are to be divided otherwise than others, or what is held out would be trained on."""
+    asked = [_asked(manifest) for manifest in manifests]
+    sides = [(manifest.holdout or "").partition(":")[0] == "holdout" for manifest in manifests]
+    for prefix, holdout, side in zip(prefixes, asked, sides, strict=True):
+        if holdout != asked[0]:
+            raise InputError(f"{prefix}.json: holdout is {holdout}; wanted {asked[0]} as in {prefixes[0]}.json")
+        if side != sides[0]:
+            what = "was held out for validation" if side else "is a corpus to train on"
+            raise InputError(f"{prefix} {what}, unlike {prefixes[0]}; wanted one or the other")
 
 
 def _check_partitions(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> None:
@@ -180,10 +202,10 @@ def _copy(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], folder: 
         for written in (tokens, lengths):
             written.flush()
             os.fsync(written.fileno())
-    for name in ("metadata.jsonl", "errors.jsonl"):
+    for name in ("metadata.jsonl", "errors.jsonl", "documents"):
         parts = [Path(f"{prefix}.{name}") for prefix in prefixes]
         if any(part.exists() for part in parts):
-            with (folder / name).open("wb") as output:
+            with (folder / ("documents.bin" if name == "documents" else name)).open("wb") as output:
                 for part in parts:
                     if part.exists():
                         with part.open("rb") as stream:
@@ -197,10 +219,8 @@ def _check_digest(prefix: str, name: str, found: str, manifest: CorpusManifest) 
         raise InputError(f"{prefix}.{name}: damaged: sha256 is {found}; wanted {wanted} as in {prefix}.json")
 
 
-def merge_manifests(
-    manifests: Sequence[CorpusManifest], files: dict[str, FileInfo], shuffle_seed: int | None, seconds: float
-) -> CorpusManifest:
-    """The manifest of all of them together; language shares are weighted by text."""
+def merge_manifests(manifests: Sequence[CorpusManifest], shuffle_seed: int | None, seconds: float) -> CorpusManifest:
+    """The manifest of all of them together, but for `files`; language shares are weighted by text."""
     sources: dict[str, SourceInfo] = {}
     skipped: Counter[str] = Counter()
     languages: Counter[str] = Counter()
@@ -231,7 +251,27 @@ def merge_manifests(
         partition=None,
         encoder="; ".join(dict.fromkeys(manifest.encoder for manifest in manifests)),
         sources=list(sources.values()),
-        files=files,
+        files={},
+        origins=_joined_origins(manifests),
+        holdout=_joined_holdout(manifests),
         command=shlex.join(map(printable, sys.argv)),
         duration_seconds=round(seconds + sum(manifest.duration_seconds for manifest in manifests), 3),
     )
+
+
+def _joined_origins(manifests: Sequence[CorpusManifest]) -> dict[str, list[str]]:
+    joined: dict[str, dict[str, None]] = {}
+    for manifest in manifests:
+        for curation, files in manifest.origins.items():
+            joined.setdefault(curation, {}).update(dict.fromkeys(files))
+    return {curation: list(files) for curation, files in joined.items()}
+
+
+def _joined_holdout(manifests: Sequence[CorpusManifest]) -> str | None:
+    """`holdout` of corpora joined: all their splits, or None when some have none, or two divide the same file."""
+    holdouts = [manifest.holdout.split(":", 1) if manifest.holdout else ["", ""] for manifest in manifests]
+    (side, *others) = dict.fromkeys(kind for kind, _ in holdouts)
+    splits = list(dict.fromkeys(split for _, split in holdouts))
+    files = [source.sha256 for m in manifests for source in m.sources if source.documents]
+    is_known = side == "asked" or (None not in files and len(set(files)) == len(files)) or len(splits) == 1
+    return f"{side}:{','.join(splits)}" if side and not others and is_known else None

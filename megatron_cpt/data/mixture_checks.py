@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from megatron_cpt.data.curation_origins import common_origin
+from megatron_cpt.data.holdout import are_apart
 from megatron_cpt.data.mixture import Corpus, Mixture
 from megatron_cpt.errors import InputError
 
@@ -76,10 +78,17 @@ def _check_apart(path: str, training: Corpus, validation: Corpus) -> None:
         (mine, count), (other, other_count) = ours.partition.split("/"), theirs.partition.split("/")
         if mine != other and count == other_count:
             return  # different parts of one input
+    if are_apart(ours.holdout, theirs.holdout):
+        return
+    if raw := common_origin(ours, theirs):
+        raise InputError(
+            f"{path}: validation set {validation.name} and training corpus {training.name} may have documents in common: "
+            f"both were made from {raw}, one of them curated; use different files, or hold out of one (--holdout)"
+        )
     read = {source.sha256: source.path for source in ours.sources if source.sha256 and source.documents}
     for source in theirs.sources:
         if source.sha256 in read and source.documents:
             raise InputError(
                 f"{path}: validation set {validation.name} and training corpus {training.name} have documents in common: "
-                f"both were made from {read[source.sha256]}; use different files, or different partitions of one"
+                f"both were made from {read[source.sha256]}; use different files, or hold out of one (--holdout)"
             )

@@ -4,6 +4,7 @@
     lengths.bin     int32 tokens of each document
     metadata.jsonl  one line a document, when metadata was asked for
     errors.jsonl    one line a document that was left out
+    documents.bin   24 bytes a document (`holdout.RECORD`), when some are to be held out
     state.json      the run it belongs to, how many units are complete, the sizes the files then had, and all counts
 
 Every few seconds the files are synced and state.json is replaced; a resumed run cuts the files back to those sizes.
@@ -31,7 +32,7 @@ from megatron_cpt.data.encoding import EncodedUnit
 from megatron_cpt.data.indexed import atomic_file
 from megatron_cpt.errors import InputError
 
-STREAMS = ("tokens.bin", "lengths.bin", "metadata.jsonl", "errors.jsonl")
+STREAMS = ("tokens.bin", "lengths.bin", "metadata.jsonl", "errors.jsonl", "documents.bin")
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
 
@@ -95,6 +96,7 @@ class PartialCorpus:
         self._streams["lengths.bin"].write(unit.lengths.astype("<i4", copy=False).tobytes())
         self._streams["metadata.jsonl"].write(unit.metadata)
         self._streams["errors.jsonl"].write(errors)
+        self._streams["documents.bin"].write(unit.documents)
         counts = self.counts
         for part in unit.parts:
             counts.records[part.source] += part.records
@@ -189,6 +191,15 @@ def lock(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a run leaves that is killed after its last rename: the lock, and a folder that nothing goes on with."""
+    if not folder.exists() and not folder.with_name(folder.name + ".lock").exists():
+        return
+    with suppress(InputError), lock(folder):  # another process may be writing after all
+        if read_state(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ order of the input, so the corpus does not depend on the number of workers. Ever
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,8 +22,11 @@ from typing import Any
 import orjson
 
 from megatron_cpt.data.audit import ODD_TEXTS, Audit, TokenizerMismatchError
+from megatron_cpt.data.curation_origins import origins
 from megatron_cpt.data.encoding import EncodedUnit, Encoder, Engine, Reference, TokenPolicy, per_text, useful_workers
-from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, TokenizerInfo, write_manifest
+from megatron_cpt.data.holdout import number_held_out
+from megatron_cpt.data.languages import unlike
+from megatron_cpt.data.manifest import CorpusManifest, SourceInfo, TokenizerInfo, versions
 from megatron_cpt.data.partial import PartialCorpus, discard, lock, open_partial, partial_folder, read_state, writing
 from megatron_cpt.data.preprocess_config import PreprocessConfig, parse_partition
 from megatron_cpt.data.progress import Meter, meter, rates
@@ -36,7 +38,6 @@ from megatron_cpt.errors import InputError, ProcessDiedError
 from megatron_cpt.interrupting import interruptible
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.fast import FailedError, FastTokenizer, NotSupportedError
-from megatron_cpt.version import __version__
 
 FAST_FROM_BYTES = 8 << 20
 """Input from which gigatoken's second of loading is worth while."""
@@ -56,7 +57,7 @@ def preprocess(config: PreprocessConfig) -> str:
     patterns = [config.input] if isinstance(config.input, str) else config.input
     sources, passed_over = find_sources(patterns, config.file_format, partial_(is_output, config.prefix_of_all))
     note_passed_over(passed_over)
-    check_output(prefix, config.overwrite)
+    check_output(prefix, config.overwrite, config.holdout is not None and config.partition is None)
     folder = partial_folder(prefix)
     with lock(folder), interruptible(), one_thread_per_process(), writing(folder):
         try:
@@ -102,7 +103,7 @@ def _preprocess(config: PreprocessConfig, sources: list[Source], folder: Path, f
         for line in tokenizer_lines(facts, config.eos):
             print(line, file=sys.stderr)
         policy = TokenPolicy.of(facts.vocab_size, facts.bos_id, facts.eos_id, config.bos, config.eos, config.tokenizer)
-        encoder = Encoder(engine, policy, sources, config.read_options, audited=is_fast)
+        encoder = Encoder(engine, policy, sources, config.read_options, audited=is_fast, keyed=config.holdout is not None)
         with open_partial(folder, run, "gigatoken" if is_fast else "reference", len(sources)) as partial:
             begun = partial.counts.read_bytes
             if partial.units:
@@ -110,8 +111,8 @@ def _preprocess(config: PreprocessConfig, sources: list[Source], folder: Path, f
                 print(f"going on with {folder}: {done} are done", file=sys.stderr)
             with meter(total, begun) as shown, _kept_on_error(partial, audit):
                 _encode(config, sources, encoder, partial, audit, shown)
-            files = _finish(config, sources, facts, policy, partial, audit)
-            summary = _summary(partial, policy)
+            files, manifests = _finish(config, sources, facts, policy, partial, audit)
+            summary = _summary(partial, policy, manifests[1:])
         path = publish(config.prefix, folder, files)
     print(summary, file=sys.stderr)
     return path
@@ -177,6 +178,7 @@ def _run_identity(config: PreprocessConfig, sources: Sequence[Source], facts: To
         "partition": config.partition,
         "language": config.language,
         "shuffle_documents": config.shuffle_documents,
+        "holdout": config.holdout,
     }
 
 
@@ -201,7 +203,7 @@ def _encode(
             partial.add(unit, errors)
             if unit.audit:
                 audit.compare(unit.audit)
-            shown.advance(unit.read_bytes, unit.lengths.size)
+            shown.advance(unit.read_bytes, unit.lengths.size, unit.text_bytes)
             if partial.is_due():
                 audit.settle()
                 partial.checkpoint()
@@ -245,36 +247,56 @@ def _finish(
     policy: TokenPolicy,
     partial: PartialCorpus,
     audit: Audit,
-) -> dict[str, str]:
-    """Everything but the renames: shuffle, index, manifest. Returns {file in the partial folder: suffix of PREFIX}."""
+) -> tuple[dict[str, str], list[CorpusManifest]]:
+    """Everything but the renames: hold out, shuffle, index, manifests.
+
+    Returns ({file in the partial folder: suffix of PREFIX}, the manifests of the corpus and of what was held out).
+    """
     counts, folder = partial.counts, partial.folder
-    if not sum(counts.documents) and config.partition is None:
-        skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.skipped.items())) or "no documents"
-        raise InputError(f"input {config.input}: empty corpus: found {skipped}; wanted documents with text")
+    _check_counts(config, partial)
     checksums = audit.checksums()
     check_unchanged(sources)
-    files, info = complete(
+    files, manifests = complete(
         folder,
-        policy.dtype,
+        _manifest(config, sources, facts, policy, partial, checksums),
         partial.digest.hexdigest(),
-        config.shuffle_documents,
+        config.holdout if config.partition is None else None,
         with_metadata=bool(config.metadata_keys),
         with_errors=bool(counts.skipped),
     )
-    write_manifest(folder / "manifest.json", _manifest(config, sources, facts, policy, partial, checksums, info))
+    if odd := unlike(config.language, manifests[0].languages):
+        print(f"WARNING: {odd}", file=sys.stderr)
     partial.announce(files)
-    return files
+    return files, manifests
 
 
-def _summary(partial: PartialCorpus, policy: TokenPolicy) -> str:
+def _check_counts(config: PreprocessConfig, partial: PartialCorpus) -> None:
+    """InputError, with nothing left behind, when there are no documents, or too few to hold some out."""
+    counts, documents = partial.counts, sum(partial.counts.documents)
+    try:
+        if config.partition is None and not documents:
+            skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.skipped.items())) or "no documents"
+            raise InputError(f"input {config.input}: empty corpus: found {skipped}; wanted documents with text")
+        if config.partition is None and config.holdout is not None:
+            number_held_out(config.holdout, documents)
+    except InputError:
+        discard(partial.folder)
+        raise
+    if not documents:
+        whole = "; files that are compressed, text, Arrow or JSON arrays are not divided" if not counts.read_bytes else ""
+        print(f"WARNING: partition {config.partition} has no documents{whole}", file=sys.stderr)
+
+
+def _summary(partial: PartialCorpus, policy: TokenPolicy, held_out: Sequence[CorpusManifest]) -> str:
     """The last line on the screen."""
     counts, documents = partial.counts, sum(partial.counts.documents)
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.skipped.items()))
     left_out = f"; left out: {skipped}" if skipped else ""
+    aside = "".join(f"; held out: {part.documents:,} documents, {part.tokens:,} tokens" for part in held_out)
     per_token = f"{_bytes_per_token(partial, policy):.2f} bytes/token"
     seconds = partial.seconds()
-    speed = rates(counts.read_bytes, documents, seconds)
-    return f"{documents:,} documents, {counts.tokens:,} tokens, {per_token}, {seconds:.1f} s, {speed}{left_out}"
+    speed = rates(counts.text_bytes, documents, seconds)
+    return f"{documents:,} documents, {counts.tokens:,} tokens, {per_token}, {seconds:.1f} s, {speed}{left_out}{aside}"
 
 
 def _bytes_per_token(partial: PartialCorpus, policy: TokenPolicy) -> float:
@@ -291,8 +313,8 @@ def _manifest(
     policy: TokenPolicy,
     partial: PartialCorpus,
     checksums: dict[str, str | None],
-    files: dict[str, FileInfo],
 ) -> CorpusManifest:
+    """All but `files`, which are not there yet."""
     counts = partial.counts
     documents = sum(counts.documents)
     sampled = max(sum(counts.languages.values()), 1)
@@ -318,9 +340,10 @@ def _manifest(
             SourceInfo(printable(source.url), source.format, source.bytes, checksums.get(source.url), count)
             for source, count in zip(sources, counts.documents, strict=True)
         ],
-        files=files,
-        versions={"megatron_cpt": __version__, "python": platform.python_version()}
-        | {library: version(library) for library in libraries},
+        files={},
+        origins=origins(source for source, count in zip(sources, counts.documents, strict=True) if count),
+        versions=versions(libraries),
         command=shlex.join(map(printable, sys.argv)),
         duration_seconds=round(partial.seconds(), 3),
+        holdout=None if config.holdout is None else f"asked:{config.holdout}",
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_cpt.data.encoding import Policy
+from megatron_cpt.data.holdout import parse_holdout
+from megatron_cpt.data.languages import check_language
 from megatron_cpt.data.reading import ReadOptions
 from megatron_cpt.errors import InputError
 
@@ -30,7 +32,8 @@ class PreprocessConfig:
     output_prefix: str
     """Writes OUTPUT_PREFIX.bin, .idx and .json; the folder is made if needed."""
     language: str
-    """Language of the corpus, such as en or zh; the mixture counts tokens by it."""
+    """Language of the corpus: an ISO 639 code such as en or zh, or a longer name such as code; the mixture counts tokens by
+    it. A warning says when a sample of the text is in another one."""
     text_key: str = "text"
     """Field or column that holds a document's text, a string or a list of strings (its lines); dots reach into objects
     (`article.body`)."""
@@ -54,9 +57,12 @@ class PreprocessConfig:
     """A longer document counts as an error."""
     shuffle_documents: int | None = None
     """Put the documents in a random order with this seed (training packs documents in the order they have here)."""
+    holdout: int | float | str | None = None
+    """Documents to hold out for validation: a number, as in 200, or a share, as in 0.5% or 0.005; exactly so many, from all
+    over the input, never a copy of one that is trained on. They become the corpus OUTPUT_PREFIX_holdout."""
     partition: str | None = None
     """I/N (I from 0): take only the I-th of N equal parts of the input, for job arrays; the output is then named
-    OUTPUT_PREFIX-0000I-of-0000N, and tools/merge_datasets.py joins the parts."""
+    OUTPUT_PREFIX-0000I-of-0000N, and tools/merge_datasets.py joins the parts, and holds out."""
     workers: int = field(default_factory=available_cores)
     """Processes that tokenize."""
     fast_tokenizer: Literal["auto", "always", "never"] = "auto"
@@ -72,12 +78,18 @@ class PreprocessConfig:
         for name in ("language", "input", "text_key"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty; wanted a value")
+        check_language(self.language)
         for name in ("workers", "max_document_characters"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; wanted at least 1")
         if self.shuffle_documents is not None and not 0 <= self.shuffle_documents < 2**64:
             raise InputError(f"shuffle_documents is {self.shuffle_documents}; wanted a seed from 0 to 2^64 - 1")
         parse_partition(self.partition)
+        if parse_holdout(self.holdout) and self.partition and self.shuffle_documents is not None:
+            raise InputError(
+                f"shuffle_documents is {self.shuffle_documents} with partition and holdout; wanted it given to "
+                "merge_datasets.py, which holds out before it shuffles"
+            )
 
     @property
     def prefix(self) -> str:

@@ -6,20 +6,24 @@ import os
 import re
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_cpt.data import holdout as held
+from megatron_cpt.data.holdout import Holdout, map_file
 from megatron_cpt.data.indexed import write_index
-from megatron_cpt.data.manifest import FileInfo, manifest_path
-from megatron_cpt.data.partial import partial_folder, read_state
+from megatron_cpt.data.manifest import CorpusManifest, FileInfo, manifest_path, write_manifest
+from megatron_cpt.data.partial import clear_leftovers, partial_folder, read_state
 from megatron_cpt.data.shuffle import shuffle_documents
 from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.errors import InputError
 
 CHUNK = 1 << 24
-SUFFIXES = (".bin", ".idx", ".json", ".metadata.jsonl", ".errors.jsonl")
+SUFFIXES = (".bin", ".idx", ".json", ".metadata.jsonl", ".errors.jsonl", ".documents")
+HOLDOUT_MANIFEST = "manifest.holdout.json"
 
 
 def outputs(prefix: str) -> list[str]:
@@ -28,19 +32,24 @@ def outputs(prefix: str) -> list[str]:
 
 
 def is_output(prefix: str, path: str) -> bool:
-    """Whether a path is of the corpus `prefix`, of one of its partitions, or of one of them in the making."""
+    """Whether a path is of the corpus `prefix`, its hold-out or its partitions, or of one of them in the making."""
     stem = os.path.realpath(prefix)
     suffixes = "|".join(map(re.escape, SUFFIXES))
-    pattern = rf"(-\d{{5}}-of-\d{{5}})?({suffixes}|\.partial(/.*|\.lock)?)"
+    pattern = rf"(-\d{{5}}-of-\d{{5}}|{held.SUFFIX})?({suffixes}|\.partial(/.*|\.lock)?)"
     return path.startswith(stem) and re.fullmatch(pattern, path[len(stem) :]) is not None
 
 
-def check_output(prefix: str, overwrite: bool) -> None:
-    """InputError when the corpus exists (without `overwrite`), in part even, or its folder cannot be made or written."""
+def check_output(prefix: str, overwrite: bool, with_holdout: bool = False) -> None:
+    """InputError when the corpus exists (without `overwrite`), in part even, or its folder cannot be made or written.
+
+    `with_holdout`: documents will be held out of it, so that corpus counts, too.
+    """
     if "://" in prefix:
         raise InputError(f"output_prefix {prefix}: is a URL; wanted a path of this machine")
-    existing = [path for path in outputs(prefix) if Path(path).exists()]
+    ours = outputs(prefix) + (outputs(prefix + held.SUFFIX) if with_holdout else [])
+    existing = [path for path in ours if Path(path).exists()]
     if existing and not overwrite and "publish" not in (read_state(partial_folder(prefix)) or {}):
+        clear_leftovers(partial_folder(prefix))
         raise InputError(f"output_prefix {prefix}: found {', '.join(existing)}; wanted a new name or overwrite")
     is_corpus = partial_folder(prefix).exists() or any(path.endswith((".bin", ".idx")) for path in existing)
     if existing and not is_corpus:
@@ -55,45 +64,99 @@ def check_output(prefix: str, overwrite: bool) -> None:
 
 
 def complete(
-    folder: Path, dtype: str, bin_sha256: str, shuffle_seed: int | None, *, with_metadata: bool, with_errors: bool
-) -> tuple[dict[str, str], dict[str, FileInfo]]:
-    """Shuffle if wanted and write the index, all in the partial `folder`, whose tokens.bin has the checksum `bin_sha256`.
+    folder: Path,
+    manifest: CorpusManifest,
+    bin_sha256: str,
+    holdout: Holdout | None,
+    *,
+    with_metadata: bool,
+    with_errors: bool,
+) -> tuple[dict[str, str], list[CorpusManifest]]:
+    """Hold out and shuffle, if wanted, and write index and manifest, all in the partial `folder`.
 
-    Returns ({file in the folder: suffix of PREFIX}, {"bin" and "idx": size and checksum}).
+    `manifest`: that of everything in it, whose `files` are not known yet; its `shuffle_documents` is the seed to shuffle
+    with. `bin_sha256`: of tokens.bin. `holdout`: how much to hold out now. Returns ({file in the folder: suffix of PREFIX},
+    the manifests: of the corpus, and of what was held out). InputError: so much cannot be held out.
     """
-    suffix = ""
-    if shuffle_seed is not None:
-        suffix = ".shuffled"
-        bin_sha256 = _shuffle(folder, shuffle_seed, np.dtype(dtype).itemsize, with_metadata)
-    with (folder / "index").open("wb") as stream:
-        write_index(stream, map_file(folder / f"lengths.bin{suffix}", np.dtype("<i4")), dtype)
-        stream.flush()
-        os.fsync(stream.fileno())
-    files = {f"tokens.bin{suffix}": ".bin", "index": ".idx"}
-    if with_metadata:
-        files[f"metadata.jsonl{suffix}"] = ".metadata.jsonl"
+    if holdout is None:
+        files, info = _complete_side(folder, "", manifest, bin_sha256, with_metadata)
+        manifests = [replace(manifest, files=info)]
+    else:
+        lines = _line_lengths(map_file(folder / "metadata.jsonl", np.dtype(np.uint8)), folder) if with_metadata else None
+        sides = held.split_corpus(folder, holdout, manifest.dtype, lines)
+        files, manifests = {}, []
+        # first what is held out: the manifest of the corpus appears last
+        for side in reversed(sides):
+            is_held_out = side.name == "holdout"
+            own = _side_manifest(manifest, side)
+            side_files, info = _complete_side(folder, f".{side.name}", own, side.bin_sha256, with_metadata)
+            files |= {name: (held.SUFFIX if is_held_out else "") + suffix for name, suffix in side_files.items()}
+            manifests.insert(0, replace(own, files=info))
+        write_manifest(folder / HOLDOUT_MANIFEST, manifests[1])
+        files[HOLDOUT_MANIFEST] = held.SUFFIX + ".json"
     if with_errors:
         files["errors.jsonl"] = ".errors.jsonl"
+    if manifest.partition is not None and manifest.holdout is not None:
+        files["documents.bin"] = ".documents"
+    write_manifest(folder / "manifest.json", manifests[0])
+    return files, manifests
+
+
+def _side_manifest(manifest: CorpusManifest, side: held.Side) -> CorpusManifest:
+    """The manifest of one side of a split; shares of languages are those of the whole, of which it is a fair sample."""
+    documents = len(side.documents)
+    around = documents * ((manifest.eos == "document") + (manifest.bos == "document"))
+    per_source = held.documents_per_source([source.documents for source in manifest.sources], side.documents)
+    is_held_out = side.name == "holdout"
+    return replace(
+        manifest,
+        documents=documents,
+        tokens=side.tokens,
+        text_bytes=side.text_bytes,
+        characters=side.characters,
+        bytes_per_token=round(side.text_bytes / max(side.tokens - around, 1), 4),
+        skipped={} if is_held_out else manifest.skipped,
+        shuffle_documents=None if is_held_out else manifest.shuffle_documents,
+        sources=[replace(s, documents=n) for s, n in zip(manifest.sources, per_source, strict=True)],
+        holdout=f"{side.name}:{side.split}",
+    )
+
+
+def _complete_side(
+    folder: Path, side: str, manifest: CorpusManifest, bin_sha256: str, with_metadata: bool
+) -> tuple[dict[str, str], dict[str, FileInfo]]:
+    """Shuffle and index the files of `folder` whose names end with `side`; returns those that are to be published."""
+    end = side
+    if manifest.shuffle_documents is not None:
+        end += ".shuffled"
+        bin_sha256 = _shuffle(folder, side, manifest.shuffle_documents, np.dtype(manifest.dtype).itemsize, with_metadata)
+    with (folder / f"index{side}").open("wb") as stream:
+        write_index(stream, map_file(folder / f"lengths.bin{end}", np.dtype("<i4")), manifest.dtype)
+        stream.flush()
+        os.fsync(stream.fileno())
+    files = {f"tokens.bin{end}": ".bin", f"index{side}": ".idx"}
+    if with_metadata:
+        files[f"metadata.jsonl{end}"] = ".metadata.jsonl"
     info = {
-        "bin": FileInfo((folder / f"tokens.bin{suffix}").stat().st_size, bin_sha256),
-        "idx": FileInfo((folder / "index").stat().st_size, sha256_file(folder / "index")),
+        "bin": FileInfo((folder / f"tokens.bin{end}").stat().st_size, bin_sha256),
+        "idx": FileInfo((folder / f"index{side}").stat().st_size, sha256_file(folder / f"index{side}")),
     }
     return files, info
 
 
-def _shuffle(folder: Path, seed: int, itemsize: int, with_metadata: bool) -> str:
-    """Shuffle the files of a partial corpus into `*.shuffled`; returns the sha256 of the tokens."""
-    lengths = map_file(folder / "lengths.bin", np.dtype("<i4"))
-    content = map_file(folder / "tokens.bin", np.dtype(np.uint8))
+def _shuffle(folder: Path, side: str, seed: int, itemsize: int, with_metadata: bool) -> str:
+    """Shuffle the files of a partial corpus that end with `side` into `*.shuffled`; returns the sha256 of the tokens."""
+    lengths = map_file(folder / f"lengths.bin{side}", np.dtype("<i4"))
+    content = map_file(folder / f"tokens.bin{side}", np.dtype(np.uint8))
     with ExitStack() as stack:
         tokens, new_lengths = (
-            stack.enter_context((folder / f"{n}.shuffled").open("wb")) for n in ("tokens.bin", "lengths.bin")
+            stack.enter_context((folder / f"{n}{side}.shuffled").open("wb")) for n in ("tokens.bin", "lengths.bin")
         )
         written = [tokens, new_lengths]
         digest = shuffle_documents(content, lengths, seed, tokens, new_lengths, folder, itemsize)
         if with_metadata:
-            lines = map_file(folder / "metadata.jsonl", np.dtype(np.uint8))
-            written.append(stack.enter_context((folder / "metadata.jsonl.shuffled").open("wb")))
+            lines = map_file(folder / f"metadata.jsonl{side}", np.dtype(np.uint8))
+            written.append(stack.enter_context((folder / f"metadata.jsonl{side}.shuffled").open("wb")))
             shuffle_documents(lines, _line_lengths(lines, folder), seed, written[-1], None, folder)
         for stream in written:
             stream.flush()
@@ -112,19 +175,16 @@ def _line_lengths(lines: Any, folder: Path) -> Any:
     return map_file(folder / "line_lengths", np.dtype("<i8"))
 
 
-def map_file(path: Path, dtype: np.dtype[Any]) -> Any:
-    """(values,) read-only map of a file, also of an empty one."""
-    size = path.stat().st_size // dtype.itemsize
-    return np.memmap(path, dtype, "r", shape=(size,)).view(np.ndarray) if size else np.empty(0, dtype)
-
-
 def publish(prefix: str, folder: Path, files: dict[str, str]) -> str:
     """Rename the files of a finished partial corpus to `prefix` + suffix, the manifest last; may be done again."""
     manifest = manifest_path(prefix)
-    if (folder / "manifest.json").exists():
-        manifest.unlink(missing_ok=True)  # no old manifest vouches for new files
-    for path in outputs(prefix):
-        if path not in [prefix + suffix for suffix in files.values()] and path != str(manifest):
+    with_holdout = HOLDOUT_MANIFEST in files
+    for name, old in (("manifest.json", manifest), (HOLDOUT_MANIFEST, manifest_path(prefix + held.SUFFIX))):
+        if (folder / name).exists():
+            old.unlink(missing_ok=True)  # no old manifest vouches for new files
+    mine = [*(prefix + suffix for suffix in files.values()), str(manifest)]
+    for path in outputs(prefix) + (outputs(prefix + held.SUFFIX) if with_holdout else []):
+        if path not in mine:
             Path(path).unlink(missing_ok=True)  # of the corpus that is replaced
     for name, suffix in files.items():
         if (folder / name).exists():

