@@ -20,7 +20,15 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_cpt.checkpoint.archives import check_archives
 from megatron_cpt.checkpoint.conversion import JOB, FileJob, fingerprint, resumable_folder, write_files
 from megatron_cpt.checkpoint.foreign import foreign_config, is_ours
-from megatron_cpt.checkpoint.hf_files import HfTensors, Shard, TensorInfo, plan_shards, weight_files, write_safetensors
+from megatron_cpt.checkpoint.hf_files import (
+    HfTensors,
+    Shard,
+    TensorInfo,
+    plan_shards,
+    say_notes,
+    weight_files,
+    write_safetensors,
+)
 from megatron_cpt.checkpoint.hf_weights import Piece, check_shapes, extra_states, open_hf, pieces_of
 from megatron_cpt.checkpoint.layout import (
     checkpoint_name,
@@ -123,6 +131,7 @@ def hf_to_megatron(config: HfToMegatron) -> str:
     check_workers(config.num_workers)
     check_megatron_target(config.megatron)
     llama = read_llama_config(config.hf)
+    say_notes(config.hf)
     source = open_hf(config.hf, llama)
     check_shapes(source.shapes(), llama, config.hf)
     found = one_dtype(config.hf, {name: info.dtype for name, info in source.infos.items()}, config.dtype != "keep")

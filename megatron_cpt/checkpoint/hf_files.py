@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -16,13 +17,13 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 
-from megatron_cpt.checkpoint.layout import WEIGHT_INDICES
+from megatron_cpt.checkpoint.layout import ADAPTER_CONFIG, WEIGHT_INDICES
 from megatron_cpt.errors import InputError
 
+WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")  # of weights, in the order in which transformers looks for them
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 # For transformers' from_pretrained: adapters are looked for in a subfolder that no model has, so that weights into
 # which they are merged already are read as they are
@@ -63,6 +64,29 @@ def adapter_note(folder: str) -> str | None:
             f"{path}: base_model_name_or_path is {base}, so that the weights beside it lack it; expected {expected}"
         )
     return f"{folder}: its weights are used as they are; {ADAPTER_CONFIG} beside them (of {base}) is not applied again"
+
+
+def weights_note(folder: str) -> str | None:
+    """What to tell people of a folder with weights in more than one form, of which one is read: None where there is one.
+
+    They may be the same numbers, or those of two models, as where one was saved over another.
+    """
+    forms = [name for pair in zip(WHOLE_FILES, WEIGHT_INDICES, strict=True) for name in pair]
+    found = [name for name in forms if os.path.exists(os.path.join(folder, name))]
+    if len(found) < 2:
+        return None
+    return f"{folder} holds {' and '.join(found)}: weights are read from {found[0]}, as transformers reads them"
+
+
+def say_notes(folder: str) -> None:
+    """Print what people should know of the files in a model's folder.
+
+    Raises:
+        InputError: see `adapter_note`
+    """
+    for note in (adapter_note(folder), weights_note(folder)):
+        if note is not None:
+            print(note, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -127,7 +151,7 @@ def weight_files(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
     present = sorted(os.listdir(folder))
-    for whole, index in zip(("model.safetensors", "pytorch_model.bin"), WEIGHT_INDICES, strict=True):
+    for whole, index in zip(WHOLE_FILES, WEIGHT_INDICES, strict=True):
         if whole in present:
             return [whole]
         if index in present:

@@ -26,6 +26,10 @@ WEIGHT_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json"
 # Endings of files with weights, in the formats of several libraries. All else makes a HF folder more than its weights, and
 # has to survive the trip through Megatron.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+ADAPTER_CONFIG = "adapter_config.json"
+# Files that tell a reader to do something to the weights beside them: to apply an adapter, which makes weights of other
+# names, or to take them for quantized. Whole weights that have gone through Megatron need neither.
+ABOUT_OTHER_WEIGHTS = (ADAPTER_CONFIG, "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 CHAT_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 
 
@@ -218,14 +222,17 @@ def versions() -> dict[str, str]:
 
 
 def hf_files(folder: str) -> list[str]:
-    """Configuration, tokenizer, licence: the names of all files in a HF folder but the weights."""
+    """Configuration, tokenizer, licence: the names of all files in a HF folder but the weights and what is about others."""
     names = sorted(os.listdir(folder))
     if CHAT_TEMPLATES in names and os.path.isdir(os.path.join(folder, CHAT_TEMPLATES)):
         names += [os.path.join(CHAT_TEMPLATES, name) for name in sorted(os.listdir(os.path.join(folder, CHAT_TEMPLATES)))]
     return [
         name
         for name in names
-        if not name.startswith(".") and not name.endswith(WEIGHTS) and os.path.isfile(os.path.join(folder, name))
+        if not name.startswith(".")
+        and not name.endswith(WEIGHTS)
+        and name not in ABOUT_OTHER_WEIGHTS
+        and os.path.isfile(os.path.join(folder, name))
     ]
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
+from megatron_cpt.checkpoint.layout import RELEASE, read_manifest
 from megatron_cpt.errors import InputError
 
 
@@ -23,11 +27,13 @@ def model_card(name: str, manifest: Mapping[str, Any]) -> str:
     """
     if manifest.get("kind") != "pretrain":
         raise InputError(f"upload_ready is true but {name} comes from no run: its checkpoint holds converted weights")
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["continual-pre-training"]}
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front |= {"base_model": base_model(manifest), "language": languages(manifest), "tags": ["continual-pre-training"]}
+    front = {field: value for field, value in front.items() if value}  # checkpoints of earlier versions name no languages
     lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# {name}", ""]
     lines += [
         "Continued pre-training on a mixture of general and additional-language text. "
-        "To be completed by hand: base model, licence, languages, evaluation, intended use.",
+        "To be completed by hand: licence, evaluation, intended use; base_model is to be the hub's name of it.",
         "",
         *table(("", ""), facts(manifest)),
         "",
@@ -38,6 +44,26 @@ def model_card(name: str, manifest: Mapping[str, Any]) -> str:
         "`manifest.json` has the SHA-256 of each corpus's token file, the whole schedule of the mixture, and the settings.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def languages(manifest: Mapping[str, Any]) -> list[str]:
+    """Of the corpora that were read, the most read first."""
+    of_corpus, read = manifest.get("languages", {}), Counter[str]()
+    for use in manifest["data"]["consumed"]:
+        if use["samples"] and use["name"] in of_corpus:
+            read[of_corpus[use["name"]]] += use["samples"]
+    return [language for language, _ in read.most_common()]
+
+
+def base_model(manifest: Mapping[str, Any]) -> str:
+    """The model that was trained further: by the hub's name, where its folder is one of the hub's cache, or its folder's."""
+    load = str(manifest["config"]["checkpoint"]["load"])
+    for folder in (os.path.join(load, RELEASE), load):
+        with contextlib.suppress(InputError, OSError):  # it may be gone
+            load = str(read_manifest(os.path.join(folder, "manifest.json")).get("source", load))
+            break
+    in_cache = re.search(r"models--([^/]+?)--([^/]+)", load)
+    return f"{in_cache[1]}/{in_cache[2]}" if in_cache else os.path.basename(os.path.normpath(load))
 
 
 def facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.chat_data.turn_end import turn_end
+from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.sandbox import require_sandbox
 
@@ -175,7 +176,7 @@ class Harness:
         """`model`: HF folder, loaded when it is first asked; `chat`: by its template; `spread`: over all GPUs."""
         self._catalog, self._chat = catalog, chat
         self._options = {"pretrained": model, "batch_size": batch_size, "device": device, "parallelize": spread}
-        self._options |= {"trust_remote_code": False}
+        self._options |= {"trust_remote_code": False} | WITHOUT_ADAPTERS
 
     def score(self, benchmark: Benchmark, limit: int | None, allow_code: bool, seed: int) -> Score:
         """Of one benchmark.

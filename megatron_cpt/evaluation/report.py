@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from megatron_cpt.checkpoint.hf_files import check_model
+from megatron_cpt.checkpoint.hf_files import check_model, say_notes
 from megatron_cpt.checkpoint.layout import versions, write_json, write_text
 from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.evaluation import figures
@@ -36,6 +36,7 @@ def evaluate(config: EvaluateConfig) -> str:
     along = config.trajectory.checkpoints if config.trajectory is not None else []
     for folder in [*config.models.values(), *(checkpoint.model for checkpoint in along)]:
         check_model(folder)
+        say_notes(folder)
     check_files(config)
     os.makedirs(config.output, exist_ok=True)
     with only_evaluation(config.output):

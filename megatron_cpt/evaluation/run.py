@@ -19,6 +19,7 @@ from megatron_cpt.chat_data.conversations import RowError, check_turns, messages
 from megatron_cpt.chat_data.rows import read_rows
 from megatron_cpt.chat_data.templates import PromptTemplate
 from megatron_cpt.chat_data.turn_end import TurnEnd, turn_end
+from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
@@ -240,6 +241,7 @@ class Session:
                     dtype="auto",
                     device_map=self._config.device_map or self._device,
                     trust_remote_code=False,
+                    **WITHOUT_ADAPTERS,
                 )
             except Exception as error:  # it raises what it likes for files that are damaged
                 raise InputError(f"model {self._folder} cannot be read: {' '.join(str(error).split())[:300]}") from error

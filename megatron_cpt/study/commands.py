@@ -19,7 +19,7 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.critical import predict_critical_ratios
-from megatron_cpt.study.fit import Fit, equation, fit, write_fit
+from megatron_cpt.study.fit import Fit, equation, fit, grouped_notes, write_fit
 from megatron_cpt.study.frontier import Axis
 from megatron_cpt.study.local import alone_in, device_shares, environment, run_locally
 from megatron_cpt.study.outcome import read_outcome
@@ -205,7 +205,7 @@ def fit_command(study: FitOptions) -> str:
             say(f"{name}: {equation(line)}; {intervals}{' (not supported)' if line.refused else ''}")
     for critical in found.critical:
         say(critical_words(critical))
-    for note in found.notes:
+    for note in grouped_notes(found.notes):
         say(f"note: {note}")
     return write_fit(study.folder, found)
 
@@ -280,5 +280,5 @@ def show(choice: Choice) -> None:
     say(f"ALMR           {choice.almr:.3g}{interval(choice.almr_interval)}")
     say(f"learning rate  {choice.lr:.3g}{interval(choice.lr_interval)}")
     say(choice.reason)
-    for note in choice.notes:
+    for note in grouped_notes(choice.notes):
         say(f"note: {note}")

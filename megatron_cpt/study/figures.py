@@ -17,10 +17,10 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
-from megatron_cpt.study.fit import Fit, FittedSurface, equation
+from megatron_cpt.study.fit import FEWEST_POINTS, Fit, FittedSurface, equation
 from megatron_cpt.study.frontier import Line
 from megatron_cpt.study.results import MEAN_METRIC, Results
-from megatron_cpt.study.surfaces import Array, unit_grid
+from megatron_cpt.study.surfaces import Array, Surface, unit_grid
 
 GRID = 101
 LEVELS = 14
@@ -67,22 +67,13 @@ def legend_below(ax: Axes) -> None:
 
 def draw_surface(ax: Axes, name: str, fitted: FittedSurface, results: Results, chosen: Chosen, colors: str) -> None:
     """Filled contours over (LR, ALMR), with the runs and the chosen pair."""
-    surface = fitted.surface
-    at = unit_grid(GRID)
-    rates, shares = (part.reshape(GRID, GRID) for part in (surface.scale.lr(at[:, 0]), surface.scale.share(at[:, 1])))
-    heights = surface.mean(at).reshape(GRID, GRID)
-    levels: Any = LEVELS
-    shades = None
-    if surface.warp is not None:  # where the differences are, not evenly over a range that a few runs stretch
-        inner = surface.inner(heights)
-        levels = surface.outer(np.linspace(inner.min() - 1e-9, inner.max() + 1e-9, LEVELS + 1))
-        shades = BoundaryNorm(levels, 256)
-    filled = ax.contourf(rates, shares, heights, levels=levels, cmap=colors, norm=shades)
-    lines = ax.contour(rates, shares, heights, levels=filled.levels, colors="black", linewidths=0.3, alpha=0.5)
-    ax.clabel(lines, list(lines.levels)[::2], fontsize=7, fmt="%.4g")
-    ax.figure.colorbar(filled, ax=ax, pad=0.02, format="%.4g")
-    pairs = sorted({(row["lr"], row["almr"]) for row in results.last(name)})
-    ax.scatter(*zip(*pairs, strict=True), label="runs", clip_on=False, **RUN)
+    rows = results.last(name)
+    pairs = sorted({(row["lr"], row["almr"]) for row in rows})
+    if len(pairs) < FEWEST_POINTS:  # contours would be invented
+        rates, shares = draw_points(ax, name, rows, pairs, colors)
+    else:
+        rates, shares = draw_contours(ax, fitted.surface, colors)
+        ax.scatter(*zip(*pairs, strict=True), label="runs", clip_on=False, **RUN)
     diverged = sorted({(row["lr"], row["almr"]) for row in results.rows if row["outcome"] == "diverged"})
     if diverged:
         x, y = zip(*diverged, strict=True)
@@ -105,6 +96,37 @@ def draw_surface(ax: Axes, name: str, fitted: FittedSurface, results: Results, c
     ax.set_title(TITLES[name] + flat, fontsize=11)
     ax.set_xlim(rates.min(), rates.max())
     ax.set_ylim(shares.min(), shares.max())
+
+
+def draw_points(
+    ax: Axes, name: str, rows: Sequence[dict[str, Any]], pairs: Sequence[tuple[float, float]], colors: str
+) -> tuple[Array, Array]:
+    """The means of a few pairs as they were measured; returns the ranges of learning rate and ALMR."""
+    means = [np.mean([row[name] for row in rows if (row["lr"], row["almr"]) == pair]) for pair in pairs]
+    x, y = (np.array(values) for values in zip(*pairs, strict=True))
+    drawn = ax.scatter(x, y, c=means, cmap=colors, label="runs", clip_on=False, **RUN | {"s": 90, "color": None})
+    for place, mean in zip(pairs, means, strict=True):
+        ax.annotate(f"{mean:.4g}", place, xytext=(7, 7), textcoords="offset points", fontsize=8)
+    ax.figure.colorbar(drawn, ax=ax, pad=0.02, format="%.4g")
+    return np.array([x.min() / 1.3, x.max() * 1.3]), np.array([max(y.min() - 0.08, -0.05), min(y.max() + 0.08, 1.05)])
+
+
+def draw_contours(ax: Axes, surface: Surface, colors: str) -> tuple[Array, Array]:
+    """A filled surface; returns its learning rates and ALMRs."""
+    at = unit_grid(GRID)
+    rates, shares = (part.reshape(GRID, GRID) for part in (surface.scale.lr(at[:, 0]), surface.scale.share(at[:, 1])))
+    heights = surface.mean(at).reshape(GRID, GRID)
+    levels: Any = LEVELS
+    shades = None
+    if surface.warp is not None:  # where the differences are, not evenly over a range that a few runs stretch
+        inner = surface.inner(heights)
+        levels = surface.outer(np.linspace(inner.min() - 1e-9, inner.max() + 1e-9, LEVELS + 1))
+        shades = BoundaryNorm(levels, 256)
+    filled = ax.contourf(rates, shares, heights, levels=levels, cmap=colors, norm=shades)
+    lines = ax.contour(rates, shares, heights, levels=filled.levels, colors="black", linewidths=0.3, alpha=0.5)
+    ax.clabel(lines, list(lines.levels)[::2], fontsize=7, fmt="%.4g")
+    ax.figure.colorbar(filled, ax=ax, pad=0.02, format="%.4g")
+    return rates, shares
 
 
 def draw_line(ax: Axes, line: Line, label: str, color: str, points: str | None = None) -> None:
@@ -259,7 +281,7 @@ def laws(results: Results, fit: Fit) -> Figure | None:
         return None
     figure, (axes,) = plt.subplots(1, number, figsize=(5 * number, 4.4), layout="constrained", squeeze=False)
     for ax, quantity in zip(axes, quantities, strict=False):
-        best = min((law for law in fit.d_cpt if law.quantity == quantity), key=lambda law: law.held_out)
+        best = min((law for law in fit.d_cpt if law.quantity == quantity), key=lambda law: law.held_out.error)
         rows = [r for r in results.rows if r["lr"] == best.lr and r["outcome"] == "finished" and r["iteration"] > 0]
         rows = [row for row in rows if row["almr"] != (1.0 if quantity == "general" else 0.0)]  # as for the fit
         budgets = sorted({row["tokens"] for row in rows})
@@ -272,7 +294,8 @@ def laws(results: Results, fit: Fit) -> Figure | None:
             ax.plot(
                 shares, best.law.loss(np.full_like(shares, tokens), ratio), color=color, label=f"{tokens / 1e6:.3g} M tokens"
             )
-        ax.set_title(f"D-CPT, {quantity}, LR {best.lr:g}: left-out ratios off by {best.held_out:.2%}", fontsize=10)
+        off = f"{best.held_out.nats:.2g} nats off, {best.held_out.explained:.0%} of their differences explained"
+        ax.set_title(f"D-CPT, {quantity}, LR {best.lr:g}\nleft-out ratios: {off}", fontsize=9)
         ax.set_xlabel("ALMR")
         ax.set_ylabel("loss (nats per token)")
         ax.legend(fontsize=8)

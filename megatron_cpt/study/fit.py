@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.critical import CriticalRatio
 from megatron_cpt.study.frontier import Axis, Line, loss_line, metric_frontier
-from megatron_cpt.study.laws import CmrLaw, DCptLaw, check_follows_tokens, fit_cmr, fit_d_cpt, held_out_error
+from megatron_cpt.study.laws import CmrLaw, DCptLaw, HeldOut, check_follows_tokens, fit_cmr, fit_d_cpt, held_out
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import Array, Surface, fit_surface
 from megatron_cpt.training.metrics_file import finite
@@ -54,14 +55,14 @@ class FittedLaw:
 
     Attributes:
         points: evaluations that it was fitted to
-        held_out: mean relative error on ratios that were left out
+        held_out: how well it predicts ratios that were left out
     """
 
     quantity: str
     lr: float
     law: DCptLaw
     points: int
-    held_out: float
+    held_out: HeldOut
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,10 @@ def fit_laws(results: Results, tolerance: float, notes: list[str]) -> tuple[list
             try:
                 law = fit_d_cpt(*seen)
                 check_follows_tokens(law, *seen)
-                laws.append(FittedLaw(quantity, lr, law, len(seen[0]), held_out_error(*seen)))
+                fitted = FittedLaw(quantity, lr, law, len(seen[0]), held_out(*seen))
+                laws.append(fitted)
+                if (weak := held_out_reason(fitted.held_out)) is not None:
+                    reasons.setdefault((f"D-CPT law of {quantity}", weak), []).append(f"{lr:g}")
             except InputError as error:
                 reasons.setdefault((f"D-CPT law of {quantity}", str(error)), []).append(f"{lr:g}")
         general = np.array([row["general"] for row in here], dtype=np.float64)
@@ -260,6 +264,26 @@ def fit_laws(results: Results, tolerance: float, notes: list[str]) -> tuple[list
             reasons.setdefault(("CMR law", str(error)), []).append(f"{lr:g}")
     notes += [f"{law} at learning rate {', '.join(rates)}: {why}" for (law, why), rates in reasons.items()]
     return laws, cmr
+
+
+def held_out_reason(found: HeldOut) -> str | None:
+    """What to tell people of a D-CPT law that knows little of a ratio that was left out; None: it knows enough."""
+    if found.explained >= LEAST_EXPLAINED:
+        return None
+    return (
+        f"on ratios that are left out it is {found.nats:.2g} nats off and explains {max(found.explained, 0.0):.0%} of what "
+        "they differ by from the others: the curves miss their points"
+    )
+
+
+def grouped_notes(notes: Iterable[str]) -> list[str]:
+    """Each once; what holds for several surfaces and lines is one note with their names."""
+    subjects: dict[str, list[str]] = {}
+    for note in dict.fromkeys(notes):
+        name, colon, text = note.partition(": ")
+        known = colon and (name in (*LOSSES, MEAN_METRIC, "loss line") or name.startswith("frontier of "))
+        subjects.setdefault(text if known else note, []).extend([name] if known else [])
+    return [f"{', '.join(names)}: {text}" if names else text for text, names in subjects.items()]
 
 
 def write_fit(folder: str, found: Fit) -> str:
@@ -286,7 +310,8 @@ def to_json(found: Fit) -> dict[str, Any]:
         "frontier": line_json(found.frontier, found.frontier_of),
         "loss_line": line_json(found.line, "mixed"),
         "d_cpt": [
-            {"of": fitted.quantity, "lr": fitted.lr, "points": fitted.points, "held_out_error": fitted.held_out}
+            {"of": fitted.quantity, "lr": fitted.lr, "points": fitted.points, "held_out_error": fitted.held_out.error}
+            | {"held_out_nats": fitted.held_out.nats, "held_out_explained": fitted.held_out.explained}
             | dataclasses.asdict(fitted.law)
             for fitted in found.d_cpt
         ],

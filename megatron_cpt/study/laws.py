@@ -144,17 +144,39 @@ def best_of_starts(
     return np.asarray(best)
 
 
-def held_out_error(tokens: Array, ratio: Array, losses: Array, seed: int = 0) -> float:
-    """Mean relative error of the D-CPT law on each ratio inside the range, by the law of all others.
+@dataclass(frozen=True)
+class HeldOut:
+    """How well the law of some ratios predicts the losses of another.
+
+    Attributes:
+        error: mean absolute difference, relative to the loss
+        nats: mean absolute difference, nats per token
+        explained: share of the squared differences from the mean of the other ratios, at the same tokens, that it explains.
+            An error that is small beside the loss may be as large as all that the ratios differ by: then it explains nothing
+    """
+
+    error: float
+    nats: float
+    explained: float
+
+
+def held_out(tokens: Array, ratio: Array, losses: Array, seed: int = 0) -> HeldOut:
+    """The D-CPT law on each ratio inside the range, by the law of all others.
 
     The lowest and the highest ratio are not left out: no law of this form is meant to guess beyond them.
     """
-    errors = []
+    errors, differences, left = [], [], []
     for left_out in np.unique(ratio)[1:-1]:
         seen = ratio != left_out
         law = minimized(tokens[seen], ratio[seen], losses[seen], seed, STARTS_LEFT_OUT)
-        errors.append(np.abs(law.loss(tokens[~seen], ratio[~seen]) / losses[~seen] - 1))
-    return float(np.concatenate(errors).mean())
+        errors.append(law.loss(tokens[~seen], ratio[~seen]) - losses[~seen])
+        others = [losses[seen & (tokens == t)] for t in tokens[~seen]]
+        means = np.array([values.mean() if len(values) else losses[seen].mean() for values in others])
+        differences.append(means - losses[~seen])
+        left.append(losses[~seen])
+    error, difference, loss = (np.concatenate(parts) for parts in (errors, differences, left))
+    explained = 1 - float((error**2).sum() / max((difference**2).sum(), 1e-300))
+    return HeldOut(float(np.abs(error / loss).mean()), float(np.abs(error).mean()), explained)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.study.critical import CriticalRatio
-from megatron_cpt.study.fit import Fit, equation
+from megatron_cpt.study.fit import Fit, equation, grouped_notes
 from megatron_cpt.study.frontier import Line
 from megatron_cpt.study.results import MEAN_METRIC, Results
 
@@ -44,8 +44,8 @@ def write_page(
     parts = [f"<h1>{html.escape(title)}</h1>", summary(results)]
     if choice is not None:
         parts += ["<h2>Choice</h2>", choice_section(choice)]
-    if fit.notes:
-        parts += ["<h2>Notes</h2>", *(f'<p class="note">{html.escape(note)}</p>' for note in fit.notes)]
+    if notes := grouped_notes([*(choice["notes"] if choice is not None else []), *fit.notes]):
+        parts += ["<h2>Notes</h2>", *(f'<p class="note">{html.escape(note)}</p>' for note in notes)]
     for path in images:
         name = os.path.splitext(os.path.basename(path))[0]
         with open(path, "rb") as file:
@@ -83,11 +83,10 @@ def summary(results: Results) -> str:
 
 
 def choice_section(choice: dict[str, Any]) -> str:
-    """The pair, the reason, the notes."""
+    """The pair and the reason."""
     pair = f"ALMR {choice['almr']:.3g}{interval(choice['almr_interval'])}"
     pair += f", learning rate {choice['lr']:.3g}{interval(choice['lr_interval'])}"
-    texts = [pair, choice["reason"], *choice["notes"]]
-    return '<div class="choice">' + "".join(f"<p>{html.escape(text)}</p>" for text in texts) + "</div>"
+    return '<div class="choice">' + "".join(f"<p>{html.escape(text)}</p>" for text in (pair, choice["reason"])) + "</div>"
 
 
 def interval(bounds: Sequence[float] | None) -> str:
@@ -103,7 +102,7 @@ def lines_table(fit: Fit) -> str:
         if line is not None:
             known = bool(np.isfinite(line.a))
             figures = [equation(line), interval(line.a_interval), interval(line.b_interval)] if known else ["", "", ""]
-            rows.append([name, *figures, "no: " + line.refused if line.refused else "yes"])
+            rows.append([name, *figures, "no (see the notes)" if line.refused else "yes"])
     return table(["", "equation", "a, 5 % to 95 %", "b, 5 % to 95 %", "supported"], rows)
 
 
@@ -119,7 +118,7 @@ def surfaces_table(fit: Fit) -> str:
                 f"{found.noise:.3g}",
                 f"{found.error:.3g}",
                 f"{found.explained:.1%}",
-                "no: " + found.refused if found.refused else "yes",
+                "no (see the notes)" if found.refused else "yes",
             ]
             for name, found in fit.surfaces.items()
         ),
@@ -133,11 +132,12 @@ def d_cpt_table(fit: Fit) -> str:
         [
             f"{fitted.quantity}, LR {fitted.lr:g}",
             *(f"{getattr(fitted.law, name):.3g}" for name in names),
-            f"{fitted.held_out:.2%}",
+            f"{fitted.held_out.error:.2%}",
+            f"{fitted.held_out.explained:.0%}",
         ]
         for fitted in fit.d_cpt
     )
-    return table(["", *names, "error on left-out ratios"], rows)
+    return table(["", *names, "error on left-out ratios", "of their differences explained"], rows)
 
 
 def cmr_table(fit: Fit) -> str:

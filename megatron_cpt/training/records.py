@@ -74,6 +74,7 @@ def run_manifest(context: RunContext, state: TrainState) -> dict[str, Any]:
     """What went into a checkpoint, and what a resume needs beside weights and optimizer."""
     run = context.run
     return run_description(context) | {
+        "languages": {corpus.name: corpus.language for corpus in run.mixture.corpora},
         "data": run.data.state.to_json(run.mixture, run.data.schedule, state.progress.consumed_samples),
         "training": {
             "lr_schedule": dataclasses.asdict(run.schedule),

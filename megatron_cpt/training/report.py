@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.errors import InputError
+from megatron_cpt.training.asked_mixture import asked_mixture
 from megatron_cpt.training.metrics_file import METRICS, read_metrics
 from megatron_cpt.training.progress_line import duration, number
 from megatron_cpt.training.report_figure import draw
@@ -93,7 +94,7 @@ def write_report(folder: str) -> str:
     resumed = [start["iteration"] for start in recorded.run.get("starts", []) if start["iteration"]]
     if recorded.steps or recorded.evaluations:
         figure = os.path.join(folder, FIGURE)
-        draw(recorded.steps, recorded.evaluations, resumed, figure + ".tmp.png")
+        draw(recorded.steps, recorded.evaluations, resumed, figure + ".tmp.png", asked_mixture(recorded.ledger))
         os.replace(figure + ".tmp.png", figure)
     write_text(path, markdown(recorded))
     return path
@@ -146,6 +147,7 @@ def facts(recorded: Recorded) -> list[tuple[str, str]]:
     origins = [start["start_from"] for start in starts if "start_from" in start] + [run.get("start_from")]
     if origins[0] is not None:
         found.append(("started from", origins[0]))
+    found += settings_of(recorded)
     layouts = [(start["iteration"], layout_name(start["layout"])) for start in starts if "layout" in start]
     if len({name for _, name in layouts}) > 1:
         changes = [place for n, place in enumerate(layouts) if n == 0 or place[1] != layouts[n - 1][1]]
@@ -171,6 +173,42 @@ def facts(recorded: Recorded) -> list[tuple[str, str]]:
         found.append(("peak memory, all processes", f"{recorded.peak_memory_bytes / 1e9:.1f} GB"))
     found.append(("checkpoints", ", ".join(recorded.checkpoints) or "none"))
     return found
+
+
+def settings_of(recorded: Recorded) -> list[tuple[str, str]]:
+    """Model, mixture, batch and schedule, as far as run.json and ledger.json say them."""
+    model, config, planned = recorded.run.get("model"), recorded.run.get("config", {}), recorded.ledger.get("planned", {})
+    found = []
+    if model:
+        shape = f"{model['num_hidden_layers']} layers of {model['hidden_size']:,}, vocabulary {model['vocab_size']:,}"
+        found.append(("model", f"{parameters(model) / 1e9:.3g} B parameters: {shape}"))
+    if config.get("mixture"):
+        asked = f", ALMR {planned['almr_asked']:.4g} asked" if "almr_asked" in planned else ""
+        found.append(("mixture", f"{config['mixture']}{asked}"))
+    training = config.get("training", {})
+    if "global_batch_size" in training and "seq_length" in planned:
+        batch, length = training["global_batch_size"], planned["seq_length"]
+        micro = f", micro-batches of {training['micro_batch_size']}" if "micro_batch_size" in training else ""
+        found.append(("batch", f"{batch:,} samples of {length:,} tokens: {batch * length:,} tokens{micro}"))
+    if training.get("params_dtype"):
+        found.append(("precision", training["params_dtype"]))
+    if recorded.steps and config.get("optimizer"):
+        highest = max(row["lr"] for row in recorded.steps)
+        style = config.get("lr", {}).get("decay_style", "")
+        asked = f"{config['optimizer']['lr']:g} to {config['optimizer']['min_lr']:g}"
+        found.append(("learning rate", f"{asked}{', ' + style if style else ''}; highest so far {highest:g}"))
+    return found
+
+
+def parameters(model: dict[str, Any]) -> int:
+    """Number of weights of a Llama model, from the fields of its configuration."""
+    hidden, ffn, head = model["hidden_size"], model["intermediate_size"], model["head_dim"]
+    queries, keys = model["num_attention_heads"] * head, model["num_key_value_heads"] * head
+    biases = (queries + 2 * keys + hidden) * bool(model.get("attention_bias"))
+    biases += (2 * ffn + hidden) * bool(model.get("mlp_bias"))
+    layer = 2 * hidden * (queries + keys) + 3 * hidden * ffn + 2 * hidden + biases
+    embeddings = model["vocab_size"] * hidden * (1 if model["tie_word_embeddings"] else 2)
+    return int(embeddings + model["num_hidden_layers"] * layer + hidden)
 
 
 def layout_name(layout: dict[str, Any]) -> str:

@@ -15,9 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, ScalarFormatter
+
+from megatron_cpt.training.asked_mixture import AskedMixture
 
 POINTS = 1000  # drawn of a curve; more are binned
+PLACE = "place"  # field of a row: its tokens so far
 FEW = 40  # steps up to which each is marked
 LONGEST_NAME = 28  # of a set in a legend
 CJK_FONTS = (
@@ -29,34 +32,47 @@ COLORS = ("tab:red", "tab:green", "tab:purple", "tab:orange", "tab:cyan", "tab:b
 Array = npt.NDArray[np.float64]
 
 
-def draw(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], resumed: Sequence[int], path: str) -> None:
-    """Write the picture.
+def draw(
+    steps: list[dict[str, Any]],
+    evaluations: list[dict[str, Any]],
+    resumed: Sequence[int],
+    path: str,
+    asked: AskedMixture | None = None,
+) -> None:
+    """Write the picture; over tokens, where it is known after how many each step was.
 
     Args:
         steps: training rows of metrics.jsonl
         evaluations: its validation rows; without any their panels are left out
         resumed: steps after which the run was started again
+        asked: ALMR that was asked for
     """
+    tokens = tokens_of_steps(steps)
+    by_tokens = {*resumed, *(row["iteration"] for row in evaluations)} <= tokens.keys() and len(tokens) > 1
+    if by_tokens:
+        steps, evaluations = with_place(steps, tokens), with_place(evaluations, tokens)
+        resumed = [tokens[iteration] for iteration in resumed]
     # Names are text: a $ in them begins no formula, and a character that no font has is a box.
     settings = {"text.parse_math": False, "font.size": 9, "font.family": ["DejaVu Sans", *cjk_fonts()]}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
-        columns = 3 if evaluations else 2
+        columns = 4 if evaluations else 3
         figure = Figure(figsize=(5.5 * columns, 7), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
         FigureCanvasAgg(figure)
         axes = figure.subplots(2, columns)
-        last = max(row["iteration"] for row in [*steps, *evaluations])
+        last = max(row[PLACE] if by_tokens else row["iteration"] for row in [*steps, *evaluations])
         draw_loss(axes[0][0], steps, resumed)
         if evaluations:
             draw_validation_loss(axes[0][1], evaluations)
             draw_validation(axes[0][2], evaluations)
-            draw_grad_norm(axes[1][1], steps)
-        else:
-            draw_grad_norm(axes[0][1], steps)
+        draw_grad_norm(axes[0][-1], steps)
         draw_learning_rate(axes[1][0], steps)
-        draw_throughput(axes[1][-1], steps)
-        for axis in axes.flat:
-            finish_axis(axis, last, resumed)
+        draw_almr(axes[1][1], steps, asked if by_tokens else None)
+        draw_throughput(axes[1][2], steps)
+        for axis in [*axes[0], *axes[1][:3]]:
+            finish_axis(axis, last, resumed, by_tokens, len(steps))
+        for axis in axes[1][3:]:
+            axis.set_axis_off()
         figure.savefig(path, dpi=130)
 
 
@@ -66,20 +82,43 @@ def cjk_fonts() -> list[str]:
     return [name for name in CJK_FONTS if name in installed]
 
 
-def finish_axis(axis: Axes, last: int, resumed: Sequence[int]) -> None:
-    """What all panels have in common."""
-    for iteration in resumed:
-        axis.axvline(iteration, color="0.5", linewidth=0.9, linestyle=":", zorder=0.5)
-    begin = 0.0 if last > FEW else -0.02 * last
+def tokens_of_steps(steps: list[dict[str, Any]]) -> dict[int, int]:
+    """Step -> tokens that have been read after it; 0 -> 0."""
+    return {0: 0} | {row["iteration"]: row["consumed_tokens"] for row in steps if "consumed_tokens" in row}
+
+
+def with_place(rows: list[dict[str, Any]], tokens: dict[int, int]) -> list[dict[str, Any]]:
+    """The rows with their place on an axis of tokens."""
+    return [row | {PLACE: tokens[row["iteration"]]} for row in rows]
+
+
+def finish_axis(axis: Axes, last: int, resumed: Sequence[int], by_tokens: bool, steps: int) -> None:
+    """What all panels have in common.
+
+    Args:
+        last: place of the last row
+        resumed: places after which the run was started again
+        by_tokens: whether places are tokens, or else steps
+        steps: that were taken
+    """
+    for place in resumed:
+        axis.axvline(place, color="0.5", linewidth=0.9, linestyle=":", zorder=0.5)
+    begin = 0.0 if steps > FEW else -0.02 * last
     axis.set_xlim(begin - 0.01 * last, last * 1.02 if last else 1.0)
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=5 if by_tokens else 6, integer=True))
+    plain = FuncFormatter(lambda value, _: f"{value:,.0f}")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=" ") if by_tokens else plain)  # 1.5 G
+    axis.set_xlabel("tokens" if by_tokens else "step")
     axis.grid(color="0.92")
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     axis.title.set_fontweight("bold")
+
+
+def places_of(rows: list[dict[str, Any]]) -> Array:
+    """Where rows lie on the horizontal axis."""
+    return column(rows, PLACE if rows and PLACE in rows[0] else "iteration")
 
 
 def column(rows: list[dict[str, Any]], name: str) -> Array:
@@ -112,7 +151,7 @@ def running_median(y: Array, width: int) -> tuple[npt.NDArray[np.int64], Array]:
 
 def draw_curve(axis: Axes, rows: list[dict[str, Any]], name: str, color: str, y: Array | None = None) -> None:
     """A noisy series: each value, or the range of each bin, in a light tone, and its running median."""
-    x = column(rows, "iteration")
+    x = places_of(rows)
     y = column(rows, name) if y is None else y
     if len(x) <= FEW:
         axis.plot(x, y, color=color, marker="o", markersize=3.5, linewidth=1.2)
@@ -149,7 +188,7 @@ def draw_loss(axis: Axes, steps: list[dict[str, Any]], resumed: Sequence[int]) -
     else:
         axis.set_yticks([])
     if skipped.any():
-        x = column(steps, "iteration")[skipped]
+        x = places_of(steps)[skipped]
         axis.plot(
             x,
             np.full(len(x), 0.02),
@@ -193,14 +232,14 @@ def draw_sets(
     for place, name in enumerate(dict.fromkeys(name for row in evaluations for name in row["validation"])):
         measured: dict[int, list[dict[str, Any]]] = {}  # by the step of the baseline
         for row in evaluations:
-            values = row["validation"].get(name, {}) | {"iteration": row["iteration"]}
+            values = row["validation"].get(name, {}) | {key: row[key] for key in ("iteration", PLACE) if key in row}
             measured.setdefault(values.get("baseline", {"iteration": 0})["iteration"], []).append(values)
         since = list(measured)[-1]
         newest = [value for value in scale * column(measured[since], figure) if math.isfinite(value)]
         said = label(newest[-1] if newest else math.nan, since)
         for rows in measured.values():
             axis.plot(
-                column(rows, "iteration"),
+                places_of(rows),
                 scale * column(rows, figure),
                 color=COLORS[place % len(COLORS)],
                 marker="o" if len(evaluations) <= FEW or len(rows) == 1 else "",
@@ -233,13 +272,32 @@ def draw_validation(axis: Axes, evaluations: list[dict[str, Any]]) -> None:
 def draw_learning_rate(axis: Axes, steps: list[dict[str, Any]]) -> None:
     """Learning rate."""
     axis.set(title="Learning rate")
-    x, y = column(steps, "iteration"), column(steps, "lr")
+    x, y = places_of(steps), column(steps, "lr")
     if len(x) > POINTS:
         keep = np.unique(np.linspace(0, len(x) - 1, POINTS).astype(np.int64))
         x, y = x[keep], y[keep]
     axis.plot(x, y, color="tab:gray", marker="o" if len(x) <= FEW else "", markersize=3.5)
     axis.set_ylim(0, 1.05 * y.max() if len(y) and y.max() > 0 else 1.0)
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
+    labels = ScalarFormatter()  # all labels with as many digits as they need, and their power of ten above
+    labels.set_powerlimits((0, 0))
+    axis.yaxis.set_major_formatter(labels)
+
+
+def draw_almr(axis: Axes, steps: list[dict[str, Any]], asked: AskedMixture | None) -> None:
+    """ALMR of what was read so far, as asked and as realised, with the borders of stages."""
+    axis.set(title="ALMR so far", ylabel="share of the additional languages")
+    x, y = places_of(steps), column(steps, "almr_realised")
+    if asked is not None and len(x):
+        wanted = np.array([asked.so_far(int(tokens)) for tokens in x], np.float64)
+        axis.plot(x, wanted, color="0.6", linewidth=3.5, label="asked")
+        for border in asked.borders:
+            if 0 < border < x[-1]:
+                axis.axvline(border, color="tab:orange", linewidth=0.9, linestyle="--", label="_border", zorder=0.6)
+        if any(0 < border < x[-1] for border in asked.borders):
+            axis.plot([], [], color="tab:orange", linewidth=0.9, linestyle="--", label="next stage or mixture")
+    axis.plot(x, y, color="tab:blue", linewidth=1.2, marker="o" if len(x) <= FEW else "", markersize=3.5, label="realised")
+    axis.set_ylim(-0.03, 1.03)
+    axis.legend(loc="best", fontsize="small")
 
 
 def draw_throughput(axis: Axes, steps: list[dict[str, Any]]) -> None:

@@ -479,6 +479,51 @@ def test_everything_but_the_weights_travels_along(hf: Path, tmp_path: Path) -> N
     assert found == expected
 
 
+def test_what_is_about_other_weights_stays_behind(hf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The adapter that was merged, also in checkpoints of earlier versions; what says how weights are quantized."""
+    from transformers import AutoModelForCausalLM
+
+    about = {
+        "adapter_config.json": {"base_model_name_or_path": "elsewhere", "peft_type": "LORA"},
+        "quantize_config.json": {},
+    }
+    for name, content in about.items():
+        (hf / name).write_text(json.dumps(content))
+    (hf / "adapter_model.safetensors").write_text("no weights")
+    hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    assert "adapter_config.json beside them (of elsewhere) is not applied again" in capfd.readouterr().err
+    checkpoint = tmp_path / "megatron" / "release" / "hf"
+    assert not {*about} & {path.name for path in checkpoint.iterdir()}
+    for name, content in about.items():
+        (checkpoint / name).write_text(json.dumps(content))
+    back = Path(megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back"))))
+    assert not {*about} & {path.name for path in back.iterdir()}
+    assert (back / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+    AutoModelForCausalLM.from_pretrained(back)  # which would look for the adapter's weights
+
+
+def test_weights_in_two_forms_are_named(hf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers reads one of them, and so do we."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf)
+    other = tmp_path / "other"
+    model.lm_head.weight.data += 1.0
+    model.save_pretrained(other, max_shard_size="100KB")
+    for path in other.glob("model*"):
+        shutil.copy(path, hf)
+    torch.save({"nothing": torch.zeros(1)}, hf / "pytorch_model.bin")
+    hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
+    said = capfd.readouterr().err
+    assert (
+        "model.safetensors and model.safetensors.index.json and pytorch_model.bin: weights are read from model.saf" in said
+    )
+    back = Path(megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back"))))
+    read = AutoModelForCausalLM.from_pretrained(hf).lm_head.weight
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(back).lm_head.weight, read)
+    assert not torch.equal(read, model.lm_head.weight)
+
+
 def test_the_files_that_transformers_would_read(hf: Path, tmp_path: Path) -> None:
     """Not Meta's names for the same numbers; a whole file before an index; an index before other files."""
     assert weight_files(str(hf)) == ["model.safetensors"]

@@ -309,6 +309,31 @@ def test_a_damaged_model_is_named(config: EvaluateConfig, tmp_path: Path) -> Non
         evaluate(replace(config, models={"base": str(damaged)}, tasks=[]))
 
 
+def test_an_adapter_beside_merged_weights_is_not_applied_again(
+    config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In any of the measures; the adapter changes the model much."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("megatron_cpt.evaluation.report.draw_models", lambda *_: [])
+    base, merged = config.models["base"], tmp_path / "merged"
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.constant_(parameter, 0.5)
+    shutil.copytree(base, merged)
+    model.save_pretrained(tmp_path / "adapter")
+    for path in (tmp_path / "adapter").glob("adapter_*"):
+        shutil.copy(path, merged)
+    page = evaluate(replace(config, models={"base": base, "merged": str(merged)}, tasks=config.tasks[:1]))
+    found = json.loads(Path(page).with_name("report.json").read_text())["models"]
+    assert found["merged"] == found["base"]
+    assert "merged: its weights are used as they are; adapter_config.json beside them" in capfd.readouterr().err
+
+
 def test_names_that_come_twice_are_refused(config: EvaluateConfig) -> None:
     with pytest.raises(InputError, match="have the name Choices 2 times"):
         evaluate(replace(config, tasks=[*config.tasks, config.tasks[0]]))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.critical import CriticalRatio, predict_critical_ratios
-from megatron_cpt.study.laws import critical_ratio, fit_cmr, fit_d_cpt, held_out_error, predict, slopes
+from megatron_cpt.study.laws import critical_ratio, fit_cmr, fit_d_cpt, held_out, predict, slopes
 from megatron_cpt.study.results import Results
 
 TRUE = np.array([2.0, 0.35, 0.4, 0.3, 0.25, 0.05, 0.6])  # E, B, eta, beta, C, epsilon, gamma
@@ -48,9 +48,14 @@ def test_slopes_are_the_derivatives(logarithms: list[float]) -> None:
 
 def test_left_out_ratios_are_predicted_and_other_laws_are_not() -> None:
     noise = 1 + 0.001 * np.random.default_rng(0).standard_normal(len(TOKENS))
-    assert held_out_error(TOKENS, RATIOS, predict(TRUE, TOKENS, RATIOS) * noise) < 0.005
+    found = held_out(TOKENS, RATIOS, predict(TRUE, TOKENS, RATIOS) * noise)
+    assert found.error < 0.005
+    assert found.explained > 0.9
+    assert found.nats == pytest.approx(found.error * predict(TRUE, TOKENS, RATIOS).mean(), rel=0.3)
     waves = 3 + np.sin(12 * RATIOS) * TOKENS / 4e6  # no such law
-    assert held_out_error(TOKENS, RATIOS, waves) > 0.05
+    found = held_out(TOKENS, RATIOS, waves)
+    assert found.error > 0.05
+    assert found.explained < 0.5
 
 
 def test_too_few_points_for_d_cpt() -> None:

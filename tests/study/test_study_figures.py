@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from matplotlib.contour import ContourSet
 from study_results import make_results
 
 from megatron_cpt.study.figures import contours, draw_line, ends_within, languages, plt, spread
-from megatron_cpt.study.fit import fit
+from megatron_cpt.study.fit import fit, grouped_notes
 from megatron_cpt.study.frontier import Line, no_line
+from megatron_cpt.study.page import write_page
 
 LIMITS = ((1e-4, 1e-2), (0.0, 1.0))
 
@@ -18,6 +22,43 @@ def make_line(b: float, angle: float, refused: str | None = None) -> Line:
     shares = np.linspace(0, 1, 11)
     points = np.stack([shares, 10 ** (-3 + 0.02 * np.sin(shares))], axis=-1)
     return Line(0.5 + 3 * b, b, angle, (0, 1), (0, 1), (0, 1), points, refused)
+
+
+def test_few_pairs_are_points_and_no_contours() -> None:
+    """With their values; nine pairs have contours."""
+    results = make_results(seeds=2, almrs=(0.2, 0.6), rates=(1e-4, 1e-3))
+    found = fit(results, laws=False)
+    figure = languages(results, found, None)
+    for name, ax in zip(("general", "additional"), figure.axes, strict=False):
+        assert not any(isinstance(drawn, ContourSet) for drawn in ax.collections)
+        (points,) = ax.collections
+        assert len(points.get_offsets()) == 4  # type: ignore[arg-type]
+        last = results.last(name)
+        values = [row[name] for row in last if (row["lr"], row["almr"]) == (1e-4, 0.2)]
+        assert f"{np.mean(values):.4g}" in [text.get_text() for text in ax.texts]
+    plt.close(figure)
+    results = make_results(seeds=1, rates=(1e-4, 3.162e-4, 1e-3), almrs=(0.0, 0.5, 1.0))
+    figure = languages(results, fit(results, laws=False), None)
+    assert any(isinstance(drawn, ContourSet) for drawn in figure.axes[0].collections)
+    plt.close(figure)
+
+
+def test_notes_are_given_once(tmp_path: Path) -> None:
+    """Those of the choice are among those of the fit; one that holds for several surfaces has their names."""
+    results = make_results(seeds=1, almrs=(0.2, 0.6), rates=(1e-4, 1e-3))
+    found = fit(results, laws=False)
+    few = "4 pairs of ALMR and learning rate have finished"
+    (note,) = (note for note in grouped_notes(found.notes) if few in note)
+    assert note.startswith("general, additional, mixed, balanced: 4 pairs")
+    assert grouped_notes(["x: y", "loss line: no", "x: y", "frontier of balanced: no"]) == [
+        "x: y",
+        "loss line, frontier of balanced: no",
+    ]
+    choice = {"almr": 0.2, "lr": 1e-3, "almr_interval": None, "lr_interval": None, "reason": "why", "notes": found.notes[:2]}
+    page = Path(write_page(str(tmp_path), "title", results, found, choice, [])).read_text()
+    assert page.count(few) == 1
+    assert page.count(found.notes[0]) == 1
+    assert "why" in page
 
 
 def test_the_last_budget_is_shown() -> None:

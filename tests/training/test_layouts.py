@@ -197,6 +197,7 @@ def test_a_trained_checkpoint_is_ready_for_upload(runs: Runs, single: Path, tmp_
     card = (tmp_path / "my-model" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert (front["library_name"], front["pipeline_tag"]) == ("transformers", "text-generation")
+    assert (front["base_model"], front["language"]) == ("hf", ["en", "zh"])  # two of three samples are English
     last = [row for row in read_rows(single) if "loss" in row][-1]
     for line in (
         "# my-model",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ from PIL import Image
 from tiny_logs import record, results, start, step_row, validated
 
 from megatron_cpt.config.run import LoggingConfig
+from megatron_cpt.data.stages import Schedule, StagePlan
 from megatron_cpt.errors import InputError
+from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.training.log import RunLog
-from megatron_cpt.training.report import main, ranges, write_report
-from megatron_cpt.training.report_figure import binned, limit, running_median
+from megatron_cpt.training.report import main, markdown, parameters, ranges, read_run, write_report
+from megatron_cpt.training.report_figure import binned, draw, draw_learning_rate, limit, running_median
 from megatron_cpt.training.validation import ValidationResult
 
 
@@ -24,7 +29,7 @@ def report(folder: Path) -> str:
     """The text, after a look at the picture: it is one, and not empty."""
     text = Path(write_report(str(folder))).read_text()
     picture = np.asarray(Image.open(folder / "report.png").convert("L"))
-    assert picture.shape == (910, 2145 if "## Validation" in text else 1430)
+    assert picture.shape == (910, 2860 if "## Validation" in text else 2145)
     assert 0.01 < (picture < 200).mean() < 0.3
     assert not list(folder.glob("*.tmp*"))
     return text
@@ -73,6 +78,94 @@ def test_what_the_report_says(tmp_path: Path) -> None:
     ):
         assert line in lines
     assert (folder / "report.png").exists()
+
+
+def test_what_the_run_was_asked_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model, mixture, batch, schedule; the ALMR at each moment of a run whose mixture was changed once."""
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr("megatron_cpt.training.report.draw", lambda *rows: drawn.update(asked=rows[-1], path=rows[-2]))
+    config = {
+        "mixture": "mixtures/zh.yaml",
+        "training": {"global_batch_size": 8, "micro_batch_size": 2, "params_dtype": "bf16"},
+        "optimizer": {"lr": 1.5e-4, "min_lr": 1.5e-5},
+        "lr": {"decay_style": "cosine"},
+    }
+    record(tmp_path, 1, 4, lr=1e-4)
+    run = json.loads((tmp_path / "run.json").read_text())
+    model = dataclasses.asdict(llama_config(mlp_bias=True, attention_bias=True))
+    (tmp_path / "run.json").write_text(json.dumps(run | {"config": config, "model": model}))
+    ledger = json.loads((tmp_path / "ledger.json").read_text())
+    ledger["planned"] |= {"seq_length": 64}
+    ramp = [{"samples": 10, "almr": ["1/5", "1/5"]}, {"samples": 20, "almr": ["1/5", "4/5"]}]
+    constant = [{"samples": None, "almr": ["1/2", "1/2"]}]
+    ledger["segments"] = [{"start": 0, "schedule": ramp}, {"start": 25, "schedule": constant}]
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+    monkeypatch.setattr("os.replace", lambda *_: None)  # of a picture that is not drawn
+    lines = report_lines(tmp_path)
+    for line in (
+        f"| model | {parameters(model) / 1e9:.3g} B parameters: 4 layers of 64, vocabulary 400 |",
+        "| mixture | mixtures/zh.yaml, ALMR 0.5 asked |",
+        "| batch | 8 samples of 64 tokens: 512 tokens, micro-batches of 2 |",
+        "| precision | bf16 |",
+        "| learning rate | 0.00015 to 1.5e-05, cosine; highest so far 0.0001 |",
+    ):
+        assert line in lines
+    asked = drawn["asked"]
+    assert asked.borders == (10 * 64, 25 * 64)
+    plans = [StagePlan(10, (Fraction(1, 5),) * 2, None, None), StagePlan(20, (Fraction(1, 5), Fraction(4, 5)), None, None)]
+    schedule = Schedule(tuple(plans), 0, (0, 10))
+    for n in (1, 10, 11, 17, 25):
+        assert asked.so_far(n * 64) == pytest.approx(float(schedule.asked(n)) / n)
+    assert asked.so_far(35 * 64) == pytest.approx((float(schedule.asked(25)) + 5) / 35)
+
+
+def report_lines(folder: Path) -> list[str]:
+    return markdown(read_run(write_report(str(folder)).removesuffix("/report.md"))).splitlines()
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(4, 64, 160, 4, 2, 32, 400, 256, 1e-5, 1e4, None, False, "float32", **changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}])
+def test_parameters_are_those_of_the_checkpoint(changes: dict[str, Any]) -> None:
+    from megatron_cpt.checkpoint.hf_weights import hf_shapes
+
+    for tied in (False, True):
+        llama = dataclasses.replace(llama_config(**changes), tie_word_embeddings=tied)
+        assert parameters(dataclasses.asdict(llama)) == sum(math.prod(shape) for shape in hf_shapes(llama).values())
+
+
+@pytest.mark.parametrize("lr", [2.25e-5, 1e-4, 3e-3])
+def test_labels_of_learning_rates_are_what_they_stand_at(lr: float) -> None:
+    """Rounding to two digits would put 2.2e-05 beside 2.25e-05, and give two ticks one label."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axis = figure.subplots()
+    draw_learning_rate(axis, [{"iteration": n, "lr": lr * n / 50} for n in range(1, 51)])
+    FigureCanvasAgg(figure).draw()
+    power = float(axis.yaxis.get_offset_text().get_text().replace("\N{MINUS SIGN}", "-"))
+    shown = [float(label.get_text()) * power for label in axis.get_yticklabels()]
+    assert shown == pytest.approx(list(axis.get_yticks()), rel=1e-9)
+
+
+def test_the_figure_is_over_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run that took another batch size half-way; over steps where a step's tokens are not known."""
+    axes: list[Any] = []
+    monkeypatch.setattr("megatron_cpt.training.report_figure.finish_axis", lambda axis, *rest: axes.append((axis, rest)))
+    steps = [step_row(n, consumed_tokens=100 * n if n < 5 else 400 + 1000 * (n - 4)) for n in range(1, 9)]
+    evaluations = [
+        {"iteration": n, "validation": {"zh": {"loss": 2.0, "bits_per_byte": 1.0, "language": "zh"}}} for n in (0, 8)
+    ]
+    draw(steps, evaluations, [4], str(tmp_path / "a.png"))
+    assert list(axes[0][0].lines[0].get_xdata()) == [100, 200, 300, 400, 1400, 2400, 3400, 4400]
+    assert list(axes[1][0].lines[0].get_xdata()) == [0, 4400]
+    assert axes[0][1] == (4400, [400], True, 8)
+    axes.clear()
+    draw(steps, [evaluations[0] | {"iteration": 9}], [], str(tmp_path / "b.png"))
+    assert list(axes[0][0].lines[0].get_xdata()) == list(range(1, 9))
 
 
 def rows_of(steps: int, sets: int, every: int) -> list[dict[str, Any]]:
