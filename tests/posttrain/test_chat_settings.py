@@ -1,0 +1,91 @@
+"""Every setting of chat.py, given on its command line, arrives where it acts; a setting without a row here is an error."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from every_setting import settings_of
+
+from megatron_cpt.config.cli import run_tool
+from megatron_cpt.posttrain import chat as chat_room
+from megatron_cpt.posttrain.chat import ChatConfig, chat
+
+# setting -> what is given, and what the stand-in for transformers has to have seen of it
+ROWS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "model": ([], {"folder": "MODEL"}),
+    "system": (["--system", "Be kind."], {"prompt": "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi"}),
+    "chat_template": (["--chat_template", "llama3"], {"prompt": "<|start_header_id|>user<|end_header_id|>\n\nHi"}),
+    "prompt": (["--prompt", "The dog"], {"completed": (["The dog"], 512)}),
+    "max_new_tokens": (["--max_new_tokens", "7"], {"max_new_tokens": 7}),
+    "temperature": (["--temperature", "0.3"], {"temperature": 0.3, "do_sample": True, "top_k": 0}),
+    "top_p": (["--top_p", "0.4"], {"top_p": 0.4}),
+    "repetition_penalty": (["--repetition_penalty", "1.5"], {"repetition_penalty": 1.5}),
+    "seed": (["--seed", "5"], {"seeds": [5, 6]}),
+    "dtype": (["--dtype", "bfloat16"], {"dtype": torch.bfloat16}),
+}
+
+
+@pytest.mark.parametrize("setting", sorted(settings_of(ChatConfig)))
+def test_a_setting_arrives(setting: str, chat_tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, expected = ROWS[setting]
+    seen = stand_in(monkeypatch)
+    folder = tmp_path / "MODEL"
+    shutil.copytree(chat_tokenizer_dir, folder)
+    (folder / "config.json").write_text("{}")
+    template = [] if "--chat_template" in given else ["--chat_template", "chatml"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nHi\n"))
+    run_tool(chat, ChatConfig, "", [str(folder), *template, *given], positional="model")
+    found = {name: seen[name] for name in expected}
+    if "prompt" in found:
+        assert expected["prompt"] in found.pop("prompt")
+        expected = {name: value for name, value in expected.items() if name != "prompt"}
+    assert found == expected
+
+
+def test_temperature_0_is_greedy(chat_tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = stand_in(monkeypatch)
+    shutil.copytree(chat_tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    options = [str(tmp_path), "--chat_template", "chatml", "--temperature", "0"]
+    run_tool(chat, ChatConfig, "", options, positional="model")
+    assert seen["do_sample"] is False
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A model that answers nothing, and what it has seen."""
+    seen: dict[str, Any] = {"seeds": []}
+
+    class Model(SimpleNamespace):
+        def generate(self, streamer: Any, **options: Any) -> None:
+            seen.update(options)
+            seen["prompt"] = streamer.tokenizer.decode(options["input_ids"][0])
+            streamer.end()
+
+        def to(self, device: Any) -> Model:
+            return self
+
+        def eval(self) -> Model:
+            return self
+
+    def load(folder: str, dtype: Any, **_: Any) -> Model:
+        seen.update(folder=Path(folder).name, dtype=dtype)
+        limits = SimpleNamespace(max_position_embeddings=2048)
+        return Model(config=limits, generation_config=transformers.GenerationConfig(), device="cpu")
+
+    def completed(folder: str, prompts: list[str], number: int) -> list[str]:
+        seen["completed"] = (prompts, number)
+        return [""] * len(prompts)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr(chat_room, "complete", completed)
+    monkeypatch.setattr(torch, "manual_seed", seen["seeds"].append)
+    return seen
