@@ -15,6 +15,7 @@
 namespace megatron_cpt {
 
 __extension__ typedef unsigned __int128 uint128_t;
+__extension__ typedef __int128 int128_t;
 
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15;
 constexpr uint64_t MIXER = 0xD6E8FEB86659FD93;

@@ -13,6 +13,8 @@
 namespace megatron_cpt {
 
 constexpr int64_t SAMPLES_LIMIT = int64_t{1} << 62;
+constexpr int64_t BEFORE_LIMIT = SAMPLES_LIMIT / 2, BASE_LIMIT = SAMPLES_LIMIT / 4;  // their sum with a sample is below 2^63
+constexpr int64_t BLOCK_LIMIT = int64_t{1} << 24;  // bounds the memory of the tables of a block's corpora
 constexpr uint64_t RAMP_LIMIT = uint64_t{1} << 46;
 constexpr int64_t PIECE = int64_t{1} << 20;  // samples of a call that are prepared together: bounds the tables' memory
 
@@ -47,54 +49,15 @@ inline void require_size(int64_t value, const std::string& name) {
   require(0 < value && value <= SAMPLES_LIMIT, name, value, "1 to 2**62");
 }
 
-// Whatever the arrays hold, an order that passes reads nothing outside them and every walk ends.
-inline void check(const Description& order) {
-  const auto check_tree = [&](int32_t tree, size_t before, const std::string& name) {
-    const bool known = tree < 0 ? static_cast<size_t>(~tree) < order.corpora.size() : static_cast<size_t>(tree) < before;
-    require(known, name, tree, "an earlier node or ~corpus");
-  };
-  const auto at = [](const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; };
-  require(!order.stages.empty(), "number of stages", 0, "1 or more");
-  require(!order.corpora.empty(), "number of corpora", 0, "1 or more");
-  require(order.base.size() == order.stages.size() * order.corpora.size(), "size of base", order.base.size(),
-          "stages x corpora");
-  require_size(order.seq_length, "seq_length");
-  require_size(order.block_size, "block_size");
-  require(0 <= order.block_origin && order.block_origin <= SAMPLES_LIMIT, "block_origin", order.block_origin, "0 to 2**62");
-  for (size_t i = 0; i < order.nodes.size(); ++i) {
-    check_tree(order.nodes[i].left, i, at("left child of node", i));
-    check_tree(order.nodes[i].right, i, at("right child of node", i));
-  }
-  for (size_t i = 0; i < order.stages.size(); ++i) {
-    const Stage& stage = order.stages[i];
-    check_tree(stage.left, order.nodes.size(), at("left tree of stage", i));
-    if (stage.right != NO_TREE) check_tree(stage.right, order.nodes.size(), at("right tree of stage", i));
-    const bool in_order = i ? order.stages[i - 1].start <= stage.start
-                            : 0 <= stage.start && stage.start <= order.block_origin;
-    require(in_order && stage.start <= SAMPLES_LIMIT, at("start of stage", i), stage.start,
-            "0 to block_origin first, then no less than before");
-    require(stage.length > 0 && (!stage.ramp || stage.length <= RAMP_LIMIT), at("length of stage", i), stage.length,
-            "1 or more; at most 2**46 with a ramp");
-    const bool ends = i + 1 < order.stages.size() && order.stages[i + 1].start <= stage.start + static_cast<int64_t>(stage.length);
-    require(!stage.ramp || ends, at("ramp of stage", i), stage.ramp, "0, or another stage where this one ends");
-    require(0 <= stage.left_before && stage.left_before <= SAMPLES_LIMIT, at("left_before of stage", i), stage.left_before,
-            "0 to 2**62");
-    require(0 <= stage.right_before && stage.right_before <= SAMPLES_LIMIT, at("right_before of stage", i),
-            stage.right_before, "0 to 2**62");
-  }
-  for (size_t i = 0; i < order.corpora.size(); ++i) {
-    require_size(order.corpora[i].samples, at("samples of corpus", i));
-    const bool fits = order.corpora[i].samples <= (order.corpora[i].tokens - 1) / order.seq_length;
-    require(fits, at("tokens of corpus", i), order.corpora[i].tokens, "samples x seq_length + 1 or more");
-  }
+inline void require_before(int64_t value, const std::string& name) {
+  require(0 <= value && value <= BEFORE_LIMIT, name, value, "0 to 2**61");
 }
 
-// Samples each corpus gives before sample n of the run (whole blocks).
-inline std::vector<int64_t> count(const OrderView& order, int64_t n) {
-  const int32_t number = order.stage_of(n);
+// Samples each corpus gives before sample n of the run, by what stage `number` says.
+inline std::vector<int128_t> counts_by(const OrderView& order, int32_t number, int64_t n) {
   const Stage& stage = order.stages[number];
   const int64_t* base = order.base + static_cast<int64_t>(number) * order.num_corpora;
-  std::vector<int64_t> counts(base, base + order.num_corpora);
+  std::vector<int128_t> counts(base, base + order.num_corpora);
   const uint64_t k = n - stage.start, left = stage.left_count(k);
   std::vector<std::pair<int32_t, uint64_t>> open{{stage.left, stage.left_before + left}};
   if (stage.right != NO_TREE) open.push_back({stage.right, stage.right_before + k - left});
@@ -110,6 +73,93 @@ inline std::vector<int64_t> count(const OrderView& order, int64_t n) {
     }
   }
   return counts;
+}
+
+// Each corpus is at most once in a stage. So the walk has no more steps than corpora, though nodes may share their children.
+inline void check_corpora_once(const Description& order, size_t number) {
+  std::vector<bool> seen(order.corpora.size());
+  std::vector<int32_t> open{order.stages[number].left};
+  if (order.stages[number].right != NO_TREE) open.push_back(order.stages[number].right);
+  while (!open.empty()) {
+    const int32_t tree = open.back();
+    open.pop_back();
+    if (tree < 0) {
+      require(!seen[~tree], "a corpus of stage[" + std::to_string(number) + "]", ~tree, "each once");
+      seen[~tree] = true;
+    } else {
+      open.push_back(order.nodes[tree].right);
+      open.push_back(order.nodes[tree].left);
+    }
+  }
+}
+
+// No corpus is to give a sample before its first, nor one stage to begin before where the stage before it has come.
+inline void check_counts(const Description& order) {
+  const OrderView view = order.view();
+  const auto name = [](size_t i) { return "samples before stage of corpus[" + std::to_string(i) + "]"; };
+  for (int32_t number = 1; number < view.num_stages; ++number) {
+    const int64_t start = view.stages[number].start;
+    const auto before = counts_by(view, number - 1, start), after = counts_by(view, number, start);
+    for (size_t i = 0; i < after.size(); ++i) {
+      require(after[i] >= before[i], name(i), static_cast<int64_t>(after[i]), "no fewer than the stage before has given");
+    }
+  }
+  const auto first = counts_by(view, view.stage_of(view.block_origin), view.block_origin);
+  for (size_t i = 0; i < first.size(); ++i) require(first[i] >= 0, name(i), static_cast<int64_t>(first[i]), "0 or more");
+}
+
+// Whatever the arrays hold, an order that passes reads nothing outside them and every walk ends.
+inline void check(const Description& order) {
+  const auto check_tree = [&](int32_t tree, size_t before, const std::string& name) {
+    const bool known = tree < 0 ? static_cast<size_t>(~tree) < order.corpora.size() : static_cast<size_t>(tree) < before;
+    require(known, name, tree, "an earlier node or ~corpus");
+  };
+  const auto at = [](const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; };
+  require(!order.stages.empty(), "number of stages", 0, "1 or more");
+  require(!order.corpora.empty(), "number of corpora", 0, "1 or more");
+  require(order.base.size() == order.stages.size() * order.corpora.size(), "size of base", order.base.size(),
+          "stages x corpora");
+  require_size(order.seq_length, "seq_length");
+  require(0 < order.block_size && order.block_size <= BLOCK_LIMIT, "block_size", order.block_size, "1 to 2**24");
+  require(0 <= order.block_origin && order.block_origin <= SAMPLES_LIMIT, "block_origin", order.block_origin, "0 to 2**62");
+  for (size_t i = 0; i < order.base.size(); ++i) {
+    require(-BASE_LIMIT <= order.base[i] && order.base[i] <= BASE_LIMIT, at("base", i), order.base[i], "-2**60 to 2**60");
+  }
+  for (size_t i = 0; i < order.nodes.size(); ++i) {
+    check_tree(order.nodes[i].left, i, at("left child of node", i));
+    check_tree(order.nodes[i].right, i, at("right child of node", i));
+  }
+  for (size_t i = 0; i < order.stages.size(); ++i) {
+    const Stage& stage = order.stages[i];
+    check_tree(stage.left, order.nodes.size(), at("left tree of stage", i));
+    if (stage.right != NO_TREE) check_tree(stage.right, order.nodes.size(), at("right tree of stage", i));
+    const bool in_order = i ? order.stages[i - 1].start <= stage.start
+                            : 0 <= stage.start && stage.start <= order.block_origin;
+    require(in_order && stage.start <= SAMPLES_LIMIT, at("start of stage", i), stage.start,
+            "0 to block_origin first, then no less than before");
+    require(stage.length > 0 && (!stage.ramp || stage.length <= RAMP_LIMIT), at("length of stage", i), stage.length,
+            "1 or more; at most 2**46 with a ramp");
+    const auto distance = [&] { return static_cast<uint64_t>(order.stages[i + 1].start) - static_cast<uint64_t>(stage.start); };
+    const bool ends = i + 1 < order.stages.size() && distance() <= stage.length;
+    require(!stage.ramp || ends, at("ramp of stage", i), stage.ramp, "0, or another stage where this one ends");
+    require(stage.ramp <= ~stage.share + 1 || !stage.share, at("ramp of stage", i), stage.ramp, "one to a share of 1 at most");
+    require_before(stage.left_before, at("left_before of stage", i));
+    require_before(stage.right_before, at("right_before of stage", i));
+    check_corpora_once(order, i);
+  }
+  for (size_t i = 0; i < order.corpora.size(); ++i) {
+    require_size(order.corpora[i].samples, at("samples of corpus", i));
+    require_size(order.corpora[i].tokens, at("tokens of corpus", i));
+    const bool fits = order.corpora[i].samples <= (order.corpora[i].tokens - 1) / order.seq_length;
+    require(fits, at("tokens of corpus", i), order.corpora[i].tokens, "samples x seq_length + 1 or more");
+  }
+  check_counts(order);
+}
+
+// Samples each corpus gives before sample n of the run (whole blocks).
+inline std::vector<int64_t> count(const OrderView& order, int64_t n) {
+  const auto counts = counts_by(order, order.stage_of(n), n);
+  return {counts.begin(), counts.end()};
 }
 
 // Where the results of a call go: arrays of `count`, in the memory of the backend.

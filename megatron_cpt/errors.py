@@ -1,6 +1,7 @@
 """The one error a user is meant to see without a traceback."""
 
 import re
+import reprlib
 
 
 def if_on_the_hub(path: str) -> str:
@@ -29,3 +30,10 @@ class StopRequestedError(Exception):
 
 class RunError(RuntimeError):
     """A run cannot go on, though nothing is wrong with its input; all ranks know. One line, exit status 1."""
+
+
+def brief(value: object) -> str:
+    """A value from somebody's file for a message: short and at once, whatever it is (10^400, a list in a list in a list)."""
+    shortened = reprlib.Repr()
+    shortened.maxstring = shortened.maxother = 120
+    return shortened.repr(value)

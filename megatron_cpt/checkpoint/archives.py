@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron_cpt.errors import InputError
+
+Content = mmap.mmap
 ZIP_LOCAL_HEADER = struct.Struct("<26xHH")  # up to the lengths of the name and of the extra field that follow it
 
 
@@ -19,7 +23,7 @@ class DamagedFile(OSError):
 
 
 @dataclass(frozen=True)
-class Record:
+class Part:
     """A file of an archive: bytes [begin, end) of the mapped file, and their CRC-32 as the archive has it."""
 
     begin: int
@@ -27,28 +31,61 @@ class Record:
     crc: int
 
 
-def records_of(content: mmap.mmap, offset: int, length: int) -> dict[str, Record]:
+def open_mapped(path: str) -> Content:
+    """A file in memory, page by page as it is read.
+
+    torch wants memory that it may write to; as long as nobody does, no page of it is copied.
+
+    Raises:
+        InputError: it cannot be read, is empty or no plain file, such as a pipe, which would be waited for
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            plain_file = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            content = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) if plain_file else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if content is None:
+        raise InputError(f"{path} cannot be read: it is no plain file")
+    return content
+
+
+def records_of(content: Content, offset: int, length: int) -> dict[str, Part]:
     """The records of the archive at this place, by name; they are stored, not compressed.
 
     Raises:
-        zipfile.BadZipFile, struct.error: there is none
+        zipfile.BadZipFile: there is none, or one of its records is not within it
     """
-    with zipfile.ZipFile(_Part(content, offset, length)) as archive:
-        records = {}
-        for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise zipfile.BadZipFile(f"{info.filename} is compressed")
-            header = offset + info.header_offset
-            begin = header + ZIP_LOCAL_HEADER.size + sum(ZIP_LOCAL_HEADER.unpack_from(content, header))
-            if begin + info.file_size > offset + length:
-                raise zipfile.BadZipFile(f"{info.filename} goes beyond the archive")
-            records[info.filename] = Record(begin, begin + info.file_size, info.CRC)
+    if offset + length > len(content):
+        raise zipfile.BadZipFile(f"the file ends at byte {len(content)}, the archive should end at {offset + length}")
+    try:
+        records = _records(content, offset, length)
+    except (struct.error, ValueError, OSError, NotImplementedError, OverflowError, EOFError) as error:
+        raise zipfile.BadZipFile(f"no archive: {error}") from error  # what zipfile raises where numbers are damaged
     if not records:
         raise zipfile.BadZipFile("no record")
     return records
 
 
-def check_record(content: mmap.mmap, name: str, record: Record) -> None:
+def _records(content: Content, offset: int, length: int) -> dict[str, Part]:
+    records: dict[str, Part] = {}
+    with zipfile.ZipFile(_Stretch(content, offset, length)) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{info.filename} is compressed")
+            if info.filename in records:
+                raise zipfile.BadZipFile(f"{info.filename} is there twice")
+            header = offset + info.header_offset
+            if not offset <= header <= offset + length - ZIP_LOCAL_HEADER.size:
+                raise zipfile.BadZipFile(f"{info.filename} is not within the archive")
+            begin = header + ZIP_LOCAL_HEADER.size + sum(ZIP_LOCAL_HEADER.unpack_from(content, header))
+            if begin + info.file_size > offset + length:
+                raise zipfile.BadZipFile(f"{info.filename} goes beyond the archive")
+            records[info.filename] = Part(begin, begin + info.file_size, info.CRC)
+    return records
+
+
+def check_record(content: Content, name: str, record: Part) -> None:
     """Raise zipfile.BadZipFile unless the record has the checksum that the archive says; copies nothing."""
     with memoryview(content) as view, view[record.begin : record.end] as data:
         if zlib.crc32(data) != record.crc:
@@ -74,14 +111,14 @@ def check_archives(path: str, places: Iterable[tuple[int, int]]) -> None:
                 try:
                     for name, record in records_of(content, offset, length).items():
                         check_record(content, name, record)
-                except (zipfile.BadZipFile, struct.error) as error:
+                except zipfile.BadZipFile as error:
                     raise DamagedFile(f"{path} is damaged at byte {offset}: {error}") from error
 
 
-class _Part(io.RawIOBase):
+class _Stretch(io.RawIOBase):
     """A stretch of a mapped file as a file of its own, as far as zipfile needs one."""
 
-    def __init__(self, content: mmap.mmap, offset: int, length: int) -> None:
+    def __init__(self, content: Content, offset: int, length: int) -> None:
         self._content, self._offset, self._length, self._position = content, offset, length, 0
 
     def seekable(self) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import mmap
 import os
-import pickle
 import shutil
 import sys
 import time
@@ -23,8 +23,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from megatron_cpt.checkpoint.background import Worker, WorkerError
 from megatron_cpt.checkpoint.folders import publish_folder, temporary_name
-from megatron_cpt.checkpoint.restricted import StrictUnpickler
 from megatron_cpt.errors import InputError
+from megatron_cpt.locking import open_lock
 
 JOB = ".job"  # folder beside the files: what the job is, and a marker for each complete file
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -35,7 +35,7 @@ SECONDS_BETWEEN_LINES = 60.0
 class FileJob:
     """One file to write: `write(path, written)` writes it, forces it to disk, and tells `written` the bytes as they come.
 
-    What it returns has to be made of plain values and dataclasses of torch.
+    What it returns has to be made of lists, numbers and texts.
     """
 
     name: str
@@ -96,7 +96,7 @@ class BusyError(InputError):
 @contextlib.contextmanager
 def _locked(path: str, what: str) -> Iterator[TextIO]:
     """A file that only one process has at a time, at its beginning."""
-    with open(path, "a+", encoding="utf-8") as file:
+    with open_lock(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", write_through=True) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             there = os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
@@ -166,20 +166,19 @@ def write_files(folder: str, jobs: Sequence[FileJob], num_workers: int, descript
 def _write_some(folder: str, jobs: Sequence[FileJob], meter: _Meter, number: int) -> None:
     for job in jobs:
         result = job.write(os.path.join(folder, job.name), partial(meter.advance, number))
-        with open(_marker(folder, job) + ".tmp", "wb") as file:
-            pickle.dump(result, file)
+        with open(_marker(folder, job) + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(result, file)
         os.replace(file.name, _marker(folder, job))
 
 
 def _marker(folder: str, job: FileJob) -> str:
-    """Is there when the file is complete; holds what the job returned."""
+    """Is there when the file is complete; holds what the job returned, as JSON."""
     return os.path.join(folder, JOB, f"{job.name}.done")
 
 
 def _take_result(folder: str, job: FileJob) -> Any:
-    with open(_marker(folder, job), "rb") as file:
-        result = StrictUnpickler(file).load()
-    return result
+    with open(_marker(folder, job), encoding="utf-8") as file:
+        return json.load(file)
 
 
 class _Meter:

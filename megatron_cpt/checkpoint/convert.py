@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from rich.filesize import decimal
-from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cpt.checkpoint.archives import check_archives
 from megatron_cpt.checkpoint.conversion import JOB, FileJob, fingerprint, resumable_folder, write_files
@@ -48,6 +47,7 @@ from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.checkpoint.targets import check_hf_target, check_megatron_target, is_done, job_name
 from megatron_cpt.checkpoint.torch_dist import (
     TorchDistReader,
+    WrittenItem,
     distcp_name,
     metadata_of,
     plan_of,
@@ -177,7 +177,7 @@ def convert_to_megatron(config: HfToMegatron, llama: LlamaConfig, source: HfTens
         for number, part in enumerate(split(chunks, FILE_BYTES)):
             write = partial(write_checked_distcp, path, plans, number, make)
             jobs.append(FileJob(distcp_name(number), sum(chunk.bytes for chunk in part), write))
-        results: list[list[WriteResult]] = write_files(path, jobs, config.num_workers, "converting")
+        results: list[list[WrittenItem]] = write_files(path, jobs, config.num_workers, "converting")
         write_metadata(path, metadata_of(chunks, extra), results)
         finish_megatron(path, config.hf, dtype, manifest, plan)
     write_tracker(config.megatron, None)
@@ -210,10 +210,10 @@ def write_checked_distcp(
     make: Callable[[str, tuple[int, ...]], torch.Tensor],
     path: str,
     written: Callable[[int], None],
-) -> list[WriteResult]:
+) -> list[WrittenItem]:
     """Write one file of a Megatron checkpoint and compare it with its checksums."""
     results = write_distcp(folder, plans, number, make, written)
-    check_archives(path, [(result.storage_data.offset, result.storage_data.length) for result in results])
+    check_archives(path, [(begin, length) for *_, begin, length in results])
     return results
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from megatron_cpt.checkpoint.restricted import Opaque, load_settings
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, brief
+from megatron_cpt.model.llama import MOST_FLOAT
 
 # megatron-core's rope scaling has one free number, the factor; these are fixed in it (rotary_pos_embedding.py)
 ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -107,10 +108,10 @@ def bridge_settings(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             model = yaml.safe_load(file)["model"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path} has no section 'model' that can be read: {error}") from error
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} has no section 'model' that can be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(model, dict):
-        raise InputError(f"{path}: model is {model!r}; wanted a section with the settings of the model")
+        raise InputError(f"{path}: model is {brief(model)}; wanted a section with the settings of the model")
     return {
         name: value["_target_"] if isinstance(value, dict) and "_target_" in value else value
         for name, value in model.items()
@@ -121,14 +122,18 @@ def llama_fields(path: str, found: Mapping[str, Any], names: Names, vocab_size: 
     """HF's fields of a Llama model."""
     for name, wanted in names.wanted.items():
         value = found.get(name, wanted)
-        if value != wanted and not (wanted in (None, False) and value in (None, False)):
-            raise InputError(f"{path}: {name} is {value!r}; in a Llama model it is {wanted!r}")
+        same = type(value) in (str, int, float, bool, type(None)) and value == wanted
+        if not same and not (wanted in (None, False) and (value is None or value is False)):
+            raise InputError(f"{path}: {name} is {brief(value)}; in a Llama model it is {wanted!r}")
     check_activation(path, found)
 
     def number(*keys: str) -> Any:
         for key in keys:
-            if isinstance(found.get(key), (int, float)) and not isinstance(found[key], bool):
-                return found[key]
+            value = found.get(key)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                if not 0 < value <= MOST_FLOAT:
+                    raise InputError(f"{path}: {key} is {brief(value)}; expected a number above 0, at most {MOST_FLOAT:g}")
+                return value
         raise InputError(f"{path} has no number as {' or '.join(keys)}")
 
     heads, hidden = number("num_attention_heads"), number("hidden_size")
@@ -137,8 +142,8 @@ def llama_fields(path: str, found: Mapping[str, Any], names: Names, vocab_size: 
     theta = float(number("rotary_base"))
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if found.get(names.rope_scaling):
-        factor = found.get("rope_scaling_factor")
-        factor = 8.0 if factor is None else float(factor)  # megatron-core's default
+        default = found.get("rope_scaling_factor") is None
+        factor = 8.0 if default else float(number("rope_scaling_factor"))  # megatron-core's default
         rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **ROPE_SCALING}
     untied = found.get("untie_embeddings_and_output_weights")
     tied = not untied if untied is not None else bool(found.get("share_embeddings_and_output_weights", True))
@@ -152,7 +157,7 @@ def llama_fields(path: str, found: Mapping[str, Any], names: Names, vocab_size: 
         "num_hidden_layers": number("num_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": groups or heads,
-        "head_dim": found.get("kv_channels") or hidden // heads,
+        "head_dim": found.get("kv_channels") or int(hidden // heads),
         "max_position_embeddings": number(names.max_length, "seq_length"),
         "rms_norm_eps": number(names.norm_epsilon, "layernorm_epsilon", "norm_epsilon"),
         "rope_parameters": rope,
@@ -165,5 +170,5 @@ def llama_fields(path: str, found: Mapping[str, Any], names: Names, vocab_size: 
 def check_activation(path: str, found: Mapping[str, Any]) -> None:
     """InputError unless the gate's activation is SiLU, where the checkpoint says it."""
     activation = found.get("activation_func")
-    if activation is not None and not isinstance(activation, Opaque | type) and "silu" not in str(activation):
-        raise InputError(f"{path}: activation_func is {activation}; in a Llama model it is silu")
+    if activation is not None and not isinstance(activation, Opaque) and "silu" not in brief(activation):
+        raise InputError(f"{path}: activation_func is {brief(activation)}; in a Llama model it is silu")

@@ -17,9 +17,10 @@ import shutil
 from importlib.metadata import version
 from typing import Any
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, brief
 from megatron_cpt.version import __version__
 
+MOST_SAMPLES = 1 << 60  # of a run
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 WEIGHT_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -147,7 +148,7 @@ def read_manifest(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"checkpoint manifest {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"checkpoint manifest {path} cannot be read: it holds no JSON object")
@@ -170,6 +171,14 @@ def read_checkpoint_manifest(folder: str) -> dict[str, Any]:
     for name in ("iteration", "consumed_samples", "optimizer", "data", "config", "training"):
         if name not in manifest:
             raise InputError(f"checkpoint manifest {path} has no field {name!r}")
+    for name in ("iteration", "consumed_samples"):
+        if type(manifest[name]) is not int or not 0 <= manifest[name] <= MOST_SAMPLES:
+            expected = f"a whole number from 0 to {MOST_SAMPLES}"
+            raise InputError(f"checkpoint manifest {path}: {name} is {brief(manifest[name])}; expected {expected}")
+    if not isinstance(manifest["training"], dict):
+        raise InputError(
+            f"checkpoint manifest {path}: training is a {type(manifest['training']).__name__}; expected an object"
+        )
     for name in ("lr_schedule", "history", "baseline", "evaluated"):
         if name not in manifest["training"]:
             raise InputError(f"checkpoint manifest {path} has no field 'training.{name}'")

@@ -1,131 +1,122 @@
-"""Reading pickles of other people's checkpoints without running what is in them.
+"""What is pickled in checkpoints: .metadata, common.pt and the objects beside the tensors, read without running any of it.
 
-A pickle may name any function and have it called. Here only what describes tensors can be named: everything else becomes an
-inert placeholder, or an error.
+`safe_pickle` makes plain values and records of a pickle. Here it is said which names a checkpoint may hold and what they
+mean. Every number and text is checked before it is used: what is checked is what is loaded, since there is no other reader.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import importlib
-import io
-import pickle
+import math
 import zipfile
 from argparse import Namespace
-from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import PosixPath, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from megatron_cpt.checkpoint.archives import Content, Part, check_record, open_mapped, records_of
+from megatron_cpt.checkpoint.safe_pickle import (
+    Maker,
+    Name,
+    Pair,
+    PickleError,
+    Record,
+    Reference,
+    is_key,
+    plain,
+    read_pickle,
+    shown,
+)
 from megatron_cpt.errors import InputError
 
-PLAIN = (dict, list, set, frozenset, tuple, bytearray, complex, OrderedDict, PosixPath, PurePosixPath, torch.Size)
-# Dataclasses and enumerations of these packages hold numbers and names, and making one does nothing else.
-RECORDS_OF = ("torch.distributed.", "megatron.core.")
+MOST_METADATA_BYTES = 1 << 30
+MOST_NUMBERS = 1 << 50  # of a tensor
+MOST_DIMENSIONS = 16
+DAMAGE = (zipfile.BadZipFile, PickleError)  # what reading a damaged archive raises
+PICKLE = "data.pkl"
+
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+DTYPES_OF_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+VALUES: dict[Pair, Any] = {("torch", name): getattr(torch, name) for name in DTYPES} | {
+    ("torch", name): dtype for name, dtype in DTYPES_OF_STORAGES.items()
+}
+
+CHECKPOINT, SHARDED = "torch.distributed.checkpoint", "torch.distributed._shard.sharded_tensor.metadata"
+METADATA = (f"{CHECKPOINT}.metadata", "Metadata")
+INDEX = (f"{CHECKPOINT}.metadata", "MetadataIndex")
+PLACE = (f"{CHECKPOINT}.filesystem", "_StorageInfo")
+TENSOR = (f"{CHECKPOINT}.metadata", "TensorStorageMetadata")
+CHUNK = (f"{CHECKPOINT}.metadata", "ChunkStorageMetadata")
+OBJECT = (f"{CHECKPOINT}.metadata", "BytesStorageMetadata")
+PROPERTIES = ((f"{CHECKPOINT}.metadata", "TensorProperties"), (SHARDED, "TensorProperties"))
+# What else torch and megatron-core put into .metadata: all of it is passed over
+PASSED_OVER = (
+    (f"{CHECKPOINT}.metadata", "_MEM_FORMAT_ENCODING"),
+    (SHARDED, "MEM_FORMAT_ENCODING"),
+    (f"{CHECKPOINT}.metadata", "StorageMeta"),
+    (f"{CHECKPOINT}.filesystem", "_StoragePrefix"),
+    (f"{CHECKPOINT}.planner", "SavePlan"),
+    (f"{CHECKPOINT}.planner", "WriteItem"),
+    (f"{CHECKPOINT}.planner", "WriteItemType"),
+    (f"{CHECKPOINT}.planner", "TensorWriteData"),
+    (f"{CHECKPOINT}.planner", "BytesIOWriteData"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")),
+)
+METADATA_NAMES = frozenset({METADATA, INDEX, PLACE, TENSOR, CHUNK, OBJECT, *PROPERTIES, *PASSED_OVER})
+NAMESPACES = (("argparse", "Namespace"), ("types", "SimpleNamespace"))
 
 
-class Opaque:
-    """Stands for an object of a class that is not known to be harmless; its class is never imported, let alone called."""
+@dataclass(frozen=True)
+class Place:
+    """Where something lies: bytes [offset, offset + length) of a file in the checkpoint's folder."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Opaque:
-        return self
-
-    def append(self, item: Any) -> None:
-        """Some pickles fill what they make as a list ..."""
-
-    def extend(self, items: Any) -> None:
-        """... or all at once ..."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """... or as a dictionary."""
+    file: str
+    offset: int
+    length: int
 
 
-def harmless(module: str, name: str) -> Any:
-    """The object that a pickle names, if it is known that it can do no harm; else None."""
-    for allowed in PLAIN:
-        if (module, name) in ((allowed.__module__, allowed.__name__), ("__builtin__", allowed.__name__)):
-            return allowed
-    if module == "torch":
-        value = getattr(torch, name, None)
-        return value if isinstance(value, torch.dtype) else None
-    if (module, name) == ("torch.serialization", "_get_layout"):
-        return torch.serialization._get_layout
-    if (module, name) == ("argparse", "Namespace"):
-        return Namespace
-    if module.startswith(RECORDS_OF) and "." not in name:
-        try:
-            value = getattr(importlib.import_module(module), name, None)
-        except ImportError:  # another version's
-            return None
-        if isinstance(value, type) and (dataclasses.is_dataclass(value) or issubclass(value, enum.Enum)):
-            return value
-    return None
+@dataclass(frozen=True)
+class StoredChunk:
+    """A box of a tensor that is stored as one."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
-class StrictUnpickler(pickle.Unpickler):
-    """Knows only what is harmless; anything else is an error."""
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        """The object of this name."""
-        found = harmless(module, name)
-        if found is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which a checkpoint has no need of")
-        return found
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[StoredChunk, ...]
 
 
-class LenientUnpickler(pickle.Unpickler):
-    """Puts `Opaque` in the place of everything that is not known to be harmless."""
+@dataclass(frozen=True)
+class Description:
+    """What .metadata says.
 
-    def find_class(self, module: str, name: str) -> Any:
-        """The object of this name, or its stand-in."""
-        return harmless(module, name) or Opaque
-
-    def persistent_load(self, pid: Any) -> Any:
-        """Tensors' memory: not wanted."""
-        return Opaque()
-
-
-def load_metadata(path: str) -> Any:
-    """The object in a torch .metadata file.
-
-    Raises:
-        InputError: it cannot be read, or holds something else than a description of tensors
+    Attributes:
+        tensors: by key
+        objects: keys of what is no tensor
+        places: by key and offset of the chunk, () for what is no tensor
     """
-    try:
-        with open(path, "rb") as file:
-            return StrictUnpickler(file).load()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # whatever a damaged pickle may raise
-        raise InputError(f"{path} cannot be read: {error}") from error
 
-
-def load_settings(path: str) -> dict[str, Any]:
-    """The dictionary in a common.pt: its numbers, texts and settings; tensors and objects of unknown classes are `Opaque`.
-
-    Raises:
-        InputError: it cannot be read
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:  # as torch.save writes it
-            (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            content = LenientUnpickler(io.BytesIO(archive.read(pickled))).load()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # whatever a damaged file may raise
-        raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}; wanted a dictionary")
-    return content
+    tensors: dict[str, StoredTensor]
+    objects: frozenset[str]
+    places: dict[tuple[str, tuple[int, ...]], Place]
 
 
 @dataclass(frozen=True)
@@ -139,52 +130,274 @@ class TensorRecord:
     stride: tuple[int, ...]
 
 
-# What a pickle calls the memory of a tensor, by dtype.
-STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
+class Opaque:
+    """Stands for an object of a class that nobody here needs; `kind` is the name of that class."""
+
+    def __init__(self, kind: str = "") -> None:
+        self.kind = kind
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}>"
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads the description of one tensor, without its memory."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The few names that a saved tensor needs."""
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _describe
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which a plain tensor has no need of")
-
-    def persistent_load(self, pid: Any) -> Any:
-        """("storage", class, key, location, number of elements)"""
-        return pid
-
-
-def _describe(storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> TensorRecord:
-    _, dtype, key, *_ = storage
-    return TensorRecord(dtype, key, offset, tuple(shape), tuple(stride))
-
-
-def describe_tensor(pickled: bytes) -> TensorRecord:
-    """What the data.pkl of an archive with one tensor says.
+def load_metadata(path: str) -> Description:
+    """What a torch .metadata file describes.
 
     Raises:
-        pickle.UnpicklingError: it is anything else
+        InputError: it cannot be read, or holds something else than a description of tensors
     """
-    content: BinaryIO = io.BytesIO(pickled)
-    record = _TensorUnpickler(content).load()
-    if not isinstance(record, TensorRecord):
-        raise pickle.UnpicklingError(f"it holds a {type(record).__name__}, not a tensor")
-    return record
+    content = open_mapped(path)
+    try:
+        if len(content) > MOST_METADATA_BYTES:
+            raise PickleError(f"it has {len(content)} bytes; expected at most {MOST_METADATA_BYTES}")
+        return _description(read_pickle(content[:], VALUES, MAKERS, METADATA_NAMES))
+    except PickleError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def load_settings(path: str) -> dict[str, Any]:
+    """The dictionary in a common.pt: its numbers, texts and settings.
+
+    Functions and classes are their names as text; tensors and objects of unknown classes are `Opaque`.
+
+    Raises:
+        InputError: it cannot be read
+    """
+
+    def convert(value: Any) -> Any:
+        if type(value) is Record and value.kind.pair in NAMESPACES:
+            fields = plain(value.fields(), convert)
+            return Namespace(**{name: field for name, field in fields.items() if type(name) is str})
+        return value if type(value) is torch.dtype else str(value) if type(value) is Name else Opaque(shown(value))
+
+    def read(content: Content) -> Any:
+        return plain(_described(content, records_of(content, 0, len(content)), None), convert)
+
+    return _dictionary(path, read)
+
+
+def load_common(path: str) -> dict[str, Any]:
+    """The dictionary in a common.pt, tensors included, for a run that resumes from it; objects of any class are `Opaque`.
+
+    Raises:
+        InputError: it cannot be read
+    """
+    return _dictionary(path, lambda content: read_object(content, 0, len(content), None))
+
+
+def _dictionary(path: str, read: Callable[[Content], Any]) -> dict[str, Any]:
+    try:
+        found = read(open_mapped(path))
+    except DAMAGE as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if type(found) is not dict:
+        raise InputError(f"{path} holds a {type(found).__name__}; expected a dictionary")
+    return found
+
+
+def read_tensor(content: Content, offset: int, length: int) -> torch.Tensor:
+    """The tensor in the archive at this place of a mapped file: the mapped memory itself.
+
+    Raises:
+        zipfile.BadZipFile, PickleError: there is none, or it is damaged
+    """
+    records = records_of(content, offset, length)
+    described = _described(content, records, ())
+    if type(described) is not TensorRecord:
+        raise PickleError(f"it holds a {shown(described)}, not a tensor")
+    return _tensor(content, records, described)
+
+
+def read_object(content: Content, offset: int, length: int, known: Collection[Pair] | None = ()) -> Any:
+    """What torch.save made the archive of, its tensors copied.
+
+    Args:
+        content: a mapped file
+        offset: of the archive in it, in bytes
+        length: of the archive, in bytes
+        known: names that it may hold beside those of plain values and tensors; None: any. They become `Opaque`
+
+    Raises:
+        zipfile.BadZipFile, PickleError: there is none, or it is damaged
+    """
+    records = records_of(content, offset, length)
+
+    def convert(value: Any) -> Any:
+        if type(value) is TensorRecord:
+            return _tensor(content, records, value).clone()
+        return value if type(value) is torch.dtype else Opaque(shown(value))
+
+    return plain(_described(content, records, known), convert)
+
+
+def _described(content: Content, records: Mapping[str, Part], known: Collection[Pair] | None) -> Any:
+    """What the pickle in an archive says."""
+    folder = _folder(records)
+    order = records.get(folder + "byteorder")
+    if order is not None and content[order.begin : order.end] != b"little":
+        raise zipfile.BadZipFile("its numbers are not in little-endian order")
+    part = records[folder + PICKLE]
+    check_record(content, folder + PICKLE, part)
+    return read_pickle(content[part.begin : part.end], VALUES, MAKERS, known)
+
+
+def _folder(records: Mapping[str, Part]) -> str:
+    """The folder of all records in an archive."""
+    pickles = [name for name in records if name.endswith("/" + PICKLE)]
+    if len(pickles) != 1:
+        raise zipfile.BadZipFile(f"it has {len(pickles)} records of the name {PICKLE}; expected 1")
+    return pickles[0].removesuffix(PICKLE)
+
+
+def _tensor(content: Content, records: Mapping[str, Part], described: TensorRecord) -> torch.Tensor:
+    name = f"{_folder(records)}data/{described.key}"
+    if name not in records:
+        raise zipfile.BadZipFile(f"{name} is missing")
+    part = records[name]
+    check_record(content, name, part)
+    count, elements = (part.end - part.begin) // described.dtype.itemsize, math.prod(described.shape)
+    last = described.offset + sum((n - 1) * step for n, step in zip(described.shape, described.stride, strict=True))
+    if elements and (last >= count or elements > count):
+        raise zipfile.BadZipFile(f"{name} has {count} numbers, the tensor {elements}")
+    if not elements:
+        return torch.empty(described.shape, dtype=described.dtype)
+    flat = torch.frombuffer(content, dtype=described.dtype, count=count, offset=part.begin)
+    return flat.as_strided(described.shape, described.stride, described.offset)
+
+
+# What .metadata describes
+
+
+def _description(found: Any) -> Description:
+    """Checked, field by field."""
+    fields = _fields(found, METADATA, "the file")
+    entries, places = fields.get("state_dict_metadata"), fields.get("storage_data")
+    if type(entries) is not dict or type(places) is not dict:
+        raise PickleError("state_dict_metadata or storage_data is no dictionary")
+    tensors, objects = {}, set()
+    for key, entry in entries.items():
+        if type(key) is not str or type(entry) is not Record:
+            raise PickleError(f"the entry {shown(key)} is a {shown(entry)}; expected the description of a tensor")
+        if entry.kind.pair == OBJECT:
+            objects.add(key)
+        else:
+            tensors[key] = _stored_tensor(key, entry)
+    return Description(tensors, frozenset(objects), dict(_places(places)))
+
+
+def _stored_tensor(key: str, entry: Record) -> StoredTensor:
+    fields = _fields(entry, TENSOR, key)
+    shape, chunks, properties = _numbers(fields.get("size"), key), fields.get("chunks"), fields.get("properties")
+    if type(properties) is not Record or properties.kind.pair not in PROPERTIES or type(properties.state) is not tuple:
+        raise PickleError(f"the properties of {key} are {shown(properties)}")
+    dtype = properties.state[0] if properties.state else None
+    if type(dtype) is not torch.dtype:
+        raise PickleError(f"the dtype of {key} is {shown(dtype)}; expected one of {', '.join(DTYPES)}")
+    if type(chunks) is not list:
+        raise PickleError(f"the chunks of {key} are a {type(chunks).__name__}; expected a list")
+    return StoredTensor(dtype, shape, tuple(_stored_chunk(key, shape, chunk) for chunk in chunks))
+
+
+def _stored_chunk(key: str, shape: tuple[int, ...], chunk: Any) -> StoredChunk:
+    fields = _fields(chunk, CHUNK, f"a chunk of {key}")
+    offset, sizes = _numbers(fields.get("offsets"), key), _numbers(fields.get("sizes"), key)
+    if not len(shape) == len(offset) == len(sizes):
+        raise PickleError(f"a chunk of {key} has another number of dimensions than the tensor")
+    if any(begin + length > whole for begin, length, whole in zip(offset, sizes, shape, strict=True)):
+        raise PickleError(f"a chunk of {key} at {list(offset)} of {list(sizes)} goes beyond the tensor of {list(shape)}")
+    return StoredChunk(offset, sizes)
+
+
+def _places(found: dict[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]], Place]]:
+    seen = set()
+    for index, place in found.items():
+        names, where = _fields(index, INDEX, "an index"), _fields(place, PLACE, "a place")
+        key, offset = names.get("fqn"), names.get("offset")
+        if type(key) is not str:
+            raise PickleError(f"the name of a tensor is {shown(key)}; expected a text")
+        file, begin, length = (where.get(name) for name in ("relative_path", "offset", "length"))
+        if type(file) is not str or file in ("", ".", "..") or "/" in file or "\0" in file:
+            raise PickleError(f"{key} lies in the file {shown(file)}; expected one in the folder itself")
+        if type(begin) is not int or type(length) is not int or begin < 0 or length < 0:
+            raise PickleError(f"{key} lies at byte {shown(begin)}, {shown(length)} bytes long")
+        if where.get("transform_descriptors"):
+            raise PickleError(f"{key} is stored by {shown(where['transform_descriptors'])}, which is not known here")
+        at = (key, () if offset is None else _numbers(offset, key))
+        if at in seen:
+            raise PickleError(f"the place of {key} at {list(at[1])} is said twice")
+        seen.add(at)
+        yield at, Place(file, begin, length)
+
+
+def _fields(value: Any, kind: Pair, what: str) -> dict[Any, Any]:
+    """Attributes of the object of this class."""
+    if type(value) is not Record or value.kind.pair != kind:
+        raise PickleError(f"{what} is a {shown(value)}; expected {kind[1]}")
+    return value.fields()
+
+
+def _numbers(value: Any, key: str) -> tuple[int, ...]:
+    """Sizes or offsets, which torch.Size has made a tuple of."""
+    if type(value) is not tuple or len(value) > MOST_DIMENSIONS:
+        raise PickleError(f"a size in {key} is a {shown(value)}; expected up to {MOST_DIMENSIONS} numbers")
+    if any(type(number) is not int or not 0 <= number <= MOST_NUMBERS for number in value):
+        raise PickleError(f"a size in {key} is {', '.join(map(shown, value))}; expected numbers from 0 to {MOST_NUMBERS}")
+    if math.prod(number for number in value if number) > MOST_NUMBERS:
+        raise PickleError(f"a size in {key} is {', '.join(map(shown, value))}; expected at most {MOST_NUMBERS} numbers")
+    return value
+
+
+# What stands for a call in a pickle
+
+
+def _size(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(args) != 1 or type(args[0]) not in (tuple, list):
+        raise PickleError("torch.Size of something else than numbers")
+    return tuple(args[0])
+
+
+def _ordered(args: tuple[Any, ...]) -> dict[Any, Any]:
+    items = args[0] if args else []
+    if type(items) is not list or any(type(item) is not list or len(item) != 2 or not is_key(item[0]) for item in items):
+        raise PickleError("a dictionary of something else than keys and values")
+    return dict(items)
+
+
+def _set(args: tuple[Any, ...]) -> set[Any]:
+    items = args[0] if args else []
+    if type(items) not in (list, tuple) or not all(map(is_key, items)):
+        raise PickleError("a set of something else than numbers and texts")
+    return set(items)
+
+
+def _encode(args: tuple[Any, ...]) -> bytes:
+    """As protocol 2 writes bytes."""
+    if not args or type(args[0]) not in (str, bytes):
+        return b""
+    return args[0].encode("latin-1", "replace") if type(args[0]) is str else args[0]
+
+
+def _rebuild_tensor(args: tuple[Any, ...]) -> TensorRecord:
+    """(memory, offset, shape, stride, ...); the memory is ("storage", its dtype, its record, device, count)."""
+    if len(args) < 4 or type(args[0]) is not Reference or type(args[0].pid) is not tuple or len(args[0].pid) < 3:
+        raise PickleError("a tensor without memory")
+    (kind, dtype, key), (offset, shape, stride) = args[0].pid[:3], args[1:4]
+    if kind != "storage" or type(dtype) is not torch.dtype or type(key) is not str or not key.isalnum():
+        raise PickleError(f"the memory of a tensor is {shown(kind)}, {shown(dtype)}, {shown(key)}")
+    shape, stride, offset = _numbers(shape, key), _numbers(stride, key), _numbers((offset,), key)[0]
+    if len(shape) != len(stride):
+        raise PickleError(f"a tensor has {len(shape)} dimensions and {len(stride)} strides")
+    return TensorRecord(dtype, key, offset, shape, stride)
+
+
+MAKERS: dict[Pair, Maker] = {
+    ("torch", "Size"): _size,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch.serialization", "_get_layout"): lambda args: None,
+    ("collections", "OrderedDict"): _ordered,
+    ("collections", "defaultdict"): lambda args: {},
+    ("_codecs", "encode"): _encode,
+    **{(module, name): _set for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
+    **{(module, "bytes"): _encode for module in ("builtins", "__builtin__")},
+    **{(module, "bytearray"): lambda args: bytearray(_encode(args)) for module in ("builtins", "__builtin__")},
+}

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import io
-import pickle
-import re
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy, LoadShardedStrategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_cpt.checkpoint.attempt import CheckpointError, save_checkpoint
-from megatron_cpt.checkpoint.background import error_text
+from megatron_cpt.checkpoint.restricted import Opaque, load_common
+from megatron_cpt.checkpoint.safe_pickle import plain
 from megatron_cpt.checkpoint.state import Progress, chunk_names, restore_rng, state_to_load
-from megatron_cpt.checkpoint.torch_dist import TorchDistReader
-from megatron_cpt.errors import InputError, StopRequestedError
+from megatron_cpt.checkpoint.torch_dist import Region, TorchDistReader
+from megatron_cpt.errors import InputError
 
 ADVICE = "if its files are damaged, move it away to go on from the one before"
+COMMON_KEYS = ("checkpoint_version", "content_metadata", "iteration", "consumed_samples", "rng_name", "optimizer")
+
+T = TypeVar("T")
 
 __all__ = ["CheckpointError", "Progress", "dtype_of", "load_checkpoint", "save_checkpoint"]
 
@@ -32,20 +39,15 @@ def load_checkpoint(folder: str, chunks: Sequence[GPTModel], optimizer: Megatron
     were saved in the same layout (otherwise they are left as they are). Weights are converted to the dtype of the model.
     Returns how far the run that saved it had come.
 
+    Nothing in the checkpoint is run, whoever wrote it: all of it is read by `TorchDistReader` and `load_common`.
+
     Raises:
-        InputError: it does not fit, is damaged, or would run code when it is read
+        InputError: on all ranks; it does not fit or is damaged
     """
-    check_safe(folder)
-    try:
-        common = dist_checkpointing.load_common_state_dict(folder)
-        loaded = dist_checkpointing.load(state_to_load(chunks, optimizer, common.get("rng_name")), folder)
-    except StopRequestedError:
-        raise
-    except (Exception, CheckpointException) as error:  # there is no one name for what a damaged file leads to
-        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        if isinstance(causes[0], StopRequestedError):
-            raise causes[0] from error
-        raise InputError(f"checkpoint {folder} cannot be read ({error_text(causes[0])}); {ADVICE}") from error
+    common = on_all_ranks(folder, lambda: run_settings(folder))
+    state = state_to_load(chunks, optimizer, common.get("rng_name"))
+    strategies = _Tensors(on_all_ranks(folder, lambda: TorchDistReader(folder))), _Common(common)
+    loaded = dist_checkpointing.load(state, folder, *strategies)
     for name, chunk in zip(chunk_names(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     if optimizer is not None:
@@ -55,31 +57,125 @@ def load_checkpoint(folder: str, chunks: Sequence[GPTModel], optimizer: Megatron
     return Progress(common.get("iteration", 0), common.get("consumed_samples", 0))
 
 
-def check_safe(folder: str) -> None:
-    """Raise InputError on all ranks if reading a checkpoint would run code that is in it.
-
-    megatron-core unpickles .metadata and the objects beside the tensors as they are; common.pt and tensors go through
-    torch's weights_only loader. The first rank looks at them for all.
-    """
-    found: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            for key, content in TorchDistReader(folder).objects():
-                check_pickle(key, content)
-        except InputError as error:
-            found = [f"checkpoint {folder} cannot be read ({error}); {ADVICE}"]
-    dist.broadcast_object_list(found)
-    if found[0] is not None:
-        raise InputError(found[0])
-
-
-def check_pickle(key: str, content: bytes) -> None:
-    """Raise InputError unless torch's weights_only loader takes it."""
+def on_all_ranks(folder: str, read: Callable[[], T]) -> T:
+    """What `read` returns; if any rank cannot read the checkpoint in `folder`, all of them raise its InputError."""
+    result, error = None, None
     try:
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # there is no one name for what a damaged file leads to
-        named = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        raise InputError(f"{key} names {named[1]}" if named else f"{key} is damaged") from error
+        result = read()
+    except InputError as raised:
+        error = str(raised)
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for found in errors:
+        if found is not None:
+            raise InputError(f"checkpoint {folder} cannot be read ({found}); {ADVICE}")
+    return cast(T, result)
+
+
+def run_settings(folder: str) -> dict[str, Any]:
+    """What common.pt says of the run; the rest of it, which other software may have put there, is left out.
+
+    Raises:
+        InputError: it is damaged, or has a value of another kind
+    """
+    path = os.path.join(folder, "common.pt")
+    common = {name: value for name, value in load_common(path).items() if name in COMMON_KEYS}
+    for name in ("iteration", "consumed_samples"):
+        value = common.get(name, 0)
+        if type(value) is not int or not 0 <= value < 1 << 62:
+            raise InputError(f"{path}: {name} is {value!r:.100}; expected a number of 0 or more")
+    if not isinstance(common.get("rng_name"), str | None):
+        raise InputError(f"{path}: rng_name is {common['rng_name']!r:.100}; expected a text")
+    return cast(dict[str, Any], plain(common, partial(refuse_objects, path)))
+
+
+def refuse_objects(path: str, value: Any) -> Any:
+    """The value; InputError for an object that is no number, text or tensor."""
+    if isinstance(value, Opaque):
+        raise InputError(f"{path} holds a {value.kind}; expected numbers, texts and tensors")
+    return value
+
+
+class _Strategy:
+    """Which checkpoints megatron-core may give to our readers."""
+
+    can_handle_sharded_objects = True
+
+    def check_backend_compatibility(self, loaded_backend: Any) -> None:
+        """InputError for other formats."""
+        if loaded_backend not in ("torch_dist", "torch"):
+            raise InputError(f"the checkpoint's metadata.json names the format {loaded_backend!r:.50}; expected torch_dist")
+
+    def check_version_compatibility(self, loaded_version: Any) -> None:
+        """InputError for other versions."""
+        if loaded_version != 1:
+            raise InputError(f"the checkpoint's metadata.json names version {loaded_version!r:.50}; expected 1")
+
+
+class _Tensors(_Strategy, LoadShardedStrategy):
+    """Tensors and objects, by our own reader: megatron-core's unpickles what it finds and compares no checksums."""
+
+    def __init__(self, reader: TorchDistReader) -> None:
+        self._reader = reader
+
+    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
+        """The same dictionary with what is in the checkpoint; on all ranks together."""
+        return on_all_ranks(self._reader.folder, lambda: dict_list_map_outplace(self._load, sharded_state_dict))
+
+    def load_tensors_metadata(self, checkpoint_dir: str | Path) -> Any:
+        """For other ways of loading than ours."""
+        raise NotImplementedError
+
+    def _load(self, wanted: ShardedTensor | ShardedObject) -> Any:
+        if isinstance(wanted, ShardedTensor):
+            return load_tensor(self._reader, wanted)
+        if "_extra_state" in wanted.key:
+            # Transformer Engine unpickles these bytes; they hold the history of FP8's scaling factors, which begins anew
+            return None
+        values = self._reader.object(wanted.unique_key)
+        if not isinstance(values, list) or len(values) != 1:
+            raise InputError(f"{self._reader.folder}: {wanted.unique_key} is a {type(values).__name__}; expected a list")
+        return values[0]
+
+
+class _Common(_Strategy, LoadCommonStrategy):
+    """What common.pt holds, read before."""
+
+    def __init__(self, common: dict[str, Any]) -> None:
+        self._common = common
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        """A copy that may be added to."""
+        return dict_list_map_outplace(lambda value: value, self._common)
+
+    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: str | Path) -> Any:
+        """None: they are beside the tensors."""
+        raise NotImplementedError
+
+
+def load_tensor(reader: TorchDistReader, wanted: ShardedTensor) -> torch.Tensor:
+    """This rank's part of a tensor, in the memory that it is to have, or in new memory.
+
+    Raises:
+        InputError: the checkpoint has none of this name and shape, or it is damaged
+    """
+    stored = reader.shape(wanted.key)
+    fits = len(stored) == len(wanted.global_shape) if wanted.allow_shape_mismatch else stored == tuple(wanted.global_shape)
+    if not fits:
+        raise InputError(
+            f"{reader.folder}: tensor {wanted.key} has shape {list(stored)}; the model asks for {list(wanted.global_shape)}"
+        )
+    data = torch.empty(wanted.local_shape, dtype=wanted.dtype) if wanted.data is None else wanted.data.detach()
+    target = data[(None,) * wanted.prepend_axis_num]
+    offset = tuple(wanted.global_offset)
+    if wanted.allow_shape_mismatch:  # a vocabulary with other rows of padding
+        data.zero_()
+        lengths = [min(length, whole - at) for length, whole, at in zip(target.shape, stored, offset, strict=True)]
+        if min(lengths, default=1) <= 0:
+            return data
+        target = target[tuple(slice(0, length) for length in lengths)]
+    reader.read_into(Region(wanted.key, offset, tuple(target.shape)), target)
+    return data
 
 
 def dtype_of(name: str) -> torch.dtype:

@@ -6,13 +6,10 @@ where in the *.distcp files each chunk lies, as an archive that torch.save wrote
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-import mmap
-import operator
 import os
-import pickle
-import struct
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +29,16 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_cpt.checkpoint.archives import check_record, records_of
-from megatron_cpt.checkpoint.restricted import describe_tensor, load_metadata
+from megatron_cpt.checkpoint.archives import Content, open_mapped
+from megatron_cpt.checkpoint.restricted import (
+    DAMAGE,
+    Place,
+    StoredChunk,
+    StoredTensor,
+    load_metadata,
+    read_object,
+    read_tensor,
+)
 from megatron_cpt.errors import InputError
 
 
@@ -69,50 +74,38 @@ class Chunk:
 class TorchDistReader:
     """The tensors of a torch_dist checkpoint, in mapped files; numbers are copied where a region has to be put together.
 
-    Every archive's checksum is compared when it is first read. Nothing is unpickled but descriptions of tensors.
+    Every archive's checksum is compared when it is first read. Nothing is unpickled by anything but `safe_pickle`.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        path = os.path.join(folder, ".metadata")
-        metadata = load_metadata(path)
-        if not isinstance(metadata, Metadata):
-            raise InputError(f"{path} holds a {type(metadata).__name__}; wanted torch's Metadata")
-        try:
-            self._tensors = dict(_described_tensors(metadata))
-            self._places = dict(_described_places(metadata))
-        except (AttributeError, TypeError, ValueError) as error:  # a record may lack any field, or have another in it
-            raise InputError(f"{path} is damaged: {error}") from error
-        self._files: dict[str, mmap.mmap] = {}
-        self._read: dict[tuple[str, int], torch.Tensor] = {}
+        self._description = load_metadata(os.path.join(folder, ".metadata"))
+        self._files: dict[str, Content] = {}
+        self._read: dict[Place, torch.Tensor] = {}
 
     def keys(self) -> list[str]:
-        """Of all tensors, optimizer states among them."""
-        return list(self._tensors)
+        """Keys of all tensors, optimizer states among them."""
+        return list(self._description.tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Of the whole tensor."""
-        return tuple(self._tensors[key].size)
+        """Shape of the whole tensor."""
+        return self._tensor(key).shape
 
     def dtype(self, key: str) -> torch.dtype:
-        """As it was saved."""
-        return self._tensors[key].properties.dtype
+        """Dtype of a tensor as it was saved."""
+        return self._tensor(key).dtype
 
-    def objects(self) -> Iterator[tuple[str, bytes]]:
-        """(key, what torch.save made of it) of everything that is no tensor.
+    def object(self, key: str) -> Any:
+        """What is stored under a key that is no tensor's: numbers, texts and tensors, in lists and dictionaries.
 
         Raises:
-            InputError: a file is missing, or ends too early
+            InputError: it is missing, damaged, or holds something else
         """
-        for (key, offset), place in self._places.items():
-            if key not in self._tensors and not offset:
-                content = self._content(place.relative_path)
-                if place.offset + place.length > len(content):
-                    path = os.path.join(self.folder, place.relative_path)
-                    raise InputError(
-                        f"{path} ends at byte {len(content)}; {key} should end at {place.offset + place.length}"
-                    )
-                yield key, content[place.offset : place.offset + place.length]
+        place = self._description.places.get((key, ())) if key in self._description.objects else None
+        if place is None:
+            raise InputError(f"{self.folder}/.metadata does not say where {key} lies")
+        with self._damage(place, key):
+            return read_object(self._content(place.file), place.offset, place.length)
 
     def read(self, region: Region) -> torch.Tensor:
         """The numbers of a region; where it is one contiguous part of a chunk, the mapped file itself: do not write to it.
@@ -120,105 +113,89 @@ class TorchDistReader:
         Raises:
             InputError: the file is damaged or lacks a part of the region
         """
-        result: torch.Tensor | None = None
-        found = 0
-        for chunk in self._tensors[region.key].chunks:
-            begin = [max(a, b) for a, b in zip(region.offset, chunk.offsets, strict=True)]
-            ends = zip(region.offset, region.shape, chunk.offsets, chunk.sizes, strict=True)
-            shape = [min(a + n, b + m) - start for start, (a, n, b, m) in zip(begin, ends, strict=True)]
-            if min(shape, default=1) <= 0:
-                continue
-            part = self._chunk(region.key, tuple(chunk.offsets), tuple(chunk.sizes))
-            for dim, (start, length) in enumerate(zip(begin, shape, strict=True)):
-                part = part.narrow(dim, start - chunk.offsets[dim], length)
-            if tuple(shape) == region.shape:
-                return part
-            if result is None:
-                result = torch.empty(region.shape, dtype=self.dtype(region.key))
-            target = result
-            for dim, (start, length) in enumerate(zip(begin, shape, strict=True)):
-                target = target.narrow(dim, start - region.offset[dim], length)
-            target.copy_(part)
-            found += math.prod(shape)
-        if result is None or found != math.prod(region.shape):
-            raise InputError(f"{self.folder}: tensor {region.key} is not complete; the checkpoint lacks a part of it")
+        boxes = self._boxes(region)
+        if len(boxes) == 1:
+            return self._part(region.key, *boxes[0])
+        result = torch.empty(region.shape, dtype=self.dtype(region.key))
+        self._copy(region, boxes, result)
         return result
 
-    def _chunk(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-        place = self._places.get((key, offset)) or (self._places.get((key, ())) if not any(offset) else None)
+    def read_into(self, region: Region, target: torch.Tensor) -> None:
+        """Copy the numbers of a region into a tensor of its shape, converted to its dtype.
+
+        Raises:
+            InputError: as `read`
+        """
+        self._copy(region, self._boxes(region), target)
+
+    def _copy(self, region: Region, boxes: Sequence[tuple[StoredChunk, Box]], target: torch.Tensor) -> None:
+        for chunk, (begin, shape) in boxes:
+            part = target
+            for dim, (start, length) in enumerate(zip(begin, shape, strict=True)):
+                part = part.narrow(dim, start - region.offset[dim], length)
+            part.copy_(self._part(region.key, chunk, (begin, shape)))
+
+    def _boxes(self, region: Region) -> list[tuple[StoredChunk, Box]]:
+        """The chunks that a region lies in, and which part of it each holds."""
+        wanted = (region.offset, region.shape)
+        all_boxes = [(chunk, intersection((chunk.offset, chunk.shape), wanted)) for chunk in self._tensor(region.key).chunks]
+        boxes = [(chunk, box) for chunk, box in all_boxes if min(box[1], default=1) > 0]
+        if not boxes or sum(math.prod(shape) for _, (_, shape) in boxes) != math.prod(region.shape):
+            raise InputError(f"{self.folder}: tensor {region.key} is not complete; the checkpoint lacks a part of it")
+        for (_, a), (_, b) in itertools.combinations(boxes, 2):  # one part twice would make up for another that is missing
+            if min(intersection(a, b)[1], default=1) > 0:
+                raise InputError(f"{self.folder}: two parts of tensor {region.key} overlap at {list(b[0])}")
+        return boxes
+
+    def _part(self, key: str, chunk: StoredChunk, box: Box) -> torch.Tensor:
+        part = self._chunk(key, chunk)
+        for dim, (start, length) in enumerate(zip(*box, strict=True)):
+            part = part.narrow(dim, start - chunk.offset[dim], length)
+        return part
+
+    def _tensor(self, key: str) -> StoredTensor:
+        if key not in self._description.tensors:
+            raise InputError(f"{self.folder}: tensor {key} is missing")
+        return self._description.tensors[key]
+
+    def _chunk(self, key: str, chunk: StoredChunk) -> torch.Tensor:
+        places = self._description.places
+        place = places.get((key, chunk.offset)) or (places.get((key, ())) if not any(chunk.offset) else None)
         if place is None:
             raise InputError(f"{self.folder}/.metadata does not say where tensor {key} lies")
-        where = (place.relative_path, place.offset)
-        if where not in self._read:
-            try:
-                tensor = self._map(*where, place.length)
-            except (zipfile.BadZipFile, struct.error, pickle.UnpicklingError, KeyError) as error:
-                path = os.path.join(self.folder, place.relative_path)
-                raise InputError(f"{path} is damaged at byte {place.offset}, in tensor {key}: {error}") from error
-            if tuple(tensor.shape) != shape or tensor.dtype != self.dtype(key):
-                found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"{self.dtype(key)} {list(shape)}"
-                raise InputError(f"{self.folder}: a part of tensor {key} is {found}, .metadata says {wanted}")
-            self._read[where] = tensor
-        return self._read[where]
+        if place not in self._read:
+            with self._damage(place, f"tensor {key}"):
+                self._read[place] = read_tensor(self._content(place.file), place.offset, place.length)
+        tensor = self._read[place]
+        if tuple(tensor.shape) != chunk.shape or tensor.dtype != self.dtype(key):
+            found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{self.dtype(key)} {list(chunk.shape)}"
+            raise InputError(f"{self.folder}: a part of tensor {key} is {found}, .metadata says {expected}")
+        return tensor
 
-    def _map(self, name: str, offset: int, length: int) -> torch.Tensor:
-        """The tensor in the archive at this place."""
-        content = self._content(name)
-        if offset + length > len(content):
-            raise zipfile.BadZipFile(f"the file ends at byte {len(content)}, a tensor should end at {offset + length}")
-        records = records_of(content, offset, length)
-        (pickled,) = (record for record in records if record.endswith("/data.pkl"))
-        described = describe_tensor(content[records[pickled].begin : records[pickled].end])
-        numbers = f"{pickled.removesuffix('data.pkl')}data/{described.key}"
-        record = records[numbers]
-        check_record(content, numbers, record)
-        count, elements = (record.end - record.begin) // described.dtype.itemsize, math.prod(described.shape)
-        last = described.offset + sum((n - 1) * step for n, step in zip(described.shape, described.stride, strict=True))
-        if elements and last >= count:
-            raise zipfile.BadZipFile(f"{numbers} has {count} numbers, the tensor {elements}")
-        if not elements:
-            return torch.empty(described.shape, dtype=described.dtype)
-        flat = torch.frombuffer(content, dtype=described.dtype, count=count, offset=record.begin)
-        return flat.as_strided(described.shape, described.stride, described.offset)
+    @contextlib.contextmanager
+    def _damage(self, place: Place, what: str) -> Iterator[None]:
+        try:
+            yield
+        except DAMAGE as error:
+            path = os.path.join(self.folder, place.file)
+            raise InputError(f"{path} is damaged at byte {place.offset}, in {what}: {error}") from error
 
-    def _content(self, name: str) -> mmap.mmap:
+    def _content(self, name: str) -> Content:
         if name not in self._files:
-            path = os.path.join(self.folder, name)
-            if os.path.dirname(name):
-                raise InputError(f"{self.folder}/.metadata names the file {name}; wanted one in the folder itself")
-            try:
-                with open(path, "rb") as file:
-                    # torch wants memory that it may write to; as long as nobody does, no page of it is copied.
-                    self._files[name] = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-            except (OSError, ValueError) as error:
-                raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            self._files[name] = open_mapped(os.path.join(self.folder, name))
         return self._files[name]
 
 
-def _described_tensors(metadata: Metadata) -> Iterator[tuple[str, TensorStorageMetadata]]:
-    """(key, entry) of the tensors, with the types that their fields should have."""
-    for key, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            chunks = [ChunkStorageMetadata(_sizes(chunk.offsets), _sizes(chunk.sizes)) for chunk in entry.chunks]
-            if not isinstance(entry.properties.dtype, torch.dtype):
-                raise TypeError(f"the dtype of {key} is {entry.properties.dtype!r}")
-            size = _sizes(entry.size)
-            if any(not len(size) == len(chunk.offsets) == len(chunk.sizes) for chunk in chunks):
-                raise ValueError(f"the chunks of {key} have another number of dimensions than the tensor")
-            yield str(key), TensorStorageMetadata(TensorProperties(dtype=entry.properties.dtype), size, chunks)
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # where it begins, and its shape
+# Key, offset (None: no tensor), file, and where in it the item begins and how long it is: what JSON can hold
+WrittenItem = tuple[str, list[int] | None, str, int, int]
 
 
-def _described_places(metadata: Metadata) -> Iterator[tuple[tuple[str, tuple[int, ...]], _StorageInfo]]:
-    """((key, offset), place in the files) of every chunk and object."""
-    for index, place in (metadata.storage_data or {}).items():
-        if place.offset < 0 or place.length < 0:
-            raise ValueError(f"{index.fqn} lies at byte {place.offset}, {place.length} bytes long")
-        where = _StorageInfo(str(place.relative_path), operator.index(place.offset), operator.index(place.length))
-        yield (str(index.fqn), tuple(_sizes(index.offset or ()))), where
-
-
-def _sizes(numbers: Sequence[int]) -> torch.Size:
-    return torch.Size([operator.index(number) for number in numbers])
+def intersection(a: Box, b: Box) -> Box:
+    """What two boxes of a tensor have in common; a length of 0 or less says nothing."""
+    begin = tuple(max(x, y) for x, y in zip(a[0], b[0], strict=True))
+    ends = zip(a[0], a[1], b[0], b[1], strict=True)
+    return begin, tuple(min(x + n, y + m) - start for start, (x, n, y, m) in zip(begin, ends, strict=True))
 
 
 class _Planner(DefaultSavePlanner):
@@ -273,7 +250,7 @@ def write_distcp(
     number: int,
     make: Callable[[str, tuple[int, ...]], torch.Tensor],
     written: Callable[[int], None],
-) -> list[WriteResult]:
+) -> list[WrittenItem]:
     """Write file `number` of a checkpoint, one chunk in memory at a time, and force it to disk.
 
     `make(key, offset)` gives a chunk's tensor; `written` is told the bytes of each.
@@ -282,12 +259,22 @@ def write_distcp(
     writer = _Writer(folder, single_file_per_rank=True, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(True)
     plan = writer.prepare_global_plan(list(plans))[number]
-    return writer.write_data(plan, _Planner(make, written)).wait()
+    results: list[WriteResult] = writer.write_data(plan, _Planner(make, written)).wait()
+    return [_written(result) for result in results]
 
 
-def write_metadata(folder: str, metadata: Metadata, results: Sequence[Sequence[WriteResult]]) -> None:
+def _written(result: WriteResult) -> WrittenItem:
+    index, place = result.index, result.storage_data
+    return index.fqn, None if index.offset is None else list(index.offset), place.relative_path, place.offset, place.length
+
+
+def write_metadata(folder: str, metadata: Metadata, results: Sequence[Sequence[WrittenItem]]) -> None:
     """Write .metadata: the checkpoint can be read from then on."""
-    _Writer(folder, single_file_per_rank=True, sync_files=True).finish(metadata, [list(part) for part in results])
+    made = [
+        WriteResult(MetadataIndex(key, offset), length, _StorageInfo(file, begin, length))
+        for key, offset, file, begin, length in itertools.chain.from_iterable(results)
+    ]
+    _Writer(folder, single_file_per_rank=True, sync_files=True).finish(metadata, [made])
 
 
 def distcp_name(number: int) -> str:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from megatron_cpt.errors import InputError, ProcessDiedError, RunError
+from megatron_cpt.redaction import redacted, secrets_of
 
 Config = TypeVar("Config")
 
@@ -106,7 +107,7 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
     except (InputError, ArgumentError, OSError, RunError, ProcessDiedError) as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_FOR_FIRST_RANK)
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {redacted(' '.join(str(error).split()), secrets_of(os.environ))}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, (RunError, ProcessDiedError)) else 2)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)

@@ -30,6 +30,7 @@ from megatron_cpt.data.curation_languages import FILTERS
 from megatron_cpt.data.preprocess_config import available_cores
 from megatron_cpt.data.sources import Source, find_sources, note_passed_over
 from megatron_cpt.errors import InputError
+from megatron_cpt.locking import open_lock
 
 # How it runs, not what comes out: these may change when a curation is continued.
 RUN_SETTINGS = ("workers", "executor", "slurm", "dry_run", "overwrite")
@@ -238,7 +239,7 @@ def _short(value: Any) -> str:
 @contextmanager
 def sole_writer(root: Path, folder: Path) -> Iterator[None]:
     """Hold the folder for this run. InputError when a run, or a task that outlived a killed run, is writing in it."""
-    with open(root / "lock", "w+") as lock:
+    with open_lock(root / "lock") as lock:
         try:
             # Of the kind that a forked process does not inherit: datatrove forks one that a killed run leaves behind.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -24,6 +24,7 @@ from loguru import logger
 
 from megatron_cpt.data.curation_jobs import Job
 from megatron_cpt.errors import InputError
+from megatron_cpt.locking import open_lock
 
 if TYPE_CHECKING:
     from megatron_cpt.data.curate import CurateConfig, SlurmConfig
@@ -40,7 +41,7 @@ class LocalExecutor(LocalPipelineExecutor):
         with contextlib.redirect_stderr(Silence()):
             if os.getpid() == self.main_process:  # a single worker; the lock is held already, and closing it would end that
                 return super()._launch_run_for_rank(*arguments, **named)
-            with open(self.lock) as lock:
+            with open_lock(self.lock) as lock:
                 fcntl.lockf(lock, fcntl.LOCK_SH)
                 return super()._launch_run_for_rank(*arguments, **named)
 

@@ -31,6 +31,7 @@ import orjson
 from megatron_cpt.data.encoding import EncodedUnit
 from megatron_cpt.data.indexed import atomic_file
 from megatron_cpt.errors import InputError
+from megatron_cpt.locking import open_lock
 
 STREAMS = ("tokens.bin", "lengths.bin", "metadata.jsonl", "errors.jsonl", "documents.bin")
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
@@ -175,11 +176,7 @@ def lock(folder: Path) -> Iterator[None]:
     The lock goes with the process, however it ends. The file stays out of the folder, which is removed at the end.
     """
     path = folder.with_name(folder.name + ".lock")
-    try:
-        stream = path.open("wb")
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot be written ({error.strerror}); wanted a folder for the output") from None
-    with stream:
+    with open_lock(path) as stream:
         busy = InputError(f"{folder}: another process is writing this corpus; wanted one at a time")
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit that

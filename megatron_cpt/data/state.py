@@ -7,18 +7,22 @@ segment: blocks are counted from there, and each corpus goes on with the sample 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_cpt.data.loader import Order
 from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.partial import difference
 from megatron_cpt.data.sampling.splitters import Position, StagePlan, TreePosition, count
 from megatron_cpt.data.stages import Schedule
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, brief
 
+T = TypeVar("T")
+MOST_SAMPLES = 1 << 58  # of a run: so many from each corpus, with those of this run, stay within what the order can count
+MOST_GROUPS_WITHIN = 20
 FIXED = ("seq_length", "seed", "tokenizer")  # what a run cannot change: samples would be other ones
 
 
@@ -180,12 +184,9 @@ def resume(
 
     `longer`: its length may be another than planned, and with it stages that are given as fractions of it.
 
-    InputError: the mixture is another one and that was not accepted, or cannot be.
+    InputError: the mixture is another one and that was not accepted, or cannot be; or what was saved is damaged.
     """
-    segments = tuple(
-        Segment(**segment | {"before": tuple(CorpusUse(**use) for use in segment["before"])})
-        for segment in saved["segments"]
-    )
+    segments = saved_segments(saved)
     now, fingerprint, described = segments[-1], mixture.fingerprint(), schedule.describe()
     changed = [difference(old, new) for old, new in ((now.mixture, fingerprint), (now.schedule, described)) if old != new]
     read = f"{mixture.path}: not the mixture the run has read {consumed_samples:,} samples of"
@@ -211,10 +212,96 @@ def resume(
         )
     if not changed and (now.global_batch_size == global_batch_size or schedule.megatron is not None):
         return DataState(segments)
-    trees = saved.get("trees", {})
-    segment = Segment(consumed_samples, global_batch_size, _uses(saved["consumed"]), fingerprint, described, trees)
+    trees = _trees(saved.get("trees", {}), "data.trees")
+    segment = Segment(consumed_samples, global_batch_size, _uses(saved.get("consumed")), fingerprint, described, trees)
     return DataState((*segments, segment))
 
 
-def _uses(saved: Sequence[dict[str, Any]]) -> tuple[CorpusUse, ...]:
-    return tuple(CorpusUse(**use) for use in saved)
+def saved_segments(saved: Any) -> tuple[Segment, ...]:
+    """The segments in a checkpoint's manifest, every field checked: its numbers go to the native order of the data.
+
+    InputError: it is another kind of thing, or a number that no run can have
+    """
+    segments = _of_kind(_of_kind(saved, dict, "data").get("segments"), list, "data.segments")
+    if not segments:
+        raise InputError("the checkpoint's manifest.json: data.segments is empty; expected one or more")
+    return tuple(_segment(segment, f"data.segments[{i}]") for i, segment in enumerate(segments))
+
+
+def _segment(saved: Any, where: str) -> Segment:
+    fields = _of_kind(saved, dict, where)
+    mixture = _of_kind(fields.get("mixture"), dict, f"{where}.mixture")
+    for name, facts in _of_kind(mixture.get("corpora"), dict, f"{where}.mixture.corpora").items():
+        place = f"{where}.mixture.corpora.{name}"
+        _of_kind(_of_kind(facts, dict, place).get("bin_sha256"), str, f"{place}.bin_sha256")
+    for name in FIXED:
+        if name not in mixture:
+            raise InputError(f"the checkpoint's manifest.json: {where}.mixture has no field {name!r}")
+    schedule = _of_kind(fields.get("schedule"), list, f"{where}.schedule")
+    return Segment(
+        start=_number(fields.get("start"), 0, f"{where}.start"),
+        global_batch_size=_number(fields.get("global_batch_size"), 1, f"{where}.global_batch_size"),
+        before=_uses(fields.get("before"), f"{where}.before"),
+        mixture=mixture,
+        schedule=[_plan(plan, f"{where}.schedule[{i}]") for i, plan in enumerate(schedule)],
+        trees=None if fields.get("trees") is None else _trees(fields["trees"], f"{where}.trees"),
+    )
+
+
+def _plan(saved: Any, where: str) -> dict[str, Any]:
+    plan = _of_kind(saved, dict, where)
+    if "order" in plan:  # Megatron-LM's
+        return plan
+    if plan.get("samples") is not None:
+        _number(plan["samples"], 0, f"{where}.samples")
+    for i, share in enumerate(_of_kind(plan.get("almr"), list, f"{where}.almr")):
+        _fraction(share, f"{where}.almr[{i}]")
+    return plan
+
+
+def _fraction(saved: Any, where: str) -> None:
+    """Refuse what is not written as `Fraction` writes itself: 1e999999999 would take all memory."""
+    if re.fullmatch(r"[0-9]{1,999}(/[1-9][0-9]{0,998})?", _of_kind(saved, str, where)) is None:
+        raise InputError(f"the checkpoint's manifest.json: {where} is {brief(saved)}; expected a fraction")
+
+
+def _trees(saved: Any, where: str) -> dict[str, dict[str, Any]]:
+    trees = _of_kind(saved, dict, where)
+    for name, tree in trees.items():
+        _number(_of_kind(tree, dict, f"{where}.{name}").get("samples"), 0, f"{where}.{name}.samples")
+        _members(tree.get("members"), f"{where}.{name}.members")
+    return trees
+
+
+def _members(saved: Any, where: str, depth: int = 0) -> None:
+    for i, member in enumerate(_of_kind(saved, list, where)):
+        place = f"{where}[{i}]"
+        if len(_of_kind(member, list, place)) != 2 or depth > MOST_GROUPS_WITHIN:
+            raise InputError(f"the checkpoint's manifest.json: {place} is {brief(member)}; expected a corpus and a weight")
+        if not isinstance(member[0], str):
+            _members(member[0], f"{place}[0]", depth + 1)
+        _fraction(member[1], f"{place}[1]")
+
+
+def _uses(saved: Any, where: str = "data.consumed") -> tuple[CorpusUse, ...]:
+    uses = []
+    for i, use in enumerate(_of_kind(saved, list, where)):
+        place = f"{where}[{i}]"
+        fields = _of_kind(use, dict, place)
+        name, sha256, group = (_of_kind(fields.get(key), str, f"{place}.{key}") for key in ("name", "bin_sha256", "group"))
+        uses.append(CorpusUse(name, sha256, group, _number(fields.get("samples"), 0, f"{place}.samples")))
+    return tuple(uses)
+
+
+def _of_kind(value: Any, kind: type[T], where: str) -> T:
+    if not isinstance(value, kind):
+        expected = {"dict": "an object", "list": "a list", "str": "a text"}[kind.__name__]
+        raise InputError(f"the checkpoint's manifest.json: {where} is {brief(value)}; expected {expected}")
+    return value
+
+
+def _number(value: Any, least: int, where: str) -> int:
+    if type(value) is not int or not least <= value <= MOST_SAMPLES:
+        expected = f"a whole number from {least} to {MOST_SAMPLES}"
+        raise InputError(f"the checkpoint's manifest.json: {where} is {brief(value)}; expected {expected}")
+    return value

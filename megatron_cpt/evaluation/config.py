@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
+from megatron_cpt.redaction import redacted
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ class JudgeConfig:
             raise InputError(f"pairwise.judge has url {self.url} and votes {self.votes}; use one of the two")
         if (self.url is None) != (self.model is None):
             raise InputError(f"pairwise.judge has url {self.url} and model {self.model}; an endpoint needs both")
+        if self.url is not None and redacted(self.url) != self.url:
+            found = f"{redacted(self.url)}, with a name, password or key in it"
+            raise InputError(f"pairwise.judge.url is {found}; expected a URL without, and the key by api_key_env")
         require_at_least(self, parallel=1)
         require(0 < self.timeout < math.inf, "timeout", self.timeout, "a number of seconds above 0")
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.config import JudgeConfig
 from megatron_cpt.evaluation.votes import Outcome
+from megatron_cpt.redaction import redacted
 
 Letter = Literal["A", "B", "C"]
 
@@ -88,6 +89,7 @@ class Judge:
         self._client = openai.OpenAI(
             base_url=config.url, api_key=api_key(config.api_key_env), max_retries=RETRIES, timeout=config.timeout
         )
+        self._key = None if config.api_key_env is None else api_key(config.api_key_env)
         self._said = read_said(path)
         self._lock = threading.Lock()
         self._gone: JudgeError | None = None  # once all tries of a request have had no answer
@@ -132,12 +134,11 @@ class Judge:
         except openai.APIConnectionError as error:
             tried = f"asked {RETRIES + 1} times for a verdict, each time for up to {self._config.timeout:g} s"
             passed = f"{time.monotonic() - begin:.0f} s in all"
-            self._gone = JudgeError(
-                f"{self._config.url}: {tried} (pairwise.judge.timeout), {passed}, without an answer: {error}"
-            )
-            raise self._gone from error
+            answer = f"without an answer: {self._without_key(error)}"
+            self._gone = JudgeError(f"{self._config.url}: {tried} (pairwise.judge.timeout), {passed}, {answer}")
+            raise self._gone from None  # the causes may hold the request, with the key
         except openai.OpenAIError as error:
-            raise JudgeError(f"{self._config.url}: {' '.join(str(error).split())[:200]}") from error
+            raise JudgeError(f"{self._config.url}: {self._without_key(error)[:200]}") from None
         except ValueError:  # openai passes on what json says of an answer that is none
             found = None
         said = text_of(found)
@@ -145,7 +146,13 @@ class Judge:
             raise JudgeError(
                 f"{self._config.url} answers with no chat completion; wanted the URL of an OpenAI-compatible API"
             )
-        return said
+        return self._without_key(said)
+
+    def _without_key(self, text: object) -> str:
+        """What the server or an error says, without the key that it may repeat."""
+        if isinstance(text, Exception):
+            text = " ".join(str(text).split())
+        return redacted(str(text), [self._key] if self._key is not None else [])
 
 
 def text_of(completion: Any) -> str | None:
@@ -193,13 +200,16 @@ def api_key(name: str | None) -> str:
     """From the environment; servers of one's own take any.
 
     Raises:
-        InputError: the variable is not set
+        InputError: the variable is not set, or what it holds cannot be sent in a header
     """
     if name is None:
         return "none"
     if not os.environ.get(name):
         raise InputError(f"pairwise.judge.api_key_env is {name}, which is not set; wanted an environment variable")
-    return os.environ[name]
+    key = os.environ[name].strip()
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"pairwise.judge.api_key_env is {name}, whose value is no key; expected letters, digits and signs")
+    return key
 
 
 def read_said(path: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparisons_ta
 from megatron_cpt.evaluation.run import benchmarks_of, check_files, measure, wanted_parts
 from megatron_cpt.evaluation.table import markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
+from megatron_cpt.locking import open_lock
 
 REPORT = "report.json"
 
@@ -51,7 +52,7 @@ def only_evaluation(output: str) -> Iterator[None]:
         InputError: there is another
     """
     path = os.path.join(output, ".lock")
-    with open(path, "a", encoding="utf-8") as file:
+    with open_lock(path) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
         except OSError as error:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, brief
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,9 @@ class LlamaConfig:
         return -(-self.vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
 
 
+# No model comes near: beyond, a number would be taken for the size of something that no memory holds
+MOST, MOST_LAYERS, MOST_FLOAT = 1 << 31, 10_000, 1e15
+DTYPES = ("float32", "bfloat16", "float16")
 # Fields with one value that we compute; anything else would silently be another model.
 ONLY = {
     "model_type": "llama",
@@ -104,7 +106,7 @@ def llama_from(fields: dict[str, Any], path: str) -> LlamaConfig:
     """
     for name, value in ONLY.items():
         if fields.get(name, value) != value:
-            raise InputError(f"{path}: {name} is {fields[name]!r}; supported is {value!r}")
+            raise InputError(f"{path}: {name} is {brief(fields[name])}; supported is {value!r}")
     _check_known(path, fields)
     hidden, heads = _count(path, fields, "hidden_size"), _count(path, fields, "num_attention_heads")
     groups = _count(path, fields, "num_key_value_heads", heads)
@@ -112,8 +114,8 @@ def llama_from(fields: dict[str, Any], path: str) -> LlamaConfig:
         raise InputError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     rope_theta, rope_scaling = _rope(path, fields)
     dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
-    if not isinstance(dtype, str):
-        raise InputError(f"{path}: dtype is {dtype!r}; use float32, bfloat16 or float16")
+    if dtype not in DTYPES:
+        raise InputError(f"{path}: dtype is {brief(dtype)}; use float32, bfloat16 or float16")
     return LlamaConfig(
         num_hidden_layers=_count(path, fields, "num_hidden_layers"),
         hidden_size=hidden,
@@ -136,16 +138,19 @@ def llama_from(fields: dict[str, Any], path: str) -> LlamaConfig:
 def _count(path: str, fields: Mapping[str, Any], name: str, default: int | None = None) -> int:
     """A whole number above 0; `default` where there is none, or null."""
     value = default if fields.get(name) is None else fields[name]
+    most = MOST_LAYERS if name == "num_hidden_layers" else MOST
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{path}: {name} is {fields.get(name)!r}; use a whole number above 0")
+        raise InputError(f"{path}: {name} is {brief(fields.get(name))}; use a whole number above 0")
+    if value > most:
+        raise InputError(f"{path}: {name} is {brief(value)}; use at most {most}")
     return value
 
 
 def _positive(path: str, fields: Mapping[str, Any], name: str) -> float:
     """A number above 0."""
     value = fields.get(name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"{path}: {name} is {value!r}; use a number above 0")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MOST_FLOAT:
+        raise InputError(f"{path}: {name} is {brief(value)}; use a number above 0, at most {MOST_FLOAT:g}")
     return value
 
 
@@ -153,7 +158,7 @@ def _switch(path: str, fields: Mapping[str, Any], name: str) -> bool:
     """True or false; false where there is none."""
     value = fields.get(name, False)
     if not isinstance(value, bool):
-        raise InputError(f"{path}: {name} is {value!r}; use true or false")
+        raise InputError(f"{path}: {name} is {brief(value)}; use true or false")
     return value
 
 
@@ -163,12 +168,12 @@ def _check_known(path: str, fields: dict[str, Any]) -> None:
         raise InputError(f"{path}: the weights are quantized (quantization_config); use the model in bf16, fp16 or fp32")
     architectures = fields.get("architectures") or ["LlamaForCausalLM"]
     if architectures != ["LlamaForCausalLM"]:
-        raise InputError(f"{path}: architectures is {architectures}; supported is ['LlamaForCausalLM']")
+        raise InputError(f"{path}: architectures is {brief(architectures)}; supported is ['LlamaForCausalLM']")
     for name, value in fields.items():
         harmless = name in KNOWN or name in ONLY or name.startswith("_") or name.endswith("_token_id")
         off = value is None or value is False or value in ({}, [])
         if not harmless and not off:
-            unknown = f"{name} is {value!r}, a field that is not known here"
+            unknown = f"{name} is {brief(value)}, a field that is not known here"
             raise InputError(f"{path}: {unknown}; remove it if the model computes the same without it")
 
 
@@ -178,7 +183,7 @@ def _read_json(path: str) -> dict[str, Any]:
             fields = json.load(file)
     except OSError as error:
         raise InputError(f"model configuration {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"model configuration {path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InputError(f"model configuration {path} must be a JSON object, found {type(fields).__name__}")
@@ -200,16 +205,18 @@ def _rope_of(path: str, name: str, fields: dict[str, Any]) -> tuple[float, RopeS
     """What one of the two fields says."""
     scaling = fields[name]
     if not isinstance(scaling, dict):
-        raise InputError(f"{path}: {name} is {scaling!r}; use an object such as {{'rope_type': 'default'}}")
+        raise InputError(f"{path}: {name} is {brief(scaling)}; use an object such as {{'rope_type': 'default'}}")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"{path}: {name}: partial_rotary_factor is {scaling['partial_rotary_factor']!r}; supported is 1.0")
+        raise InputError(
+            f"{path}: {name}: partial_rotary_factor is {brief(scaling['partial_rotary_factor'])}; supported is 1.0"
+        )
     place, theta = (f"{path}: {name}", scaling) if scaling.get("rope_theta") is not None else (path, fields)
     base = float(_positive(place, theta, "rope_theta")) if theta.get("rope_theta") is not None else 10000.0
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "default":
         return base, None
     if kind != "llama3":
-        raise InputError(f"{path}: rope_type is {kind!r}; supported are 'default' and 'llama3'")
+        raise InputError(f"{path}: rope_type is {brief(kind)}; supported are 'default' and 'llama3'")
     names = ("factor", "low_freq_factor", "high_freq_factor")
     missing = [name for name in (*names, "original_max_position_embeddings") if name not in scaling]
     if missing:

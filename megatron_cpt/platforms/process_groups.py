@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +137,63 @@ def ranks_here(device: torch.device, same_samples: dist.ProcessGroup | None) -> 
     )
 
 
+def bound_store(environment: Mapping[str, str]) -> dist.Store | None:
+    """The first rank's store of the job, listening on the job's address alone: torch's own listens on all of the machine.
+
+    None on other ranks, under torchrun, whose store it is, and where that address is not known to reach all ranks: there
+    torch makes the store, or joins it.
+    """
+    if environment.get("RANK") != "0" or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    host, port = environment.get("MASTER_ADDR", ""), environment.get("MASTER_PORT", "")
+    world_size = environment.get("WORLD_SIZE", "")
+    if not (host and port.isdecimal() and world_size.isdecimal()):
+        return None
+    local = environment.get("LOCAL_WORLD_SIZE") == world_size or environment.get("SLURM_NNODES") == "1"
+    listener = listening_socket(host, int(port), loopback=local or is_loopback(host))
+    if listener is None:
+        return None
+    store = dist.TCPStore(
+        host,
+        int(port),
+        int(world_size),
+        True,
+        dist.default_pg_timeout,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )
+    return dist.PrefixStore("default_pg", store)  # the name under which the other ranks, by torch's own way, look for it
+
+
+def listening_socket(host: str, port: int, loopback: bool) -> socket.socket | None:
+    """A socket that listens on the address of `host`; None if it is none of this machine's, is taken, or only loopback."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    for family, kind, protocol, _, address in found:
+        if is_loopback(str(address[0])) and not loopback:
+            continue  # as Debian's /etc/hosts has the machine's own name: other machines have to reach it
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(socket.SOMAXCONN)
+        except OSError:
+            listener.close()
+            continue
+        return listener
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address reaches this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 @contextlib.contextmanager
 def process_groups(parallel: ParallelConfig, seed: int = 1234, alone: bool = False) -> Iterator[Ranks]:
     """Join the groups that torchrun's environment describes, for the length of the block.
@@ -148,7 +207,11 @@ def process_groups(parallel: ParallelConfig, seed: int = 1234, alone: bool = Fal
     if alone or "WORLD_SIZE" not in os.environ:
         dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(platform.backend)
+        store = bound_store(os.environ)
+        if store is None:
+            dist.init_process_group(platform.backend)
+        else:
+            dist.init_process_group(platform.backend, store=store, rank=0, world_size=launched_world_size())
     try:
         parallel_state.initialize_model_parallel(
             parallel.tensor_model_parallel_size,

@@ -16,8 +16,10 @@ def load_model(folder: str) -> tuple[Any, Any]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **WITHOUT_ADAPTERS).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", trust_remote_code=False, **WITHOUT_ADAPTERS
+    ).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def complete(folder: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.errors import InputError, RunError
+from megatron_cpt.locking import open_lock
 from megatron_cpt.platforms.devices import visible_gpus
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.outcome import Outcome, StoppedError, divergence, read_outcome, write_outcome
@@ -156,7 +157,7 @@ def alone_in(study: StudyConfig, name: str, stop: threading.Event) -> Iterator[i
     """
     path = os.path.join(study.folder, "runs", f".{name}.lock")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w") as file:
+    with open_lock(path) as file:
         while True:
             if stop.is_set():
                 raise StoppedError

@@ -14,6 +14,7 @@ import torch
 
 from megatron_cpt.config.run import RunConfig, TrainingConfig
 from megatron_cpt.errors import InputError, RunError
+from megatron_cpt.locking import open_lock
 from megatron_cpt.training.checks import find_start
 from megatron_cpt.training.stopping import StopRequestedError, Watch
 
@@ -40,7 +41,7 @@ def only_run(config: RunConfig, start_from: str) -> Iterator[None]:
     folder = config.checkpoint.save
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "run.lock")
-    with open(path, "a", encoding="utf-8") as file:
+    with open_lock(path) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
         except OSError as error:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.errors import InputError
+from megatron_cpt.redaction import redacted, secrets_of
 
 WANDB_ID = "wandb_id"
 LOGIN_SECONDS = 60  # for typing the key in where there is none: the other ranks are waiting
@@ -193,7 +194,7 @@ class Sinks:
         try:
             sink = WeightsAndBiases(start, config)
         except (wandb.Error, OSError) as error:  # a server that is away must not keep a job from its GPUs
-            self.say(f"Weights & Biases is not used: {error}")
+            self.say(f"Weights & Biases is not used: {redacted(str(error), secrets_of(os.environ))}")
             return
         self.say(f"Weights & Biases: {sink.place}")
         self.open.append(sink)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -273,3 +274,47 @@ def test_megatrons_order_cannot_begin_in_the_middle(tmp_path: Path, corpora: lis
         resume(saved, 16, mixture, mixture.megatron_schedule(200), 8, True)
     with pytest.raises(InputError, match="cannot begin, end or change within a run"):
         resume(saved, 16, mixture, mixture.schedule(100), 8, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("consumed", 0, "samples"), -1),
+        (("consumed", 0, "samples"), 10**400),
+        (("consumed", 0, "samples"), 1.5),
+        (("consumed", 0, "samples"), True),
+        (("consumed", 0, "group"), None),
+        (("segments", 0, "before", 0, "samples"), -5),
+        (("segments", 0, "start"), -8),
+        (("segments", 0, "global_batch_size"), 0),
+        (("segments", 0, "global_batch_size"), "8"),
+        (("segments", 0, "mixture"), []),
+        (("segments", 0, "mixture", "corpora"), None),
+        (("segments", 0, "mixture", "corpora", "en"), 3),
+        (("segments", 0, "schedule"), {}),
+        (("segments", 0, "schedule", 0, "samples"), -1),
+        (("segments", 0, "schedule", 0, "almr", 0), "1e999999999"),
+        (("trees",), []),
+        (("trees", "general", "samples"), -1),
+        (("trees", "general", "members", 0), "wiki"),
+        (("trees", "general", "members", 0, 1), "1e999999999"),
+        (("segments", 0), "x"),
+        (("segments",), []),
+    ],
+)
+def test_every_saved_number_is_checked(corpora: list[Corpus], path: tuple[str | int, ...], value: object) -> None:
+    mixture = mixture_of(corpora, Fraction(1, 5))
+    state = begin(mixture, mixture.schedule(10_000), 8)
+    state = go_on(state, mixture, mixture_of(corpora, Fraction(1, 4)), 80, 8)
+    saved = json.loads(json.dumps(state.to_json(mixture, mixture.schedule(10_000), 88)))
+    if path[:2] == ("segments", 0):
+        path = ("segments", 1, *path[2:])  # the first one has nothing before it
+    *above, last = path
+    place = saved
+    for name in above:
+        place = place[name]
+    place[last] = value
+    dotted = "data" + "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in path)
+    with pytest.raises(InputError, match=rf"manifest\.json: {re.escape(dotted)} is .*; expected ") as refusal:
+        resume(saved, 88, mixture, mixture.schedule(10_000), 4, True)
+    assert len(str(refusal.value)) < 300

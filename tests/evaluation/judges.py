@@ -22,9 +22,12 @@ class JudgeServer:
 
 @contextmanager
 def judge_server(
-    opinion: Callable[[str], str], failures: int = 0, status: int = 503, body: bytes | None = None
+    opinion: Callable[[str], str], failures: int = 0, status: int = 503, body: bytes | None = None, echo: bool = False
 ) -> Iterator[JudgeServer]:
-    """`opinion`: prompt -> what it says; the first `failures` requests get `status` instead; all get `body` if given."""
+    """`opinion`: prompt -> what it says; the first `failures` requests get `status` instead; all get `body` if given.
+
+    `echo`: errors and opinions repeat the header with the key, as some proxies do.
+    """
     seen, lock = JudgeServer(), threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -34,7 +37,8 @@ def judge_server(
                 seen.requests.append(asked)
                 seen.keys.append(self.headers["Authorization"])
                 failed = len(seen.requests) <= failures
-            message = {"role": "assistant", "content": opinion(asked["messages"][0]["content"])}
+            echoed = f" (headers: {{'Authorization': '{self.headers['Authorization']}'}})" if echo else ""
+            message = {"role": "assistant", "content": opinion(asked["messages"][0]["content"]) + echoed}
             answer = {
                 "id": "1",
                 "object": "chat.completion",
@@ -42,7 +46,7 @@ def judge_server(
                 "model": asked["model"],
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
             }
-            self.reply(status if failed else 200, {"error": {"message": "busy"}} if failed else answer)
+            self.reply(status if failed else 200, {"error": {"message": "busy" + echoed}} if failed else answer)
 
         def reply(self, code: int, content: dict[str, Any]) -> None:
             text = json.dumps(content).encode() if body is None else body

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from judges import judge_server
 
+from megatron_cpt.config.cli import exit_on_input_error
 from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.evaluation.config import EvaluateConfig, JudgeConfig, PairwiseConfig, PromptsConfig
 from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparison, comparisons_table, wilson
@@ -155,6 +156,41 @@ def test_a_report_without_its_judge(model: str, tmp_path: Path, monkeypatch: pyt
     # Nobody has failed where people have not voted on two models
     people = replace(wanted, pairwise=PairwiseConfig(JudgeConfig(votes="votes.jsonl")))
     check_judged(people, [Comparison("other", "base", missing="there are no votes on them")], str(path))
+
+
+KEY = "sk-proj-0123456789abcdef"
+
+
+@pytest.mark.parametrize("failures", [0, 1000])
+def test_a_key_that_the_judge_repeats_goes_nowhere(
+    failures: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Neither on screen nor into any file, in whatever form the server answers."""
+    measured = {"base": answers("a"), "other": answers("bb")}
+    monkeypatch.setattr("megatron_cpt.evaluation.report.measure_models", lambda *_: measured)
+    monkeypatch.setenv("JUDGE_KEY", KEY + "\n")  # as `export JUDGE_KEY=$(cat file)` in some shells
+    with judge_server(longer, failures=failures, status=401, echo=True) as server:
+        judge = JudgeConfig(url=server.url, model="wise", parallel=1, api_key_env="JUDGE_KEY")
+        wanted = replace(config(tmp_path, judge, ("base", "other")), models={"base": model, "other": model})
+        if failures:
+            with pytest.raises(SystemExit):
+                exit_on_input_error(lambda: evaluate(wanted))
+        else:
+            evaluate(wanted)
+        assert set(server.keys) == {f"Bearer {KEY}"}
+    said = capfd.readouterr()
+    assert "[redacted]" in (said.err if failures else (tmp_path / "verdicts.jsonl").read_text())
+    for text in (said.out, said.err, *(path.read_text() for path in tmp_path.rglob("*") if path.is_file())):
+        assert KEY not in text
+
+
+def test_a_url_with_a_password_is_refused() -> None:
+    with pytest.raises(InputError, match=r"pairwise\.judge\.url is ") as refusal:
+        JudgeConfig(url="https://user:hunter2@judge.example/v1", model="wise")
+    assert "hunter2" not in str(refusal.value)
+    with pytest.raises(InputError) as refusal:
+        JudgeConfig(url="https://judge.example/v1?api_key=hunter2hunter2", model="wise")
+    assert "hunter2" not in str(refusal.value)
 
 
 def test_wrong_comparisons(tmp_path: Path) -> None:

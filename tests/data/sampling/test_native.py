@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import subprocess
@@ -194,3 +195,46 @@ def test_the_library_for_the_gpu_says_what_is_wrong(emulated: Path, tmp_path: Pa
     order._sizes[0] = 0
     with pytest.raises(InputError, match=r"samples of corpus\[0\] is 0"):
         DeviceOrder(order, emulated)
+
+
+# Numbers at which something ends: tables of 4,096, 2^16, 2^31, 2^62, 2^63
+EDGES = [0, 1, 2, 3, 4095, 4096, 4097, 2**16, 2**24, 2**31, 2**46, 2**60, 2**61, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+NUMBERS = st.one_of(st.sampled_from(EDGES), st.integers(0, 40), st.integers(-40, -1), st.integers(0, 2**64 - 1))
+
+
+@st.composite
+def damaged_tables(draw: st.DrawFn) -> list[Any]:
+    """The arguments of a compiled order with up to six numbers changed, or rows repeated."""
+    tables = draw(cases()).order().tables()
+    arrays = {name: copy.copy(array) for name, array in vars(tables).items()}
+    for _ in range(draw(st.integers(1, 6))):
+        name = draw(st.sampled_from(list(arrays)))
+        array = arrays[name]
+        if not isinstance(array, np.ndarray):
+            number = draw(NUMBERS)
+            arrays[name] = number % 2**64 if name == "seed" else (number + 2**63) % 2**64 - 2**63
+        elif array.size:
+            flat = array.reshape(-1)
+            place = draw(st.integers(0, flat.size - 1))
+            if draw(st.booleans()) and name != "base":
+                flat[place] = flat[draw(st.integers(0, flat.size - 1))]
+                continue
+            column = flat[draw(st.sampled_from(array.dtype.names))] if array.dtype.names else flat
+            column[place] = np.array(draw(NUMBERS) % 2**64, np.uint64).astype(column.dtype)
+    return list(arrays.values())
+
+
+@settings(max_examples=400, deadline=None)
+@given(arguments=damaged_tables(), first=NUMBERS, count=st.integers(0, 300), threads=st.integers(1, 3))
+def test_whatever_the_tables_say_nothing_is_read_outside(arguments: list[Any], first: int, count: int, threads: int) -> None:
+    """Under `make sanitize` any access outside an array, or sum that overflows, ends the process."""
+    corpora, origin = arguments[3], arguments[7]
+    try:
+        order = order_module._sampling.SampleOrder(*arguments)
+        found = Places(*order.locate(max(first % 2**62, origin), count, threads))
+    except ValueError:
+        return
+    assert ((found.corpus >= 0) & (found.corpus < len(corpora))).all()
+    assert (found.epoch >= 0).all()
+    assert ((found.sample >= 0) & (found.sample < corpora["samples"][found.corpus])).all()
+    assert ((found.begin >= 0) & (found.begin < corpora["tokens"][found.corpus])).all()
