@@ -262,6 +262,56 @@ def test_adapters(chat_model: str, tmp_path: Path, merge: bool) -> None:
     assert evaluations[1]["eval_zh_loss"] < evaluations[0]["eval_zh_loss"]
 
 
+def test_a_folder_as_others_leave_it(chat_model: str, tmp_path: Path) -> None:
+    """With the generation settings of Llama-2-chat, and the adapter that was merged into its weights still there."""
+    model = tmp_path / "model"
+    shutil.copytree(chat_model, model)
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 0}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "elsewhere", "peft_type": "LORA"}))
+    (model / "adapter_model.safetensors").write_bytes(b"no weights")
+    training = TrainingSettings(max_steps=1, micro_batch_size=1, global_batch_size=2)
+    config = sft_config(str(model), tmp_path, training=training, run=RunSettings(save_interval=1))
+    config = replace(config, data=replace(config.data, validation_share=0))
+    result = Path(finetune_sft(config))
+    written = json.loads((result / "generation_config.json").read_text())
+    assert (written["do_sample"], written["temperature"], written["top_p"]) == (True, 0.9, 0.6)
+    assert not list(result.glob("adapter*"))
+    assert not list(Path(config.save).glob(".rehearsal*"))
+
+
+def test_what_the_end_needs_is_tried_before_the_first_step(
+    chat_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    config = sft_config(chat_model, tmp_path)
+
+    def refuse() -> None:
+        with pytest.raises(InputError) as caught:
+            finetune_sft(config)
+        said.append(str(caught.value))
+        assert not list(Path(config.save).glob("checkpoint*"))
+        (Path(config.save) / "metrics.jsonl").touch()
+        assert not any("loss" in row for row in read_metrics(Path(config.save)))
+
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        # 0.4 million numbers of 4 bytes in the result, three times as many in a checkpoint with AdamW's
+        usage = type("Usage", (), {"free": 2_000_000})
+        patch.setattr("megatron_cpt.posttrain.runner.shutil.disk_usage", lambda folder: usage)
+        refuse()
+    with monkeypatch.context() as patch:
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise ValueError("cannot be saved")
+
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", fail)
+        refuse()
+    assert "GB are free; expected" in said[0]
+    assert "could not be written in the end: cannot be saved" in said[1]
+
+
 def test_adapters_of_layers_that_there_are_none_of(chat_model: str, tmp_path: Path) -> None:
     for names in (["q_proj", "query"], "query"):
         config = sft_config(chat_model, tmp_path, lora=LoraSettings(target_modules=names))  # type: ignore[arg-type]
