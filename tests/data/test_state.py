@@ -260,6 +260,14 @@ def test_stages_that_depend_on_the_length_of_the_run(corpora: list[Corpus]) -> N
         resume(saved, 16, mixture, mixture.schedule(200), 8, False)
     assert resume(saved, 16, mixture, mixture.schedule(100), 8, False) == state
     assert len(resume(saved, 16, mixture, mixture.schedule(200), 8, True).segments) == 2
+    longer = resume(saved, 16, mixture, mixture.schedule(200), 8, False, longer=True)  # training.extend_to
+    assert [segment.start for segment in longer.segments] == [0, 16]
+    # Additional text: 16 samples of the ramp over 100, then what is left of the one over 200.
+    asked = mixture.schedule(100).asked(16) + mixture.schedule(200).asked(200) - mixture.schedule(200).asked(16)
+    additional = sum(longer.continued(mixture, mixture.schedule(200)).counts(200)[2:])
+    assert abs(additional - asked) <= Fraction(1, 2)
+    with pytest.raises(InputError, match="not the mixture the run has read"):
+        resume(saved, 16, mixture_of(corpora, Fraction(1, 2)), mixture.schedule(200), 8, False, longer=True)
 
 
 def test_megatrons_order_cannot_begin_in_the_middle(tmp_path: Path, corpora: list[Corpus]) -> None:
