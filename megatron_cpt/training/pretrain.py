@@ -214,8 +214,8 @@ def fit(context: RunContext, state: TrainState) -> None:
             log.step(metrics_of_step(context, state, result, lr, seconds, batches.seconds - waited), run.length.train_iters)
             files.poll()
             if state.progress.iteration == run.length.train_iters:
-                for path in files.finish(SECONDS_FOR_LAST_CHECKS):
-                    log.say(f"{path} was not compared with its checksum: there was no time")
+                if left := files.finish(SECONDS_FOR_LAST_CHECKS):
+                    log.say(f"{len(left)} files of the corpora were not compared with their checksums: there was no time")
             give_up_if_too_many(context, state, result)
             finish_step(context, state, shape, result)
             profiler.step(state.progress.iteration)
