@@ -213,9 +213,9 @@ def fit(context: RunContext, state: TrainState) -> None:
             seconds = time.perf_counter() - start
             log.step(metrics_of_step(context, state, result, lr, seconds, batches.seconds - waited), run.length.train_iters)
             files.poll()
-            if state.progress.iteration == run.length.train_iters:
-                if left := files.finish(SECONDS_FOR_LAST_CHECKS):
-                    log.say(f"{len(left)} files of the corpora were not compared with their checksums: there was no time")
+            last = state.progress.iteration == run.length.train_iters
+            if last and (left := files.finish(SECONDS_FOR_LAST_CHECKS)):
+                log.say(f"{len(left)} files of the corpora were not compared with their checksums: there was no time")
             give_up_if_too_many(context, state, result)
             finish_step(context, state, shape, result)
             profiler.step(state.progress.iteration)
