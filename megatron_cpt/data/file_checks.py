@@ -139,6 +139,6 @@ class FileChecks:
         return {}
 
     def _write(self) -> None:
-        if self._remember:
+        if self._remember and self._files:
             with suppress(OSError), atomic_file(self._record) as stream:  # a record is no reason not to go on
                 stream.write(json.dumps(self._checked, indent=1).encode())
