@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar, get_type_hints
 
@@ -102,6 +103,9 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, io.StringIO())
+    if not sys.warnoptions:  # what libraries say to those who call them is nothing that a user can change
+        for kind in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", kind)
     try:
         result = call()
     except (InputError, ArgumentError, OSError, RunError, ProcessDiedError) as error:

@@ -313,3 +313,15 @@ def test_a_tool_in_its_own_process() -> None:
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [[], ["-W", "default"]])
+def test_what_libraries_say_to_programmers_is_hidden(options: list[str]) -> None:
+    """As transformers does of its next version; whoever asks Python for warnings gets them."""
+    code = (
+        "import dataclasses, warnings\nfrom megatron_cpt.config.cli import run_tool\n"
+        "Config = dataclasses.make_dataclass('Config', [('x', int, 1)], frozen=True)\n"
+        "run_tool(lambda config: warnings.warn('gone in version 6', FutureWarning), Config, 'A tool.', [])"
+    )
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ("gone in version 6" in done.stderr) == bool(options)
