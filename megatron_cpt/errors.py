@@ -1,7 +1,11 @@
-"""The one error a user is meant to see without a traceback."""
+"""The errors a user is meant to see without a traceback."""
 
+from __future__ import annotations
+
+import contextlib
 import re
 import reprlib
+from collections.abc import Iterator, Sequence
 
 
 def if_on_the_hub(path: str) -> str:
@@ -18,6 +22,42 @@ class InputError(ValueError):
     The message names the file or field, the value found and the value wanted. Tools print it as one line on stderr and
     exit with status 2; it is raised before any process group starts.
     """
+
+
+class InputErrors(InputError):
+    """Several things are wrong with what the user gave. Tools print one line for each."""
+
+    def __init__(self, errors: Sequence[InputError]) -> None:
+        super().__init__("\n".join(map(str, errors)))
+        self.errors = tuple(errors)
+
+
+class Refusals:
+    """Collects what is wrong in checks that do not depend on each other, so that a user learns of all of it at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[InputError] = []
+
+    def add(self, error: InputError) -> None:
+        """One more; of several each counts, and what is known already does not."""
+        for one in error.errors if isinstance(error, InputErrors) else (error,):
+            if str(one) not in map(str, self.errors):
+                self.errors.append(one)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note an InputError of the block, and go on behind it."""
+        try:
+            yield
+        except InputError as error:
+            self.add(error)
+
+    def raise_any(self) -> None:
+        """Raise what was noted, if anything was."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise InputErrors(self.errors)
 
 
 class ProcessDiedError(RuntimeError):

@@ -13,7 +13,7 @@ import sys
 
 import yaml
 
-from megatron_cpt.config.cli import build, exit_on_input_error, make_parser
+from megatron_cpt.config.cli import collect_arguments, exit_on_input_error, normalise, read_arguments
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.config import EvaluateConfig
 from megatron_cpt.planning.hardware import find_device
@@ -32,10 +32,11 @@ def main() -> None:
     parser.add_argument("--inputs", choices=("all", "given", "none"), required=True)
     parser.add_argument("--config", required=True)
     own, options = parser.parse_known_args()
-    evaluation = make_parser(EvaluateConfig, "An evaluation.")
-    parsed = evaluation.parse_args(["--config", own.config, *options])
-    if own.inputs != "none":
-        config = build(evaluation, EvaluateConfig, parsed)
+    words = ["--config", own.config, *options]
+    if own.inputs == "none":
+        collect_arguments(EvaluateConfig, normalise(words)).refusals.raise_any()
+    else:
+        config = read_arguments(EvaluateConfig, words)
         for folder in config.models.values() if own.inputs == "all" else ():
             if not os.path.isdir(folder):
                 raise InputError(f"{folder}: no such folder; wanted a model")

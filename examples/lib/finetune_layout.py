@@ -12,10 +12,11 @@ import argparse
 import os
 import re
 import sys
+from typing import Any
 
 import yaml
 
-from megatron_cpt.config.cli import build, exit_on_input_error, make_parser, normalise, switches_of
+from megatron_cpt.config.cli import exit_on_input_error, read_arguments
 from megatron_cpt.errors import InputError
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.memory import GIB
@@ -39,8 +40,7 @@ def main() -> None:
     parser.add_argument("--inputs", choices=("all", "given", "none"), required=True)
     own, options = parser.parse_known_args()
     kind = DpoConfig if "dpo" in os.path.basename(own.tool) else SftConfig
-    tool = make_parser(kind, "A run.")
-    run = build(tool, kind, tool.parse_args(normalise(options, switches_of(kind))))
+    run: Any = read_arguments(kind, options)
 
     training, accumulated = run.training, accumulation(run.training, own.ranks)
     print(

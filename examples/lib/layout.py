@@ -15,7 +15,7 @@ import sys
 
 from rich.console import Console
 
-from megatron_cpt.config.cli import build, exit_on_input_error, make_parser, normalise, switches_of
+from megatron_cpt.config.cli import exit_on_input_error, normalise, read_arguments
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.mixture_file import read_seq_length
 from megatron_cpt.planning.config import PlanConfig
@@ -31,9 +31,7 @@ def main() -> None:
     parser.add_argument("--model", help="as tools/plan_run.py takes it; default: checkpoint.load")
     parser.add_argument("--devices_per_node", type=int)
     own, options = parser.parse_known_args()
-    run_parser = make_parser(RunConfig, "A run.")
-    settings = run_parser.parse_args(normalise(options, switches_of(RunConfig)))
-    run = build(run_parser, RunConfig, settings)
+    run = read_arguments(RunConfig, options)
 
     replicas = check_batch(run, own.ranks)
     parallel, training, seq_length = run.parallel, run.training, read_seq_length(run.mixture)
@@ -54,7 +52,8 @@ def main() -> None:
     print(f"token budget: {steps * step:,} tokens = {steps:,} steps of {step:,}")
     if own.device:
         model = own.model or run.checkpoint.load
-        name = str(settings.config[-1]) if settings.config else "the run"
+        files = [word.partition("=")[2] for word in normalise(options) if word.startswith("--config=")]
+        name = files[-1] if files else "the run"
         config = PlanConfig(model, own.ranks, own.device, run=name, devices_per_node=own.devices_per_node)
         show(plan_one(spread(config, run)), Console(width=120 if not sys.stdout.isatty() else None))
 

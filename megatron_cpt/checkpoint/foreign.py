@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from megatron_cpt.checkpoint.restricted import Opaque, load_settings
 from megatron_cpt.errors import InputError, brief
+from megatron_cpt.input_files import load_yaml, plain_number
 from megatron_cpt.model.llama import MOST_FLOAT
 
 # megatron-core's rope scaling has one free number, the factor; these are fixed in it (rotary_pos_embedding.py)
@@ -106,9 +105,8 @@ def foreign_config(folder: str, vocab_size: int | None) -> dict[str, Any]:
 def bridge_settings(path: str) -> dict[str, Any]:
     """The section `model`; objects that Megatron-Bridge would make (`_target_`) become their names."""
     try:
-        with open(path, encoding="utf-8") as file:
-            model = yaml.safe_load(file)["model"]
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
+        model = load_yaml(path, plain=plain_number)["model"]
+    except (InputError, KeyError) as error:
         raise InputError(f"{path} has no section 'model' that can be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(model, dict):
         raise InputError(f"{path}: model is {brief(model)}; wanted a section with the settings of the model")

@@ -1,13 +1,15 @@
 """The command-line contract every tool keeps, in one place.
 
-A tool's arguments are the fields of one frozen dataclass. jsonargparse gives `--help`, `--config FILE.yaml`, dotted
-overrides (`--optimizer.lr 1e-5`) and `--print_config` from it. Exit status:
+A tool's arguments are the fields of one frozen dataclass: `--config FILE.yaml`, dotted overrides (`--optimizer.lr 1e-5`),
+`--print_config` and, by jsonargparse, `--help`. Exit status:
 0 done, 1 something went wrong by itself, 2 wrong usage or wrong input, 130 interrupted (Ctrl-C or SIGTERM).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import io
 import itertools
 import json
@@ -16,21 +18,26 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+import yaml
 
-from megatron_cpt.errors import InputError, ProcessDiedError, RunError
+from megatron_cpt.config.fields import ConfigReader
+from megatron_cpt.errors import InputError, InputErrors, ProcessDiedError, Refusals, RunError
+from megatron_cpt.input_files import shown
 from megatron_cpt.redaction import redacted, secrets_of
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 Config = TypeVar("Config")
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the text under a field is its --help
-
-
 # Options that take no value.
-SWITCHES = ("--help", "--print_config", "--print_config=comments")
+SWITCHES = ("--help", "--print_config")
+LONGEST_LINE = 2000  # of an error
+LAUNCHER = {"RANK": (0, 10**9), "LOCAL_RANK": (0, 10**9), "WORLD_SIZE": (1, 10**9), "LOCAL_WORLD_SIZE": (1, 10**9)}
+LAUNCHER |= {"MASTER_PORT": (0, 65535)}
 SECONDS_FOR_FIRST_RANK = 20.0  # processes of one node may differ by some seconds in their imports
 
 
@@ -79,23 +86,63 @@ def is_value(word: str) -> bool:
     return re.match(r"--?[A-Za-z]", word) is None or re.fullmatch(r"-(inf|nan|infinity)", word, re.IGNORECASE) is not None
 
 
+def read_arguments(config_class: type[Config], words: Sequence[str], description: str = "") -> Config:
+    """The configuration that the words of a command line ask for, `--config FILE` among them; later ones win.
+
+    Raises:
+        InputError: naming every field that is wrong or missing, the value found and the value expected
+        SystemExit: with --help or --print_config, after what they print
+    """
+    words = normalise(words, switches_of(config_class))
+    if "-h" in words or "--help" in words:
+        make_parser(config_class, description).print_help()
+        raise SystemExit(0)
+    reader = collect_arguments(config_class, [word for word in words if word != "--print_config"])
+    if "--print_config" in words:
+        print(yaml.safe_dump(reader.plain(), sort_keys=False, allow_unicode=True), end="")
+        raise SystemExit(0)
+    config: Config = reader.config()
+    return config
+
+
+def collect_arguments(config_class: type, words: Sequence[str]) -> ConfigReader:
+    """What the words (see `normalise`) give, with what is wrong in them, before sections and files are checked."""
+    reader = ConfigReader(config_class)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--"):
+            reader.refusals.add(InputError(f"{word} is no option; expected --NAME VALUE"))
+        elif name == "--config":
+            reader.file(value)
+        else:
+            reader.option(name[2:], value if equals else None)
+    return reader
+
+
 def make_parser(config_class: type, description: str) -> ArgumentParser:
-    """A parser whose arguments are the fields of `config_class`."""
+    """What prints the help of a tool: the fields of `config_class` with the texts under them."""
+    from jsonargparse import ArgumentParser, set_parsing_settings  # takes long to import, and only --help needs it
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
     parser.add_class_arguments(config_class, as_group=False)
     return parser
 
 
-def build(parser: ArgumentParser, config_class: type[Config], namespace: Namespace) -> Config:
-    """Parsed arguments -> an instance of `config_class`."""
-    values = parser.instantiate_classes(namespace).as_dict()
-    return config_class(**{name: value for name, value in values.items() if name != "config"})
+def check_environment() -> None:
+    """Raise InputError for a variable of the launcher (torchrun, srun) that is no number where one is expected."""
+    refusals = Refusals()
+    for name, (least, most) in LAUNCHER.items():
+        value = os.environ.get(name)
+        if value and not (re.fullmatch(r"\d{1,9}", value, re.ASCII) and least <= int(value) <= most):
+            refusals.add(InputError(f"environment: {name} is {shown(value)}; expected a whole number, {least} to {most}"))
+    refusals.raise_any()
 
 
 def exit_on_input_error(call: Callable[[], Any]) -> None:
-    """Call, print what comes back (the result's path); a usage or input error becomes one line on stderr and exit status 2
-    (1 for what went wrong by itself: losses that are not finite, a process that was killed).
+    """Call, print what comes back (the result's path). A usage or input error becomes exit status 2, with one line on stderr
+    for each mistake (1 for what went wrong by itself: losses that are not finite, a process that was killed).
 
     Under torchrun every rank finds the same mistake at about the same time, and all are ended as soon as one exits. So the
     first rank of a node reports it, and the others wait to be ended; one that is not has found something of its own.
@@ -107,11 +154,16 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
         for kind in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", kind)
     try:
+        check_environment()
         result = call()
-    except (InputError, ArgumentError, OSError, RunError, ProcessDiedError) as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+    except (InputError, OSError, RunError, ProcessDiedError) as error:
+        if os.environ.get("LOCAL_RANK", "0").strip("0"):
             time.sleep(SECONDS_FOR_FIRST_RANK)
-        print(f"error: {redacted(' '.join(str(error).split()), secrets_of(os.environ))}", file=sys.stderr, flush=True)
+        errors: Sequence[Exception] = error.errors if isinstance(error, InputErrors) else (error,)
+        secrets = secrets_of(os.environ)
+        lines = [f"error: {_cut(redacted(' '.join(str(one).split()), secrets))}" for one in errors]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+        tell_torchrun(lines)
         sys.exit(1 if isinstance(error, (RunError, ProcessDiedError)) else 2)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)
@@ -120,9 +172,49 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
         print(result)
 
 
+def _cut(line: str) -> str:
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}..."
+
+
+def tell_torchrun(lines: Sequence[str]) -> None:
+    """Leave the lines where torchrun looks for the reason of a failure: its report then ends with them."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        facts = {"py_callstack": "\n".join(lines), "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": " ".join(lines), "extraInfo": facts}}, file)
+
+
+Loaded = Callable[[Any], Any] | type | str
+"""A function or class, or where it is: `module:name`, to be imported when it is needed."""
+
+
+def load(what: Loaded) -> Any:
+    """A function or class; while its modules are imported, which takes seconds where torch is among them, a line says so."""
+    if not isinstance(what, str):
+        return what
+    module, name = what.split(":")
+    with loading():
+        return getattr(importlib.import_module(module), name)
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Show a line on a terminal (a log has the tool's own lines soon) while the block runs."""
+    shown_to = sys.stderr if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0" else None
+    words = "loading ..."
+    if shown_to:
+        print(words, end="\r", file=shown_to, flush=True)
+    try:
+        yield
+    finally:
+        if shown_to:
+            print(" " * len(words), end="\r", file=shown_to, flush=True)
+
+
 def run_tool(
-    main: Callable[[Any], Any],
-    config_class: type,
+    main: Loaded,
+    config_class: Loaded,
     description: str,
     argv: Sequence[str] | None = None,
     positional: str | None = None,
@@ -133,31 +225,42 @@ def run_tool(
     """
 
     def call() -> Any:
-        parser = make_parser(config_class, description)
         words = list(sys.argv[1:] if argv is None else argv)
         if positional and words and is_value(words[0]):
             words.insert(0, f"--{positional}")
-        namespace = parser.parse_args(normalise(words, switches_of(config_class)))
-        return main(build(parser, config_class, namespace))
+        config = read_arguments(load(config_class), words, description)
+        return load(main)(config)
 
     exit_on_input_error(call)
 
 
-def run_subcommands(commands: dict[str, tuple[Callable[[Any], Any], type]], description: str) -> None:
+def run_subcommands(commands: Mapping[str, tuple[Loaded, Loaded]], description: str) -> None:
     """`run_tool` for a tool with several commands: {name: (function, class of its configuration)}."""
 
     def call() -> Any:
-        parser = ArgumentParser(description=description, exit_on_error=False)
-        subcommands = parser.add_subcommands(dest="command")
-        parsers = {
-            name: make_parser(config_class, str(config_class.__doc__).split("\n", 1)[0])
-            for name, (_, config_class) in commands.items()
-        }
-        for name, subparser in parsers.items():
-            subcommands.add_subcommand(name, subparser, help=subparser.description)
-        switches = set().union(*(switches_of(config_class) for _, config_class in commands.values()))
-        namespace = parser.parse_args(normalise(sys.argv[1:], switches))
-        main, config_class = commands[namespace.command]
-        return main(build(parsers[namespace.command], config_class, namespace[namespace.command]))
+        words = sys.argv[1:]
+        if words and words[0] in ("-h", "--help"):
+            print(commands_help(commands, description))
+            return None
+        if not words or words[0] not in commands:
+            found = f"command is {shown(words[0])}" if words else "the command is missing"
+            raise InputError(f"{found}; expected {', '.join(commands)}")
+        main, config_class = commands[words[0]]
+        kind = load(config_class)
+        return load(main)(read_arguments(kind, words[1:], first_line(kind)))
 
     exit_on_input_error(call)
+
+
+def first_line(kind: type) -> str:
+    """What a configuration says it is of."""
+    return str(kind.__doc__).split("\n", 1)[0]
+
+
+def commands_help(commands: Mapping[str, tuple[Loaded, Loaded]], description: str) -> str:
+    """What --help prints of a tool with several commands."""
+    width = max(map(len, commands))
+    lines = [f"{name:<{width}}  {first_line(load(kind))}" for name, (_, kind) in commands.items()]
+    tool = os.path.basename(sys.argv[0])
+    usage = f"usage: {tool} COMMAND OPTION..., and {tool} COMMAND --help for the options of a command"
+    return "\n".join([usage, "", description, "", *(f"  {line}" for line in lines)])

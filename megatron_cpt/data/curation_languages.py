@@ -14,10 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_cpt.data.languages import cld2_languages
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import load_yaml, plain_number
 
 FILTERS = ("gopher_repetition", "gopher_quality", "c4_quality", "fineweb_quality")  # in the order of FineWeb
 WORD_TOKENIZERS = {"no": "nob_Latn", "tl": "fil_Latn"}  # codes that datatrove's table does not have
@@ -113,12 +112,12 @@ def fineweb2_arguments(folder: str, language: str) -> Arguments:
     """FineWeb2's thresholds of a language, used as its pipeline uses them. InputError: no such file, or not of that form."""
     path = Path(folder).expanduser() / f"{word_tokenizer_name(language)}.yml"
     try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            raise InputError(f"fineweb2_configs: found no {path}; wanted the file of {language}")
+        given = load_yaml(path, "fineweb2_configs", plain_number)
         stop_words = {"gopher_quality": {"stop_words": given["stopwords"], "min_stop_words": 2}}
         return merged(_arguments_of(given), stop_words)
-    except FileNotFoundError:
-        raise InputError(f"fineweb2_configs: found no {path}; wanted the file of {language}") from None
-    except (KeyError, TypeError, yaml.YAMLError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"fineweb2_configs {path}: not a file of FineWeb2 ({error})") from None
 
 

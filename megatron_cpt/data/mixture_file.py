@@ -26,12 +26,9 @@ validation:
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
-
-import yaml
 
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.manifest import CorpusManifest, read_manifest
@@ -40,8 +37,9 @@ from megatron_cpt.data.mixture_checks import check_mixture
 from megatron_cpt.data.sampling.splitters import Group
 from megatron_cpt.data.stages import AlmrPart, MixtureStage
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import amount, load_yaml, number, shown, text_of
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+MOST_WHOLE = 2**63 - 1  # of a number that the native order takes
 TOKENS = "a number of tokens above 0, as 2_000_000_000 or 2B"
 STAGE_FIELDS = {"name", "tokens", "fraction", "almr", *GROUPS}
 
@@ -68,32 +66,15 @@ def load_mixture(path: str) -> Mixture:
     return mixture
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which no field may be given twice (PyYAML takes the last)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"field {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def read_mixture_fields(path: str) -> dict[str, Any]:
     """What a mixture file says, unchecked.
 
     Raises:
         InputError: the file cannot be read, or is not YAML with fields
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            fields = yaml.load(file, _Loader)  # a SafeLoader
-    except OSError as error:
-        raise InputError(f"mixture file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"mixture file {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"mixture file {path} must hold fields (seq_length, almr, ...), found {type(fields).__name__}")
+    fields = load_yaml(path, "mixture file")
+    if not fields:
+        raise InputError(f"mixture file {path} is empty; expected fields (seq_length, almr, ...)")
     return fields
 
 
@@ -114,33 +95,20 @@ def _refuse_unknown(path: str, where: str, fields: dict[Any, Any], known: set[st
 
 
 def _integer(path: str, fields: dict[str, Any], name: str, minimum: int) -> int:
+    value = number(fields.get(name))
+    if value is None or value.denominator != 1 or not minimum <= value <= MOST_WHOLE:
+        found, limits = shown(fields.get(name)), f"{minimum} or more" + (", below 2**63" if value else "")
+        raise InputError(f"{path}: {name} is {found}; use a whole number, {limits}")
+    return int(value)
+
+
+def _text(path: str, where: str, fields: dict[str, Any], name: str, default: str) -> str:
+    """A name as it is written, also one of digits; `default` where there is none, or null."""
     value = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise InputError(f"{path}: {name} is {value!r}; use a whole number, {minimum} or more")
-    return value
-
-
-def _number(value: Any) -> Fraction | None:
-    """An exact number (0.1 is one tenth, not the nearest binary number), or None if it is none.
-
-    YAML reads 1e-5 as text (it wants 1.0e-5); so do we take it, as a number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        return Fraction(str(value))
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def _tokens(value: Any) -> int | None:
-    """A whole number of tokens, also as text with a unit: 2B, 1.7T, 500_000."""
-    found = re.fullmatch(r"([\d._]+(?:e[+]?\d{1,3})?) *([kmbt]?)", str(value).strip().lower())
-    if isinstance(value, bool) or not found:
-        return None
-    number = _number(found[1].replace("_", ""))
-    tokens = None if number is None else number * UNITS[found[2]]
-    return None if tokens is None or tokens.denominator != 1 else int(tokens)
+    text = default if value is None else text_of(value)
+    if text is None:
+        raise InputError(f"{path}: {where}{name} is {shown(value)}; expected text")
+    return text
 
 
 class _Reader:
@@ -157,12 +125,12 @@ class _Reader:
         if described is None:
             described, places = [{}], [""]
         elif not isinstance(described, list) or not described:
-            raise InputError(f"{self.path}: stages is {described!r}; use a list of stages with a budget and an almr")
+            raise InputError(f"{self.path}: stages is {shown(described)}; use a list of stages with a budget and an almr")
         else:
             places = [f"stages[{i}]." for i in range(len(described))]
         for place, stage in zip(places, described, strict=True):
             if not isinstance(stage, dict):
-                raise InputError(f"{self.path}: {place[:-1]} is {stage!r}; use a stage with a budget and an almr")
+                raise InputError(f"{self.path}: {place[:-1]} is {shown(stage)}; use a stage with a budget and an almr")
             _refuse_unknown(self.path, place[:-1], stage, STAGE_FIELDS)
         for group in GROUPS:  # general corpora of all stages before additional ones
             for place, stage in zip(places, described, strict=True):
@@ -175,20 +143,20 @@ class _Reader:
             for i, (place, stage) in enumerate(zip(places, described, strict=True))
         ]
 
-    def _stage(self, place: str, number: int, is_last: bool, stage: dict[str, Any], above: dict[str, Any]) -> MixtureStage:
-        path, name = self.path, str(stage.get("name", number + 1))
+    def _stage(self, place: str, position: int, is_last: bool, stage: dict[str, Any], above: dict[str, Any]) -> MixtureStage:
+        path, name = self.path, _text(self.path, place, stage, "name", str(position + 1))
         tokens, fraction = None, None
         if "tokens" in stage and "fraction" in stage:
             raise InputError(f"{path}: {place}tokens and {place}fraction are both given; use one of them")
         if "tokens" in stage:
-            tokens = _tokens(stage["tokens"])
+            tokens = amount(stage["tokens"])
             if tokens is None or tokens <= 0:
-                raise InputError(f"{path}: {place}tokens is {stage['tokens']!r}; use {TOKENS}")
+                raise InputError(f"{path}: {place}tokens is {shown(stage['tokens'])}; use {TOKENS}")
         elif "fraction" in stage:
-            fraction = _number(stage["fraction"])
+            fraction = number(stage["fraction"])
             if fraction is None or not 0 < fraction <= 1:
                 raise InputError(
-                    f"{path}: {place}fraction is {stage['fraction']!r}; use a part of the run, above 0, at most 1"
+                    f"{path}: {place}fraction is {shown(stage['fraction'])}; use a part of the run, above 0, at most 1"
                 )
         elif not is_last:
             raise InputError(f"{path}: {place}tokens is missing; only the last stage may be what is left of the run")
@@ -238,25 +206,26 @@ class _Reader:
     def _flat(self, where: str, entries: Any) -> Iterator[tuple[str, str | None, Any]]:
         """(place in the file, name of the sub-group, entry of a corpus) for a list and its sub-groups."""
         if not isinstance(entries, list):
-            raise InputError(f"{self.path}: {where} is {entries!r}; use a list of entries with a prefix")
+            raise InputError(f"{self.path}: {where} is {shown(entries)}; use a list of entries with a prefix")
         seen: set[str] = set()
         for i, entry in enumerate(entries):
             place = f"{where}[{i}]"
             if isinstance(entry, dict) and "corpora" in entry:
                 _refuse_unknown(self.path, place, entry, {"group", "weight", "corpora"})
                 inner = entry["corpora"]
-                if not isinstance(entry.get("group"), str) or not isinstance(inner, list) or not inner:
-                    raise InputError(f"{self.path}: {place} is {entry!r}; use a sub-group with a name (group) and corpora")
+                name = text_of(entry.get("group"))
+                if name is None or not isinstance(inner, list) or not inner:
+                    raise InputError(
+                        f"{self.path}: {place} is {shown(entry)}; use a sub-group with a name (group) and corpora"
+                    )
                 nested = [e for e in inner if isinstance(e, dict) and "corpora" in e]
                 if nested:
                     raise InputError(f"{self.path}: {place}: a sub-group inside a sub-group; use one level")
-                if entry["group"] in seen:
-                    raise InputError(
-                        f"{self.path}: {place}: two sub-groups are named {entry['group']!r}; use different names"
-                    )
-                seen.add(entry["group"])
+                if name in seen:
+                    raise InputError(f"{self.path}: {place}: two sub-groups are named {name!r}; use different names")
+                seen.add(name)
                 for found, _, corpus in self._flat(f"{place}.corpora", inner):
-                    yield found, entry["group"], corpus
+                    yield found, name, corpus
             else:
                 yield place, None, entry
 
@@ -280,12 +249,14 @@ class _Reader:
                 position = self._position(entry)
                 members.append(position)
                 tokens = self.corpora[position].data.num_tokens
-            weight = _number(entry.get("weight", tokens))
+            weight = number(entry.get("weight", tokens))
             if "weight" not in entry and not tokens:
                 raise InputError(f"{self.path}: {place} has no tokens; leave it out")
             if weight is None or weight <= 0:
                 found = entry["weight"]
-                raise InputError(f"{self.path}: {place}.weight is {found!r}; use a number above 0, or leave the entry out")
+                raise InputError(
+                    f"{self.path}: {place}.weight is {shown(found)}; use a number above 0, or leave the entry out"
+                )
             weights.append(weight)
         if not members:
             return None
@@ -298,30 +269,29 @@ class _Reader:
         return Group(tuple(members), tuple(weights))
 
     def _position(self, entry: dict[str, Any]) -> int:
-        return [corpus.name for corpus in self.corpora].index(_name(entry))
+        return [corpus.name for corpus in self.corpora].index(_name(self.path, "", entry))
 
     def _corpus(
         self, where: str, entry: Any, known: set[str], group: GroupName | None = None, sub_group: str | None = None
     ) -> Corpus:
         path = self.path
-        if not isinstance(entry, dict) or not isinstance(entry.get("prefix"), str):
-            raise InputError(f"{path}: {where} is {entry!r}; use an entry with a prefix")
+        name = _name(path, where, entry)
         _refuse_unknown(path, where, entry, known)
-        prefix = os.path.join(os.path.dirname(os.path.abspath(path)), entry["prefix"])
+        prefix = os.path.join(os.path.dirname(os.path.abspath(path)), str(entry["prefix"]))
         manifest, data = _open_corpus(prefix)
         max_epochs = None
         if entry.get("max_epochs") is not None:
-            max_epochs = _number(entry["max_epochs"])
+            max_epochs = number(entry["max_epochs"])
             if max_epochs is None or max_epochs <= 0:
-                raise InputError(f"{path}: {where}.max_epochs is {entry['max_epochs']!r}; use a number above 0")
-        language = str(entry.get("language", manifest.language))
-        return Corpus(_name(entry), prefix, language, manifest, data, group, sub_group, max_epochs)
+                raise InputError(f"{path}: {where}.max_epochs is {shown(entry['max_epochs'])}; use a number above 0")
+        language = _text(path, f"{where}.", entry, "language", manifest.language)
+        return Corpus(name, prefix, language, manifest, data, group, sub_group, max_epochs)
 
     def validation(self, entries: Any) -> list[Corpus]:
         """The validation sets."""
         entries = [] if entries is None else entries
         if not isinstance(entries, list):
-            raise InputError(f"{self.path}: validation is {entries!r}; use a list of entries with a prefix")
+            raise InputError(f"{self.path}: validation is {shown(entries)}; use a list of entries with a prefix")
         known = {"prefix", "name", "language"}
         return [self._corpus(f"validation[{i}]", entry, known) for i, entry in enumerate(entries)]
 
@@ -331,9 +301,12 @@ def _same_text(a: Corpus, b: Corpus) -> bool:
     return same_place or a.manifest.files["bin"].sha256 == b.manifest.files["bin"].sha256
 
 
-def _name(entry: dict[str, Any]) -> str:
-    name = entry.get("name")
-    return os.path.basename(entry["prefix"]) if name is None else str(name)
+def _name(path: str, where: str, entry: Any) -> str:
+    """What the corpus of an entry is called: `name`, or the last part of `prefix`."""
+    prefix = text_of(entry.get("prefix")) if isinstance(entry, dict) else None
+    if not prefix:
+        raise InputError(f"{path}: {where} is {shown(entry)}; use an entry with a prefix")
+    return _text(path, f"{where}.", entry, "name", os.path.basename(prefix))
 
 
 def _open_corpus(prefix: str) -> tuple[CorpusManifest, IndexedCorpus]:
@@ -354,9 +327,9 @@ def _almr(path: str, place: str, value: Any) -> tuple[AlmrPart, ...]:
     wanted = "use a number from 0 to 1 (share of the additional group)"
 
     def share(found: Any, where: str) -> Fraction:
-        almr = _number(found)
+        almr = number(found)
         if almr is None or not 0 <= almr <= 1:
-            raise InputError(f"{path}: {place}{where} is {found!r}; {wanted}")
+            raise InputError(f"{path}: {place}{where} is {shown(found)}; {wanted}")
         return almr
 
     if isinstance(value, dict) and set(value) == {"from", "to"}:
@@ -364,17 +337,20 @@ def _almr(path: str, place: str, value: Any) -> tuple[AlmrPart, ...]:
     if isinstance(value, dict) and set(value) == {"steps"}:
         return _steps(path, place, value["steps"], share)
     if isinstance(value, dict):
-        raise InputError(f"{path}: {place}almr is {value!r}; use a number, {{from, to}} or {{steps: [[tokens, almr], ...]}}")
+        raise InputError(
+            f"{path}: {place}almr is {shown(value)}; use a number, {{from, to}} or {{steps: [[tokens, almr], ...]}}"
+        )
     almr = share(value, "almr")
     return (AlmrPart(0, almr, almr),)
 
 
 def _steps(path: str, place: str, steps: Any, share: Any) -> tuple[AlmrPart, ...]:
     pairs = isinstance(steps, list) and steps and all(isinstance(step, list) and len(step) == 2 for step in steps)
-    begins = [_tokens(step[0]) for step in steps] if pairs else []
+    begins = [amount(step[0]) for step in steps] if pairs else []
     if not begins or begins[0] != 0 or None in begins or begins != sorted(set(begins)):  # type: ignore[type-var]
         raise InputError(
-            f"{path}: {place}almr.steps is {steps!r}; use [[0, almr], [tokens, almr], ...] with rising tokens into the stage"
+            f"{path}: {place}almr.steps is {shown(steps)}; use [[0, almr], [tokens, almr], ...] with rising tokens into the "
+            "stage"
         )
     parts = [share(step[1], f"almr.steps[{i}]") for i, step in enumerate(steps)]
     return tuple(AlmrPart(begin or 0, almr, almr) for begin, almr in zip(begins, parts, strict=True))

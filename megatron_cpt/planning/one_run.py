@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from jsonargparse import ArgumentError
-
-from megatron_cpt.config.cli import build, make_parser
+from megatron_cpt.config.fields import config_from
 from megatron_cpt.config.run import RunConfig, TrainingConfig
 from megatron_cpt.data.mixture_file import read_seq_length
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import load_yaml
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.layouts import Layout, check
 from megatron_cpt.planning.memory import GIB
@@ -84,11 +83,7 @@ def parse_run(path: str) -> RunConfig:
     Raises:
         InputError: it would refuse it
     """
-    parser = make_parser(RunConfig, "")
-    try:
-        return build(parser, RunConfig, parser.parse_args(["--config", path]))
-    except (ArgumentError, InputError) as error:
-        raise InputError(f"{path}: {error}") from error
+    return config_from(RunConfig, load_yaml(path, "configuration"), path)
 
 
 def tokens_of(training: TrainingConfig, seq_length: int) -> float:

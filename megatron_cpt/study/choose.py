@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 
 from megatron_cpt.checkpoint.layout import write_json, write_text
-from megatron_cpt.data.mixture_file import read_mixture_fields
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import load_yaml, plain_number
 from megatron_cpt.study.fit import Fit, outcome_notes, seed_note
 from megatron_cpt.study.points import absolute, parse, read_fields
 from megatron_cpt.study.records import is_number, number, of_kind, read_json
@@ -254,7 +254,7 @@ def write_choice(folder: str, choice: Choice, target: str, max_general_rise: flo
     """Write choice.json and the configuration of the CPT run to start: `target` with the chosen pair; returns its path."""
     fields = read_fields(target)
     config = parse(fields, target)
-    mixture_fields = read_mixture_fields(config.mixture)
+    mixture_fields = load_yaml(config.mixture, "mixture file", plain_number)
     if "stages" in mixture_fields:
         raise InputError(f"{config.mixture}: a mixture with stages has more than one almr; use one without")
     mixture = absolute(mixture_fields, os.path.dirname(os.path.abspath(config.mixture))) | {"almr": round(choice.almr, 4)}

@@ -9,6 +9,8 @@ from typing import Literal
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 
+MOST_RATES = 1000
+MOST_RUNS = 100_000  # of a grid
 STARTING_PAIRS = 4  # at least: the corners of the ranges
 
 
@@ -24,10 +26,10 @@ class LogRange:
     """How many, with these two."""
 
     def check(self) -> None:
-        """Raise InputError unless this is a range. (In __post_init__, jsonargparse would take it for the other type.)"""
+        """Raise InputError unless this is a range."""
         require(0 < self.max < math.inf, "lr.max", self.max, "a number above 0")
         require(0 < self.min < self.max, "lr.min", self.min, f"a number above 0 and below lr.max {self.max}")
-        require(self.number >= 2, "lr.number", self.number, "2 or more")
+        require(2 <= self.number <= MOST_RATES, "lr.number", self.number, f"2 to {MOST_RATES}")
         if len(set(self.values())) < self.number:
             raise InputError(
                 f"lr.number is {self.number}; so many learning rates from {self.min:g} to {self.max:g} are not all "
@@ -147,6 +149,8 @@ class StudyConfig:
         for seed in self.seeds:
             require(0 <= seed < 2**63, "seeds", seed, "0 to 2**63 - 1")
         whole = len(self.almr) * len(self.rates)
+        runs = whole * len(self.seeds)
+        require(runs <= MOST_RUNS, "almr x lr x seeds", f"a grid of {runs} runs", f"at most {MOST_RUNS}")
         least = min(STARTING_PAIRS, whole)
         if self.starting_pairs is not None:
             require(

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import yaml
-from jsonargparse import ArgumentError
 
 from megatron_cpt.checkpoint.layout import write_json, write_text
-from megatron_cpt.config.cli import make_parser
+from megatron_cpt.config.fields import config_from
+from megatron_cpt.config.require import require
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.mixture_file import read_mixture_fields
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import load_yaml, plain_number, shown
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.records import has_begun, number, of_kind, read_json
 
@@ -127,43 +127,31 @@ def read_base(study: StudyConfig) -> Base:
     """
     fields = read_fields(study.base)
     checkpoint, training = fields.setdefault("checkpoint", {}), fields.setdefault("training", {})
+    for name, section in (("checkpoint", checkpoint), ("training", training)):
+        require(isinstance(section, dict), f"{study.base}: {name}", shown(section), "a section with fields")
     checkpoint.setdefault("save", study.folder)  # replaced in every run, as is the length
     if not any(name in training for name in ("train_iters", "train_samples", "train_tokens")):
         training["train_tokens"] = study.train_tokens
     config = parse(fields, study.base)
-    mixture = read_mixture_fields(config.mixture)
+    mixture = load_yaml(config.mixture, "mixture file", plain_number)
     if "stages" in mixture or not isinstance(mixture.get("almr"), (int, float)):
         raise InputError(f"{config.mixture}: a study varies one almr; use a mixture without stages whose almr is a number")
     return Base(fields, absolute(mixture, os.path.dirname(os.path.abspath(config.mixture))), config)
 
 
 def read_fields(path: str) -> dict[str, Any]:
-    """What a configuration says, unchecked.
+    """What a configuration says, unchecked; empty sections are left out.
 
     Raises:
         InputError: it cannot be read, or is not YAML with fields
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            fields = yaml.safe_load(file)
-    except OSError as error:
-        raise InputError(f"configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"configuration {path} must hold fields, found {type(fields).__name__}")
-    return fields
+    fields = load_yaml(path, "configuration", plain_number)
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def parse(fields: Mapping[str, Any], where: str) -> RunConfig:
     """A checked configuration of a training run."""
-    parser = make_parser(RunConfig, "")
-    try:
-        namespace = parser.parse_object(dict(fields))
-        values = parser.instantiate_classes(namespace).as_dict()
-    except ArgumentError as error:
-        raise InputError(f"{where}: {' '.join(str(error).split())}") from error
-    return RunConfig(**{name: value for name, value in values.items() if name != "config"})
+    return config_from(RunConfig, fields, where)
 
 
 def absolute(fields: Any, folder: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from tiny_models import ROOT
 
-from megatron_cpt.config.cli import build, make_parser
+from megatron_cpt.config.cli import read_arguments
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
 
@@ -66,8 +66,7 @@ class Recipe:
 
     def read(self, *options: str) -> RunConfig:
         """As pretrain_cpt.py reads it; the project's folder is the working directory."""
-        parser = make_parser(RunConfig, "")
-        return build(parser, RunConfig, parser.parse_args(["--config", self.path, *options]))
+        return read_arguments(RunConfig, ["--config", self.path, *options])
 
     def __str__(self) -> str:
         return f"{self.size}-{self.name}"

@@ -15,7 +15,7 @@ from llama3 import RECIPES, Recipe, make_project
 from tiny_models import ROOT
 
 from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf
-from megatron_cpt.config.cli import build, make_parser, normalise, switches_of
+from megatron_cpt.config.cli import read_arguments
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.merge import MergeConfig
 from megatron_cpt.data.preprocess_config import PreprocessConfig
@@ -169,8 +169,7 @@ def test_the_tools_take_every_command_and_file(size: str) -> None:
         kind = TOOLS[tool]
         if tool == "plan_run":
             words = ["--model", *words]
-        parser = make_parser(kind, "")
-        build(parser, kind, parser.parse_args(normalise(words, switches_of(kind))))
+        read_arguments(kind, words)
         used |= {Path(word).name for word in words if word.startswith(f"examples/llama3_{size}/")}
     assert {tool for tool, _ in commands(size)} == set(TOOLS)
     there = {path.name for path in Path(f"examples/llama3_{size}").glob("*.yaml")}

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from tiny_models import ROOT
 
-from megatron_cpt.config.cli import build, make_parser
+from megatron_cpt.config.cli import read_arguments
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.dpo import DpoConfig
 from megatron_cpt.posttrain.settings import accumulation
@@ -27,8 +27,7 @@ CONFIGURATIONS = sorted(ACCELERATE.glob("*.yaml"))
 def read_recipe(name: str, *options: str) -> Any:
     """As the tools read it."""
     kind = SftConfig if name.endswith("sft") else DpoConfig
-    parser = make_parser(kind, "")
-    return build(parser, kind, parser.parse_args(["--config", str(EXAMPLES / f"{name}.yaml"), *options]))
+    return read_arguments(kind, ["--config", str(EXAMPLES / f"{name}.yaml"), *options])
 
 
 def launch_arguments(path: Path, *options: str) -> Any:

@@ -1,0 +1,207 @@
+"""Configuration files and options -> frozen dataclasses, with every mistake named: `FILE: FIELD is VALUE; expected WHAT`.
+
+A section is a dataclass; its fields are numbers, text, switches, choices, lists, tables of names (`dict`) or sections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, get_args, get_origin
+
+from megatron_cpt.config.values import WRONG, Converter, Given, alternatives, expected, hints_of, nearest
+from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.input_files import load_yaml
+
+Config = TypeVar("Config")
+
+
+class ConfigReader:
+    """Takes files and options in their order, the later ones winning, and makes a configuration of them.
+
+    Everything that is wrong with them is collected, for `config` to raise at once.
+    """
+
+    def __init__(self, config_class: type) -> None:
+        self.given = Given(config_class)
+        self.refusals = Refusals()
+        self._all_read = True
+        self._origin: dict[str, str] = {}  # dotted name -> "FILE: " that gave it, "" for an option
+
+    def file(self, path: str) -> None:
+        """Take all of a YAML file."""
+        try:
+            self.fields(load_yaml(path, "configuration"), f"{path}: ")
+        except InputError as error:
+            self.refusals.add(error)
+            self._all_read = False
+
+    def fields(self, fields: Mapping[Any, Any], where: str) -> None:
+        """Take fields and sections; `where` begins the messages about them."""
+        _merge(self.given, Converter(where, self.refusals).section(self.given.kind, fields, ""))
+        self._origin |= dict.fromkeys(_dotted(fields), where)
+
+    def option(self, name: str, text: str | None) -> None:
+        """Take `--NAME TEXT`; the name is dotted. None: there is no text, which is wrong."""
+        with self.refusals.noted():
+            _set(self.given, name, text, Converter("", self.refusals))
+        self._origin[name] = ""
+
+    def config(self) -> Any:
+        """The configuration.
+
+        Raises:
+            InputError: something in files or options is wrong or missing
+        """
+        if not self._all_read:  # what is missing may be in the file that cannot be read
+            self.refusals.raise_any()
+        config = self._build(self.given, "")
+        self.refusals.raise_any()
+        return config
+
+    def plain(self) -> dict[str, Any]:
+        """All settings as plain values, those not given with their defaults; null for those that must be given.
+
+        Raises:
+            InputError: something in files or options is wrong
+        """
+        self.refusals.raise_any()
+        return _with_defaults(self.given.kind, self.given)
+
+    def _build(self, given: Given, name: str) -> Any:
+        """A section; WRONG where something in it is."""
+        hints = hints_of(given.kind)
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(given.kind):
+            kind, dotted = hints[field.name], f"{name}.{field.name}".lstrip(".")
+            if field.name in given:
+                values[field.name] = self._assemble(given[field.name], dotted)
+            elif _is_required(field) and dataclasses.is_dataclass(kind):
+                values[field.name] = self._build(Given(kind), dotted)  # names what is missing in it
+            elif _is_required(field):
+                self.refusals.add(InputError(f"{dotted} is missing; expected {expected(kind, dotted)}"))
+                values[field.name] = WRONG
+        if _has_wrong(list(values.values())):
+            return WRONG
+        try:
+            return given.kind(**values)
+        except InputError as error:
+            self.refusals.add(InputError(self._located(str(error), given.kind, name)))
+            return WRONG
+
+    def _assemble(self, value: Any, name: str) -> Any:
+        if isinstance(value, Given):
+            return self._build(value, name)
+        if isinstance(value, list):
+            return [self._assemble(part, f"{name}[{i}]") for i, part in enumerate(value)]
+        if isinstance(value, dict):
+            return {key: self._assemble(part, f"{name}.{key}") for key, part in value.items()}
+        return value
+
+    def _located(self, message: str, kind: type, name: str) -> str:
+        """The message of a section's own check, with the section and the file in front of the field."""
+        first = re.match(r"[\w.\[\]]*", message)
+        field = first[0] if first else ""
+        if name and field.split(".")[0] in {field.name for field in dataclasses.fields(kind)}:
+            message, field = f"{name}.{message}", f"{name}.{field}"
+        return self._origin.get(re.sub(r"\[\d+\].*", "", field), "") + message
+
+
+def config_from(config_class: type[Config], fields: Mapping[Any, Any], where: str) -> Config:
+    """A configuration from the fields of a file named `where`.
+
+    Raises:
+        InputError: naming the file, the field, the value found and the value expected
+    """
+    reader = ConfigReader(config_class)
+    reader.fields(fields, f"{where}: ")
+    config: Config = reader.config()
+    return config
+
+
+def _has_wrong(value: Any) -> bool:
+    """Whether something in a list, a table or itself was refused."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return value is WRONG or any(map(_has_wrong, parts))
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _merge(old: Given, new: Given) -> None:
+    """Put `new` over `old`, section by section."""
+    for name, value in new.items():
+        if isinstance(value, Given) and isinstance(old.get(name), Given):
+            _merge(old[name], value)
+        else:
+            old[name] = value
+
+
+def _set(given: Given, name: str, text: str | None, converter: Converter) -> None:
+    """Put the text of an option at its dotted name.
+
+    Raises:
+        InputError: there is no such option
+    """
+    *sections, last = name.split(".")
+    place: Any = given
+    for i, part in enumerate(sections):
+        kind = hints_of(place.kind).get(part) if isinstance(place, Given) else None
+        inner = next((k for k in alternatives(kind) if dataclasses.is_dataclass(k) or get_origin(k) is dict), None)
+        if inner is None:
+            known = [field.name for field in dataclasses.fields(place.kind)] if isinstance(place, Given) else []
+            dotted = ".".join(sections[: i + 1])
+            problem = "has no settings within it" if part in known else "is unknown"
+            raise InputError(f"--{name}: {dotted} {problem}; expected {nearest(part, known)}")
+        empty: Any = Given(inner) if isinstance(inner, type) and dataclasses.is_dataclass(inner) else {}
+        if not isinstance(place.get(part), dict):
+            place[part] = empty
+        if not isinstance(place[part], Given):  # a table: what is left is the name in it
+            key = ".".join([*sections[i + 1 :], last])
+            place[part][key] = converter.option(get_args(inner)[1], text, name)
+            return
+        place = place[part]
+    hints = hints_of(place.kind)
+    if last not in hints:
+        raise InputError(f"--{name} is unknown; expected {nearest(last, list(hints))}")
+    place_given = Given(place.kind)
+    place_given[last] = converter.option(hints[last], text, name)
+    _merge(place, place_given)
+
+
+def _with_defaults(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    hints, plain = hints_of(kind), {}
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if field.name in given:
+            value = given[field.name]
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        else:
+            value = None if field.default is dataclasses.MISSING else field.default
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not dataclasses.is_dataclass(value):
+            value = _with_defaults(hint, value or {})
+        plain[field.name] = _plain(value)
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Given):
+        return _with_defaults(value.kind, value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return value
+
+
+def _dotted(fields: Mapping[Any, Any], name: str = "") -> Iterator[str]:
+    """The dotted names of all fields, sections included."""
+    for field, value in fields.items():
+        yield f"{name}{field}"
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{name}{field}.")

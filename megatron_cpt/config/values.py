@@ -1,0 +1,197 @@
+"""The value of a field, from a file or an option -> what its type asks for, or a refusal that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import types
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.input_files import amount, number, parse_yaml, plain_number, shown, text_of
+
+LARGEST = 2**63 - 1  # whole number
+TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
+NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
+COUNTED = re.compile(r"(^|_)(token|sample)s?(_|$)")  # fields that may be written as 20B or 500k
+
+
+class Given(dict[str, Any]):
+    """What is given of a section, by field and converted; the sections in it are `Given`, too."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.kind = kind
+
+
+class _Wrong:
+    """Stands for a value that was refused."""
+
+
+WRONG = _Wrong()
+
+
+@functools.cache
+def hints_of(kind: Any) -> dict[str, Any]:
+    """The types of a section's fields."""
+    return get_type_hints(kind)
+
+
+def expected(kind: Any, name: str) -> str:
+    """What a field takes, in words."""
+    words = [_expected(option, name) for option in alternatives(kind)]
+    return " or ".join([*words, "null"] if is_optional(kind) else words)
+
+
+def _expected(kind: Any, name: str) -> str:
+    counted = COUNTED.search(_last(name)) is not None
+    if get_origin(kind) is Literal:
+        *others, last = map(str, get_args(kind))
+        return f"{', '.join(others)} or {last}" if others else last
+    if get_origin(kind) is list:
+        return f"a list ({_expected(get_args(kind)[0], name)} each)"
+    if dataclasses.is_dataclass(kind):
+        return f"a section with {', '.join(field.name for field in dataclasses.fields(kind))}"
+    if kind is int:
+        return "a whole number, such as 500000, 500k or 2B" if counted else "a whole number"
+    if kind is float:
+        return "a number, such as 500000, 500k or 2B" if counted else "a number"
+    return {bool: "true or false", str: "text"}.get(kind, "a section with names and values")
+
+
+def alternatives(kind: Any) -> Sequence[Any]:
+    """The members of a union but None; text, which takes everything, last."""
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return sorted((member for member in members if member is not types.NoneType), key=lambda member: member is str)
+
+
+def is_optional(kind: Any) -> bool:
+    """Whether null may stand there."""
+    return types.NoneType in get_args(kind)
+
+
+def _last(name: str) -> str:
+    return re.sub(r"\[\d+\]", "", name).rsplit(".", 1)[-1]
+
+
+class _MismatchError(Exception):
+    """A value is not of a kind."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Converter:
+    """Makes of the values in one file or option what their fields ask for; what is refused is noted.
+
+    Attributes:
+        where: begins the messages
+        refusals: gets them
+    """
+
+    where: str
+    refusals: Refusals
+
+    def convert(self, kind: Any, value: Any, name: str) -> Any:
+        """A value as its field wants it; WRONG, and noted, if it is of another kind."""
+        if value is None and is_optional(kind):
+            return None
+        for option in alternatives(kind):
+            try:
+                return self._as(option, value, name)
+            except _MismatchError:
+                continue
+        what = expected(kind, name)
+        exact = number(value)
+        if exact is not None and abs(exact) > LARGEST and "whole number" in what:
+            what += f" up to {LARGEST}"
+        return self._refuse(f"{name} is {shown(value)}; expected {what}")
+
+    def option(self, kind: Any, text: str | None, name: str) -> Any:
+        """The text of an option (None: it has none) as its field wants it."""
+        if text is None:
+            return self._refuse(f"--{name} has no value; expected {expected(kind, name)}")
+        return self.convert(kind, _value_of(kind, text, name), name)
+
+    def section(self, kind: Any, fields: Mapping[Any, Any], name: str) -> Given:
+        """The fields of a section, converted."""
+        hints, given = hints_of(kind), Given(kind)
+        known = [field.name for field in dataclasses.fields(kind)]
+        for field, value in fields.items():
+            dotted = f"{name}.{field}".lstrip(".")
+            if field in known:
+                given[field] = self.convert(hints[field], value, dotted)
+            else:
+                self._refuse(f"{dotted} is unknown; expected {nearest(str(field), known)}")
+        return given
+
+    def _refuse(self, message: str) -> _Wrong:
+        self.refusals.add(InputError(self.where + message))
+        return WRONG
+
+    def _as(self, kind: Any, value: Any, name: str) -> Any:
+        """A value as one kind; _MismatchError where it is another."""
+        if kind is Any:
+            return _numbers(value)
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping | None):
+            return self.section(kind, value or {}, name)
+        if get_origin(kind) is list and isinstance(value, list):
+            (part_kind,) = get_args(kind)
+            return [self.convert(part_kind, part, f"{name}[{i}]") for i, part in enumerate(value)]
+        if get_origin(kind) is dict and isinstance(value, Mapping):
+            _, part_kind = get_args(kind)
+            return {str(text_of(key)): self.convert(part_kind, part, f"{name}.{key}") for key, part in value.items()}
+        if kind in (int, float, str, bool) or get_origin(kind) is Literal:
+            return _scalar(kind, value, name)
+        raise _MismatchError
+
+
+def _value_of(kind: Any, text: str, name: str) -> Any:
+    """What the text of an option stands for: null, a list, fields, or itself."""
+    options = alternatives(kind)
+    if text == "null" and is_optional(kind):
+        return None
+    if text[:1] in ("[", "{") and any(option not in (int, float, str, bool) for option in options):
+        return parse_yaml(text, f"--{name}")
+    if any(get_origin(option) is list for option in options) and str not in options:
+        return [text]  # a list of one
+    return text
+
+
+def _scalar(kind: Any, value: Any, name: str) -> Any:
+    text = text_of(value)
+    if text is None:
+        raise _MismatchError
+    if kind is str:
+        return text
+    if get_origin(kind) is Literal and text in get_args(kind):
+        return text
+    if kind is bool and text.lower() in (*TRUE, *FALSE):
+        return text.lower() in TRUE
+    if kind is float and NOT_FINITE.fullmatch(text):
+        return float(text.replace(".", ""))
+    if kind in (int, float) and not isinstance(value, bool):
+        exact = number(value)
+        if exact is None and COUNTED.search(_last(name)):
+            whole = amount(value)
+            exact = None if whole is None else Fraction(whole)
+        if exact is not None and (kind is float or (exact.denominator == 1 and abs(exact) <= LARGEST)):
+            return kind(exact)
+    raise _MismatchError
+
+
+def _numbers(value: Any) -> Any:
+    """Values of which nobody says what they are: what spells a number is one."""
+    if isinstance(value, dict):
+        return {str(text_of(name)): _numbers(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_numbers(part) for part in value]
+    return plain_number(value) if isinstance(value, str) else value
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What may have been meant, or all there is."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"{near[0]} (did you mean that?)" if near else f"one of {', '.join(known)}"

@@ -1,0 +1,272 @@
+"""YAML and JSON that somebody else wrote, read with limits: no file makes a tool hang, run out of memory or crash.
+
+YAML is read as what is written means (YAML 1.2's core schema, and stricter): `no` is text, not false; `1:04` is text, not
+64; `0777` is text, not 511. A scalar becomes a number only when that number would be written the same way (`12`, `0.33`).
+Whatever else looks like one (`1e-5`, `1_000`, `010`) stays text, which `number` reads exactly where a number is expected.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Hashable
+from fractions import Fraction
+from typing import Any
+
+import yaml
+
+from megatron_cpt.errors import InputError
+
+MOST_YAML_BYTES = 1 << 20
+MOST_JSON_BYTES = 1 << 30
+MOST_YAML_VALUES = 50_000  # aliases count as often as they are used
+DEEPEST = 60  # lists and fields within each other
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+_TAG = "tag:yaml.org,2002:"
+_INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})", re.ASCII)
+# Digits enough for any number of a configuration; few enough that none takes long to read or is too large for a float.
+_NUMBER = re.compile(r"[-+]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})(e[-+]?\d{1,2})?", re.ASCII | re.IGNORECASE)
+_RATIO = re.compile(r"(\d{1,40})/(\d{1,40})", re.ASCII)
+_PLAIN = ("plain", "int", "float", "bool", "null", "merge")  # tags of what is read as `plain_value` reads it
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+
+
+def number(value: Any) -> Fraction | None:
+    """The exact number that a value is or, as text, spells (`1e-5`, `1_000`, `1/3`); None where it spells none.
+
+    0.1 is one tenth, not the nearest binary number. A leading zero (`010`), which some read as octal, spells none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    text = re.sub(r"(?<=\d)_(?=\d)", "", str(value).strip())
+    ratio = _RATIO.fullmatch(text)
+    if ratio:
+        return Fraction(int(ratio[1]), int(ratio[2])) if int(ratio[2]) else None
+    if not _NUMBER.fullmatch(text) or re.match(r"[-+]?0\d", text):
+        return None
+    return Fraction(text)
+
+
+def amount(value: Any) -> int | None:
+    """A whole number of tokens or samples, also with a unit (`2B`, `1.7T`, `500k`, `500_000`); None where it is none."""
+    found = re.fullmatch(r"(.*?) *([kmbt]?)", str(value).strip().lower())
+    size = number(found[1]) if found and not isinstance(value, bool) else None
+    size = None if size is None or found is None else size * UNITS[found[2]]
+    return None if size is None or size.denominator != 1 else int(size)
+
+
+def text_of(value: Any) -> str | None:
+    """A scalar of `load_yaml` as it was written; None for what is no scalar, or null."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int | float | str) else None
+
+
+def plain_value(text: str) -> Any:
+    """What an unquoted scalar of YAML is: null, true, false, a number that would be written the same way, else text."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INTEGER.fullmatch(text) and text != "-0":
+        return int(text)
+    if len(text) < 30 and _NUMBER.fullmatch(text) and repr(float(text)) == text:
+        return float(text)
+    return text
+
+
+def plain_number(text: str) -> Any:
+    """As `plain_value`, but whatever spells a number is one (`1e-5`)."""
+    value = plain_value(text)
+    exact = number(value) if isinstance(value, str) else None
+    if exact is None:
+        return value
+    return int(exact) if re.fullmatch(r"[-+]?[\d_]+", text) else float(exact)
+
+
+class _Loader(yaml.SafeLoader):  # in Python: libyaml's parser crashes on deep nesting
+    """YAML of text, numbers, lists and fields, nothing else, within the limits."""
+
+    _depth = 0
+    _values = 0
+
+    def __init__(self, text: str, plain: Callable[[str], Any]) -> None:
+        super().__init__(text)
+        self.plain = plain
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        self._values += 1
+        if self._values > MOST_YAML_VALUES:
+            raise _refusal(f"more than {MOST_YAML_VALUES} values", self.peek_event())
+        if self._depth > DEEPEST:
+            raise _refusal(f"more than {DEEPEST} lists and fields within each other", self.peek_event())
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> str:
+        if kind is not yaml.ScalarNode:
+            return str(super().resolve(kind, value, implicit))
+        if value == "<<" and implicit[0]:
+            return _TAG + "merge"
+        return _TAG + ("plain" if implicit[0] else "str")
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refusal("a list or fields as the name of a field", key)
+            if key.value in seen:
+                raise _refusal(f"field {key.value!r} is given twice", key)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_constructors = {
+    _TAG + "str": lambda loader, node: loader.construct_scalar(node),
+    _TAG + "map": lambda loader, node: loader.construct_mapping(node, deep=True),
+    _TAG + "seq": lambda loader, node: loader.construct_sequence(node, deep=True),
+    **{_TAG + kind: lambda loader, node: loader.plain(node.value) for kind in _PLAIN},
+    None: lambda loader, node: _unknown_tag(node),
+}
+
+
+def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(None, None, problem, place.start_mark)
+
+
+def _unknown_tag(node: yaml.Node) -> Any:
+    raise _refusal(f"the tag {node.tag}", node)
+
+
+def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Number of values in a node, each alias counted as often as it is used."""
+    if id(node) in sizes:
+        size = sizes[id(node)]
+        if size is None:
+            raise _refusal("an alias that contains itself", node)
+        return size
+    sizes[id(node)] = None
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    size = 1 + sum(_size(part, sizes) for part in parts)
+    if size > MOST_YAML_VALUES:
+        raise _refusal(f"more than {MOST_YAML_VALUES} values, aliases included", node)
+    sizes[id(node)] = size
+    return size
+
+
+def parse_yaml(text: str, where: str, plain: Callable[[str], Any] = plain_value) -> Any:
+    """The value of a YAML text; `where` begins the message of an error, `plain` reads unquoted scalars.
+
+    Raises:
+        InputError: it is no YAML, gives a field twice, or goes beyond the limits
+    """
+    try:
+        loader = _Loader(text, plain)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _size(node, {})
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = "" if mark is None else f"line {mark.line + 1}: "
+        problem = _one_line(f"{error.context or ''} {error.problem or ''}")
+        raise InputError(f"{where} is not YAML: {line}{problem}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{where} is not YAML: {_one_line(error)}") from error
+    except RecursionError as error:  # through aliases, whose depths add up
+        raise InputError(f"{where} is not YAML: lists and fields too deep within each other") from error
+
+
+def load_yaml(path: str | os.PathLike[str], what: str = "", plain: Callable[[str], Any] = plain_value) -> dict[str, Any]:
+    """The fields of a YAML file; none where it is empty. `what` it is (`mixture file`) begins the message of an error.
+
+    `plain` reads unquoted scalars: `plain_number` where the fields are not read by somebody who knows which are numbers.
+
+    Raises:
+        InputError: it cannot be read, or is not YAML, or goes beyond the limits
+    """
+    where = f"{what} {os.fspath(path)}".lstrip()
+    content = _read(path, where, MOST_YAML_BYTES)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not YAML: {error}") from error
+    fields = parse_yaml(text, where, plain)
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict):
+        raise InputError(f"{where} is {shown(fields)}; expected fields (name: value)")
+    return fields
+
+
+def load_json(path: str | os.PathLike[str], what: str = "") -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: it cannot be read, is no JSON, or goes beyond the limits
+    """
+    where = f"{what} {os.fspath(path)}".lstrip()
+    return parse_json(_read(path, where, MOST_JSON_BYTES), where)
+
+
+def parse_json(content: bytes | str, where: str) -> Any:
+    """The value of a JSON text; `where` begins the message of an error.
+
+    Raises:
+        InputError: it is no JSON, or has more than `DEEPEST` lists and objects within each other
+    """
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise InputError(f"{where} is not JSON: {_TOO_DEEP}") from error
+    except ValueError as error:  # also text that is not UTF-8, and numbers of thousands of digits
+        raise InputError(f"{where} is not JSON: {_one_line(error)}") from error
+    if too_deep(value):
+        raise InputError(f"{where} is not JSON: {_TOO_DEEP}")
+    return value
+
+
+_TOO_DEEP = f"more than {DEEPEST} lists and objects within each other"
+
+
+def too_deep(value: Any) -> bool:
+    """Whether a value has more than `DEEPEST` lists and objects within each other."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [part for whole in level if isinstance(whole, (list, dict)) for part in _parts(whole)]
+        if not level:
+            return False
+    return True
+
+
+def _parts(whole: list[Any] | dict[str, Any]) -> Any:
+    return whole.values() if isinstance(whole, dict) else whole
+
+
+def shown(value: Any, most: int = 100) -> str:
+    """A value as a message shows it, cut where it is long."""
+    text = {None: "null", True: "true", False: "false"}.get(value) if value is None or isinstance(value, bool) else None
+    text = text or _one_line(repr(value))
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _one_line(words: Any) -> str:
+    return " ".join(str(words).split())
+
+
+def _read(path: str | os.PathLike[str], where: str, most: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{where}: {error.strerror}") from error
+    if len(content) > most:
+        raise InputError(f"{where} has more than {most:,} bytes; expected fewer")
+    return content

@@ -1,0 +1,153 @@
+"""Every field of every tool: a value of the wrong kind is one line that names file, field, value and what was expected."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+
+from megatron_cpt.config.cli import collect_arguments, normalise, read_arguments
+from megatron_cpt.config.values import COUNTED, alternatives, is_optional
+from megatron_cpt.errors import InputError, InputErrors
+
+CONFIGS = [
+    "config.run:RunConfig",
+    "data.preprocess_config:PreprocessConfig",
+    "data.curate:CurateConfig",
+    "data.merge:MergeConfig",
+    "data.adopt:AdoptConfig",
+    "data.inspection:InspectConfig",
+    "checkpoint.convert:HfToMegatron",
+    "checkpoint.convert:MegatronToHf",
+    "checkpoint.verify:Verify",
+    "planning.config:PlanConfig",
+    "study.commands:Plan",
+    "study.commands:Run",
+    "study.commands:Choose",
+    "posttrain.sft:SftConfig",
+    "posttrain.dpo:DpoConfig",
+    "posttrain.chat:ChatConfig",
+    "evaluation.config:EvaluateConfig",
+]
+
+
+def load(name: str) -> type:
+    module, _, kind = name.partition(":")
+    loaded: type = getattr(importlib.import_module(f"megatron_cpt.{module}"), kind)
+    return loaded
+
+
+def fields_of(kind: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of every field of a configuration, those of its sections too."""
+    for field, hint in get_type_hints(kind).items():
+        dotted = f"{name}.{field}".lstrip(".")
+        yield dotted, hint
+        for option in alternatives(hint):
+            if dataclasses.is_dataclass(option):
+                yield from fields_of(option, dotted)
+
+
+def wrong_values(hint: Any) -> list[Any]:
+    """Values that a field of this type does not take."""
+    options = alternatives(hint)
+    wrong: list[Any] = [] if is_optional(hint) or any(map(dataclasses.is_dataclass, options)) else [None]
+    kinds = {get_origin(option) or option for option in options}
+    if not kinds & {list}:
+        wrong.append([["x"]])
+    if not kinds & {dict} and not any(map(dataclasses.is_dataclass, options)):
+        wrong.append({"a": 1})
+    if kinds & {list, dict}:
+        wrong.append([{"no such": 1}] if list in kinds else {"a": [1]})
+    if str not in kinds:
+        wrong += ["banana", "1:04", "010"]
+    if int in kinds and not kinds & {float, str}:
+        wrong += [1.5, 10**30]
+    if kinds & {int, float} and str not in kinds:
+        wrong += [True, "1e999999999"]
+    return wrong
+
+
+def refusals(config: type, words: list[str]) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        read_arguments(config, words)
+    errors = caught.value.errors if isinstance(caught.value, InputErrors) else (caught.value,)
+    return [str(error) for error in errors]
+
+
+def nested(name: str, value: Any) -> Any:
+    """A value at its dotted name."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return value
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_wrong_kinds(name: str, tmp_path: Path) -> None:
+    config, path = load(name), tmp_path / "c.yaml"
+    tried = 0
+    for field, hint in fields_of(config):
+        if "dict" in str(hint) and "Any" in str(hint):
+            continue  # somebody else's settings, which take anything
+        for value in wrong_values(hint):
+            path.write_text(yaml.safe_dump(nested(field, value)))
+            found = [line for line in refusals(config, ["--config", str(path)]) if line.startswith(f"{path}: {field}")]
+            assert found, (field, value)
+            assert all(" is " in line and "; expected " in line and "\n" not in line for line in found), found
+            assert all(len(line) < 700 for line in found), found
+            tried += 1
+            if isinstance(value, str) and list[str] not in alternatives(hint):
+                options = [f"--{field}={value}"]
+                starts = (f"{field} is ", f"{field}[0] is ")
+                assert any(line.startswith(starts) for line in refusals(config, options)), (field, value)
+    assert tried >= 4 * len(dataclasses.fields(config)) // 3
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_amounts_have_units_everywhere(name: str) -> None:
+    """20B and 500k, wherever tokens or samples are meant."""
+    config = load(name)
+    for field, hint in fields_of(config):
+        if COUNTED.search(field.rsplit(".", 1)[-1]) and {int, float} & set(alternatives(hint)):
+            reader = collect_arguments(config, normalise([f"--{field}", "20B"]))
+            assert reader.refusals.errors == []
+            place: Any = reader.given
+            for part in field.split("."):
+                place = place[part]
+            assert place == 20 * 10**9
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_empty_sections(name: str, tmp_path: Path) -> None:
+    """`training:` with all its lines commented out is a section that gives nothing."""
+    config, path = load(name), tmp_path / "c.yaml"
+    sections = [field.name for field in dataclasses.fields(config) if isinstance(get_type_hints(config)[field.name], type)]
+    sections = [field for field in sections if dataclasses.is_dataclass(get_type_hints(config)[field])]
+    path.write_text("".join(f"{section}:\n#  lr: 1\n" for section in sections))
+    reader = collect_arguments(config, [f"--config={path}"])
+    assert reader.refusals.errors == []
+    assert list(reader.given) == sections
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_switches_and_choices(name: str) -> None:
+    """What YAML 1.1 takes for true and false is that for switches, and text elsewhere."""
+    config = load(name)
+    for field, hint in fields_of(config):
+        (first, *_) = alternatives(hint) or [None]
+        for word, value in (("no", False), ("Yes", True)):
+            given: Any = collect_arguments(config, [f"--{field}={word}"])
+            errors, given = given.refusals.errors, given.given
+            for part in field.split("."):
+                given = given[part] if isinstance(given, dict) and part in given else None
+            if hint is bool:
+                assert (errors, given) == ([], value)
+            elif first is str:
+                assert (errors, given) == ([], word)
+            elif get_origin(first) is Literal:
+                assert errors
+                assert word not in get_args(first)
