@@ -4,12 +4,11 @@ python tools/adopt_corpus.py data/zh_text_document --tokenizer Meta-Llama-3-8B -
 """
 
 from megatron_cpt.config.cli import run_tool
-from megatron_cpt.data.adopt import AdoptConfig, adopt_corpora
 
 if __name__ == "__main__":
     run_tool(
-        adopt_corpora,
-        AdoptConfig,
+        "megatron_cpt.data.adopt:adopt_corpora",
+        "megatron_cpt.data.adopt:AdoptConfig",
         "Write the manifest that mixtures need beside .bin/.idx files of Megatron-LM, which stay as they are.",
         positional="input",
     )

@@ -4,8 +4,10 @@ python tools/evaluate.py --config evaluate.yaml
 """
 
 from megatron_cpt.config.cli import run_tool
-from megatron_cpt.evaluation.config import EvaluateConfig
-from megatron_cpt.evaluation.report import evaluate
 
 if __name__ == "__main__":
-    run_tool(evaluate, EvaluateConfig, "Evaluate Hugging Face checkpoints.")
+    run_tool(
+        "megatron_cpt.evaluation.report:evaluate",
+        "megatron_cpt.evaluation.config:EvaluateConfig",
+        "Evaluate Hugging Face checkpoints.",
+    )

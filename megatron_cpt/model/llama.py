@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_cpt.errors import InputError, brief
+from megatron_cpt.input_files import load_json
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,13 @@ def _count(path: str, fields: Mapping[str, Any], name: str, default: int | None 
     return value
 
 
+def check_size(path: str, name: str, value: Any) -> None:
+    """Raise InputError for a number of a config.json that no model has: lists as long as that would be made of it."""
+    most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+    if isinstance(value, int | float) and not -most <= value <= most:
+        raise InputError(f"{path}: {name} is {brief(value)}; use at most {most}")
+
+
 def _positive(path: str, fields: Mapping[str, Any], name: str) -> float:
     """A number above 0."""
     value = fields.get(name)
@@ -178,13 +185,7 @@ def _check_known(path: str, fields: dict[str, Any]) -> None:
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            fields = json.load(file)
-    except OSError as error:
-        raise InputError(f"model configuration {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"model configuration {path} is not JSON: {error}") from error
+    fields = load_json(path, "model configuration")
     if not isinstance(fields, dict):
         raise InputError(f"model configuration {path} must be a JSON object, found {type(fields).__name__}")
     return fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from megatron_cpt.planning.one_run import plan_one, read_run
 from megatron_cpt.planning.report import show, to_json, write_json
 from megatron_cpt.planning.search import make_job, make_parallel, plan
 from megatron_cpt.planning.weights import state_bytes
+from megatron_cpt.screen import wide_console
 
 if TYPE_CHECKING:
     from megatron_cpt.planning.simulate import Simulation
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 def run(config: PlanConfig) -> str | None:
     """Print a plan or a simulation; returns the path of the JSON file, if one is asked for."""
-    console = Console()
+    console = wide_console(sys.stdout)
     asked = read_run(config) if config.run is not None else None
     config = asked.config if asked else config
     if config.simulate is not None:

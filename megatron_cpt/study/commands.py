@@ -10,12 +10,12 @@ import threading
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_cpt.checkpoint.layout import iterations
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
+from megatron_cpt.screen import wide_console
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.critical import predict_critical_ratios
@@ -96,7 +96,7 @@ def plan(study: Plan) -> str:
     table = plan_table(make_plan(study, base, proposed), proposed)
     if study.adaptive:
         write_proposed(study.folder, proposed)  # within the limits
-    Console(stderr=True).print(table)
+    wide_console().print(table)
     return study.folder
 
 
@@ -197,7 +197,7 @@ def write_all_results(study: StudyConfig, results: Results) -> str | None:
 def fit_command(study: FitOptions) -> str:
     """`almr_study.py fit`; returns the path of fit.json."""
     _, found = fitted(study)
-    Console(stderr=True).print(fit_table(found))
+    wide_console().print(fit_table(found))
     for name, line in ((f"frontier of {found.frontier_of}", found.frontier), ("loss line", found.line)):
         if line is not None and not math.isnan(line.a):
             intervals = f"a{interval(line.a_interval)}, b{interval(line.b_interval)}"

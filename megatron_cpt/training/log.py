@@ -14,13 +14,13 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.data.ledger import Ledger
 from megatron_cpt.data.mixture_inspection import ledger_table
+from megatron_cpt.screen import wide_console
 from megatron_cpt.training.baseline import Baseline, Measurement
 from megatron_cpt.training.metrics_file import MetricsFile, finite, read_metrics
 from megatron_cpt.training.progress_line import RunProgress, TimeLeft, plain, step_parts
@@ -50,7 +50,7 @@ class RunLog:
         self.config = config
         self.rank = rank
         self.first = rank == 0
-        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True, quiet=not self.first)
+        self.console = wide_console(markup=False, highlight=False, soft_wrap=True, quiet=not self.first)
         self.error_stream: TextIO = sys.stderr
         self.live = self.first and self.console.is_terminal and not self.console.is_dumb_terminal
         self.progress = RunProgress(self.console, self.live)
@@ -66,7 +66,7 @@ class RunLog:
         if not self.first:
             path = rank_file(self.folder, self.rank)
             file, self.error_stream = self.stack.enter_context(output_to_file(path, self.rank))
-            self.console = Console(file=file, markup=False, highlight=False, soft_wrap=True)
+            self.console = wide_console(file, markup=False, highlight=False, soft_wrap=True)
         self.progress.start()
         return self
 

@@ -270,7 +270,7 @@ def test_a_model_that_is_too_small_for_the_data(
     with pytest.raises(InputError, match=message):
         check_fit(str(tmp_path), found)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match=r"config\.json is damaged"):
+    with pytest.raises(InputError, match=r"config\.json is not JSON"):
         check_fit(str(tmp_path), found)
 
 

@@ -1,0 +1,76 @@
+"""Limits for what a chat template does: it is a program of whoever made the model."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateError
+
+from megatron_cpt.errors import InputError
+
+# What a template may raise: Jinja's errors, or those of its expressions
+REFUSALS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, SyntaxError)
+MOST_SECONDS = 10.0  # of processor time, for one conversation
+MOST_BYTES = 1 << 30  # beyond what the process has
+
+
+class _OutOfTimeError(Exception):
+    """A block took more time than it may."""
+
+
+@contextlib.contextmanager
+def limited(tokenizer: Any) -> Iterator[None]:
+    """Let a block that renders a tokenizer's chat template use MOST_SECONDS (in the main thread) and MOST_BYTES.
+
+    Raises:
+        InputError: it wanted more, or the template has powers, which can take hours where nothing can end them
+    """
+    what = f"the chat template of {tokenizer.name_or_path}"
+    if has_powers(tokenizer.chat_template):
+        raise InputError(f"{what} has the operator **; expected one without")
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = _address_space() + MOST_BYTES
+    allowed = [limit for limit in (most, soft, hard) if limit != resource.RLIM_INFINITY]
+    timed = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGVTALRM, _out_of_time) if timed else None
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (min(allowed), hard))
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)
+        yield
+    except _OutOfTimeError as error:
+        raise InputError(f"{what} takes more than {MOST_SECONDS:g} seconds; expected one that ends") from error
+    except MemoryError as error:
+        raise InputError(f"{what} takes more than {MOST_BYTES >> 20} MiB of memory; expected one that takes less") from error
+    except RecursionError as error:
+        raise InputError(f"{what} has more blocks within each other than can be followed; expected fewer") from error
+    finally:
+        if timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def has_powers(template: Any) -> bool:
+    """Whether a template's text uses the operator `**`."""
+    if not isinstance(template, str) or "**" not in template:
+        return False
+    try:
+        return any((kind, word) == ("operator", "**") for _, kind, word in Environment().lex(template))
+    except TemplateError:  # it will be refused where it is rendered
+        return False
+
+
+def _out_of_time(number: int, frame: Any) -> None:
+    raise _OutOfTimeError
+
+
+def _address_space() -> int:
+    """Bytes of addresses that the process has."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

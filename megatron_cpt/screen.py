@@ -1,0 +1,16 @@
+"""Where tools print tables and text."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from rich.console import Console
+
+WITHOUT_TERMINAL = 10_000  # columns: a log or a pipe has no width, so lines are as long as what they say
+
+
+def wide_console(stream: TextIO | None = None, **options: Any) -> Console:
+    """A console on `stream` (default: stderr) that is as wide as its terminal; without one nothing is wrapped."""
+    stream = sys.stderr if stream is None else stream
+    return Console(file=stream, width=None if stream.isatty() else WITHOUT_TERMINAL, **options)
