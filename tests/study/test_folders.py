@@ -132,7 +132,7 @@ def test_whatever_is_damaged_is_named_in_one_line(tmp_path: Path) -> None:
         ("choice.json", "[]", r"choice.json is \[\]; wanted a choice"),
         ("choice.json", '{"almr": "half"}', "choice.json: almr is 'half'; wanted a number"),
         ("proposed.json", '[{"almr": 0.5}]', "proposed.json: 0.lr is missing or null; wanted a number"),
-        (f"configs/{NAME}.yaml", "3", rf"configuration .*{NAME}.yaml must hold fields, found int"),
+        (f"configs/{NAME}.yaml", "3", rf"configuration .*{NAME}.yaml is 3; expected fields"),
     ],
 )
 def test_messages(study: StudyConfig, path: str, text: str, wanted: str) -> None:
