@@ -28,6 +28,7 @@ from megatron_cpt.checkpoint.hf_files import (
     weight_files,
     write_safetensors,
 )
+from megatron_cpt.checkpoint.hf_tokenizer import load, say_other_reading
 from megatron_cpt.checkpoint.hf_weights import Piece, check_shapes, extra_states, open_hf, pieces_of
 from megatron_cpt.checkpoint.layout import (
     checkpoint_name,
@@ -60,7 +61,6 @@ from megatron_cpt.checkpoint.vocabulary import (
     Extension,
     NewRows,
     extension,
-    load,
     replace_tokenizer,
     sentences,
 )
@@ -132,6 +132,7 @@ def hf_to_megatron(config: HfToMegatron) -> str:
     check_megatron_target(config.megatron)
     llama = read_llama_config(config.hf)
     say_notes(config.hf)
+    say_other_reading(config.hf)
     source = open_hf(config.hf, llama)
     check_shapes(source.shapes(), llama, config.hf)
     found = one_dtype(config.hf, {name: info.dtype for name, info in source.infos.items()}, config.dtype != "keep")
@@ -251,6 +252,8 @@ def megatron_to_hf(config: MegatronToHf) -> str:
     source = {"kind": "megatron-to-hf", "source": os.path.abspath(folder), "dtype": dtype}
     names = sorted(name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name)))
     beside = os.path.join(folder, "hf") if fields is None else config.tokenizer
+    if fields is None:
+        say_other_reading(os.path.join(folder, "hf"))
     options = {"max_shard_size": config.max_shard_size, "card": card, "fields": fields}
     files = {"files": fingerprint(folder, names), "hf_files": fingerprint(beside, hf_files(beside)) if beside else {}}
     identity = source | options | files | versions()
@@ -271,7 +274,7 @@ def megatron_to_hf(config: MegatronToHf) -> str:
         set_fields(os.path.join(path, "config.json"), dtype, llama.vocab_size)
         if card is not None:
             write_text(os.path.join(path, "README.md"), card)
-        manifest = source | run | {"versions": versions()}
+        manifest = source | trained_with(folder) | run | {"versions": versions()}
         write_json(os.path.join(path, "manifest.json"), manifest)
         sync_files(path)
     return config.hf
@@ -283,8 +286,18 @@ def make_card(folder: str, config: MegatronToHf) -> tuple[str, dict[str, Any]]:
     manifest = read_manifest(path) if os.path.exists(path) else {}
     card = model_card(os.path.basename(os.path.abspath(config.hf)), manifest)
     run = {name: manifest[name] for name in ("iteration", "consumed_samples", "tokenizer", "data")}
+    run["tokenizer"] = {name: value for name, value in run["tokenizer"].items() if name not in ("path", "notes")}
     run["config"] = {name: manifest["config"][name] for name in ("training", "optimizer", "lr", "parallel")}
     return card, {"source": os.path.basename(folder), "run": run | {"versions": manifest["versions"]}}
+
+
+def trained_with(folder: str) -> dict[str, Any]:
+    """For the manifest of a HF folder: what the tokenizer of the checkpoint's training does, so that another is noticed."""
+    path = os.path.join(folder, "manifest.json")
+    known = read_manifest(path).get("tokenizer") if os.path.exists(path) else None
+    if not known or known.get("behaviour_sha256") is None:
+        return {}
+    return {"tokenizer": {name: known[name] for name in ("name", "behaviour_sha256")}}
 
 
 def described_by(folder: str, config: MegatronToHf) -> dict[str, Any] | None:

@@ -12,12 +12,15 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from megatron_cpt.checkpoint.added_tokens import add_tokens
+from megatron_cpt.checkpoint.hf_tokenizer import load
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import LlamaConfig
+from megatron_cpt.tokenizer.behaviour import PROBES
 
 NewRows = Literal["subtokens", "mean", "zero"]
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -104,61 +107,13 @@ def extension(
     with tempfile.TemporaryDirectory() as folder:
         if added_tokens is not None:
             extend_tokenizer = folder
-            add_tokens(hf, added_tokens, folder)
+            add_tokens(hf, added_tokens, folder, TOKENIZER_FILES)
         if extend_tokenizer is None:
             yield Extension(llama.vocab_size, {}, new_rows, repair, None, seed)
         else:
             new = new_tokens(hf, extend_tokenizer, llama.vocab_size)
             size = max(llama.vocab_size, max(new, default=-1) + 1)
             yield Extension(size, new, new_rows, repair, extend_tokenizer, seed)
-
-
-def add_tokens(hf: str, path: str, folder: str) -> None:
-    """Write the model's tokenizer with the tokens of a file added; those that it has already are passed over.
-
-    Raises:
-        InputError: naming the file, and the token that cannot be added
-    """
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            tokens = [line.rstrip("\n") for line in file]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"added_tokens {path} cannot be read: {error}") from error
-    tokens = [token for token in tokens if token.strip()]
-    if not tokens:
-        raise InputError(f"added_tokens {path} holds no token; put one on each line")
-    tokenizer = load(hf)
-    new = [token for token in dict.fromkeys(tokens) if not is_token(tokenizer, token)]
-    if not new:
-        raise InputError(f"added_tokens {path}: the tokenizer of {hf} has all of these tokens already")
-    if len(new) < len(tokens):
-        print(f"added_tokens {path}: {len(tokens) - len(new)} of {len(tokens)} are there already", file=sys.stderr)
-    tokenizer.add_tokens(new)
-    for token in new:
-        decoded = tokenizer.decode(tokenizer.convert_tokens_to_ids([token]))
-        if decoded != token:  # as with letters that a byte-level decoder takes for bytes
-            other = "make a tokenizer that has it in its own vocabulary and use --extend_tokenizer"
-            raise InputError(f"added_tokens {path}: token {token!r} would be decoded as {decoded!r}; {other}")
-    tokenizer.save_pretrained(folder)
-
-
-def is_token(tokenizer: Any, text: str) -> bool:
-    """Whether a text is one token. Its name in the vocabulary does not tell: byte-level tokenizers spell it in their way."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    return len(ids) == 1 and bool(tokenizer.decode(ids) == text)
-
-
-def load(folder: str) -> Any:
-    """transformers' tokenizer in a folder."""
-    from transformers import AutoTokenizer
-
-    if not os.path.isdir(folder):
-        raise InputError(f"tokenizer {folder}: no such folder")
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise what they like, Exception itself among it
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise InputError(f"tokenizer {folder} cannot be read: {reason}") from error
 
 
 def new_tokens(old_folder: str, new_folder: str, rows: int) -> dict[int, tuple[int, ...]]:
@@ -170,7 +125,7 @@ def new_tokens(old_folder: str, new_folder: str, rows: int) -> dict[int, tuple[i
     Raises:
         InputError: a token of the old one has another id in the new one, or nothing is new
     """
-    old, new = load(old_folder), load(new_folder)
+    old, new = load(old_folder, quiet=True), load(new_folder, quiet=True)
     old_ids, new_ids = old.get_vocab(), new.get_vocab()
     for token, number in old_ids.items():
         if new_ids.get(token) != number:
@@ -179,6 +134,12 @@ def new_tokens(old_folder: str, new_folder: str, rows: int) -> dict[int, tuple[i
     known = set(new_ids.values())
     if known == set(old_ids.values()):
         raise InputError(f"{new_folder} has no token that {old_folder} does not have")
+    for text in (text for text in PROBES if "<|" not in text):
+        ids = new.encode(text)
+        if ids != old.encode(text) and set(ids) <= set(old_ids.values()):
+            otherwise = f"splits {text[:40]!r} otherwise than {old_folder}, without a token that is new"
+            print(f"note: {new_folder} {otherwise}", file=sys.stderr)
+            break
     found: dict[int, tuple[int, ...]] = {}
     for number in sorted((known - set(old_ids.values())) | set(range(rows, max(known) + 1))):
         text = new.decode([number], skip_special_tokens=False) if number in known else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
+from megatron_cpt.checkpoint.hf_tokenizer import load
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.sandbox import require_sandbox
 
@@ -196,7 +197,8 @@ class Harness:
     def _lm(self) -> Any:
         from lm_eval.models.huggingface import HFLM
 
-        return turn_ending(HFLM)(**self._options) if self._chat else HFLM(**self._options)
+        options = self._options | {"tokenizer": load(str(self._options["pretrained"]), quiet=True)}
+        return turn_ending(HFLM)(**options) if self._chat else HFLM(**options)
 
     def _results(self, benchmark: Benchmark, limit: int | None, allow_code: bool, seed: int) -> dict[str, Any]:
         import lm_eval

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, check_model
+from megatron_cpt.checkpoint.hf_tokenizer import load
 
 
 def load_model(folder: str) -> tuple[Any, Any]:
@@ -19,7 +20,7 @@ def load_model(folder: str) -> tuple[Any, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", trust_remote_code=False, **WITHOUT_ADAPTERS
     ).eval()
-    return model, transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return model, load(folder)
 
 
 def complete(folder: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:

@@ -1,0 +1,138 @@
+"""transformers' tokenizer for fine-tuning, evaluation and chat: one that gives the ids that preprocessing gives, or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_cpt.errors import InputError, if_on_the_hub
+from megatron_cpt.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
+from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_difference
+from megatron_cpt.tokenizer.hf_files import CONFIG, json_object
+
+AS_THE_FILE_SAYS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of transformers that take tokenizer.json as it is; others build normalizer and pre-tokenizer by themselves."""
+
+
+def load(folder: str, quiet: bool = False) -> Any:
+    """transformers' tokenizer of a folder, read from tokenizer.json as it is, whatever class its configuration names.
+
+    `quiet`: do not say where other programs read the folder otherwise.
+
+    Raises:
+        InputError: it cannot be read, or is not the tokenizer that preprocessing reads there
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"tokenizer {folder}: no such folder{if_on_the_hub(folder)}")
+    by_file = os.path.isfile(os.path.join(folder, "tokenizer.json"))
+    tokenizer = _from_transformers(folder, by_file)
+    if getattr(getattr(getattr(tokenizer, "_tokenizer", None), "model", None), "dropout", None):
+        tokenizer._tokenizer.model.dropout = None  # a noise for training; see tokenizer.hf_files
+    if by_file or os.path.isfile(os.path.join(folder, "tokenizer.model")):
+        own = own_reading(folder)
+        _check_same(folder, tokenizer, own)
+        _check_trained_with(folder, own)
+    if not quiet:
+        say_other_reading(folder)
+    return tokenizer
+
+
+def say_other_reading(folder: str) -> None:
+    """Print `other_reading`, once for all processes."""
+    if os.environ.get("RANK", "0") == "0" and (note := other_reading(folder)):
+        print(f"note: {note}", file=sys.stderr)
+
+
+def other_reading(folder: str) -> str | None:
+    """What to know about a folder that other programs, which go by its `tokenizer_class`, read otherwise; None: nothing."""
+    config = Path(folder, CONFIG)
+    if not (config.is_file() and Path(folder, "tokenizer.json").is_file()):
+        return None
+    name = json_object(config).get("tokenizer_class")
+    if not isinstance(name, str) or name in AS_THE_FILE_SAYS:
+        return None
+    here = f"{config}: tokenizer_class is {name}, by which transformers"
+    advice = "expected PreTrainedTokenizerFast, which reads tokenizer.json as it is, as all tools here do"
+    try:
+        other = _from_transformers(folder, by_file=False)
+        difference = first_difference(own_reading(folder), _encoding_text(other))
+    except InputError:
+        return f"{here} cannot use this tokenizer; {advice}"
+    if difference is None:
+        return None
+    text, ids, others = difference
+    return f"{here} and programs that use it split {text[:40]!r} otherwise (ids {others}, not {ids}); {advice}"
+
+
+def _from_transformers(folder: str, by_file: bool) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    reader = PreTrainedTokenizerFast if by_file else AutoTokenizer
+    try:
+        return reader.from_pretrained(folder, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise what they like, Exception itself among it
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise InputError(f"tokenizer {folder} cannot be read: {reason}") from error
+
+
+def own_reading(folder: str) -> Tokenizer:
+    """The folder as preprocessing reads it; which token ends documents does not matter here, and may not be known."""
+    file, kind = tokenizer_file(folder)
+    if kind == "hf":
+        vocabulary = json_object(file).get("model", {}).get("vocab") or [["", 0]]
+        return load_tokenizer(folder, eos_token=next(iter(vocabulary)) if isinstance(vocabulary, dict) else vocabulary[0][0])
+    return load_tokenizer(folder)
+
+
+def _encoding_text(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Text -> ids by transformers, the text of special tokens being text."""
+
+    def encode(text: str) -> list[int]:
+        try:
+            return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        except MemoryError:
+            raise
+        except Exception as error:  # the library raises Exception itself, as for an unknown token that it does not have
+            raise InputError(f"tokenizer {tokenizer.name_or_path} cannot encode {text[:40]!r}: {error}") from error
+
+    return encode
+
+
+def _check_same(folder: str, tokenizer: Any, own: Tokenizer) -> None:
+    """InputError where transformers and preprocessing do not read the same tokenizer in a folder."""
+    more = [token for token, number in tokenizer.get_vocab().items() if number >= own.vocab_size]
+    if more:
+        raise InputError(
+            f"{folder}/{CONFIG}: names {more[0]!r}, which is no token of {own.name}; expected tokens of the vocabulary "
+            f"(in added_tokens_decoder, or leave it out)"
+        )
+    difference = first_difference(own, _encoding_text(tokenizer))
+    if difference is not None:
+        text, ids, others = difference
+        raise InputError(
+            f"tokenizer {folder}: transformers splits {text[:40]!r} otherwise than {tokenizer_file(folder)[0].name} says "
+            f"(ids {others}, not {ids}); expected a tokenizer.json that says what is meant"
+        )
+
+
+def _check_trained_with(folder: str, own: Tokenizer) -> None:
+    """InputError where the folder's manifest says that its model was trained with a tokenizer that splits text otherwise."""
+    path = os.path.join(folder, "manifest.json")
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            known = json.load(file)["tokenizer"]["behaviour_sha256"]
+    except (ValueError, KeyError, TypeError):  # not ours, or from before
+        return
+    if known is not None and known != behaviour_sha256(own):
+        raise InputError(
+            f"{path}: tokenizer.behaviour_sha256 is {str(known)[:12]}, of the tokenizer the model was trained with; that of "
+            f"the one in {folder} is {behaviour_sha256(own)[:12]}: it splits text otherwise; expected its files unchanged"
+        )
