@@ -202,9 +202,8 @@ def resume(
     accept_new_mixture = accept_new_mixture or (longer and now.mixture == fingerprint)
     if changed and not accept_new_mixture and now.mixture == fingerprint:
         raise InputError(
-            f"{mixture.path}: the length of the run (train_iters, global_batch_size) is not what it was, and with it stages "
-            f"that depend on it: {changed[0]} samples or almr; data.accept_new_mixture takes them from here on, and so does "
-            f"training.extend_to"
+            f"{mixture.path}: the length of the run (train_iters, global_batch_size) is not what it was, and the stages "
+            f"that depend on it change: {changed[0]}; data.accept_new_mixture or training.extend_to takes them from here on"
         )
     if changed and not accept_new_mixture:
         raise InputError(
