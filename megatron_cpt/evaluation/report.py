@@ -39,14 +39,18 @@ def evaluate(config: EvaluateConfig) -> str:
         check_model(folder)
         say_notes(folder)
     check_files(config)
+    referee = Referee(config, config.pairwise) if config.pairwise is not None else None
+    catalog = catalog_of(config)
     os.makedirs(config.output, exist_ok=True)
     with only_evaluation(config.output):
-        return measure_and_report(config)
+        return measure_and_report(config, referee, catalog)
 
 
 @contextlib.contextmanager
 def only_evaluation(output: str) -> Iterator[None]:
     """Of this folder, for the length of the block: two would write over what the other has measured.
+
+    A folder in which nothing has been written is removed when the block fails.
 
     Raises:
         InputError: there is another
@@ -57,13 +61,17 @@ def only_evaluation(output: str) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
         except OSError as error:
             raise InputError(f"another evaluation is under way in {output} (it holds {path}); use another output") from error
-        yield
+        try:
+            yield
+        except Exception:
+            if os.listdir(output) == [os.path.basename(path)]:
+                os.remove(path)
+                os.rmdir(output)
+            raise
 
 
-def measure_and_report(config: EvaluateConfig) -> str:
+def measure_and_report(config: EvaluateConfig, referee: Referee | None, catalog: Catalog | None) -> str:
     """The evaluation itself, of models that there are; returns the path of report.md."""
-    referee = Referee(config, config.pairwise) if config.pairwise is not None else None
-    catalog = catalog_of(config)
     measured = measure_models(config, catalog)
     comparisons = referee.comparisons(measured) if referee is not None else []
     report = {

@@ -307,6 +307,7 @@ def test_a_damaged_model_is_named(config: EvaluateConfig, tmp_path: Path) -> Non
     (damaged / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(InputError, match="damaged cannot be read"):
         evaluate(replace(config, models={"base": str(damaged)}, tasks=[]))
+    assert not Path(config.output).exists()  # nothing was measured
 
 
 def test_an_adapter_beside_merged_weights_is_not_applied_again(
@@ -339,7 +340,7 @@ def test_names_that_come_twice_are_refused(config: EvaluateConfig) -> None:
         evaluate(replace(config, tasks=[*config.tasks, config.tasks[0]]))
     with pytest.raises(InputError, match="lm-eval has no task nothing"):
         evaluate(replace(config, tasks=[*config.tasks, TaskConfig("X", "nothing", "acc,none")]))
-    assert not Path(config.output, "base.json").exists()  # nothing is measured before
+    assert not Path(config.output).exists()  # nothing is measured before
 
 
 def test_answers_do_not_depend_on_the_batch(model: str) -> None:
