@@ -60,6 +60,10 @@ class Refusals:
             raise InputErrors(self.errors)
 
 
+class SharedInputError(InputError):
+    """An InputError that all ranks of a run raise together, when the process groups are there: a damaged checkpoint."""
+
+
 class ProcessDiedError(RuntimeError):
     """A helper process ended by itself: killed, or out of memory. Tools print it as one line and exit with status 1."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import time
@@ -161,6 +162,38 @@ def slow_saves(wish: dict[str, Any]) -> None:
     from megatron_cpt.checkpoint.attempt import Attempt
 
     slow(Attempt, "_start_writers", Pause(**wish))
+
+
+def loading_fails(wish: dict[str, Any]) -> None:
+    """Rank `rank` raises `error` ("module.Class") while the tensors of a checkpoint are read."""
+    from megatron_cpt.checkpoint import save_load
+
+    module, name = wish["error"].rsplit(".", 1)
+    error = getattr(importlib.import_module(module), name)
+    real = save_load.load_tensor
+
+    def load_tensor(*args: Any) -> Any:
+        if own_rank() == wish["rank"]:
+            raise error("broken on purpose")
+        return real(*args)
+
+    save_load.load_tensor = load_tensor
+
+
+def first_saves_fail(number: int) -> None:
+    """The first `number` saves cannot be published."""
+    from megatron_cpt.checkpoint.attempt import Attempt
+
+    real, left = Attempt._publish, number
+
+    def call(self: Attempt, *args: Any) -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            raise OSError("broken on purpose")
+        real(self, *args)
+
+    Attempt._publish = call  # type: ignore[method-assign]
 
 
 def slow_end(wish: dict[str, Any]) -> None:

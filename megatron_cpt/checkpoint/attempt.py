@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cpt.checkpoint.background import Worker, WorkerError, error_text
+from megatron_cpt.checkpoint.checksums import file_checksum, sealed
 from megatron_cpt.checkpoint.folders import publish_folder, temporary_name
 from megatron_cpt.checkpoint.layout import check_complete, checkpoint_name, fsync, versions, write_json, write_tracker
 from megatron_cpt.checkpoint.staging import Staging, kept_from_children, live_tensors
@@ -61,7 +62,7 @@ class Request:
         root: folder of the run
         chunks: model chunks of this rank, not wrapped in DDP
         optimizer: None leaves its state out
-        hf_folder: HF folder whose configuration and tokenizer travel along
+        hf_files: configuration and tokenizer of the HF model, which travel along (`read_hf_files`); wanted on the first rank
         manifest: what went in; progress, versions and files are added
         progress: None for a converted checkpoint ("release")
         structure: of an earlier attempt with the same model and optimizer, which is not worked out again then
@@ -72,7 +73,7 @@ class Request:
     root: str
     chunks: Sequence[GPTModel]
     optimizer: MegatronOptimizer | None
-    hf_folder: str
+    hf_files: Mapping[str, bytes]
     manifest: dict[str, Any]
     progress: Progress | None
     structure: Structure | None = None
@@ -163,7 +164,7 @@ class Attempt:
             buckets, live = self._snapshot()
             work = [bucket_writer(bucket, [self._writer.transforms]) for bucket in buckets]
             if dist.get_rank() == 0:
-                work.append(common_writer(self._temporary, common, request.hf_folder))
+                work.append(common_writer(self._temporary, common, request.hf_files))
             with kept_from_children(live):
                 # A fork takes time that grows with the memory of the process
                 for jobs in [work] if request.staging is not None else [[job] for job in work]:
@@ -188,16 +189,18 @@ class Attempt:
         """Write what describes the files, check that it holds, and give the folder its name."""
         request, folder = self._request, self._temporary
         sizes = {name: size for item in written for name, size in item.sizes.items()}
+        checksums = {name: value for item in written for name, value in item.checksums.items()}
         self._writer.finish(self.structure.metadata, [item.results for item in written])  # .metadata
         check_places([result for item in written for result in item.results], sizes)
         save_config(CheckpointingConfig("torch_dist", 1), folder)
         fsync(os.path.join(folder, "metadata.json"))
         for name in (".metadata", "metadata.json"):
             sizes[name] = os.path.getsize(os.path.join(folder, name))
+            checksums[name] = file_checksum(os.path.join(folder, name))
         state = {"optimizer": request.optimizer is not None, "versions": versions(), "files": dict(sorted(sizes.items()))}
         if request.progress is not None:
             state |= dataclasses.asdict(request.progress)
-        write_json(os.path.join(folder, "manifest.json"), request.manifest | state)
+        write_json(os.path.join(folder, "manifest.json"), sealed(request.manifest | state, checksums))
         check_complete(folder)
         publish_folder(folder, self.folder)
         write_tracker(request.root, request.progress.iteration if request.progress is not None else None)
@@ -235,7 +238,7 @@ def check_places(results: list[WriteResult], sizes: dict[str, int]) -> None:
 def save_checkpoint(
     root: str,
     chunks: Sequence[GPTModel],
-    hf_folder: str,
+    hf_files: Mapping[str, bytes],
     manifest: dict[str, Any],
     optimizer: MegatronOptimizer | None = None,
     progress: Progress | None = None,
@@ -245,6 +248,6 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written; what was there before is untouched
     """
-    attempt = Attempt(Request(root, chunks, optimizer, hf_folder, manifest, progress))
+    attempt = Attempt(Request(root, chunks, optimizer, hf_files, manifest, progress))
     attempt.finish()
     return attempt.folder

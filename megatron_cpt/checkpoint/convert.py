@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from rich.filesize import decimal
 
 from megatron_cpt.checkpoint.archives import check_archives
+from megatron_cpt.checkpoint.checksums import checksums_of, sealed
 from megatron_cpt.checkpoint.conversion import JOB, FileJob, fingerprint, resumable_folder, write_files
 from megatron_cpt.checkpoint.foreign import foreign_config, is_ours
 from megatron_cpt.checkpoint.hf_files import (
@@ -180,7 +181,7 @@ def convert_to_megatron(config: HfToMegatron, llama: LlamaConfig, source: HfTens
             jobs.append(FileJob(distcp_name(number), sum(chunk.bytes for chunk in part), write))
         results: list[list[WrittenItem]] = write_files(path, jobs, config.num_workers, "converting")
         write_metadata(path, metadata_of(chunks, extra), results)
-        finish_megatron(path, config.hf, dtype, manifest, plan)
+        finish_megatron(path, config.hf, dtype, manifest, plan, config.num_workers)
     write_tracker(config.megatron, None)
     return folder
 
@@ -218,7 +219,7 @@ def write_checked_distcp(
     return results
 
 
-def finish_megatron(folder: str, hf: str, dtype: str, manifest: dict[str, Any], plan: Extension) -> None:
+def finish_megatron(folder: str, hf: str, dtype: str, manifest: dict[str, Any], plan: Extension, threads: int) -> None:
     """Everything in a checkpoint's folder that is not a tensor."""
     common = io.BytesIO()
     torch.save({"checkpoint_version": 3.0}, common)  # not to a file: torch has no OSError for a full disk
@@ -231,9 +232,9 @@ def finish_megatron(folder: str, hf: str, dtype: str, manifest: dict[str, Any], 
         replace_tokenizer(plan.tokenizer, target)
     set_fields(os.path.join(target, "config.json"), dtype, plan.vocab_size)
     sizes = {name: size for name, size in sync_files(folder).items() if not name.startswith(JOB + os.sep)}
-    write_json(
-        os.path.join(folder, "manifest.json"), manifest | {"optimizer": False, "versions": versions(), "files": sizes}
-    )
+    checksums = checksums_of(folder, sizes, threads)
+    manifest = manifest | {"optimizer": False, "versions": versions(), "files": sizes}
+    write_json(os.path.join(folder, "manifest.json"), sealed(manifest, checksums))
 
 
 def megatron_to_hf(config: MegatronToHf) -> str:

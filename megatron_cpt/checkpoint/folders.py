@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
 
-from megatron_cpt.checkpoint.layout import RELEASE, fsync, is_complete, iterations
+from megatron_cpt.checkpoint.layout import RELEASE, checkpoint_name, fsync, is_complete, iterations
 
 
 def temporary_name(path: str) -> str:
@@ -52,9 +53,10 @@ def remove_unfinished(root: str) -> None:
 def to_delete(root: str, keep_last: int, keep_every: int | None, started_from: str) -> list[str]:
     """Checkpoints of training steps that retention does not keep.
 
-    It keeps the newest `keep_last` complete ones, those at multiples of `keep_every`, and the one the run started from.
+    It keeps the newest `keep_last` complete ones, those at multiples of `keep_every`, the one the run started from, and what
+    other software has saved there.
     """
-    found = {iteration: os.path.join(root, name) for iteration, name in iterations(root).items()}
+    found = {iteration: folder for iteration, folder in _folders(root).items() if _is_ours(folder)}
     complete = [iteration for iteration in sorted(found, reverse=True) if is_complete(found[iteration])]
     kept = set(complete[:keep_last])
     if not complete:
@@ -67,6 +69,30 @@ def to_delete(root: str, keep_last: int, keep_every: int | None, started_from: s
         and not (keep_every and iteration % keep_every == 0)
         and os.path.realpath(folder) != os.path.realpath(started_from)
     ]
+
+
+def set_aside_damaged(root: str, newer_than: int) -> list[str]:
+    """Rename the checkpoints after a step that have all their bytes: a run that resumes from that step found them damaged.
+
+    Under their old name they would count as the newest ones, for retention and for whoever wants the run's last weights.
+    Returns their new names; nothing is deleted.
+    """
+    renamed = []
+    for iteration, folder in sorted(_folders(root).items()):
+        if iteration > newer_than and _is_ours(folder) and is_complete(folder):
+            wanted = os.path.join(root, f"damaged_{checkpoint_name(iteration)}")
+            names = (wanted if number == 1 else f"{wanted}_{number}" for number in itertools.count(1))
+            renamed.append(next(name for name in names if not os.path.lexists(name)))
+            os.rename(folder, renamed[-1])
+    return renamed
+
+
+def _folders(root: str) -> dict[int, str]:
+    return {iteration: os.path.join(root, name) for iteration, name in iterations(root).items()}
+
+
+def _is_ours(folder: str) -> bool:
+    return os.path.exists(os.path.join(folder, "manifest.json"))
 
 
 def hide(folder: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 
+from megatron_cpt.checkpoint.damage import is_damage
 from megatron_cpt.checkpoint.layout import ADAPTER_CONFIG, WEIGHT_INDICES
 from megatron_cpt.errors import InputError
 from megatron_cpt.input_files import load_json, shown
@@ -217,6 +218,8 @@ def _open_bin(path: str) -> tuple[dict[str, torch.Tensor], dict[str, TensorInfo]
         what = f"it names {named[1]}" if named else "its pickle is damaged"
         raise InputError(f"{path} cannot be read: {what}, where only tensors are allowed (torch's weights_only)") from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
+        if not is_damage(error):
+            raise
         first = (str(error).splitlines() or ["it ends too early"])[0]
         if "mmap can only be used" in first:
             first = "it is no zip archive, as torch.save has written since version 1.6"

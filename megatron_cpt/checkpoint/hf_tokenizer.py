@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_cpt.checkpoint.damage import reading_hf_folder
 from megatron_cpt.errors import InputError, if_on_the_hub
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_difference
@@ -71,9 +72,11 @@ def other_reading(folder: str) -> str | None:
 def _from_transformers(folder: str, by_file: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    reader = PreTrainedTokenizerFast if by_file else AutoTokenizer
+    if by_file:
+        with reading_hf_folder(f"tokenizer {folder}", folder):
+            return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     try:
-        return reader.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except MemoryError:
         raise
     except Exception as error:  # transformers and tokenizers raise what they like, Exception itself among it

@@ -4,7 +4,7 @@ ROOT/latest_checkpointed_iteration.txt   "release" (converted weights) or an ite
 ROOT/release/  or  ROOT/iter_0000100/    one checkpoint, in megatron-core's torch_dist format
     .metadata metadata.json common.pt *.distcp
     hf/                                  config.json, generation config and tokenizer of the HF model
-    manifest.json                        what went in, versions, and the sizes of all other files; written last
+    manifest.json                        what went in, versions, sizes and checksums of all other files; written last
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from megatron_cpt.checkpoint.checksums import check_seal, check_small_files
 from megatron_cpt.errors import InputError, brief
 from megatron_cpt.version import __version__
 
@@ -55,10 +57,11 @@ def tracked_name(root: str) -> str | None:
     return checkpoint_name(None if content == RELEASE else int(content))
 
 
-def newest_complete(root: str, own: bool = False) -> tuple[str | None, list[str]]:
+def newest_complete(root: str, own: bool = False, damaged: Mapping[str, str] | None = None) -> tuple[str | None, list[str]]:
     """The newest complete checkpoint below `root` (or None), and a sentence for each that was passed over.
 
-    `own`: only those with a manifest.json, as all have that this project writes.
+    `own`: only those with a manifest.json, as all have that this project writes. `damaged`: folders known
+    to be damaged, and a sentence for each.
 
     A checkpoint gets its name when it is complete, so the tracker is not needed to find it: a run that was killed between
     the two has saved it all the same. "release" comes after all checkpoints of training steps.
@@ -77,7 +80,9 @@ def newest_complete(root: str, own: bool = False) -> tuple[str | None, list[str]
     for name in names:
         folder = os.path.join(root, name)
         try:
-            check_complete(folder)
+            if damaged and folder in damaged:
+                raise InputError(damaged[folder])
+            check_intact(folder)
             if own and not os.path.exists(os.path.join(folder, "manifest.json")):
                 raise InputError(f"checkpoint {folder} is not complete: manifest.json is missing")
         except InputError as error:
@@ -101,7 +106,7 @@ def find_checkpoint(path: str) -> str:
     if not os.path.isdir(path):
         raise InputError(f"checkpoint {path}: no such folder")
     if os.path.exists(os.path.join(path, "metadata.json")):
-        check_complete(path)
+        check_intact(path)
         return path
     folder, passed_over = newest_complete(path)
     if folder is None:
@@ -130,6 +135,14 @@ def check_complete(folder: str) -> None:
             raise InputError(f"checkpoint {folder} is not complete: {name} has {found} bytes, manifest.json says {size}")
 
 
+def check_intact(folder: str) -> None:
+    """`check_complete`, and that what is read of it at once (all but the tensors) is what was written."""
+    check_complete(folder)
+    path = os.path.join(folder, "manifest.json")
+    if os.path.exists(path):
+        check_small_files(folder, read_manifest(path))
+
+
 def is_complete(folder: str) -> bool:
     """`check_complete` as a question."""
     try:
@@ -143,7 +156,7 @@ def read_manifest(path: str) -> dict[str, Any]:
     """A manifest.json.
 
     Raises:
-        InputError: it cannot be read
+        InputError: it cannot be read, or is not as it was written
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -152,6 +165,7 @@ def read_manifest(path: str) -> dict[str, Any]:
         raise InputError(f"checkpoint manifest {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"checkpoint manifest {path} cannot be read: it holds no JSON object")
+    check_seal(content, path)
     return content
 
 
@@ -251,3 +265,21 @@ def copy_hf_files(source: str, target: str) -> None:
     for name in hf_files(source):
         os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
         shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+
+
+def read_hf_files(folder: str) -> dict[str, bytes]:
+    """Contents of `hf_files` (some MB), which a run keeps: the folder may be gone by the time of its next save."""
+    contents = {}
+    for name in hf_files(folder):
+        with open(os.path.join(folder, name), "rb") as file:
+            contents[name] = file.read()
+    return contents
+
+
+def write_hf_files(contents: Mapping[str, bytes], target: str) -> None:
+    """Write what `read_hf_files` has read into another HF folder."""
+    os.makedirs(target, exist_ok=True)
+    for name, content in contents.items():
+        os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+        with open(os.path.join(target, name), "wb") as file:
+            file.write(content)

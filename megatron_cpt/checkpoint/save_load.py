@@ -22,7 +22,7 @@ from megatron_cpt.checkpoint.restricted import Opaque, load_common
 from megatron_cpt.checkpoint.safe_pickle import plain
 from megatron_cpt.checkpoint.state import Progress, chunk_names, restore_rng, state_to_load
 from megatron_cpt.checkpoint.torch_dist import Region, TorchDistReader
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, SharedInputError
 
 ADVICE = "if its files are damaged, move it away to go on from the one before"
 COMMON_KEYS = ("checkpoint_version", "content_metadata", "iteration", "consumed_samples", "rng_name", "optimizer")
@@ -58,7 +58,7 @@ def load_checkpoint(folder: str, chunks: Sequence[GPTModel], optimizer: Megatron
 
 
 def on_all_ranks(folder: str, read: Callable[[], T]) -> T:
-    """What `read` returns; if any rank cannot read the checkpoint in `folder`, all of them raise its InputError."""
+    """What `read` returns; if any rank cannot read the checkpoint in `folder`, all of them raise it as SharedInputError."""
     result, error = None, None
     try:
         result = read()
@@ -68,7 +68,7 @@ def on_all_ranks(folder: str, read: Callable[[], T]) -> T:
     dist.all_gather_object(errors, error)
     for found in errors:
         if found is not None:
-            raise InputError(f"checkpoint {folder} cannot be read ({found}); {ADVICE}")
+            raise SharedInputError(f"checkpoint {folder} cannot be read ({found}); {ADVICE}")
     return cast(T, result)
 
 

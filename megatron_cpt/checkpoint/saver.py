@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -62,7 +62,7 @@ class Saver:
         self,
         chunks: Sequence[GPTModel],
         optimizer: MegatronOptimizer | None,
-        hf_folder: str,
+        hf_files: Mapping[str, bytes],
         manifest: dict[str, Any],
         progress: Progress,
         last: bool = False,
@@ -72,7 +72,7 @@ class Saver:
         Args:
             chunks: model chunks of this rank, not wrapped in DDP
             optimizer: None leaves its state out, and the checkpoint cannot be resumed from
-            hf_folder: HF folder whose configuration and tokenizer travel along
+            hf_files: configuration and tokenizer of the HF model, which travel along; wanted on the first rank
             manifest: what went in; progress, versions and the files' sizes are added
             last: there is no later: finish it here, and try again here if it fails
 
@@ -81,7 +81,7 @@ class Saver:
         """
         self._finish_save()
         staging = self._staging if self._config.async_save and not last else None
-        request = Request(self._config.save, chunks, optimizer, hf_folder, manifest, progress, self._structure, staging)
+        request = Request(self._config.save, chunks, optimizer, hf_files, manifest, progress, self._structure, staging)
         while True:
             self._start(request, progress.iteration)
             if last or not self._config.async_save:

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from rich.console import Console
 from rich.progress import track
 
+from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.foreign import foreign_config, is_ours
 from megatron_cpt.checkpoint.hf_files import HfTensors
 from megatron_cpt.checkpoint.hf_weights import check_shapes, open_hf, pieces_of
@@ -218,10 +219,8 @@ def hf_logits(folder: str, tokens: torch.Tensor, dtype: str) -> torch.Tensor:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with reading_hf_model(f"transformers' model {folder}", folder):
         model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype_of(dtype))
-    except Exception as error:  # it has its own checks of config.json, with errors of many classes
-        raise InputError(f"transformers cannot load {folder}: {' '.join(str(error).split())}") from error
     logits: torch.Tensor = model(tokens[None]).logits[0].float()
     return logits
 

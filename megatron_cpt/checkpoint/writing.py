@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cpt.checkpoint.archives import check_archives
-from megatron_cpt.checkpoint.layout import copy_hf_files, fsync, sync_files
+from megatron_cpt.checkpoint.checksums import file_checksum
+from megatron_cpt.checkpoint.layout import fsync, sync_files, write_hf_files
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Written:
     """What one writer process has written, and found again."""
 
     sizes: dict[str, int]  # file, relative to the checkpoint's folder -> bytes
+    checksums: dict[str, str]  # of these files
     results: list[WriteResult]  # where in the files the tensors are, for .metadata
 
 
@@ -38,12 +40,12 @@ def bucket_writer(bucket: WriteBucket, transforms: list[Any]) -> Callable[[], Wr
         if isinstance(outcome, Exception):
             raise outcome
         check_archives(path, [(r.storage_data.offset, r.storage_data.length) for r in outcome])
-        return Written({name: os.path.getsize(path)}, outcome)
+        return Written({name: os.path.getsize(path)}, {name: file_checksum(path)}, outcome)
 
     return write
 
 
-def common_writer(folder: str, common: dict[str, Any], hf_folder: str) -> Callable[[], Written]:
+def common_writer(folder: str, common: dict[str, Any], hf_files: Mapping[str, bytes]) -> Callable[[], Written]:
     """Work that writes what is not a tensor of one rank: common.pt and the HF files."""
 
     def write() -> Written:
@@ -52,8 +54,9 @@ def common_writer(folder: str, common: dict[str, Any], hf_folder: str) -> Callab
         fsync(path)
         check_archives(path, [(0, os.path.getsize(path))])
         hf = os.path.join(folder, "hf")
-        copy_hf_files(hf_folder, hf)
+        write_hf_files(hf_files, hf)
         sizes = {os.path.join("hf", name): size for name, size in sync_files(hf).items()}
-        return Written({COMMON_STATE_FNAME: os.path.getsize(path)} | sizes, [])
+        sizes[COMMON_STATE_FNAME] = os.path.getsize(path)
+        return Written(sizes, {name: file_checksum(os.path.join(folder, name)) for name in sizes}, [])
 
     return write

@@ -19,6 +19,7 @@ from megatron_cpt.chat_data.conversations import RowError, check_turns, messages
 from megatron_cpt.chat_data.rows import read_rows
 from megatron_cpt.chat_data.templates import PromptTemplate
 from megatron_cpt.chat_data.turn_end import TurnEnd, turn_end
+from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.checkpoint.vocabulary import load
@@ -235,7 +236,7 @@ class Session:
         if self._loaded is None:
             transformers.utils.logging.disable_progress_bar()
             tokenizer = load(self._folder)
-            try:
+            with reading_hf_model(f"model {self._folder}", self._folder):
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     self._folder,
                     dtype="auto",
@@ -243,8 +244,6 @@ class Session:
                     trust_remote_code=False,
                     **WITHOUT_ADAPTERS,
                 )
-            except Exception as error:  # it raises what it likes for files that are damaged
-                raise InputError(f"model {self._folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
             self._loaded = (model.eval(), tokenizer)
         return self._loaded
 

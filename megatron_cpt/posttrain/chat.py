@@ -15,6 +15,7 @@ import torch
 from megatron_cpt.chat_data.conversations import Message, RowError
 from megatron_cpt.chat_data.templates import PromptTemplate
 from megatron_cpt.chat_data.turn_end import turn_end
+from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, check_model
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.checkpoint.vocabulary import load
@@ -81,15 +82,13 @@ class Speaker:
         check_model(config.model)
         transformers.utils.logging.disable_progress_bar()
         self.template = PromptTemplate(load(config.model), config.chat_template)
-        try:
+        with reading_hf_model(f"model {config.model}", config.model):
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 config.model,
                 dtype=dtype_of(config.dtype) if config.dtype else "auto",
                 trust_remote_code=False,
                 **WITHOUT_ADAPTERS,
             )
-        except Exception as error:  # it raises what it likes for files that are damaged
-            raise InputError(f"model {config.model} cannot be read: {' '.join(str(error).split())[:300]}") from error
         self._model: Any = model.to(device_type()).eval()
         self._config = config
         if self.room() < 1:

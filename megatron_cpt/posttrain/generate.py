@@ -6,21 +6,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_cpt.chat_data.turn_end import turn_end
+from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, check_model
 from megatron_cpt.checkpoint.hf_tokenizer import load
 
 
 def load_model(folder: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a HF folder, on CPU, in the dtype it was saved in."""
+    """(model, tokenizer) of a HF folder, on CPU, in the dtype it was saved in.
+
+    Raises:
+        InputError: a file is missing or damaged
+    """
     check_model(folder)
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=False, **WITHOUT_ADAPTERS
-    ).eval()
-    return model, load(folder)
+    with reading_hf_model(f"model {folder}", folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=False, **WITHOUT_ADAPTERS
+        )
+    return model.eval(), load(folder)
 
 
 def complete(folder: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:

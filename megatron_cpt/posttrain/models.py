@@ -12,6 +12,7 @@ import torch
 
 from megatron_cpt.chat_data.templates import Template
 from megatron_cpt.chat_data.turn_end import turn_end
+from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, adapter_note, check_sizes
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.errors import InputError
@@ -35,14 +36,12 @@ def load_model(folder: str) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    try:
+    with reading_hf_model(f"model {folder}", folder):
         if receives_weights():
             return unread_model(folder)
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, **WITHOUT_ADAPTERS
         )
-    except Exception as error:  # it raises what it likes for files that are damaged, or another library's
-        raise InputError(f"model {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
 def config_of(folder: str, name: str = "config.json") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,13 +103,15 @@ class CheckedRun:
         return os.path.join(self.start_from, "hf")
 
 
-def check_run(config: RunConfig, world_size: int) -> CheckedRun:
+def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | None = None) -> CheckedRun:
     """Open everything the run names and compare it with the layout.
+
+    `damaged`: checkpoints of the run that cannot be resumed from, and a sentence for each.
 
     Raises:
         InputError: naming the value found and the values that would do
     """
-    start_from, resumed = find_start(config)
+    start_from, resumed = find_start(config, damaged)
     hf = os.path.join(start_from, "hf")
     if not os.path.exists(os.path.join(hf, "config.json")):
         advice = "convert it with tools/convert_checkpoint.py megatron-to-hf, and the result with hf-to-megatron"
@@ -138,7 +141,7 @@ def check_run(config: RunConfig, world_size: int) -> CheckedRun:
         )
     return CheckedRun(
         notes=(
-            *(f"passed over: {folder}" for folder in newest_complete(config.checkpoint.save, own=True)[1]),
+            *(f"passed over: {folder}" for folder in newest_complete(config.checkpoint.save, True, damaged)[1]),
             *untold_tokenizers(mixture),
         ),
         config=config,
@@ -155,15 +158,15 @@ def check_run(config: RunConfig, world_size: int) -> CheckedRun:
     )
 
 
-def find_start(config: RunConfig) -> tuple[str, Resumed | None]:
-    """The checkpoint to load, and what it says if the run goes on where that was.
+def find_start(config: RunConfig, damaged: Mapping[str, str] | None = None) -> tuple[str, Resumed | None]:
+    """The checkpoint to load, and what it says if the run goes on where that was; none of those that are `damaged`.
 
     Raises:
         InputError: there is none; the folder belongs to another run; or all of a checkpoint is wanted that has only weights
     """
     settings = config.checkpoint
     check_folder(settings.save)
-    own, passed_over = newest_complete(settings.save, own=True)
+    own, passed_over = newest_complete(settings.save, True, damaged)
     if own is None and passed_over:
         raise InputError(f"{passed_over[0]}; empty the folder to begin anew, or use another checkpoint.save")
     if own is not None and is_of_a_run(own):

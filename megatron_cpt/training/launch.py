@@ -13,7 +13,7 @@ from typing import TextIO
 import torch
 
 from megatron_cpt.config.run import RunConfig, TrainingConfig
-from megatron_cpt.errors import InputError, RunError
+from megatron_cpt.errors import InputError, RunError, SharedInputError
 from megatron_cpt.locking import open_lock
 from megatron_cpt.training.checks import find_start
 from megatron_cpt.training.stopping import StopRequestedError, Watch
@@ -63,6 +63,9 @@ def telling_others(watch: Watch, world_size: int, error_stream: TextIO, failed: 
         yield
     except (RunError, StopRequestedError):
         raise  # all ranks know
+    except SharedInputError as error:
+        failed(str(error))
+        raise
     except BaseException as error:
         failed(" ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":"))
         if world_size == 1 or isinstance(error, KeyboardInterrupt):

@@ -182,9 +182,15 @@ class RunLog:
         self._replace("status.json", status)
 
     def failed(self, reason: str) -> None:
-        """The process is about to end with an error: say so in status.json, if it says that the run is under way."""
+        """The process is about to end with an error: say so in status.json, if it says that the run is under way.
+
+        It does, too, where an earlier start was killed and this one has not come to its first step.
+        """
+        earlier = self._status()
         if self._position is not None:
             self.status("failed", *self._position, reason)
+        elif earlier is not None and earlier["state"] == "running":
+            self.status("failed", earlier["iteration"], earlier["train_iters"], reason)
 
     def stopped_early(self, reason: str | None) -> None:
         """The run was asked to stop before it did anything: status.json says so, with the steps that it had."""

@@ -11,13 +11,14 @@ from contextlib import closing
 
 import torch
 
+from megatron_cpt.checkpoint.layout import read_hf_files
 from megatron_cpt.checkpoint.save_load import Progress, load_checkpoint
 from megatron_cpt.checkpoint.saver import Saver
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.file_checks import ExpectedFile, FileChecks, expected_files
 from megatron_cpt.data.loader import BatchShape, TrainingData, Waited, prefetch, run_microbatches, validation_samples
 from megatron_cpt.data.mixture_inspection import ledger_table
-from megatron_cpt.errors import RunError
+from megatron_cpt.errors import RunError, SharedInputError
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import job_store, launched_world_size, process_groups
 from megatron_cpt.training.baseline import extended, incomparable, measurements
@@ -29,6 +30,7 @@ from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.profiling import profiling
 from megatron_cpt.training.records import layout, metrics_of_step, peak_memory, run_description, run_ledger, run_manifest
 from megatron_cpt.training.rerun import rerunning
+from megatron_cpt.training.resuming import checking_tensors, intact_run, stop_if_asked
 from megatron_cpt.training.schedule import learning_rate_table
 from megatron_cpt.training.state import RunContext, TrainState
 from megatron_cpt.training.step import StepResult, StepShape, train_step
@@ -82,6 +84,9 @@ def start(run: CheckedRun, watch: Watch) -> None:
                 watch.reason()
                 leave(watch)
                 raise
+            except SharedInputError:
+                leave(watch)
+                raise
             leave(watch)
 
 
@@ -91,9 +96,13 @@ def main(context: RunContext) -> None:
     for note in run.notes:
         log.say(note)
     log.say(f"{'resuming' if run.resumed else 'starting'} from {run.start_from}; {layout(ranks)}")
-    chunks, optimizer = build(run.config, run.llama, run.mixture.seq_length, ranks)
-    state = TrainState(chunks, optimizer)
-    context.saver.prepare(unwrap(chunks), optimizer if run.config.checkpoint.save_optim else None)
+    with checking_tensors(run, ranks) as check:
+        chunks, optimizer = build(run.config, run.llama, run.mixture.seq_length, ranks)
+        state = TrainState(chunks, optimizer)
+        context.saver.prepare(unwrap(chunks), optimizer if run.config.checkpoint.save_optim else None)
+        run = intact_run(context, check)
+    hf_files = read_hf_files(run.hf_folder) if ranks.rank == 0 else {}
+    context = dataclasses.replace(context, run=run, hf_files=hf_files)
     stop_if_asked(context)
     if run.resumed is not None:
         state.progress = load_checkpoint(run.start_from, unwrap(chunks), optimizer)
@@ -154,12 +163,6 @@ def measure_anew_if_needed(context: RunContext, state: TrainState) -> None:
     for note in missing:
         context.log.say(note)
     state.evaluated = state.evaluated and not missing
-
-
-def stop_if_asked(context: RunContext) -> None:
-    """All ranks together: StopRequestedError if any was asked to stop during the start."""
-    if context.ranks.any(context.watch.requests.stopping()):
-        raise StopRequestedError
 
 
 def fit(context: RunContext, state: TrainState) -> None:
@@ -311,7 +314,7 @@ def save(context: RunContext, state: TrainState, last: bool = False) -> None:
     with whole_parameters(state.chunks):
         optimizer = state.optimizer if config.checkpoint.save_optim else None
         context.saver.save(
-            unwrap(state.chunks), optimizer, run.hf_folder, run_manifest(context, state), state.progress, last
+            unwrap(state.chunks), optimizer, context.hf_files, run_manifest(context, state), state.progress, last
         )
     context.log.ledger(run_ledger(run, state.progress))
     context.log.status("running", state.progress.iteration, run.length.train_iters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron.core.distributed import DistributedDataParallel
@@ -20,13 +21,19 @@ from megatron_cpt.training.trouble import History
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every part of the run needs: passed by argument, never global."""
+    """What every part of the run needs: passed by argument, never global.
+
+    Attributes:
+        hf_files: configuration and tokenizer of the HF model, for every checkpoint (on the first rank): in memory, as the
+            checkpoint that the run resumed from goes the way of all old ones, and nobody promised to keep checkpoint.load
+    """
 
     run: CheckedRun
     ranks: Ranks
     log: RunLog
     watch: Watch
     saver: Saver
+    hf_files: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def config(self) -> RunConfig:

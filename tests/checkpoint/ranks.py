@@ -25,6 +25,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_cpt.checkpoint.attempt import Attempt, Request
+from megatron_cpt.checkpoint.layout import read_hf_files
 from megatron_cpt.checkpoint.staging import live_tensors
 from megatron_cpt.checkpoint.state import Progress
 from megatron_cpt.config.parallel import ParallelConfig
@@ -54,7 +55,9 @@ class Trained:
     hf: str
 
     def request(self, root: str, iteration: int) -> Request:
-        return Request(root, self.chunks, self.optimizer, self.hf, {"kind": "test"}, Progress(iteration, 8 * iteration))
+        return Request(
+            root, self.chunks, self.optimizer, read_hf_files(self.hf), {"kind": "test"}, Progress(iteration, 8 * iteration)
+        )
 
     def save(self, root: str, iteration: int) -> str:
         attempt = Attempt(self.request(root, iteration))

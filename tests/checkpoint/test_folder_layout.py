@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint.folders import hide, remove_unfinished, to_delete
+from megatron_cpt.checkpoint.folders import hide, remove_unfinished, set_aside_damaged, to_delete
 from megatron_cpt.checkpoint.layout import check_complete, checkpoint_name, newest_complete, write_tracker
 from megatron_cpt.errors import InputError
 
@@ -113,3 +114,23 @@ def test_retention_counts_complete_ones_only(tmp_path: Path) -> None:
     for iteration in (20, 40):
         (tmp_path / checkpoint_name(iteration) / "common.pt").unlink()
     assert to_delete(str(tmp_path), 2, None, "elsewhere") == [str(tmp_path / "iter_0000020")]
+
+
+def test_retention_neither_counts_nor_deletes_what_other_software_has_saved(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30, 99):
+        make(tmp_path, iteration)
+    for iteration in (10, 99):
+        (tmp_path / checkpoint_name(iteration) / "manifest.json").unlink()
+    assert to_delete(str(tmp_path), 1, None, "elsewhere") == [str(tmp_path / "iter_0000020")]
+
+
+def test_damaged_checkpoints_are_set_aside_under_names_that_are_free(tmp_path: Path) -> None:
+    for _ in range(2):
+        for iteration in (10, 20, 30):
+            if not (tmp_path / checkpoint_name(iteration)).exists():
+                make(tmp_path, iteration)
+        (tmp_path / "iter_0000030" / "common.pt").unlink()
+        set_aside_damaged(str(tmp_path), 10)
+        shutil.rmtree(tmp_path / "iter_0000030")  # not complete: it does not count anyway
+    names = ["damaged_iter_0000020", "damaged_iter_0000020_2", "iter_0000010"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names

@@ -20,7 +20,7 @@ from ranks import Layout, build, fake_step, fill, run_ranks, tensors_of
 
 from megatron_cpt.checkpoint import attempt, writing
 from megatron_cpt.checkpoint.attempt import CheckpointError
-from megatron_cpt.checkpoint.layout import newest_complete
+from megatron_cpt.checkpoint.layout import newest_complete, read_hf_files
 from megatron_cpt.checkpoint.saver import Saver
 from megatron_cpt.checkpoint.state import Progress
 from megatron_cpt.config.run import CheckpointConfig
@@ -51,7 +51,7 @@ def save_and_change_at_once(rank: int, hf: str, layout: Layout, root: str) -> No
     slow_writers(0.2)
     for iteration in range(1, 4):
         trained.save(f"{root}/sync", iteration)
-        saver.save(trained.chunks, trained.optimizer, hf, {}, Progress(iteration))
+        saver.save(trained.chunks, trained.optimizer, read_hf_files(hf), {}, Progress(iteration))
         assert saver._attempt is not None
         fill(trained, 0.5)
         fake_step(trained, seed=iteration, weights=True)
@@ -83,7 +83,7 @@ def save_many(rank: int, hf: str, layout: Layout, root: str, async_save: bool) -
     trained, said = build(hf, layout), []
     saver = make_saver(root, said, async_save=async_save, keep_last=2, keep_every=4)
     for iteration in range(1, 8):
-        saver.save(trained.chunks, trained.optimizer, hf, {}, Progress(iteration))  # waits for the one before
+        saver.save(trained.chunks, trained.optimizer, read_hf_files(hf), {}, Progress(iteration))  # waits for the one before
         if not async_save:
             assert saver.published == iteration
         assert not saver.retry_due()
@@ -113,7 +113,7 @@ def no_space(*_: Any, **__: Any) -> None:
 def break_disk(where: str, rank: int) -> Any:
     """Make one step of a save fail in this rank; returns what repairs it."""
     patch = pytest.MonkeyPatch()
-    first_only = {"folder": (os, "makedirs"), "common": (writing, "copy_hf_files"), "rename": (attempt, "publish_folder")}
+    first_only = {"folder": (os, "makedirs"), "common": (writing, "write_hf_files"), "rename": (attempt, "publish_folder")}
     if where in first_only and rank == 0:
         patch.setattr(*first_only[where], no_space)
     elif where == "metadata" and rank == 0:
@@ -131,7 +131,7 @@ def break_disk(where: str, rank: int) -> Any:
 def fail_and_recover(rank: int, hf: str, layout: Layout, root: str, where: str, async_save: bool) -> list[str]:
     trained, said = build(hf, layout), []
     saver = make_saver(root, said, async_save=async_save, save_retries=2, save_retry_seconds=0.2)
-    save = lambda iteration: saver.save(trained.chunks, trained.optimizer, hf, {}, Progress(iteration))  # noqa: E731
+    save = lambda iteration: saver.save(trained.chunks, trained.optimizer, read_hf_files(hf), {}, Progress(iteration))  # noqa: E731
     save(1)
     wait(saver)
     repair = break_disk(where, rank)
@@ -170,7 +170,7 @@ def test_the_run_survives_a_failed_save(where: str, async_save: bool, tiny_hf: s
 def give_up(rank: int, hf: str, layout: Layout, root: str) -> list[str]:
     trained, said, errors = build(hf, layout), [], []
     saver = make_saver(root, said, async_save=True, save_retries=1, save_retry_seconds=0.1)
-    arguments = (trained.chunks, trained.optimizer, hf, {})
+    arguments = (trained.chunks, trained.optimizer, read_hf_files(hf), {})
     break_disk("tensors", rank)
     saver.save(*arguments, Progress(1))
     wait(saver)
@@ -206,7 +206,7 @@ def fill_a_small_disk(rank: int, hf: str, root: str) -> list[str] | str:
     trained, said = build(hf, Layout()), []
     saver = make_saver(root, said, async_save=True, save_retries=1, save_retry_seconds=0)
     for iteration in range(1, 5):
-        saver.save(trained.chunks, trained.optimizer, hf, {}, Progress(iteration))
+        saver.save(trained.chunks, trained.optimizer, read_hf_files(hf), {}, Progress(iteration))
         saver.finish()
     assert saver.published in (1, 2)
     newest = f"{root}/iter_{saver.published:07d}"
@@ -217,7 +217,7 @@ def fill_a_small_disk(rank: int, hf: str, root: str) -> list[str] | str:
     shutil.rmtree(f"{root}/iter_0000001")
     if saver.published == 1:
         shutil.rmtree(newest, ignore_errors=True)
-    saver.save(trained.chunks, trained.optimizer, hf, {}, Progress(9), last=True)
+    saver.save(trained.chunks, trained.optimizer, read_hf_files(hf), {}, Progress(9), last=True)
     assert saver.published == 9
     return said
 
@@ -234,7 +234,7 @@ def save_slowly(rank: int, hf: str, layout: Layout, root: str) -> float | None:
     trained = build(hf, layout)
     saver = make_saver(root, [], async_save=True)
     slow_writers(60)
-    saver.save(trained.chunks, trained.optimizer, hf, {}, Progress(1))
+    saver.save(trained.chunks, trained.optimizer, read_hf_files(hf), {}, Progress(1))
     dist.barrier()
     if rank == 1:
         os.kill(os.getpid(), 9)
@@ -267,7 +267,7 @@ def save_until_killed(rank: int, hf: str, layout: Layout, root: str, log: str, a
     while True:
         iteration += 1
         fill(trained, float(iteration))
-        saver.save(trained.chunks, trained.optimizer, hf, {}, Progress(iteration))
+        saver.save(trained.chunks, trained.optimizer, read_hf_files(hf), {}, Progress(iteration))
         fill(trained, -1.0)
         saver.poll()
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_cpt.checkpoint.convert import HfToMegatron, hf_to_megatron
 from megatron_cpt.checkpoint.hf_files import HfTensors
+from megatron_cpt.checkpoint.layout import read_hf_files
 from megatron_cpt.checkpoint.megatron_weights import open_megatron
 from megatron_cpt.checkpoint.restricted import Opaque, load_settings
 from megatron_cpt.checkpoint.save_load import load_checkpoint, save_checkpoint
@@ -50,7 +51,7 @@ def test_the_checkpoint_is_that_of_megatron_core(variant: str, tmp_path: Path, t
     ours = hf_to_megatron(HfToMegatron(hf, str(tmp_path / "ours")))
     with single_process_model(read_llama_config(hf), "bfloat16") as model:
         load_checkpoint(ours, [model])
-        theirs = save_checkpoint(str(tmp_path / "theirs"), [model], hf, {"kind": "test"})
+        theirs = save_checkpoint(str(tmp_path / "theirs"), [model], read_hf_files(hf), {"kind": "test"})
     assert described(metadata_of(Path(ours))) == described(FileSystemReader(theirs).read_metadata())
     a, b = open_megatron(ours), open_megatron(theirs)
     for name, tensor in HfTensors(hf).items():

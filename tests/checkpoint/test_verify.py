@@ -49,7 +49,7 @@ def test_the_tokenizer_of_either_will_do(hf: Path, tmp_path: Path) -> None:
 
 
 def test_what_transformers_cannot_load(hf: Path) -> None:
-    with pytest.raises(InputError, match=r"transformers cannot load .*changed: "):
+    with pytest.raises(InputError, match=r"transformers' model .*changed cannot be read: "):
         verify(Verify(changed(hf, id2label=5), str(hf), tensors=False, logits=True))
 
 

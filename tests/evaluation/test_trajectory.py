@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from tiny_models import make_tiny_llama
 
+from megatron_cpt.checkpoint.checksums import checksums_in, sealed
 from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_megatron, megatron_to_hf
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.config import CheckpointConfig, EvaluateConfig, TextConfig, TrajectoryConfig
@@ -34,7 +35,8 @@ def run(model: str, tmp_path: Path, tiny_tokenizer_dir: str) -> Path:
         checkpoint = folder / f"iter_{iteration:07d}"
         shutil.move(made, checkpoint)
         path = checkpoint / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | manifest_of_run(iteration)))
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps(sealed(manifest | manifest_of_run(iteration), checksums_in(manifest))))
     return folder
 
 

@@ -4,6 +4,7 @@ the undisturbed one, bit for bit. Real tools, as a user starts them."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -12,39 +13,61 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from forks import TOOL, Forks, until
+from forks import TOOL, Forks, Job, until
 from layout_cases import Case
 from metrics_rows import clockless, newest
+from recipes import saving_as
 from tiny_models import VARIANTS
 from tiny_runs import Layout, Runs
 
 from megatron_cpt.checkpoint.verify import Verify, verify
 from megatron_cpt.training.metrics_file import read_metrics
 
-STEPS = 20
-SETTINGS = (
-    f"--training.train_iters={STEPS}",
-    "--validation.eval_interval=4",
-    "--checkpoint.save_interval=2",
-    "--training.global_batch_size=4",
-)
+SETTINGS = ("--validation.eval_interval=4", "--training.global_batch_size=4")
 START, STEP, EVALUATION, SAVE = "in the start", "in a step", "in an evaluation", "in a save"
 # Those in an evaluation come to a checkpoint before; the others may lose all that was done since the start.
 MOMENTS = (START, SAVE, STEP, EVALUATION, SAVE, SAVE, STEP, EVALUATION, START, SAVE, STEP, SAVE, EVALUATION)
 SEED = 5
 
 
+@dataclass(frozen=True)
+class Suffering:
+    """How a run saves, how long it is and how often it is killed."""
+
+    case: Case
+    recipe: str  # whose way of saving it has
+    steps: int
+    starts: int
+    kills: int  # as many of the starts at least come to the moment at which they are killed
+    torchrun: bool = True  # or the ranks are forked from a process that has imported everything, which is much quicker
+
+    @property
+    def arguments(self) -> list[str]:
+        return [*SETTINGS, f"--training.train_iters={self.steps}", *saving_as(self.recipe, 1), *self.case.arguments]
+
+    @property
+    def seconds_of_start(self) -> float:
+        return 6.0 if self.torchrun else 2.0
+
+    def __str__(self) -> str:
+        return f"{self.case}-{self.recipe}-{self.kills} kills"
+
+
 class KilledRun:
     """One run that is started and killed until it is done."""
 
-    def __init__(self, runs: Runs, name: str, case: Case) -> None:
-        self.folder, self.case, self.log = runs.folder / name, case, runs.folder / f"{name}.log"
-        self.arguments = ["--config", runs.configure(name, Layout()), *SETTINGS, *case.arguments]
-        self.random = random.Random(SEED)
+    forks: Forks
+
+    def __init__(self, runs: Runs, name: str, suffering: Suffering) -> None:
+        self.folder, self.case, self.log = runs.folder / name, suffering.case, runs.folder / f"{name}.log"
+        self.arguments = ["--config", runs.configure(name, Layout()), *suffering.arguments]
+        self.random, self.pause = random.Random(SEED), suffering.seconds_of_start
         self.landed: Counter[str] = Counter()
 
     def start(self) -> subprocess.Popen[bytes]:
@@ -59,7 +82,7 @@ class KilledRun:
     def half_written(self) -> set[tuple[int, int]]:
         """Checkpoints that are not complete, told apart from those of the same name."""
         found = set()
-        for path in self.folder.glob(".iter_*"):
+        for path in self.folder.glob(".iter_*.tmp"):
             with contextlib.suppress(FileNotFoundError):
                 found.add((path.stat().st_ino, path.stat().st_ctime_ns))
         return found
@@ -85,7 +108,7 @@ class KilledRun:
             STEP: begun,
             EVALUATION: lambda: begun() and self.last_row()[0] % 4 == 0,
         }
-        pauses = {START: (0, 6), SAVE: (0, 0.03), STEP: (0, 0.3), EVALUATION: (0, 0.05)}
+        pauses = {START: (0, self.pause), SAVE: (0, 0.03), STEP: (0, 0.3), EVALUATION: (0, 0.05)}
         until(lambda: conditions[moment]() or job.poll() is not None, 120, pause=0.002)
         time.sleep(self.random.uniform(*pauses[moment]))
 
@@ -111,24 +134,71 @@ class KilledRun:
         assert job.returncode in (-signal.SIGKILL, 1, 0), self.log.read_text()[-3000:]
 
 
-@pytest.mark.parametrize("case", [Case(), pytest.param(Case(tp=2), marks=pytest.mark.slow)], ids=str)
-def test_a_run_survives_any_number_of_kills(tmp_path: Path, tiny_tokenizer_dir: str, forks: Forks, case: Case) -> None:
-    runs = Runs(tmp_path, tiny_tokenizer_dir, **VARIANTS["tied"])
-    whole = KilledRun(runs, "whole", case)
-    forks.start(whole.arguments, runs.folder / "whole.log", case.processes).finish()
-    killed = KilledRun(runs, "killed", case)
-    for number, moment in enumerate(MOMENTS):
-        killed.suffer(moment, alone=case.processes > 1 and number % 2 == 0)
-    come_so_far = newest(killed.folder)
-    assert sum(killed.landed.values()) >= 10, killed.landed
+class Ranks:
+    """Forked ranks, as `KilledRun` sees a job."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @property
+    def returncode(self) -> int:
+        return next((code for code in self.job.codes if code), 0) or 0
+
+    def poll(self) -> int | None:
+        return self.returncode if self.job.poll() else None
+
+    def wait(self, timeout: float) -> int:
+        self.job.wait(timeout)
+        return self.returncode
+
+
+class ForkedRun(KilledRun):
+    """A run without torchrun: it is killed as a whole, or one rank is, whose end has to end the others."""
+
+    def start(self) -> Any:
+        return Ranks(self.forks.start(self.arguments, self.log, self.case.processes))
+
+    def kill(self, job: Any, alone: bool) -> None:
+        pids = job.job.pids
+        for pid in [self.random.choice(pids)] if alone else pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        job.wait(120)
+
+
+RECIPE = "llama3_8b/cpt_8k.yaml"
+SUFFERINGS = [
+    Suffering(Case(), RECIPE, steps=20, starts=13, kills=10),
+    pytest.param(Suffering(Case(tp=2), "slurm_quickstart/cpt.yaml", steps=20, starts=13, kills=10), marks=pytest.mark.slow),
+    pytest.param(Suffering(Case(dp=2), RECIPE, steps=100, starts=66, kills=60, torchrun=False), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("suffering", SUFFERINGS, ids=str)
+def test_a_run_survives_any_number_of_kills(
+    tmp_path: Path, tiny_tokenizer_dir: str, forks: Forks, suffering: Suffering
+) -> None:
+    runs, case = Runs(tmp_path, tiny_tokenizer_dir, **VARIANTS["tied"]), suffering.case
+    whole = KilledRun(runs, "whole", suffering)
+    forks.start(whole.arguments, runs.folder / "whole.log", case.processes).finish(600)
+    killed = KilledRun(runs, "killed", suffering) if suffering.torchrun else ForkedRun(runs, "killed", suffering)
+    killed.forks = forks
+    for number, moment in zip(range(suffering.starts), itertools.cycle(MOMENTS), strict=False):
+        # Ranks that have not joined yet know nothing of each other: it is torchrun that ends the others there
+        together = case.processes == 1 or number % 2 or (moment == START and not suffering.torchrun)
+        killed.suffer(moment, alone=not together)
+        print(f"kill {number + 1} {moment}: checkpoint {newest(killed.folder)}", flush=True)
+    print(f"landed: {dict(killed.landed)}")
+    assert sum(killed.landed.values()) >= suffering.kills, killed.landed
     assert killed.landed[SAVE] >= 2, killed.landed
-    assert come_so_far, "no kill but the last was survived"
-    assert killed.start().wait(120) == 0, killed.log.read_text()[-3000:]
+    assert newest(killed.folder), "no kill but the last was survived"
+    assert killed.start().wait(600) == 0, killed.log.read_text()[-3000:]
     assert clockless(killed.folder) == clockless(whole.folder)
-    assert [row["iteration"] for row in clockless(killed.folder) if "loss" in row] == list(range(1, STEPS + 1))
-    assert not killed.half_written()
-    for iteration in range(2, STEPS + 1, 2):
-        name = f"iter_{iteration:07d}"
-        if iteration in (2, come_so_far, STEPS):
-            assert "tensors equal" in verify(Verify(str(killed.folder / name), str(whole.folder / name)))
-        assert (killed.folder / name / "metadata.json").exists()
+    assert [row["iteration"] for row in clockless(killed.folder) if "loss" in row] == list(range(1, suffering.steps + 1))
+    assert not [*killed.folder.glob(".iter_*")]
+    kept = sorted(path.name for path in killed.folder.glob("iter_*"))
+    assert kept == sorted(path.name for path in whole.folder.glob("iter_*"))
+    for name in kept:
+        assert "tensors equal" in verify(Verify(str(killed.folder / name), str(whole.folder / name)))
+        for path in (whole.folder / name / "hf").iterdir():
+            assert (killed.folder / name / "hf" / path.name).read_bytes() == path.read_bytes()
