@@ -84,7 +84,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(damaged: Damaged
     assert [path.name for path in folder.glob("iter_*")] == ["iter_0000003"]
 
 
-@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("which", range(4))  # two files of each rank
 def test_ranks_agree_on_what_one_of_them_has_found(damaged: Damaged, which: int) -> None:
     checkpoint = damaged.copy(f"two{which}", steps=2, case=TWO)
     flip(tensor_file(checkpoint, which), place=0.9)
