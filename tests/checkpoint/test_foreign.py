@@ -180,7 +180,7 @@ def test_rope_scaling_and_biases(converted: Path) -> None:
         ({"softmax_scale": 0.3}, "softmax_scale is 0.3; in a Llama model it is None"),
         ({"no_rope_freq": [1, 0]}, r"no_rope_freq is \[1, 0\]"),
         ({"rotary_seq_len_interpolation_factor": 4}, "rotary_seq_len_interpolation_factor is 4"),
-        ({"rotary_base": 10**38}, r"rotary_base is 1000+\.\.\.0+; expected a number above 0, at most 1e\+15"),
+        ({"rotary_base": 10**38}, r"rotary_base is 10{38}; expected a number above 0, at most 1e\+15"),
         ({"rotary_base": float("nan")}, "rotary_base is nan; expected a number above 0"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a number above 0"),
         ({"hidden_size": 64.5}, "hidden_size is 64.5; use a whole number above 0"),
