@@ -25,7 +25,7 @@ from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit, load_model, lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.runner import check_folder, check_resumes, train, write_run
+from megatron_cpt.posttrain.runner import check_folder, check_resumes, train
 from megatron_cpt.posttrain.settings import (
     LoraSettings,
     OptimizerSettings,
@@ -220,7 +220,6 @@ def finetune_dpo(config: DpoConfig) -> str:
     check_fit(config.model, prepared)
     folder = os.path.join(config.save, "data")
     if process.is_main_process:
-        write_run(config.save, facts)
         write_report(config.save, prepared)
         show_report(prepared)
         as_dataset(prepared.train).save_to_disk(os.path.join(folder, "train"))
@@ -256,7 +255,7 @@ def finetune_dpo(config: DpoConfig) -> str:
         peft_config=lora(config.lora, model),
     )
     merge = config.lora is None or config.lora.merge
-    return train(trainer, config.save, template.tokenizer, settings, merge, saved_dtype(config.model))
+    return train(trainer, config.save, template.tokenizer, settings, facts, merge, saved_dtype(config.model))
 
 
 def loss_of(config: DpoConfig) -> dict[str, Any]:

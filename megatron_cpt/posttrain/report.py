@@ -25,6 +25,7 @@ def write_report(folder: str, prepared: Prepared[Any]) -> str:
     sources = [counts.to_json() for counts in prepared.counts]
     report = {"almr": prepared.almr, "train": len(prepared.train), "validation": validation}
     by = IDENTIFIED_BY if identified(prepared) else NOT_IDENTIFIED
+    os.makedirs(folder, exist_ok=True)
     write_json(path, report | {"language_identification": by, "sources": sources})
     return path
 

@@ -62,8 +62,7 @@ def check_resumes(folder: str, facts: dict[str, Any]) -> None:
 
 
 def write_run(folder: str, facts: dict[str, Any]) -> None:
-    """Write run.json, unless the run goes on. By the first process, once nothing is found wrong with the data."""
-    os.makedirs(folder, exist_ok=True)
+    """Write run.json, unless the run resumes. By the first process."""
     if newest_checkpoint(folder) is None:
         write_json(os.path.join(folder, RUN), facts | {"versions": versions()})
 
@@ -170,12 +169,21 @@ class Stop(TrainerCallback):
         return control
 
 
-def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], merge: bool, dtype: torch.dtype) -> str:
+def train(
+    trainer: Any,
+    folder: str,
+    tokenizer: Any,
+    settings: dict[str, Any],
+    facts: dict[str, Any],
+    merge: bool,
+    dtype: torch.dtype,
+) -> str:
     """Evaluate, train, evaluate, and write the result; goes on where an earlier attempt has saved.
 
     Args:
         tokenizer: goes along with the model
         settings: for the manifest
+        facts: for run.json, which is written once nothing is found wrong any more
         merge: of a model with adapters, write their sum with the weights
         dtype: of the weights that are written
 
@@ -197,6 +205,7 @@ def train(trainer: Any, folder: str, tokenizer: Any, settings: dict[str, Any], m
     sum_in_fp32(trainer.accelerator)
     if first:
         rehearse(trainer, folder, tokenizer, dtype)
+        write_run(folder, facts)
     trainer.accelerator.wait_for_everyone()
     with stop.listening():
         trainer.train(resume_from_checkpoint=checkpoint)

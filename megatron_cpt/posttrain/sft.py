@@ -22,7 +22,7 @@ from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit, lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.runner import check_folder, check_resumes, train, write_run
+from megatron_cpt.posttrain.runner import check_folder, check_resumes, train
 from megatron_cpt.posttrain.settings import (
     LoraSettings,
     OptimizerSettings,
@@ -148,7 +148,6 @@ def finetune_sft(config: SftConfig) -> str:
     check_resumes(config.save, facts)  # such as other rows that an older version would have left out
     check_fit(config.model, prepared)
     if process.is_main_process:
-        write_run(config.save, facts)
         write_report(config.save, prepared)
         show_report(prepared)
     process.wait_for_everyone()
@@ -171,7 +170,7 @@ def finetune_sft(config: SftConfig) -> str:
         peft_config=lora(config.lora, model),
     )
     merge = config.lora is None or config.lora.merge
-    return train(trainer, config.save, template.tokenizer, settings, merge, saved_dtype(config.model))
+    return train(trainer, config.save, template.tokenizer, settings, facts, merge, saved_dtype(config.model))
 
 
 def as_dataset(examples: list[Example]) -> Dataset:

@@ -19,7 +19,7 @@ from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.mixture_file import load_mixture
 from megatron_cpt.data.stages import Schedule
 from megatron_cpt.data.state import DataState, begin, resume
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.model.build import LayerType, TransformerConfig, arithmetic_of, transformer_config
 from megatron_cpt.model.layout import check_layout, check_microbatches, check_recomputed_chunk
 from megatron_cpt.model.llama import LlamaConfig, read_llama_config
@@ -109,24 +109,25 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
     `damaged`: checkpoints of the run that cannot be resumed from, and a sentence for each.
 
     Raises:
-        InputError: naming the value found and the values that would do
+        InputError: naming the value found and the values that would do; InputErrors: several of them
     """
-    start_from, resumed = find_start(config, damaged)
-    hf = os.path.join(start_from, "hf")
-    if not os.path.exists(os.path.join(hf, "config.json")):
-        advice = "convert it with tools/convert_checkpoint.py megatron-to-hf, and the result with hf-to-megatron"
-        raise InputError(f"checkpoint {start_from} has no hf/config.json, so it is of other software; {advice}")
-    llama = read_llama_config(hf)
-    mixture = load_mixture(config.mixture)
-    check_layout(llama, config.parallel, mixture.seq_length)
-    data_parallel_size = check_batch(config, world_size)
-    check_engine(config, llama)
-    vocab_size = mixture.manifest.tokenizer.vocab_size
-    if vocab_size > llama.vocab_size:
-        raise InputError(
-            f"{mixture.path}: the corpora have token ids below {vocab_size} "
-            f"(tokenizer {mixture.manifest.tokenizer.path}) but the model in {start_from} has {llama.vocab_size} embeddings"
-        )
+    refusals = Refusals()  # of checks that do not need each other
+    with refusals.noted():
+        start_from, resumed = find_start(config, damaged)
+        llama = read_model(start_from)
+    with refusals.noted():
+        mixture = load_mixture(config.mixture)
+    with refusals.noted():
+        data_parallel_size = check_batch(config, world_size)
+    with refusals.noted():
+        check_machine(config)
+    refusals.raise_any()
+    with refusals.noted():
+        check_layout(llama, config.parallel, mixture.seq_length)
+        check_engine(config, llama)
+    with refusals.noted():
+        token_bytes = read_token_bytes(start_from, mixture, llama.vocab_size)
+    refusals.raise_any()
     manifest = resumed.manifest if resumed else {"iteration": 0, "consumed_samples": 0}
     length = run_length(config.training, mixture.seq_length, manifest["iteration"], manifest["consumed_samples"])
     complete = resumed is not None and length.iteration >= length.train_iters and resumed.has_all
@@ -151,7 +152,7 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
         length=length,
         schedule=check_schedule(config, mixture.seq_length, length, resumed, complete),
         data_parallel_size=data_parallel_size,
-        token_bytes=read_token_bytes(os.path.join(start_from, "hf"), mixture, llama.vocab_size),
+        token_bytes=token_bytes,
         start_from=start_from,
         resumed=resumed,
         complete=complete,
@@ -265,18 +266,31 @@ def check_data(config: RunConfig, mixture: Mixture, length: RunLength, resumed: 
     return RunData(schedule, state, length.run_samples)
 
 
-def check_engine(config: RunConfig, llama: LlamaConfig) -> None:
-    """Whether what is installed on this machine, and megatron-core, can do what the configuration asks for.
+def read_model(checkpoint: str) -> LlamaConfig:
+    """The architecture of a checkpoint. InputError: it does not say what it is."""
+    hf = os.path.join(checkpoint, "hf")
+    if not os.path.exists(os.path.join(hf, "config.json")):
+        advice = "convert it with tools/convert_checkpoint.py megatron-to-hf, and the result with hf-to-megatron"
+        raise InputError(f"checkpoint {checkpoint} has no hf/config.json, so it is of other software; {advice}")
+    return read_llama_config(hf)
 
-    Raises:
-        InputError: with megatron-core's words, where it is megatron-core that refuses
-    """
+
+def check_machine(config: RunConfig) -> None:
+    """InputError unless what the configuration asks for is installed on this machine and can run on it."""
     check_logging(config.logging)
     refusal = current_platform().refuses(config.parallel, config.training)
     if refusal is not None:
         raise InputError(refusal)
     if config.parallel.context_parallel_size > 1 and config.data.reset_attention_mask:
         raise InputError("data.reset_attention_mask is true with context_parallel_size above 1; use one of them")
+
+
+def check_engine(config: RunConfig, llama: LlamaConfig) -> None:
+    """Whether megatron-core can do what the configuration asks for.
+
+    Raises:
+        InputError: with megatron-core's words, where it is megatron-core that refuses
+    """
     try:
         engine = transformer_config(
             llama, config.parallel, dtype_of(config.training.params_dtype), arithmetic_of(config.training)
@@ -305,14 +319,19 @@ def check_pipeline_layout(parallel: ParallelConfig, engine: TransformerConfig) -
             check_recomputed_chunk(parallel, sum(layer == LayerType.decoder for layer in chunk))
 
 
-def read_token_bytes(hf_folder: str, mixture: Mixture, vocab_size: int) -> np.ndarray:
-    """int64 [vocab_size]: the table of the checkpoint's tokenizer, with 0 for embeddings that no token uses.
+def read_token_bytes(checkpoint: str, mixture: Mixture, vocab_size: int) -> np.ndarray:
+    """int64 [vocab_size]: the table of a checkpoint's tokenizer, with 0 for embeddings that no token uses.
 
     Raises:
         InputError: the corpora were made with another vocabulary, so their ids would mean other words to the model
     """
+    used, hf_folder = mixture.manifest.tokenizer, os.path.join(checkpoint, "hf")
+    if used.vocab_size > vocab_size:
+        raise InputError(
+            f"{mixture.path}: the corpora have token ids below {used.vocab_size} (tokenizer {used.path}) but the model in "
+            f"{checkpoint} has {vocab_size} embeddings"
+        )
     tokenizer = load_tokenizer(hf_folder)
-    used = mixture.manifest.tokenizer
     if token_bytes_sha256(tokenizer) != used.token_bytes_sha256:
         raise InputError(
             f"{mixture.path}: the corpora were made with tokenizer {used.name} ({used.path}, {used.vocab_size} tokens); the "

@@ -511,7 +511,8 @@ def test_the_tool_is_told_to_stop(
         process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
-    (line,) = err.strip().splitlines()
+    end_of_text, line = err.strip().splitlines()
+    assert end_of_text.startswith("documents end with ")
     assert line.startswith(f"interrupted: {tmp_path}/c is unfinished; ")
     assert "give the same command again to go on" in line
     assert {path.name for path in tmp_path.iterdir()} == {"in", "c.partial"}
@@ -531,7 +532,8 @@ def test_a_killed_worker_ends_the_tool_with_one_line(
     workers[0].kill()
     _, err = process.communicate(timeout=20)
     assert process.returncode == 1, err
-    (line,) = err.strip().splitlines()
+    end_of_text, line = err.strip().splitlines()
+    assert end_of_text.startswith("documents end with ")
     assert "killed by signal 9" in line
     run(tmp_path / "c", tiny_tokenizer_dir, **settings_for(folder))
     run(tmp_path / "wanted", tiny_tokenizer_dir, **settings_for(folder))
@@ -558,7 +560,8 @@ def test_a_disk_that_is_really_full(
     process = tool(words, preexec_fn=limited)
     _, err = process.communicate()
     assert process.returncode == 2, err
-    (line,) = err.strip().splitlines()
+    end_of_text, line = err.strip().splitlines()
+    assert end_of_text.startswith("documents end with ")
     assert line.startswith("error: ")
     assert "File too large" in line
     assert f"{tmp_path}/c" in line  # where there is no space

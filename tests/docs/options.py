@@ -42,10 +42,10 @@ def main() -> None:
     for path in sorted(TOOLS.glob("*.py")):
 
         def note_tool(main: Any, config_class: type, *_: Any, name: str = path.name, **__: Any) -> None:
-            found[name] = options_of(config_class)
+            found[name] = options_of(cli.load(config_class))
 
         def note_commands(commands: dict[str, tuple[Any, type]], _: str, name: str = path.name) -> None:
-            found.update({f"{name} {command}": options_of(kind) for command, (_, kind) in commands.items()})
+            found.update({f"{name} {command}": options_of(cli.load(kind)) for command, (_, kind) in commands.items()})
 
         cli.run_tool, cli.run_subcommands = note_tool, note_commands  # type: ignore[assignment]
         runpy.run_path(str(path), run_name="__main__")

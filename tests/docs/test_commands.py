@@ -45,9 +45,12 @@ def check_run_by(block: Block) -> None:
 
 
 def imported(tool: Path) -> list[str]:
-    """Functions and classes of ours that a tool imports, `run_tool` and the like left out."""
-    nodes = [node for node in ast.walk(ast.parse(tool.read_text())) if isinstance(node, ast.ImportFrom)]
-    return [f"{alias.name}(" for node in nodes if node.module != "megatron_cpt.config.cli" for alias in node.names]
+    """Functions and classes of ours that a tool imports or names (`"module:name"`), `run_tool` and the like left out."""
+    nodes = [*ast.walk(ast.parse(tool.read_text()))]
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module != "megatron_cpt.config.cli"]
+    texts = [str(node.value) for node in nodes if isinstance(node, ast.Constant)]
+    named = [match[1] for text in texts if (match := re.fullmatch(r"megatron_cpt[\w.]+:(\w+)", text))]
+    return [f"{name}(" for name in [*(alias.name for node in imports for alias in node.names), *named]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -172,7 +175,7 @@ def prepare_preprocessing(folder: Path, tokenizer: str) -> None:
 
     (folder / "raw/zh").mkdir(parents=True)
     for i in range(2):
-        content = lines_of("zh", 20, 100 * i).encode()
+        content = lines_of("zh", 200, 1000 * i).encode()
         (folder / f"raw/zh/{i}.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(content))
     preprocess(folder, "code", "en", 0)
 

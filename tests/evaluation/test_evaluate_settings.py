@@ -137,7 +137,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer_dir: str) -> d
     folder = tmp_path_factory.mktemp("settings")
     for name in ("one", "two"):
         shutil.copytree(chat_tokenizer_dir, folder / name)
-        (folder / name / "config.json").write_text("{}")
+        (folder / name / "config.json").write_text('{"model_type": "llama"}')
     fields, found = settings(folder), Seen().found
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch, found)

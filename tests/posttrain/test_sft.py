@@ -292,6 +292,7 @@ def test_what_the_end_needs_is_tried_before_the_first_step(
             finetune_sft(config)
         said.append(str(caught.value))
         assert not list(Path(config.save).glob("checkpoint*"))
+        assert not (Path(config.save) / "run.json").exists()  # it never began
         (Path(config.save) / "metrics.jsonl").touch()
         assert not any("loss" in row for row in read_metrics(Path(config.save)))
 

@@ -355,3 +355,16 @@ def test_the_spy_sees_process_groups(folder: Path) -> None:
     """The test above can fail: a good run does start one."""
     result = spied(folder)
     assert (result.returncode, result.stderr) == (3, "a process group started\n")
+
+
+def test_everything_that_is_wrong_is_said_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_mixture(folder, almr=1.5)
+    shutil.rmtree(folder / "megatron")
+    with pytest.raises(SystemExit) as end:
+        check(folder, "--training.micro_batch_size", "3", "--parallel.context_parallel_size", "2", world_size=2)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert all(line.startswith("error: ") for line in lines)
+    for words in ("megatron: no such folder", "almr is 1.5", "micro_batch_size 3", "context_parallel_size"):
+        assert sum(words in line for line in lines) == 1, (words, lines)
+    assert not (folder / "out").exists()
