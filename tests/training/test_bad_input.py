@@ -99,6 +99,16 @@ def half_a_run(folder: Path) -> None:
 
 
 RELEASE = "megatron/release"
+
+
+def split_at_every_letter(folder: Path) -> None:
+    """The model's tokenizer has the same tokens and splits text in another way."""
+    path = folder / RELEASE / "hf" / "tokenizer.json"
+    every = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}
+    before = json.loads(path.read_text())["pre_tokenizer"]
+    edit_json(path, pre_tokenizer={"type": "Sequence", "pretokenizers": [every, before]})
+
+
 Case = tuple[Callable[[Path], object], list[str], int, list[str]]
 # name -> what is done to the files, options, number of processes, what the message must say
 CASES: dict[str, Case] = {
@@ -106,6 +116,7 @@ CASES: dict[str, Case] = {
     "truncated corpus": (truncate_bin, [], 1, ["zh.bin", "found 100 bytes", "wanted"]),
     "no manifest": (lambda f: (f / "zh.json").unlink(), [], 1, ["zh.json", "no such file"]),
     "almr": (lambda f: edit_mixture(f, almr=1.5), [], 1, ["mixture.yaml", "almr is 1.5", "from 0 to 1"]),
+    "another splitting": (split_at_every_letter, [], 1, ["mixture.yaml", "splits text in another way"]),
     "tp and heads": (
         lambda f: None,
         ["--parallel.tensor_model_parallel_size", "3"],
