@@ -63,7 +63,7 @@ def answers_cut_off(measured: Measured) -> list[str]:
     """How many answers have reached max_new_tokens without an end: their rest is not seen by any measure or judge."""
     lines = []
     for model, parts in measured.items():
-        asked = {f"%{language}": share["answers"] for language, share in parts.get("answers", {}).items()}
+        asked = {f"%{language}": share.get("answers", []) for language, share in parts.get("answers", {}).items()}
         asked |= {f"{name}, for the judge": answers for name, answers in parts.get("pairwise", {}).items()}
         for name, answers in asked.items():
             if number := sum(bool(answer.get("cut_off")) for answer in answers):
