@@ -39,7 +39,7 @@ def test_a_setting_arrives(setting: str, chat_tokenizer_dir: str, tmp_path: Path
     seen = stand_in(monkeypatch)
     folder = tmp_path / "MODEL"
     shutil.copytree(chat_tokenizer_dir, folder)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
     template = [] if "--chat_template" in given else ["--chat_template", "chatml"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nHi\n"))
     run_tool(chat, ChatConfig, "", [str(folder), *template, *given], positional="model")
@@ -53,7 +53,7 @@ def test_a_setting_arrives(setting: str, chat_tokenizer_dir: str, tmp_path: Path
 def test_temperature_0_is_greedy(chat_tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = stand_in(monkeypatch)
     shutil.copytree(chat_tokenizer_dir, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
     options = [str(tmp_path), "--chat_template", "chatml", "--temperature", "0"]
     run_tool(chat, ChatConfig, "", options, positional="model")
