@@ -296,7 +296,7 @@ def trained_with(folder: str) -> dict[str, Any]:
     """For the manifest of a HF folder: what the tokenizer of the checkpoint's training does, so that another is noticed."""
     path = os.path.join(folder, "manifest.json")
     known = read_manifest(path).get("tokenizer") if os.path.exists(path) else None
-    if not known or known.get("behaviour_sha256") is None:
+    if not isinstance(known, dict) or known.get("behaviour_sha256") is None or "name" not in known:
         return {}
     return {"tokenizer": {name: known[name] for name in ("name", "behaviour_sha256")}}
 

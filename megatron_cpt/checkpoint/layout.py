@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from megatron_cpt.checkpoint.checksums import FIELD as CHECKSUMS
 from megatron_cpt.checkpoint.checksums import check_seal, check_small_files
 from megatron_cpt.errors import InputError, brief
 from megatron_cpt.version import __version__
@@ -33,6 +34,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Files that tell a reader to do something to the weights beside them: to apply an adapter, which makes weights of other
 # names, or to take them for quantized. Whole weights that have gone through Megatron need neither.
 ABOUT_OTHER_WEIGHTS = (ADAPTER_CONFIG, "quantize_config.json", "quant_config.json", "hf_quant_config.json")
+MOST_TRACKER = 100  # characters that are read of it
 CHAT_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 
 
@@ -50,9 +52,11 @@ def tracked_name(root: str) -> str | None:
     tracker = os.path.join(root, TRACKER)
     if not os.path.exists(tracker):
         return None
+    if not os.path.isfile(tracker):  # a pipe or a device may have no end
+        raise InputError(f"{tracker} is no plain file; it should hold an iteration number or {RELEASE!r}")
     with open(tracker, encoding="utf-8", errors="replace") as file:
-        content = file.read().strip()
-    if content != RELEASE and not content.isdigit():
+        content = file.read(MOST_TRACKER).strip()
+    if content != RELEASE and not re.fullmatch(r"\d{1,18}", content, re.ASCII):
         raise InputError(f"{tracker} says {content!r}; it should hold an iteration number or {RELEASE!r}")
     return checkpoint_name(None if content == RELEASE else int(content))
 
@@ -158,6 +162,8 @@ def read_manifest(path: str) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or is not as it was written
     """
+    if not os.path.isfile(path):  # a pipe or a device may have no end
+        raise InputError(f"checkpoint manifest {path} cannot be read: it is no plain file")
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -165,8 +171,19 @@ def read_manifest(path: str) -> dict[str, Any]:
         raise InputError(f"checkpoint manifest {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"checkpoint manifest {path} cannot be read: it holds no JSON object")
+    for field in ("files", CHECKSUMS):
+        names = content.get(field, {})
+        for name in names if isinstance(names, dict) else ():
+            if not is_within(name):
+                raise InputError(f"checkpoint manifest {path}: {field} has {brief(name)}; expected names of files beside it")
     check_seal(content, path)
     return content
+
+
+def is_within(name: str) -> bool:
+    """Whether a file name of a manifest stays in the manifest's folder, as a name that there can be."""
+    parts = name.split("/")
+    return name.isprintable() and not name.startswith("/") and not {"", ".", ".."}.intersection(parts)
 
 
 def is_of_a_run(folder: str) -> bool:

@@ -164,10 +164,11 @@ def load_settings(path: str) -> dict[str, Any]:
         InputError: it cannot be read
     """
 
-    def convert(value: Any) -> Any:
+    def convert(value: Any, copy: Callable[[Any], Any]) -> Any:
         if type(value) is Record and value.kind.pair in NAMESPACES:
-            fields = plain(value.fields(), convert)
-            return Namespace(**{name: field for name, field in fields.items() if type(name) is str})
+            space = Namespace()
+            vars(space).update({name: field for name, field in copy(value.fields()).items() if type(name) is str})
+            return space
         return value if type(value) is torch.dtype else str(value) if type(value) is Name else Opaque(shown(value))
 
     def read(content: Content) -> Any:
@@ -222,7 +223,7 @@ def read_object(content: Content, offset: int, length: int, known: Collection[Pa
     """
     records = records_of(content, offset, length)
 
-    def convert(value: Any) -> Any:
+    def convert(value: Any, _: Callable[[Any], Any]) -> Any:
         if type(value) is TensorRecord:
             return _tensor(content, records, value).clone()
         return value if type(value) is torch.dtype else Opaque(shown(value))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+MOST_KEY = 2**60  # whole number as a key; from 2**61 - 1 on several have one hash
 MOST_STEPS = 20_000_000  # instructions of one pickle: each may take some hundred bytes of memory
 MOST_BYTES_OF_INT = 16
 MOST_DEPTH = 100  # of values within values
@@ -81,8 +82,10 @@ def read_pickle(
         raise PickleError(f"the pickle is damaged: {type(error).__name__}") from error
 
 
-def plain(value: Any, convert: Callable[[Any], Any], most: int = 1_000_000) -> Any:
-    """A copy of a value from a pickle, with `convert` applied to all that is no plain value.
+def plain(value: Any, convert: Callable[[Any, Callable[[Any], Any]], Any], most: int = 1_000_000) -> Any:
+    """A copy of a value from a pickle, with `convert(value, copy)` applied to all that is no plain value.
+
+    `copy` is for what such a value holds: it counts as a part of the whole, however deep the objects lie in each other.
 
     A copy, because the value may hold itself, or one part in many places: within `most` values and `MOST_DEPTH` it cannot.
 
@@ -97,13 +100,20 @@ def plain(value: Any, convert: Callable[[Any], Any], most: int = 1_000_000) -> A
             raise PickleError(f"it holds more than {most} values, or values within values {MOST_DEPTH} deep")
         if type(value) in SCALARS:
             return value
-        if type(value) in (list, tuple, set, frozenset):
+        if type(value) in (list, tuple):
             return type(value)(copy(item, depth + 1) for item in value)
+        if type(value) in (set, frozenset):
+            return type(value)(copied_key(item, depth) for item in value)
         if type(value) is dict:
-            return {copy(key, depth + 1): copy(item, depth + 1) for key, item in value.items()}
+            return {copied_key(key, depth): copy(item, depth + 1) for key, item in value.items()}
         if type(value) is bytearray:
             return value
-        return convert(value)
+        return convert(value, lambda part: copy(part, depth + 1))
+
+    def copied_key(key: Any, depth: int) -> Any:
+        if type(key) is Record:
+            raise PickleError(f"it holds a {key.kind} as a key; expected numbers and texts")
+        return copy(key, depth + 1)
 
     return copy(value, 0)
 
@@ -118,9 +128,15 @@ def shown(value: Any) -> str:
 
 
 def is_key(value: Any) -> bool:
-    """Whether a value may be a key of a dictionary or a member of a set: its hash takes no time and no code of its own."""
+    """Whether a value may be a key of a dictionary or a member of a set: its hash takes no time and no code of its own.
+
+    Of whole numbers only those that are their own hash: many others could be made that share one, and a dictionary of them
+    takes time with the square of its size.
+    """
     if type(value) is tuple:
-        return len(value) <= 16 and all(type(item) in SCALARS for item in value)
+        return len(value) <= 16 and all(type(item) in SCALARS and is_key(item) for item in value)
+    if type(value) in (int, float):
+        return abs(value) < MOST_KEY or value != value
     return type(value) in (*SCALARS, Record, Name)
 
 

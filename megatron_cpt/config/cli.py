@@ -173,7 +173,9 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
 
 
 def _cut(line: str) -> str:
-    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}..."
+    """A line as it may be shown: of a length, and without characters that would move the cursor of a terminal."""
+    shown_line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    return shown_line if len(shown_line) <= LONGEST_LINE else f"{shown_line[: LONGEST_LINE - 3]}..."
 
 
 def tell_torchrun(lines: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_cpt.checkpoint.folders import hide, remove_unfinished, set_aside_damaged, to_delete
-from megatron_cpt.checkpoint.layout import check_complete, checkpoint_name, newest_complete, write_tracker
+from megatron_cpt.checkpoint.layout import TRACKER, check_complete, checkpoint_name, newest_complete, write_tracker
 from megatron_cpt.errors import InputError
 
 FILES = {"metadata.json": 2, ".metadata": 30, "common.pt": 40, "hf/config.json": 5, "__0_0.distcp": 1000}
@@ -134,3 +134,21 @@ def test_damaged_checkpoints_are_set_aside_under_names_that_are_free(tmp_path: P
         shutil.rmtree(tmp_path / "iter_0000030")  # not complete: it does not count anyway
     names = ["damaged_iter_0000020", "damaged_iter_0000020_2", "iter_0000010"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+@pytest.mark.parametrize("content", ["²", "9" * 5000, "-1", "1_0"])
+def test_a_tracker_names_a_step_or_nothing(content: str, tmp_path: Path) -> None:
+    make(tmp_path, 7)
+    (tmp_path / TRACKER).write_text(content, encoding="utf-8")
+    folder, passed_over = newest_complete(str(tmp_path))
+    assert folder == str(tmp_path / "iter_0000007")
+    assert "should hold an iteration number" in passed_over[0]
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other", "a/../../b", "nothing\0", "a\ud800", "", "a//b"])
+@pytest.mark.parametrize("field", ["files", "crc32"])
+def test_a_manifest_names_files_beside_it(name: str, field: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, 7)
+    (folder / "manifest.json").write_text(json.dumps({"files": FILES, field: {name: 1}}))
+    with pytest.raises(InputError, match=f"{field} has .*; expected names of files beside it"):
+        check_complete(str(folder))

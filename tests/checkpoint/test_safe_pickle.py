@@ -147,7 +147,7 @@ def test_settings_of_other_software(tmp_path: Path) -> None:
 )
 def test_small_pickles_take_little(content: bytes, message: str | None) -> None:
     def read() -> Any:
-        return plain(read_pickle(content, {}, {}), lambda value: value)
+        return plain(read_pickle(content, {}, {}), lambda value, copy: value)
 
     if message is None:
         assert read() == 2
@@ -184,3 +184,28 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
         file.writestr("archive/data.pkl", io.BytesIO(bytes(10_000_000)).getvalue())
     with pytest.raises(InputError, match="is compressed"):
         load_settings(str(tmp_path / "common.pt"))
+
+
+SPACE = b"cargparse\nNamespace\n)\x81"
+TWICE = [SPACE + b"}(" + text("a") + b"h" + bytes([i]) + text("b") + b"h" + bytes([i]) + b"ub\x94" for i in range(60)]
+EQUAL_HASHES = b"".join(b"\x8a\x10" + (i * (2**61 - 1)).to_bytes(16, "little") + b"N" for i in range(1, 60_000))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"}" + text("args") + b"N\x94" + b"".join(TWICE) + b"s.", "more than 1000000 values"),  # 2^60 of them
+        (b"}" + text("args") + SPACE + b"\x94}" + text("a") + b"h\x00sbs.", "100 deep"),  # it holds itself
+        (b"}" + SPACE + b"K\x01s.", "Namespace as a key"),
+        (b"}" + text("a") + b"\x8f(" + SPACE + b"\x90s.", "Namespace as a key"),
+        (b"}(" + EQUAL_HASHES + b"u.", "a key of a dictionary is"),  # each is compared with all before
+    ],
+)
+def test_settings_of_others_take_little(content: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        load_settings(str(archive(tmp_path / "common.pt", b"\x80\x04" + content)))
+
+
+def test_a_setting_may_have_any_name(tmp_path: Path) -> None:
+    content = b"}" + text("args") + SPACE + b"}" + text("self") + b"K\x01sbs."
+    assert vars(load_settings(str(archive(tmp_path / "common.pt", b"\x80\x04" + content)))["args"]) == {"self": 1}
