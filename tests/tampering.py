@@ -116,10 +116,10 @@ def slow_start(wish: dict[str, Any]) -> None:
 
 
 def slow_loading(wish: dict[str, Any]) -> None:
-    """While the tensors of a checkpoint are read, within torch's own loader."""
-    from torch.distributed.checkpoint import FileSystemReader
+    """While the tensors of a checkpoint are read."""
+    from megatron_cpt.checkpoint.save_load import _Tensors
 
-    slow(FileSystemReader, "read_data", Pause(**wish))
+    slow(_Tensors, "load", Pause(**wish))
 
 
 def slow_microbatches(wish: dict[str, Any]) -> None:
