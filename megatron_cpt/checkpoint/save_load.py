@@ -89,7 +89,7 @@ def run_settings(folder: str) -> dict[str, Any]:
     return cast(dict[str, Any], plain(common, partial(refuse_objects, path)))
 
 
-def refuse_objects(path: str, value: Any, copy: Callable[[Any], Any] | None = None) -> Any:
+def refuse_objects(path: str, value: Any, _: Callable[[Any], Any]) -> Any:
     """The value; InputError for an object that is no number, text or tensor."""
     if isinstance(value, Opaque):
         raise InputError(f"{path} holds a {value.kind}; expected numbers, texts and tensors")
