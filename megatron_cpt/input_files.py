@@ -1,4 +1,4 @@
-"""YAML and JSON that somebody else wrote, read with limits: no file makes a tool hang, run out of memory or crash.
+"""Files that somebody else wrote, read with limits: no file makes a tool hang, run out of memory or crash.
 
 YAML is read as what is written means (YAML 1.2's core schema, and stricter): `no` is text, not false; `1:04` is text, not
 64; `0777` is text, not 511. A scalar becomes a number only when that number would be written the same way (`12`, `0.33`).
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Hashable
 from fractions import Fraction
 from typing import Any
@@ -19,7 +20,7 @@ import yaml
 from megatron_cpt.errors import InputError
 
 MOST_YAML_BYTES = 1 << 20
-MOST_JSON_BYTES = 1 << 30
+MOST_JSON_BYTES = 256 << 20  # ten times the largest tokenizer.json
 MOST_YAML_VALUES = 50_000  # aliases count as often as they are used
 DEEPEST = 60  # lists and fields within each other
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -213,6 +214,7 @@ def load_json(path: str | os.PathLike[str], what: str = "") -> Any:
         InputError: it cannot be read, is no JSON, or goes beyond the limits
     """
     where = f"{what} {os.fspath(path)}".lstrip()
+    check_plain_file(path, where)
     return parse_json(_read(path, where, MOST_JSON_BYTES), where)
 
 
@@ -259,6 +261,33 @@ def shown(value: Any, most: int = 100) -> str:
 
 def _one_line(words: Any) -> str:
     return " ".join(str(words).split())
+
+
+READ_WHOLE = (".json", ".jinja", ".txt", ".yaml", ".yml", ".model", ".tiktoken", ".py")
+
+
+def check_folder(folder: str | os.PathLike[str], links: bool = True) -> None:
+    """Raise InputError if a file in a folder of a stranger would be waited for, or fill the memory, whoever opens it.
+
+    That is a pipe or a device, and a file of text or JSON of more than `MOST_JSON_BYTES`. `links`: whether a name may stand
+    for a file elsewhere; not where it would be copied into what people pass on.
+    """
+    for entry in os.scandir(folder):
+        if entry.is_symlink() and not links:
+            raise InputError(f"{entry.path} is a symbolic link; expected a plain file")
+        check_plain_file(entry.path, entry.path)
+        if entry.name.endswith(READ_WHOLE) and entry.is_file() and (size := entry.stat().st_size) > MOST_JSON_BYTES:
+            raise InputError(f"{entry.path} has {size:,} bytes; expected at most {MOST_JSON_BYTES:,}")
+
+
+def check_plain_file(path: str | os.PathLike[str], where: str) -> None:
+    """Raise InputError if a path is a pipe, a device or a socket, which may have no end; what is missing is passed over."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{where} is a pipe or a device; expected a plain file")
 
 
 def _read(path: str | os.PathLike[str], where: str, most: int) -> bytes:

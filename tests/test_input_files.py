@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.errors import InputError
-from megatron_cpt.input_files import amount, load_json, load_yaml, number, parse_json, parse_yaml, plain_number, text_of
+from megatron_cpt.input_files import (
+    MOST_JSON_BYTES,
+    amount,
+    check_folder,
+    load_json,
+    load_yaml,
+    number,
+    parse_json,
+    parse_yaml,
+    plain_number,
+    text_of,
+)
 
 TENFOLD = "".join(
     f"{name}: &{name} [{', '.join([f'*{before}' if before else '1'] * 10)}]\n"
@@ -137,3 +149,26 @@ def test_hostile_json(text: str | bytes) -> None:
         parse_json(text, "config.json")
     assert "\n" not in str(caught.value)
     assert parse_json('{"a":' * 59 + "[1]" + "}" * 59, "") is not None
+
+
+def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
+    """A pipe, a device and a file without bytes on disk, whatever library would open them."""
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    for read in (lambda: load_json(tmp_path / "config.json"), lambda: check_folder(tmp_path)):
+        with pytest.raises(InputError, match=r"config\.json is a pipe or a device; expected a plain file"):
+            read()
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors is a pipe or a device"):
+        check_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for name in ("tokenizer.json", "model.safetensors"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(MOST_JSON_BYTES + 1)
+    with pytest.raises(InputError, match=r"tokenizer\.json has 268,435,457 bytes; expected at most 268,435,456"):
+        check_folder(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "README.md").symlink_to(tmp_path / "model.safetensors")
+    check_folder(tmp_path)  # as in the cache of huggingface_hub
+    with pytest.raises(InputError, match="is a symbolic link; expected a plain file"):
+        check_folder(tmp_path, links=False)

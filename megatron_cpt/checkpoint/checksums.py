@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, brief
 
 CHUNK_BYTES = 4 << 20
 MANIFEST = "manifest.json"
@@ -28,14 +29,16 @@ class CancelledError(Exception):
 
 
 def file_checksum(path: str, cancelled: Callable[[], bool] = lambda: False) -> str:
-    """Checksum of a file, read piece by piece; a disk that fails is an OSError.
+    """Checksum of a file as long as it is now, read piece by piece; a disk that fails is an OSError.
 
     Raises:
         CancelledError: `cancelled()` is true
     """
     value = 0
     with open(path, "rb", buffering=0) as file:
-        while piece := file.read(CHUNK_BYTES):
+        left = os.fstat(file.fileno()).st_size  # what grows meanwhile, such as a log, is not followed
+        while piece := file.read(min(left, CHUNK_BYTES)):
+            left -= len(piece)
             if cancelled():
                 raise CancelledError
             value = zlib.crc32(piece, value)  # other threads run meanwhile
@@ -63,9 +66,18 @@ def _own_checksum(manifest: Mapping[str, Any]) -> str:
 
 
 def checksums_in(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Checksums by file name; empty for a checkpoint that was written before there were any."""
+    """Checksums by file name; empty for a checkpoint that was written before there were any.
+
+    Raises:
+        InputError: they are something else
+    """
     found = manifest.get(FIELD, {})
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise InputError(f"manifest.json: {FIELD} is {brief(found)}; expected {{file: checksum}}")
+    for name, value in found.items():
+        if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value)):
+            raise InputError(f"manifest.json: {FIELD} of {brief(name)} is {brief(value)}; expected 8 hexadecimal digits")
+    return found
 
 
 def check_seal(manifest: Mapping[str, Any], path: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +65,7 @@ from megatron_cpt.checkpoint.vocabulary import (
     sentences,
 )
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import load_json
 from megatron_cpt.interrupting import interruptible
 from megatron_cpt.model.llama import LlamaConfig, llama_from, read_llama_config
 
@@ -388,8 +388,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def set_fields(path: str, dtype: str, vocab_size: int) -> None:
     """Keep what config.json says of dtype and vocab_size true; the file is left byte for byte as it was when it is."""
-    with open(path, encoding="utf-8") as file:
-        fields = json.load(file)
+    fields = load_json(path)
     true = {name: dtype for name in ("dtype", "torch_dtype") if fields.get(name) is not None} | {"vocab_size": vocab_size}
     if any(fields[name] != value for name, value in true.items()):
         write_json(path, fields | true)

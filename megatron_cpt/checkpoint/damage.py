@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import pickle
 import struct
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from safetensors import SafetensorError
 
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import check_folder, load_json
 
 KINDS = (ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, SafetensorError)
 OF_THE_MACHINE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -79,13 +79,11 @@ def reading_hf_model(what: str, folder: str) -> Iterator[None]:
 
 def _check_json(folder: str) -> None:
     """Libraries go on with whatever a JSON file holds, and fail somewhere inside."""
+    if os.path.isdir(folder):
+        check_folder(folder)
     for name in JSON_FILES:
         path = os.path.join(folder, name)
         if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                try:
-                    content = json.load(file)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path} is damaged: {error}") from error
+            content = load_json(path)
             if not isinstance(content, dict):
                 raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object")

@@ -134,29 +134,41 @@ def llama_fields(path: str, found: Mapping[str, Any], names: Names, vocab_size: 
                 return value
         raise InputError(f"{path} has no number as {' or '.join(keys)}")
 
-    heads, hidden = number("num_attention_heads"), number("hidden_size")
-    groups = found.get("num_query_groups") if found.get("group_query_attention", True) else None
-    biases = bool(found.get("add_bias_linear", True))
+    def whole(*keys: str) -> int:
+        value = number(*keys)
+        if int(value) != value:
+            raise InputError(f"{path}: {' or '.join(keys)} is {brief(value)}; expected a whole number")
+        return int(value)
+
+    def switch(key: str, default: bool) -> bool:
+        value = found.get(key)
+        if value not in (True, False, None) if type(value) in (bool, int) else value is not None:
+            raise InputError(f"{path}: {key} is {brief(value)}; expected true or false")
+        return default if value is None else bool(value)
+
+    heads, hidden = whole("num_attention_heads"), whole("hidden_size")
+    grouped = switch("group_query_attention", True) and found.get("num_query_groups") is not None
+    biases = switch("add_bias_linear", True)
     theta = float(number("rotary_base"))
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    if found.get(names.rope_scaling):
+    if switch(names.rope_scaling, False):
         default = found.get("rope_scaling_factor") is None
         factor = 8.0 if default else float(number("rope_scaling_factor"))  # megatron-core's default
         rope = {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **ROPE_SCALING}
-    untied = found.get("untie_embeddings_and_output_weights")
-    tied = not untied if untied is not None else bool(found.get("share_embeddings_and_output_weights", True))
+    shared = switch("share_embeddings_and_output_weights", True)
+    tied = not switch("untie_embeddings_and_output_weights", not shared)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "vocab_size": vocab_size or number("vocab_size", "padded_vocab_size"),
+        "vocab_size": vocab_size or whole("vocab_size", "padded_vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": number("ffn_hidden_size"),
-        "num_hidden_layers": number("num_layers"),
+        "intermediate_size": whole("ffn_hidden_size"),
+        "num_hidden_layers": whole("num_layers"),
         "num_attention_heads": heads,
-        "num_key_value_heads": groups or heads,
-        "head_dim": found.get("kv_channels") or int(hidden // heads),
-        "max_position_embeddings": number(names.max_length, "seq_length"),
+        "num_key_value_heads": whole("num_query_groups") if grouped else heads,
+        "head_dim": hidden // heads if found.get("kv_channels") is None else whole("kv_channels"),
+        "max_position_embeddings": whole(names.max_length, "seq_length"),
         "rms_norm_eps": number(names.norm_epsilon, "layernorm_epsilon", "norm_epsilon"),
         "rope_parameters": rope,
         "tie_word_embeddings": tied,

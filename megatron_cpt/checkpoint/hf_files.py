@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_cpt.checkpoint.damage import is_damage
 from megatron_cpt.checkpoint.layout import ADAPTER_CONFIG, WEIGHT_INDICES
 from megatron_cpt.errors import InputError
-from megatron_cpt.input_files import load_json, shown
+from megatron_cpt.input_files import check_folder, load_json, shown
 from megatron_cpt.model.llama import check_size
 
 WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")  # of weights, in the order in which transformers looks for them
@@ -35,6 +35,8 @@ WITHOUT_ADAPTERS: dict[str, Any] = {"adapter_kwargs": {"subfolder": "adapters ar
 
 def check_model(model: str) -> None:
     """Raise InputError unless a folder holds a Hugging Face model with weights that no adapter has to be applied to."""
+    if os.path.isdir(model):
+        check_folder(model)
     adapter_note(model)
     if not os.path.exists(os.path.join(model, "config.json")):
         wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
@@ -66,11 +68,10 @@ def adapter_note(folder: str) -> str | None:
     path = os.path.join(folder, ADAPTER_CONFIG)
     if not os.path.exists(path):
         return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            base = json.load(file)["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); expected PEFT's configuration, or no such file") from error
+    fields = load_json(path)
+    if not isinstance(fields, dict) or "base_model_name_or_path" not in fields:
+        raise InputError(f"{path} names no base_model_name_or_path; expected PEFT's configuration, or no such file")
+    base = fields["base_model_name_or_path"]
     merge = "a folder of merged weights (PEFT's merge_and_unload)"
     if not any(name.endswith((".safetensors", ".bin")) for name in os.listdir(folder) if name not in ADAPTER_FILES):
         raise InputError(f"{folder} holds an adapter of {base} and no weights of its own; expected {merge}")
@@ -166,6 +167,7 @@ def weight_files(folder: str) -> list[str]:
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
+    check_folder(folder)
     present = sorted(os.listdir(folder))
     for whole, index in zip(WHOLE_FILES, WEIGHT_INDICES, strict=True):
         if whole in present:
@@ -184,13 +186,11 @@ def weight_files(folder: str) -> list[str]:
 def _named_files(folder: str, index: str, present: list[str]) -> list[str]:
     """Those that an index names."""
     path = os.path.join(folder, index)
-    try:
-        with open(path, encoding="utf-8") as file:
-            names = set(json.load(file)["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is not an index of weights: {error}") from error
-    if not names or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path} is not an index of weights: weight_map names {sorted(map(str, names)) or 'no file'}")
+    fields = load_json(path)
+    named = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise InputError(f"{path} is not an index of weights: weight_map is {shown(named)}; expected {{tensor: file}}")
+    names = set(named.values())
     for name in sorted(names):
         if name not in present:
             raise InputError(f"{os.path.join(folder, name)} is missing; {index} names it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 from megatron_cpt.checkpoint.damage import reading_hf_folder
 from megatron_cpt.errors import InputError, if_on_the_hub
+from megatron_cpt.input_files import load_json
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_difference
 from megatron_cpt.tokenizer.hf_files import CONFIG, json_object
@@ -129,11 +129,9 @@ def _check_trained_with(folder: str, own: Tokenizer) -> None:
     path = os.path.join(folder, "manifest.json")
     if not os.path.isfile(path):
         return
-    try:
-        with open(path, encoding="utf-8") as file:
-            known = json.load(file)["tokenizer"]["behaviour_sha256"]
-    except (ValueError, KeyError, TypeError):  # not ours, or from before
-        return
+    manifest = load_json(path)
+    tokenizer = manifest.get("tokenizer") if isinstance(manifest, dict) else None
+    known = tokenizer.get("behaviour_sha256") if isinstance(tokenizer, dict) else None  # none: not ours, or from before
     if known is not None and known != behaviour_sha256(own):
         raise InputError(
             f"{path}: tokenizer.behaviour_sha256 is {str(known)[:12]}, of the tokenizer the model was trained with; that of "

@@ -21,6 +21,7 @@ from typing import Any
 from megatron_cpt.checkpoint.checksums import FIELD as CHECKSUMS
 from megatron_cpt.checkpoint.checksums import check_seal, check_small_files
 from megatron_cpt.errors import InputError, brief
+from megatron_cpt.input_files import check_folder, load_json, shown
 from megatron_cpt.version import __version__
 
 MOST_SAMPLES = 1 << 60  # of a run
@@ -34,6 +35,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Files that tell a reader to do something to the weights beside them: to apply an adapter, which makes weights of other
 # names, or to take them for quantized. Whole weights that have gone through Megatron need neither.
 ABOUT_OTHER_WEIGHTS = (ADAPTER_CONFIG, "quantize_config.json", "quant_config.json", "hf_quant_config.json")
+FORMAT_FIELDS = frozenset({"sharded_backend", "sharded_backend_version", "common_backend", "common_backend_version"})
 MOST_TRACKER = 100  # characters that are read of it
 CHAT_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 
@@ -122,13 +124,17 @@ def check_complete(folder: str) -> None:
     """Raise InputError if a file is missing without which the checkpoint cannot be read, or is not as long as it was."""
     manifest = os.path.join(folder, "manifest.json")
     ours = os.path.exists(manifest)
+    check_folder(folder)
+    if os.path.isdir(os.path.join(folder, "hf")):
+        check_folder(os.path.join(folder, "hf"), links=False)
     for name in ("metadata.json", ".metadata", "common.pt", *(["hf/config.json"] if ours else [])):
         if not os.path.exists(os.path.join(folder, name)):
             raise InputError(f"checkpoint {folder} is not complete: {name} is missing")
+    check_format(os.path.join(folder, "metadata.json"))
     if not ours:
         return  # of other software
     files = read_manifest(manifest).get("files", {})
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or any(type(size) is not int or size < 0 for size in files.values()):
         raise InputError(f"checkpoint {folder} is not complete: manifest.json names no files with sizes")
     for name, size in files.items():
         try:
@@ -137,6 +143,17 @@ def check_complete(folder: str) -> None:
             raise InputError(f"checkpoint {folder} is not complete: {name} is missing") from None
         if found != size:
             raise InputError(f"checkpoint {folder} is not complete: {name} has {found} bytes, manifest.json says {size}")
+
+
+def check_format(path: str) -> None:
+    """Raise InputError unless a metadata.json, which megatron-core reads without a look, names our format."""
+    fields = load_json(path)
+    if not isinstance(fields, dict) or not FORMAT_FIELDS.issuperset(fields) or "sharded_backend" not in fields:
+        raise InputError(f"{path} is {shown(fields)}; expected {', '.join(sorted(FORMAT_FIELDS))}")
+    for name, value in fields.items():
+        expected = {1} if name.endswith("_version") else {"torch_dist", "torch"}
+        if type(value) not in (str, int) or value not in expected:
+            raise InputError(f"{path}: {name} is {brief(value)}; expected {min(expected)}")
 
 
 def check_intact(folder: str) -> None:
@@ -162,13 +179,7 @@ def read_manifest(path: str) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or is not as it was written
     """
-    if not os.path.isfile(path):  # a pipe or a device may have no end
-        raise InputError(f"checkpoint manifest {path} cannot be read: it is no plain file")
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"checkpoint manifest {path} cannot be read: {error}") from error
+    content = load_json(path, "checkpoint manifest")
     if not isinstance(content, dict):
         raise InputError(f"checkpoint manifest {path} cannot be read: it holds no JSON object")
     for field in ("files", CHECKSUMS):

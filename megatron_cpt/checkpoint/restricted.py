@@ -6,10 +6,11 @@ mean. Every number and text is checked before it is used: what is checked is wha
 
 from __future__ import annotations
 
+import itertools
 import math
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,8 @@ from megatron_cpt.errors import InputError
 
 MOST_METADATA_BYTES = 1 << 30
 MOST_NUMBERS = 1 << 50  # of a tensor
-MOST_DIMENSIONS = 16
+MOST_DIMENSIONS = 8
+MOST_COPIES = 4  # bytes of an archive's tensors, as a multiple of its own: several may be views of one memory
 DAMAGE = (zipfile.BadZipFile, PickleError)  # what reading a damaged archive raises
 PICKLE = "data.pkl"
 
@@ -148,8 +150,7 @@ def load_metadata(path: str) -> Description:
     """
     content = open_mapped(path)
     try:
-        if len(content) > MOST_METADATA_BYTES:
-            raise PickleError(f"it has {len(content)} bytes; expected at most {MOST_METADATA_BYTES}")
+        check_pickle_size(len(content))
         return _description(read_pickle(content[:], VALUES, MAKERS, METADATA_NAMES))
     except PickleError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
@@ -171,10 +172,7 @@ def load_settings(path: str) -> dict[str, Any]:
             return space
         return value if type(value) is torch.dtype else str(value) if type(value) is Name else Opaque(shown(value))
 
-    def read(content: Content) -> Any:
-        return plain(_described(content, records_of(content, 0, len(content)), None), convert)
-
-    return _dictionary(path, read)
+    return _dictionary(path, lambda content: plain(_Archive(content, 0, len(content)).described(None), convert))
 
 
 def load_common(path: str) -> dict[str, Any]:
@@ -196,17 +194,23 @@ def _dictionary(path: str, read: Callable[[Content], Any]) -> dict[str, Any]:
     return found
 
 
+def check_pickle_size(size: int) -> None:
+    """PickleError for a pickle that no checkpoint has need of."""
+    if size > MOST_METADATA_BYTES:
+        raise PickleError(f"it has {size} bytes; expected at most {MOST_METADATA_BYTES}")
+
+
 def read_tensor(content: Content, offset: int, length: int) -> torch.Tensor:
     """The tensor in the archive at this place of a mapped file: the mapped memory itself.
 
     Raises:
         zipfile.BadZipFile, PickleError: there is none, or it is damaged
     """
-    records = records_of(content, offset, length)
-    described = _described(content, records, ())
+    archive = _Archive(content, offset, length)
+    described = archive.described(())
     if type(described) is not TensorRecord:
         raise PickleError(f"it holds a {shown(described)}, not a tensor")
-    return _tensor(content, records, described)
+    return archive.tensor(described)
 
 
 def read_object(content: Content, offset: int, length: int, known: Collection[Pair] | None = ()) -> Any:
@@ -221,49 +225,66 @@ def read_object(content: Content, offset: int, length: int, known: Collection[Pa
     Raises:
         zipfile.BadZipFile, PickleError: there is none, or it is damaged
     """
-    records = records_of(content, offset, length)
+    archive = _Archive(content, offset, length)
+    copies: dict[TensorRecord, torch.Tensor] = {}
+    left = [MOST_COPIES * length]
 
     def convert(value: Any, _: Callable[[Any], Any]) -> Any:
         if type(value) is TensorRecord:
-            return _tensor(content, records, value).clone()
+            if value not in copies:  # one is named as often as a pickle likes
+                view = archive.tensor(value)
+                left[0] -= view.nbytes
+                if left[0] < 0:
+                    raise PickleError(f"its tensors have more than {MOST_COPIES} times the bytes of the file")
+                copies[value] = view.clone()
+            return copies[value]
         return value if type(value) is torch.dtype else Opaque(shown(value))
 
-    return plain(_described(content, records, known), convert)
+    return plain(archive.described(known), convert)
 
 
-def _described(content: Content, records: Mapping[str, Part], known: Collection[Pair] | None) -> Any:
-    """What the pickle in an archive says."""
-    folder = _folder(records)
-    order = records.get(folder + "byteorder")
-    if order is not None and content[order.begin : order.end] != b"little":
-        raise zipfile.BadZipFile("its numbers are not in little-endian order")
-    part = records[folder + PICKLE]
-    check_record(content, folder + PICKLE, part)
-    return read_pickle(content[part.begin : part.end], VALUES, MAKERS, known)
+class _Archive:
+    """What torch.save wrote: a pickle, and the memory of the tensors that it names. Each checksum is compared once."""
 
+    def __init__(self, content: Content, offset: int, length: int) -> None:
+        self._content = content
+        self._records = records_of(content, offset, length)
+        pickles = [name for name in self._records if name.endswith("/" + PICKLE)]
+        if len(pickles) != 1:
+            raise zipfile.BadZipFile(f"it has {len(pickles)} records of the name {PICKLE}; expected 1")
+        self._folder = pickles[0].removesuffix(PICKLE)
+        self._checked: set[str] = set()
 
-def _folder(records: Mapping[str, Part]) -> str:
-    """The folder of all records in an archive."""
-    pickles = [name for name in records if name.endswith("/" + PICKLE)]
-    if len(pickles) != 1:
-        raise zipfile.BadZipFile(f"it has {len(pickles)} records of the name {PICKLE}; expected 1")
-    return pickles[0].removesuffix(PICKLE)
+    def described(self, known: Collection[Pair] | None) -> Any:
+        """What the pickle says."""
+        order = self._records.get(self._folder + "byteorder")
+        if order is not None and self._content[order.begin : min(order.end, order.begin + 10)] != b"little":
+            raise zipfile.BadZipFile("its numbers are not in little-endian order")
+        part = self._record(PICKLE)
+        check_pickle_size(part.end - part.begin)
+        return read_pickle(self._content[part.begin : part.end], VALUES, MAKERS, known)
 
+    def tensor(self, described: TensorRecord) -> torch.Tensor:
+        """A tensor of the pickle: the mapped memory itself."""
+        name = f"data/{described.key}"
+        part = self._record(name)
+        count, elements = (part.end - part.begin) // described.dtype.itemsize, math.prod(described.shape)
+        last = described.offset + sum((n - 1) * step for n, step in zip(described.shape, described.stride, strict=True))
+        if elements and (last >= count or elements > count):
+            raise zipfile.BadZipFile(f"{self._folder}{name} has {count} numbers, the tensor {elements}")
+        if not elements:
+            return torch.empty(described.shape, dtype=described.dtype)
+        flat = torch.frombuffer(self._content, dtype=described.dtype, count=count, offset=part.begin)
+        return flat.as_strided(described.shape, described.stride, described.offset)
 
-def _tensor(content: Content, records: Mapping[str, Part], described: TensorRecord) -> torch.Tensor:
-    name = f"{_folder(records)}data/{described.key}"
-    if name not in records:
-        raise zipfile.BadZipFile(f"{name} is missing")
-    part = records[name]
-    check_record(content, name, part)
-    count, elements = (part.end - part.begin) // described.dtype.itemsize, math.prod(described.shape)
-    last = described.offset + sum((n - 1) * step for n, step in zip(described.shape, described.stride, strict=True))
-    if elements and (last >= count or elements > count):
-        raise zipfile.BadZipFile(f"{name} has {count} numbers, the tensor {elements}")
-    if not elements:
-        return torch.empty(described.shape, dtype=described.dtype)
-    flat = torch.frombuffer(content, dtype=described.dtype, count=count, offset=part.begin)
-    return flat.as_strided(described.shape, described.stride, described.offset)
+    def _record(self, name: str) -> Part:
+        name = self._folder + name
+        if name not in self._records:
+            raise zipfile.BadZipFile(f"{name} is missing")
+        if name not in self._checked:
+            check_record(self._content, name, self._records[name])
+            self._checked.add(name)
+        return self._records[name]
 
 
 # What .metadata describes
@@ -283,7 +304,9 @@ def _description(found: Any) -> Description:
             objects.add(key)
         else:
             tensors[key] = _stored_tensor(key, entry)
-    return Description(tensors, frozenset(objects), dict(_places(places)))
+    found_places = dict(_places(places))
+    _check_apart(place for (key, _), place in found_places.items() if key in tensors)
+    return Description(tensors, frozenset(objects), found_places)
 
 
 def _stored_tensor(key: str, entry: Record) -> StoredTensor:
@@ -330,6 +353,14 @@ def _places(found: dict[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]]
         yield at, Place(file, begin, length)
 
 
+def _check_apart(places: Iterable[Place]) -> None:
+    """PickleError where two places have bytes in common: what is read would be larger than the files."""
+    ordered = sorted(places, key=lambda place: (place.file, place.offset))
+    for one, next_one in itertools.pairwise(ordered):
+        if one.file == next_one.file and one.offset + one.length > next_one.offset:
+            raise PickleError(f"two tensors lie at byte {next_one.offset} of {one.file}")
+
+
 def _fields(value: Any, kind: Pair, what: str) -> dict[Any, Any]:
     """Attributes of the object of this class."""
     if type(value) is not Record or value.kind.pair != kind:
@@ -352,8 +383,8 @@ def _numbers(value: Any, key: str) -> tuple[int, ...]:
 
 
 def _size(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(args) != 1 or type(args[0]) not in (tuple, list):
-        raise PickleError("torch.Size of something else than numbers")
+    if len(args) != 1 or type(args[0]) not in (tuple, list) or len(args[0]) > MOST_DIMENSIONS:
+        raise PickleError(f"torch.Size of something else than up to {MOST_DIMENSIONS} numbers")
     return tuple(args[0])
 
 

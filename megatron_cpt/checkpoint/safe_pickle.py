@@ -15,6 +15,8 @@ from typing import Any
 
 MOST_KEY = 2**60  # whole number as a key; from 2**61 - 1 on several have one hash
 MOST_STEPS = 20_000_000  # instructions of one pickle: each may take some hundred bytes of memory
+MOST_COPIED = 5_000_000  # values and bytes that calls copy, all together: a short pickle can name a long list often
+SET_COST = 5  # an empty set takes the memory of so many values
 MOST_BYTES_OF_INT = 16
 MOST_DEPTH = 100  # of values within values
 SCALARS = (str, int, float, bool, bytes, type(None))
@@ -151,6 +153,7 @@ class _Reader:
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stacks under each mark
         self._memo: dict[int, Any] = {}
+        self._may_copy = MOST_COPIED
 
     def run(self) -> Any:
         """The value that is left at the end."""
@@ -166,6 +169,12 @@ class _Reader:
 
     def push(self, value: Any) -> None:
         self._stack.append(value)
+
+    def charge(self, count: int) -> None:
+        """Take `count` from what may still be copied."""
+        self._may_copy -= count
+        if self._may_copy < 0:
+            raise PickleError(f"its calls copy more than {MOST_COPIED} values")
 
     def _take(self, count: int) -> bytes:
         if count < 0 or count > len(self._content) - self._at:
@@ -244,6 +253,10 @@ class _Reader:
             raise PickleError(f"it adds members to a {type(target).__name__}")
         target.update(_key(item) for item in items)
 
+    def set_(self) -> None:
+        self.charge(SET_COST)
+        self.push(set())
+
     def frozenset_(self) -> None:
         self.push(frozenset(_key(item) for item in self._items()))
 
@@ -281,6 +294,7 @@ class _Reader:
         if type(kind) is Record:  # what another call gave
             self.push(Record(kind.kind, args))
         elif kind.pair in self._makers and not more:
+            self.charge(SET_COST + sum(len(arg) for arg in args if type(arg) in (str, bytes, list, tuple)))
             self.push(self._makers[kind.pair](args))
         else:
             self.push(Record(kind, args, more or None))
@@ -324,7 +338,7 @@ _STEPS: dict[int, Step] = {
     pickle.BYTEARRAY8[0]: lambda r: r.bytes_("<Q", bytearray),
     pickle.EMPTY_LIST[0]: lambda r: r.push([]),
     pickle.EMPTY_DICT[0]: lambda r: r.push({}),
-    pickle.EMPTY_SET[0]: lambda r: r.push(set()),
+    pickle.EMPTY_SET[0]: _Reader.set_,
     pickle.EMPTY_TUPLE[0]: lambda r: r.push(()),
     pickle.MARK[0]: _Reader.mark,
     pickle.TUPLE[0]: lambda r: r.tuple_(None),

@@ -10,7 +10,8 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,9 +143,10 @@ class TorchDistReader:
         boxes = [(chunk, box) for chunk, box in all_boxes if min(box[1], default=1) > 0]
         if not boxes or sum(math.prod(shape) for _, (_, shape) in boxes) != math.prod(region.shape):
             raise InputError(f"{self.folder}: tensor {region.key} is not complete; the checkpoint lacks a part of it")
-        for (_, a), (_, b) in itertools.combinations(boxes, 2):  # one part twice would make up for another that is missing
-            if min(intersection(a, b)[1], default=1) > 0:
-                raise InputError(f"{self.folder}: two parts of tensor {region.key} overlap at {list(b[0])}")
+        if not tiles([box for _, box in boxes], wanted):  # one part twice would make up for another that is missing
+            raise InputError(f"{self.folder}: two parts of tensor {region.key} overlap")
+        for chunk, _ in boxes:
+            self._check_place(region.key, chunk)
         return boxes
 
     def _part(self, key: str, chunk: StoredChunk, box: Box) -> torch.Tensor:
@@ -159,10 +161,7 @@ class TorchDistReader:
         return self._description.tensors[key]
 
     def _chunk(self, key: str, chunk: StoredChunk) -> torch.Tensor:
-        places = self._description.places
-        place = places.get((key, chunk.offset)) or (places.get((key, ())) if not any(chunk.offset) else None)
-        if place is None:
-            raise InputError(f"{self.folder}/.metadata does not say where tensor {key} lies")
+        place = self._place(key, chunk)
         if place not in self._read:
             with self._damage(place, f"tensor {key}"):
                 self._read[place] = read_tensor(self._content(place.file), place.offset, place.length)
@@ -171,6 +170,23 @@ class TorchDistReader:
             found, expected = f"{tensor.dtype} {list(tensor.shape)}", f"{self.dtype(key)} {list(chunk.shape)}"
             raise InputError(f"{self.folder}: a part of tensor {key} is {found}, .metadata says {expected}")
         return tensor
+
+    def _place(self, key: str, chunk: StoredChunk) -> Place:
+        places = self._description.places
+        place = places.get((key, chunk.offset)) or (places.get((key, ())) if not any(chunk.offset) else None)
+        if place is None:
+            raise InputError(f"{self.folder}/.metadata does not say where tensor {key} lies")
+        return place
+
+    def _check_place(self, key: str, chunk: StoredChunk) -> None:
+        """InputError where the file is too short for a chunk: asked before there is memory for what it is a part of."""
+        place, size = self._place(key, chunk), math.prod(chunk.shape) * self.dtype(key).itemsize
+        with self._damage(place, f"tensor {key}"):
+            end, file_end = place.offset + place.length, len(self._content(place.file))
+            if end > file_end:
+                raise zipfile.BadZipFile(f"the file ends at byte {file_end}, a part of it should end at {end}")
+            if size > place.length:
+                raise zipfile.BadZipFile(f"a part of it has {size} bytes; its place has {place.length}")
 
     @contextlib.contextmanager
     def _damage(self, place: Place, what: str) -> Iterator[None]:
@@ -196,6 +212,21 @@ def intersection(a: Box, b: Box) -> Box:
     begin = tuple(max(x, y) for x, y in zip(a[0], b[0], strict=True))
     ends = zip(a[0], a[1], b[0], b[1], strict=True)
     return begin, tuple(min(x + n, y + m) - start for start, (x, n, y, m) in zip(begin, ends, strict=True))
+
+
+def tiles(boxes: Iterable[Box], whole: Box) -> bool:
+    """Whether boxes fill another exactly, without a gap and without an overlap.
+
+    Boxes are the same set of points, counted as often, if their corners are the same with signs: + where an even number of
+    the coordinates are ends, - where it is odd (each box is a product of differences of steps, which are independent).
+    """
+    corners: dict[tuple[int, ...], int] = {}
+    for sign, (begin, shape) in itertools.chain([(-1, whole)], ((1, box) for box in boxes)):
+        ends = [((start, 1), (start + length, -1)) for start, length in zip(begin, shape, strict=True)]
+        for corner in itertools.product(*ends):
+            at = tuple(place for place, _ in corner)
+            corners[at] = corners.get(at, 0) + sign * math.prod(factor for _, factor in corner)
+    return not any(corners.values())
 
 
 class _Planner(DefaultSavePlanner):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_cpt.errors import InputError, if_on_the_hub
+from megatron_cpt.input_files import check_folder
 from megatron_cpt.tokenizer.base import Tokenizer
 
 __all__ = ["Tokenizer", "load_tokenizer", "tokenizer_file"]
@@ -35,6 +36,8 @@ def load_tokenizer(path: str, eos_token: str | None = None) -> Tokenizer:
 def tokenizer_file(path: str) -> tuple[Path, Literal["hf", "tiktoken", "sentencepiece"]]:
     """The file a tokenizer is read from and its format. InputError when there is none."""
     source = Path(path).expanduser()
+    if source.is_dir():
+        check_folder(source)
     if source.is_dir() and (source / "tokenizer.json").is_file():
         return source / "tokenizer.json", "hf"
     file = source / "tokenizer.model" if source.is_dir() else source

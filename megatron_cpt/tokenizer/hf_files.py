@@ -8,8 +8,9 @@ from typing import Any
 
 import orjson
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, brief
 
+MOST_GROWTH = 1000  # of a text by its normalizer; that of Llama 2 replaces one character by one
 CONFIG = "tokenizer_config.json"
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
@@ -42,6 +43,7 @@ def read_tokenizer_json(file: Path) -> TokenizerJson:
     """
     content = file.read_bytes()
     fields = json_object(file, content)
+    _check_growth(file, fields.get("normalizer"))
     notes = []
     model = fields.get("model")
     if isinstance(model, dict) and model.get("dropout"):
@@ -52,6 +54,22 @@ def read_tokenizer_json(file: Path) -> TokenizerJson:
         notes.append(f"{file.with_name(CONFIG)}: {len(more)} tokens that {file.name} does not have ({names}) are added")
         fields = fields | {"added_tokens": [*(fields.get("added_tokens") or []), *more]}
     return TokenizerJson(orjson.dumps(fields) if notes else content, fields, tuple(more), tuple(notes))
+
+
+def _check_growth(file: Path, normalizer: Any) -> None:
+    """InputError for replacements that would make a text thousands of times as long, one after the other."""
+    growth, left = 1, [normalizer]
+    while left:
+        step = left.pop()
+        if isinstance(step, dict):
+            if step.get("type") == "Replace":
+                growth *= max(1, len(str(step.get("content", ""))))
+            left += [part for part in step.values() if isinstance(part, (dict, list))]
+        elif isinstance(step, list):
+            left += step
+        if growth > MOST_GROWTH:
+            expected = f"at most {MOST_GROWTH}"
+            raise InputError(f"{file}: normalizer makes of one character {brief(growth)} and more; expected {expected}")
 
 
 def json_object(file: Path, content: bytes | None = None) -> dict[str, Any]:

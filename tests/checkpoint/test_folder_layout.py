@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from megatron_cpt.checkpoint.folders import hide, remove_unfinished, set_aside_d
 from megatron_cpt.checkpoint.layout import TRACKER, check_complete, checkpoint_name, newest_complete, write_tracker
 from megatron_cpt.errors import InputError
 
-FILES = {"metadata.json": 2, ".metadata": 30, "common.pt": 40, "hf/config.json": 5, "__0_0.distcp": 1000}
+FORMAT = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}'
+FILES = {"metadata.json": len(FORMAT), ".metadata": 30, "common.pt": 40, "hf/config.json": 5, "__0_0.distcp": 1000}
 
 
 def make(root: Path, iteration: int | None) -> Path:
@@ -20,7 +22,7 @@ def make(root: Path, iteration: int | None) -> Path:
     folder = root / checkpoint_name(iteration)
     (folder / "hf").mkdir(parents=True)
     for name, size in FILES.items():
-        (folder / name).write_bytes(b"x" * size)
+        (folder / name).write_bytes(FORMAT if name == "metadata.json" else b"x" * size)
     (folder / "manifest.json").write_text(json.dumps({"files": FILES}))
     return folder
 
@@ -29,7 +31,7 @@ def make(root: Path, iteration: int | None) -> Path:
 def test_missing_and_cut_files_are_found(name: str, tmp_path: Path) -> None:
     folder = make(tmp_path, 7)
     check_complete(str(folder))
-    (folder / name).write_bytes(b"x" * (FILES[name] - 1))
+    (folder / name).write_bytes((folder / name).read_bytes().replace(b", ", b",", 1)[: FILES[name] - 1])
     with pytest.raises(InputError, match=f"{name} has {FILES[name] - 1} bytes, manifest.json says {FILES[name]}"):
         check_complete(str(folder))
     (folder / name).unlink()
@@ -40,7 +42,7 @@ def test_missing_and_cut_files_are_found(name: str, tmp_path: Path) -> None:
 def test_a_manifest_that_cannot_be_read_is_not_complete(tmp_path: Path) -> None:
     folder = make(tmp_path, 7)
     (folder / "manifest.json").write_text("[")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is not JSON"):
         check_complete(str(folder))
     (folder / "manifest.json").unlink()  # as other software leaves it
     check_complete(str(folder))
@@ -151,4 +153,57 @@ def test_a_manifest_names_files_beside_it(name: str, field: str, tmp_path: Path)
     folder = make(tmp_path, 7)
     (folder / "manifest.json").write_text(json.dumps({"files": FILES, field: {name: 1}}))
     with pytest.raises(InputError, match=f"{field} has .*; expected names of files beside it"):
+        check_complete(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", r"metadata\.json is \[1\]; expected"),
+        ("{", r"metadata\.json is not JSON"),
+        ("{}", r"metadata\.json is \{\}; expected"),
+        ('{"sharded_backend": "torch_dist", "more": 1}', r"metadata\.json is .*more.*; expected"),
+        ('{"sharded_backend": "zarr"}', r"sharded_backend is 'zarr'; expected torch"),
+        ('{"sharded_backend": ["torch_dist"]}', r"sharded_backend is \['torch_dist'\]; expected"),
+        ('{"sharded_backend": "torch_dist", "sharded_backend_version": "1"}', "sharded_backend_version is '1'; expected 1"),
+    ],
+)
+def test_a_format_that_is_not_read_here(content: str, message: str, tmp_path: Path) -> None:
+    """megatron-core reads this file without a look at it, after process groups have started."""
+    folder = make(tmp_path, 7)
+    (folder / "metadata.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        check_complete(str(folder))
+
+
+@pytest.mark.parametrize("checksum", [7, "abc", "0000000G", ["00000000"]])
+def test_checksums_are_checksums(checksum: object, tmp_path: Path) -> None:
+    folder = make(tmp_path, 7)
+    (folder / "manifest.json").write_text(json.dumps({"files": FILES, "crc32": {"common.pt": checksum}}))
+    with pytest.raises(InputError, match=r"crc32 of 'common.pt' is .*; expected 8 hexadecimal digits"):
+        check_complete(str(folder))
+
+
+@pytest.mark.parametrize("size", ["40", -1, 40.0, None])
+def test_sizes_are_numbers(size: object, tmp_path: Path) -> None:
+    folder = make(tmp_path, 7)
+    (folder / "manifest.json").write_text(json.dumps({"files": FILES | {"common.pt": size}}))
+    with pytest.raises(InputError, match="names no files with sizes"):
+        check_complete(str(folder))
+
+
+def test_no_file_elsewhere_is_taken_for_one_of_the_model(tmp_path: Path) -> None:
+    """It would be copied into every later checkpoint and into what people upload."""
+    folder = make(tmp_path, 7)
+    (folder / "hf" / "LICENSE").symlink_to("/etc/passwd")
+    with pytest.raises(InputError, match=r"hf/LICENSE is a symbolic link; expected a plain file"):
+        check_complete(str(folder))
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "manifest.json", "hf/config.json", "run_config.yaml"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, 7)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"{name} is a pipe or a device; expected a plain file"):
         check_complete(str(folder))

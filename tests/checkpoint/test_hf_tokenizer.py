@@ -75,6 +75,16 @@ def test_dropout_is_off(folder: Path) -> None:
     }
 
 
+def test_a_normalizer_that_makes_gigabytes_of_a_word(folder: Path) -> None:
+    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 64}] * 6
+    edit(folder, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps[:1]})
+    load_tokenizer(str(folder))
+    edit(folder, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    for read in (load, load_tokenizer):
+        with pytest.raises(InputError, match="normalizer makes of one character 4096 and more; expected at most 1000"):
+            read(str(folder))
+
+
 def test_a_bare_model_file_that_transformers_reads_otherwise(tmp_path: Path) -> None:
     import sentencepiece
 

@@ -206,6 +206,42 @@ def test_settings_of_others_take_little(content: bytes, message: str, tmp_path: 
         load_settings(str(archive(tmp_path / "common.pt", b"\x80\x04" + content)))
 
 
+LIST = b"](" + b"N" * 100_000 + b"e\x94"  # memo 0
+BYTES = b"X" + struct.pack("<I", 100_000) + b"x" * 100_000 + b"\x94"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LIST + b"ctorch\nSize\n\x94(" + b"h\x01h\x00\x85R" * 10_000 + b"t.", "torch.Size of something else than up to"),
+        (LIST + b"cbuiltins\nset\n\x94(" + b"h\x01h\x00\x85R" * 10_000 + b"t.", "its calls copy more than 5000000"),
+        (BYTES + b"c_codecs\nencode\n\x94(" + b"h\x01h\x00\x85R" * 10_000 + b"t.", "its calls copy more than 5000000"),
+        (BYTES + b"cbuiltins\nbytearray\n\x94(" + b"h\x01h\x00\x85R" * 10_000 + b"t.", "its calls copy more than"),
+        (b"(" + b"\x8f" * 1_000_001 + b"t.", "its calls copy more than 5000000"),  # empty sets: 216 bytes each
+    ],
+)
+def test_a_short_pickle_copies_little(content: bytes, message: str, tmp_path: Path) -> None:
+    """One list named ten thousand times."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=message):
+        load_common(str(archive(tmp_path / "common.pt", b"\x80\x04}" + text("args") + content[:-1] + b"s.")))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+
+
+def test_a_tensor_is_copied_once(tmp_path: Path) -> None:
+    """However often the file names it; and views of one memory take a few times its bytes at most."""
+    path, weight = tmp_path / "common.pt", torch.arange(100_000.0)
+    torch.save({"args": [weight] * 50}, path)
+    found = load_common(str(path))["args"]
+    assert all(tensor is found[0] for tensor in found)
+    assert torch.equal(found[0], weight)
+    torch.save({"args": [weight[:3], weight[50_000:], weight.view(100, 1000)]}, path)
+    assert torch.equal(load_common(str(path))["args"][1], weight[50_000:])
+    torch.save({"args": [weight[number:] for number in range(50)]}, path)
+    with pytest.raises(InputError, match="its tensors have more than 4 times the bytes of the file"):
+        load_common(str(path))
+
+
 def test_a_setting_may_have_any_name(tmp_path: Path) -> None:
     content = b"}" + text("args") + SPACE + b"}" + text("self") + b"K\x01sbs."
     assert vars(load_settings(str(archive(tmp_path / "common.pt", b"\x80\x04" + content)))["args"]) == {"self": 1}

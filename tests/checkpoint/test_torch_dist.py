@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
 import re
+import time
 from argparse import Namespace
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import VARIANTS, make_tiny_llama
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
 
 from megatron_cpt.checkpoint.convert import HfToMegatron, hf_to_megatron
 from megatron_cpt.checkpoint.hf_files import HfTensors
@@ -23,7 +28,7 @@ from megatron_cpt.checkpoint.layout import read_hf_files
 from megatron_cpt.checkpoint.megatron_weights import open_megatron
 from megatron_cpt.checkpoint.restricted import Opaque, load_settings
 from megatron_cpt.checkpoint.save_load import load_checkpoint, save_checkpoint
-from megatron_cpt.checkpoint.torch_dist import Region, TorchDistReader
+from megatron_cpt.checkpoint.torch_dist import Region, TorchDistReader, tiles
 from megatron_cpt.checkpoint.verify import Verify, single_process_model, verify
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import read_llama_config
@@ -195,3 +200,77 @@ def test_a_damaged_description_is_an_error(change: Any, converted: Path) -> None
     (converted / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(InputError, match=r"\.metadata cannot be read: "):
         read_all(converted)
+
+
+GRID = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(1, 3), st.integers(1, 3))
+
+
+@given(parts=st.lists(GRID, max_size=6), whole=GRID)
+def test_boxes_tile_another_if_each_point_is_in_one(parts: list[tuple[int, ...]], whole: tuple[int, ...]) -> None:
+    def points(box: tuple[int, ...]) -> Counter[tuple[int, int]]:
+        return Counter(itertools.product(range(box[0], box[0] + box[2]), range(box[1], box[1] + box[3])))
+
+    counted = sum((points(part) for part in parts), Counter())
+    assert tiles([(part[:2], part[2:]) for part in parts], (whole[:2], whole[2:])) == (counted == points(whole))
+
+
+@given(cuts=st.lists(st.integers(1, 30), unique=True, max_size=8))
+def test_parts_of_a_tensor_tile_it(cuts: list[int]) -> None:
+    ends = [0, *sorted(cuts), 31]
+    parts = [((begin, 5), (end - begin, 7)) for begin, end in itertools.pairwise(ends)]
+    assert tiles(parts, ((0, 5), (31, 7)))
+
+
+def describe(converted: Path, change: Any) -> None:
+    metadata = metadata_of(converted)
+    change(metadata)
+    (converted / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_memory_is_asked_for_what_is_in_the_files_only(converted: Path) -> None:
+    """A tensor of 512 GB, in two parts: no memory is asked for before it is known that the files are long enough."""
+
+    def huge(metadata: Any) -> None:
+        entry = metadata.state_dict_metadata["output_layer.weight"]
+        entry.size = torch.Size((2**31, 64))
+        half = torch.Size((2**30, 64))
+        entry.chunks[:] = [ChunkStorageMetadata(torch.Size(at), half) for at in ((0, 0), (2**30, 0))]
+        place = metadata.storage_data.pop(MetadataIndex("output_layer.weight", torch.Size((0, 0))))
+        for number, chunk in enumerate(entry.chunks):
+            index = MetadataIndex("output_layer.weight", chunk.offsets)
+            metadata.storage_data[index] = replace(place, offset=place.offset + 4096 * number, length=4096)
+
+    describe(converted, huge)
+    reader = TorchDistReader(str(converted))
+    with pytest.raises(InputError, match=r"output_layer\.weight: a part of it has 274877906944 bytes; its place has 4096"):
+        reader.read(Region("output_layer.weight", (0, 0), (2**31, 64)))
+
+
+def test_one_place_holds_one_tensor(converted: Path) -> None:
+    def same(metadata: Any) -> None:
+        one, other = (
+            index
+            for index in metadata.storage_data
+            if index.fqn in ("output_layer.weight", "decoder.final_layernorm.weight")
+        )
+        metadata.storage_data[one] = metadata.storage_data[other]
+
+    describe(converted, same)
+    with pytest.raises(InputError, match=r"two tensors lie at byte \d+ of __0_0\.distcp"):
+        TorchDistReader(str(converted))
+
+
+def test_many_parts_take_little(converted: Path) -> None:
+    """Twenty thousand chunks of one tensor are compared with each other in no time."""
+
+    def many(metadata: Any) -> None:
+        entry, count = metadata.state_dict_metadata["output_layer.weight"], 20_000
+        entry.size = torch.Size((count, 64))
+        entry.chunks[:] = [ChunkStorageMetadata(torch.Size((at, 0)), torch.Size((1, 64))) for at in range(count)]
+        entry.chunks[-1] = entry.chunks[0]
+
+    describe(converted, many)
+    reader, begin = TorchDistReader(str(converted)), time.process_time()
+    with pytest.raises(InputError, match=r"two parts of tensor output_layer\.weight overlap"):
+        reader.read(Region("output_layer.weight", (0, 0), (20_000, 64)))
+    assert time.process_time() - begin < 10  # 0.3 s; 200 million comparisons take minutes

@@ -88,7 +88,13 @@ def make_project(folder: Path, tokenizer_dir: str) -> Path:
         (model / "config.json").write_text(json.dumps(LLAMA_3 | shape))
         release = folder / f"runs/llama3-{size}/megatron/release"
         shutil.copytree(model, release / "hf")
-        for name, content in (("metadata.json", "{}"), (".metadata", ""), ("common.pt", ""), ("manifest.json", "{}")):
+        contents = {
+            "metadata.json": '{"sharded_backend": "torch_dist"}',
+            ".metadata": "",
+            "common.pt": "",
+            "manifest.json": "{}",
+        }
+        for name, content in contents.items():
             (release / name).write_text(content)
     mixture = yaml.safe_load((folder / "examples/llama3_8b/mixture.yaml").read_text())
     for number, corpus in enumerate(corpora_of(mixture)):

@@ -53,8 +53,9 @@ def good_files(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str
     release = folder / "megatron" / "release"
     shutil.copytree(tiny_tokenizer_dir, release / "hf")
     (release / "hf" / "config.json").write_text(json.dumps(MODEL))
-    for name in ("metadata.json", ".metadata", "common.pt"):
+    for name in (".metadata", "common.pt"):
         (release / name).write_bytes(b"")
+    (release / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     write_tracker(str(folder / "megatron"), None)
     return folder
 
