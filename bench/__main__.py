@@ -21,7 +21,7 @@ def main() -> None:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     rows = [row for group in GROUPS for row in group.rows(wanted)]
     if not rows:
-        sys.exit(f"error: no row is named {wanted!r}; wanted part of: {', '.join(n for g in GROUPS for n in g.NAMES)}")
+        sys.exit(f"error: no row is named {wanted!r}; expected part of: {', '.join(n for g in GROUPS for n in g.NAMES)}")
     path = Path(__file__).parent / "results.json"
     path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     Console(width=None if sys.stdout.isatty() else 150).print(as_table(rows))

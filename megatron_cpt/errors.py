@@ -19,7 +19,7 @@ def if_on_the_hub(path: str) -> str:
 class InputError(ValueError):
     """Something the user gave (a file, a field, a layout) is wrong.
 
-    The message names the file or field, the value found and the value wanted. Tools print it as one line on stderr and
+    The message names the file or field, the value found and the value expected. Tools print it as one line on stderr and
     exit with status 2; it is raised before any process group starts.
     """
 

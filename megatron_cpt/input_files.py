@@ -7,6 +7,7 @@ Whatever else looks like one (`1e-5`, `1_000`, `010`) stays text, which `number`
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -138,7 +139,7 @@ def _refusal(problem: str, place: Any) -> yaml.MarkedYAMLError:
 
 
 def _unknown_tag(node: yaml.Node) -> Any:
-    raise _refusal(f"the tag {node.tag}", node)
+    raise _refusal(f"the tag {node.tag.replace(_TAG, '!!')}; expected none, which only programs write", node)
 
 
 def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
@@ -179,6 +180,11 @@ def parse_yaml(text: str, where: str, plain: Callable[[str], Any] = plain_value)
         line = "" if mark is None else f"line {mark.line + 1}: "
         problem = _one_line(f"{error.context or ''} {error.problem or ''}")
         raise InputError(f"{where} is not YAML: {line}{problem}") from error
+    except yaml.reader.ReaderError as error:
+        number_of_line = text.count("\n", 0, error.position) + 1
+        raise InputError(
+            f"{where} is not YAML: line {number_of_line}: character {error.character:#x}; expected text"
+        ) from error
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{where} is not YAML: {_one_line(error)}") from error
     except RecursionError as error:  # through aliases, whose depths add up
@@ -194,17 +200,47 @@ def load_yaml(path: str | os.PathLike[str], what: str = "", plain: Callable[[str
         InputError: it cannot be read, or is not YAML, or goes beyond the limits
     """
     where = f"{what} {os.fspath(path)}".lstrip()
-    content = _read(path, where, MOST_YAML_BYTES)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not YAML: {error}") from error
-    fields = parse_yaml(text, where, plain)
+    fields = parse_yaml(decoded(_read(path, where, MOST_YAML_BYTES), where), where, plain)
     if fields is None:
         return {}
     if not isinstance(fields, dict):
         raise InputError(f"{where} is {shown(fields)}; expected fields (name: value)")
     return fields
+
+
+def decoded(content: bytes, where: str) -> str:
+    """The text that a file holds, without the mark that some editors put in front; `where` begins the message of an error.
+
+    Raises:
+        InputError: it is not UTF-8
+    """
+    if wide := wide_encoding(content):
+        raise InputError(f"{where} {not_utf8(wide)}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is no text: byte {error.start} is not UTF-8; expected UTF-8 text") from error
+
+
+def wide_encoding(begin: bytes) -> str | None:
+    """The encoding, by iconv's name, of a text that begins so: by its mark, or by the zeros around an ASCII character.
+
+    None: it seems to be one of single bytes, as UTF-8.
+    """
+    if begin.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if any(0 < byte < ord("\t") for byte in begin[:4]):
+        return None  # no text
+    zeros = "".join("0" if byte == 0 else "x" for byte in begin[:4])
+    wide = {"x000": "UTF-32LE", "000x": "UTF-32BE"}.get(zeros)
+    return wide or {"x0": "UTF-16LE", "0x": "UTF-16BE"}.get(zeros[:2])
+
+
+def not_utf8(encoding: str) -> str:
+    """What to say of a text in an encoding of `wide_encoding`."""
+    return f"is {encoding}; expected UTF-8, as iconv -f {encoding} -t UTF-8 makes of it"
 
 
 def load_json(path: str | os.PathLike[str], what: str = "") -> Any:
@@ -228,7 +264,9 @@ def parse_json(content: bytes | str, where: str) -> Any:
         value = json.loads(content)
     except RecursionError as error:
         raise InputError(f"{where} is not JSON: {_TOO_DEEP}") from error
-    except ValueError as error:  # also text that is not UTF-8, and numbers of thousands of digits
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not JSON: byte {error.start} is not {error.encoding.upper()}") from error
+    except ValueError as error:  # also numbers of thousands of digits
         raise InputError(f"{where} is not JSON: {_one_line(error)}") from error
     if too_deep(value):
         raise InputError(f"{where} is not JSON: {_TOO_DEEP}")

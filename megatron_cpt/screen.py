@@ -14,3 +14,8 @@ def wide_console(stream: TextIO | None = None, **options: Any) -> Console:
     """A console on `stream` (default: stderr) that is as wide as its terminal; without one nothing is wrapped."""
     stream = sys.stderr if stream is None else stream
     return Console(file=stream, width=None if stream.isatty() else WITHOUT_TERMINAL, **options)
+
+
+def counted(number: int, noun: str, nouns: str | None = None) -> str:
+    """As in `1 document` and `1,234 documents`; `nouns`: of several, where it is not the one with an s."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"

@@ -63,9 +63,36 @@ def test_hostile_yaml_is_refused_at_once(tmp_path: Path, name: str) -> None:
     assert len(message) < 400
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a: 1\nb: \xff\n", "is no text: byte 8 is not UTF-8; expected UTF-8 text"),
+        ("a: 1\n".encode("utf-16"), "is UTF-16; expected UTF-8, as iconv -f UTF-16 -t UTF-8 makes of it"),
+        ("a: 1\n".encode("utf-16-be"), "is UTF-16BE; expected UTF-8"),
+        ("a: 1\n".encode("utf-32-le"), "is UTF-32LE; expected UTF-8"),
+        (b"\x7fELF\x02\x01\x01" + bytes(64), "is not YAML: line 1: character 0x7f; expected text"),
+        (b"a: 1\nb: \x00\n", "is not YAML: line 2: character 0x0; expected text"),
+        (b"\x89PNG\r\n", "is no text: byte 0 is not UTF-8; expected UTF-8 text"),
+    ],
+)
+def test_what_is_no_text_is_said_in_our_words(content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_yaml(path, "configuration")
+    assert str(caught.value).startswith(f"configuration {path} {said}")
+    assert "codec" not in str(caught.value)
+    path.write_bytes(b"\xef\xbb\xbfa: 1\n")
+    assert load_yaml(path) == {"a": 1}
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "latin1").write_bytes("a: é\n".encode("latin-1"))
-    for path, words in ((tmp_path, "Is a directory"), (tmp_path / "no", "No such file"), (tmp_path / "latin1", "utf-8")):
+    for path, words in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "no", "No such file"),
+        (tmp_path / "latin1", "is no text: byte 3 is not UTF-8; expected"),
+    ):
         for read in (load_yaml, load_json):
             with pytest.raises(InputError, match=str(path)) as caught:
                 read(path)

@@ -11,4 +11,5 @@ if __name__ == "__main__":
         "megatron_cpt.posttrain.dpo:finetune_dpo",
         "megatron_cpt.posttrain.dpo:DpoConfig",
         "Direct preference optimization of a Hugging Face checkpoint.",
+        joins=True,
     )

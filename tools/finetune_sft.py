@@ -11,4 +11,5 @@ if __name__ == "__main__":
         "megatron_cpt.posttrain.sft:finetune_sft",
         "megatron_cpt.posttrain.sft:SftConfig",
         "Supervised fine-tuning of a Hugging Face checkpoint.",
+        joins=True,
     )

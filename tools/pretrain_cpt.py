@@ -27,4 +27,6 @@ if __name__ == "__main__":  # the checkpoint writer starts processes: an unguard
         "megatron_cpt.training.pretrain:setup",
         "megatron_cpt.config.run:RunConfig",
         "Continue the pre-training of a Llama model on a mixture of corpora.",
+        joins=True,
+        files="megatron_cpt.data.run_files:check_files",
     )

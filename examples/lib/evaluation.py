@@ -39,7 +39,7 @@ def main() -> None:
         config = read_arguments(EvaluateConfig, words)
         for folder in config.models.values() if own.inputs == "all" else ():
             if not os.path.isdir(folder):
-                raise InputError(f"{folder}: no such folder; wanted a model")
+                raise InputError(f"{folder}: no such folder; expected a model")
     with open(own.config, encoding="utf-8") as file:
         spread = yaml.safe_load(file).get("device_map") is not None
     if own.device and own.gpus:

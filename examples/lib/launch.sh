@@ -63,7 +63,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS_PER_RANK}
 [ ! -d "$VENV" ] || PATH=$VENV/bin:$PATH
 
 refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
-(($# == 0)) || refuse "the arguments are '$*'; wanted none: settings are variables, as in NODES=2 $0"  # of the script
+(($# == 0)) || refuse "the arguments are '$*'; expected none: settings are variables, as in NODES=2 $0"  # of the script
 
 say() { printf '[%s] %s\n' "$(date '+%F %T')" "$*" >&2; }
 words() { printf '%q ' "$@"; echo; }
@@ -74,24 +74,24 @@ in_job() { [[ -n ${SLURM_JOB_ID:-} && $0 == */slurm_script ]]; }
 check_settings() {
   local name
   for name in NODES RANKS_PER_NODE CPUS_PER_RANK SIGNAL_SECONDS ANSWER_SECONDS NODE_FAILURE_SECONDS; do
-    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name is '${!name}'; wanted a whole number above 0"
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name is '${!name}'; expected a whole number above 0"
   done
   for name in GPUS_PER_NODE MAX_STALLED_RESTARTS; do
-    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || refuse "$name is '${!name}'; wanted a whole number, 0 or more"
+    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || refuse "$name is '${!name}'; expected a whole number, 0 or more"
   done
   for name in DRY_RUN CHECK WAITING REQUEUE REQUEUE_ON_FAILURE; do
-    [[ ${!name} == [01] ]] || refuse "$name is '${!name}'; wanted 0 or 1"
+    [[ ${!name} == [01] ]] || refuse "$name is '${!name}'; expected 0 or 1"
   done
   [[ $LAUNCHER == srun || $LAUNCHER == torchrun || $LAUNCHER == accelerate ]] ||
-    refuse "LAUNCHER is '$LAUNCHER'; wanted srun, torchrun or accelerate"
-  [[ $LAUNCHER != accelerate || -f $ACCELERATE ]] || refuse "ACCELERATE is '$ACCELERATE'; wanted accelerate's configuration"
+    refuse "LAUNCHER is '$LAUNCHER'; expected srun, torchrun or accelerate"
+  [[ $LAUNCHER != accelerate || -f $ACCELERATE ]] || refuse "ACCELERATE is '$ACCELERATE'; expected accelerate's configuration"
   [[ $CONTAINER_RUNTIME == pyxis || $CONTAINER_RUNTIME == apptainer ]] ||
-    refuse "CONTAINER_RUNTIME is '$CONTAINER_RUNTIME'; wanted pyxis or apptainer"
+    refuse "CONTAINER_RUNTIME is '$CONTAINER_RUNTIME'; expected pyxis or apptainer"
   [ -z "${CONFIG:-}" ] || [ -f "$CONFIG" ] ||
-    refuse "CONFIG is '$CONFIG'${RECIPE:+ of RECIPE $RECIPE}; wanted a YAML file"
-  [[ $JOB_NAME != */* ]] || refuse "JOB_NAME is '$JOB_NAME'; wanted a name without /, since logs are called by it"
+    refuse "CONFIG is '$CONFIG'${RECIPE:+ of RECIPE $RECIPE}; expected a YAML file"
+  [[ $JOB_NAME != */* ]] || refuse "JOB_NAME is '$JOB_NAME'; expected a name without /, since logs are called by it"
   [[ -z $TIME || ${TIME,,} =~ ^(unlimited|infinite|([0-9]+-)?[0-9]+(:[0-9]+){0,2})$ ]] ||
-    refuse "TIME is '$TIME'; wanted hours:minutes:seconds, or as sbatch takes it"
+    refuse "TIME is '$TIME'; expected hours:minutes:seconds, or as sbatch takes it"
 }
 
 # seconds_of LIMIT: in seconds what sbatch takes as a limit: [days-]hours[:minutes[:seconds]], minutes[:seconds] without days and
@@ -121,7 +121,7 @@ submit() {
     echo "$JOB_NAME"  # stands for the job's number in what depends on it
     return
   fi
-  command -v sbatch >/dev/null || refuse "sbatch is not there; wanted a machine that submits to SLURM, or DRY_RUN=1"
+  command -v sbatch >/dev/null || refuse "sbatch is not there; expected a machine that submits to SLURM, or DRY_RUN=1"
   mkdir -p "$LOGS"
   job=$("${command[@]}")
   echo "${job%%;*}"  # the cluster's name follows where there are several
@@ -146,13 +146,13 @@ check_run() {
 launch() {
   local limit
   check_settings
-  [ -n "$SAVE" ] || refuse "SAVE is empty; wanted the run's folder"
+  [ -n "$SAVE" ] || refuse "SAVE is empty; expected the run's folder"
   if ((GPUS_PER_NODE > 0 && GPUS_PER_NODE != RANKS_PER_NODE)); then
-    refuse "GPUS_PER_NODE is $GPUS_PER_NODE and RANKS_PER_NODE $RANKS_PER_NODE; wanted the same number, or GPUS_PER_NODE 0"
+    refuse "GPUS_PER_NODE is $GPUS_PER_NODE and RANKS_PER_NODE $RANKS_PER_NODE; expected the same number, or GPUS_PER_NODE 0"
   fi
   limit=$(seconds_of "$TIME")
   ((limit == 0 || SIGNAL_SECONDS + 60 < limit)) ||  # SLURM may signal a minute early
-    refuse "SIGNAL_SECONDS is $SIGNAL_SECONDS and TIME $TIME; wanted less than that by more than a minute"
+    refuse "SIGNAL_SECONDS is $SIGNAL_SECONDS and TIME $TIME; expected less than that by more than a minute"
   if in_job; then run_ranks "$@"; else submit_ranks "$@"; fi
 }
 

@@ -6,15 +6,15 @@ ALL=(preprocess convert cpt export evaluate sft dpo evaluate_chat)
 
 refuse() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
-(($# == 0)) || refuse "the arguments are '$*'; wanted none: settings are variables, as in STAGES='sft dpo' $0"
+(($# == 0)) || refuse "the arguments are '$*'; expected none: settings are variables, as in STAGES='sft dpo' $0"
 for name in CONFIG SAVE FROM MEGATRON HF MODELS OUTPUT TOOL JOB_NAME SCRIPT LAUNCHER; do
   [ -z "${!name:-}" ] || refuse "$name is '${!name}', which is of one stage; start the stage's own script with it"
 done
 read -rd '' -a wanted <<<"$STAGES" || true  # also of several lines
 STAGES="${wanted[*]}"
-[ -n "$STAGES" ] || refuse "STAGES is empty; wanted some of ${ALL[*]}"
+[ -n "$STAGES" ] || refuse "STAGES is empty; expected some of ${ALL[*]}"
 for name in "${wanted[@]}"; do
-  [[ " ${ALL[*]} " == *" $name "* ]] || refuse "STAGES has '$name'; wanted some of ${ALL[*]}"
+  [[ " ${ALL[*]} " == *" $name "* ]] || refuse "STAGES has '$name'; expected some of ${ALL[*]}"
 done
 
 # stage NAME SCRIPT STAGE...: submits a stage, to start when the others have succeeded. Those that are not in STAGES have been

@@ -24,13 +24,13 @@ join() {
 check_corpora() {
   local corpus name
   for name in PARTS TASKS_AT_ONCE; do
-    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name is '${!name}'; wanted a whole number above 0"
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || refuse "$name is '${!name}'; expected a whole number above 0"
   done
-  ((${#corpora[@]} > 0)) || refuse "CORPORA is empty; wanted names, as in en_train"
+  ((${#corpora[@]} > 0)) || refuse "CORPORA is empty; expected names, as in en_train"
   [ "$CHECK" = 1 ] || return 0
   for corpus in "${corpora[@]}"; do
     [ -f "$OUTPUT/$corpus.json" ] || compgen -G "$INPUTS/$corpus$FILES" >/dev/null ||
-      refuse "$INPUTS/$corpus$FILES is not there; wanted it, CORPORA without $corpus, or CHECK=0"
+      refuse "$INPUTS/$corpus$FILES is not there; expected it, CORPORA without $corpus, or CHECK=0"
   done
 }
 

@@ -16,5 +16,5 @@ fi
 
 source examples/lib/launch.sh
 [[ $DIRECTION == hf-to-megatron || $DIRECTION == megatron-to-hf ]] ||
-  refuse "DIRECTION is '$DIRECTION'; wanted hf-to-megatron or megatron-to-hf"
+  refuse "DIRECTION is '$DIRECTION'; expected hf-to-megatron or megatron-to-hf"
 conversion "$DIRECTION" --hf "$HF" --megatron "$MEGATRON"

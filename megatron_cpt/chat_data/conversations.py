@@ -94,7 +94,7 @@ def parse_conversation(row: Any) -> Conversation:
     messages = messages_of(row)
     check_turns(messages)
     if messages[-1].role != "assistant":
-        raise RowError("no answer at the end", f"the last message is the {messages[-1].role}'s; wanted the assistant's")
+        raise RowError("no answer at the end", f"the last message is the {messages[-1].role}'s; expected the assistant's")
     if not any(message.learned for message in messages if message.role == "assistant"):
         raise RowError("nothing to learn", "each answer says that it is not to be learned (weight, train or loss)")
     return Conversation(messages, describes_tools(row))
@@ -149,7 +149,7 @@ def unused_fields(row: Any) -> tuple[str, ...]:
 def as_mapping(row: Any) -> Mapping[str, Any]:
     """The fields of a row."""
     if not isinstance(row, Mapping):
-        raise RowError("not an object", f"it is a {type(row).__name__}; wanted an object with fields")
+        raise RowError("not an object", f"it is a {type(row).__name__}; expected an object with fields")
     return row
 
 
@@ -172,7 +172,7 @@ def messages_of(row: Any, prompt_only: bool = False, answer: Message | None = No
     fields = as_mapping(row)
     for name in MEDIA:
         if fields.get(name) not in EMPTY:
-            raise RowError("images, videos or sounds", f"it has {name}; wanted a conversation in text alone")
+            raise RowError("images, videos or sounds", f"it has {name}; expected a conversation in text alone")
     styles = {
         name: fields.get(name) is not None for name in ("messages", "conversations", *(["prompt"] if prompt_only else []))
     }
@@ -189,7 +189,7 @@ def messages_of(row: Any, prompt_only: bool = False, answer: Message | None = No
     first = found[used[0]]
     for name, messages in found.items():
         if messages != first:
-            raise RowError("two conversations", f"{used[0]} and {name} are both there, and differ; wanted one of them")
+            raise RowError("two conversations", f"{used[0]} and {name} are both there, and differ; expected one of them")
     return first
 
 
@@ -215,10 +215,10 @@ def alpaca_turns(fields: Mapping[str, Any], prompt_only: bool) -> list[Message]:
     turns = []
     history = fields.get("history") or []
     if not isinstance(history, Sequence):
-        raise RowError("history", f"history is {shortened(history)}; wanted a list of questions and answers")
+        raise RowError("history", f"history is {shortened(history)}; expected a list of questions and answers")
     for pair in history:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise RowError("history", f"history holds {shortened(pair)}; wanted pairs of question and answer")
+            raise RowError("history", f"history holds {shortened(pair)}; expected pairs of question and answer")
         turns += [Message("user", text_of(pair[0], "history")), Message("assistant", text_of(pair[1], "history"))]
     parts = [text_of(fields["instruction"], "instruction"), text_of(fields.get("input") or "", "input")]
     turns.append(Message("user", "\n".join(part for part in parts if part)))
@@ -230,7 +230,7 @@ def alpaca_turns(fields: Mapping[str, Any], prompt_only: bool) -> list[Message]:
 def turns_of(value: Any, name: str) -> tuple[Message, ...]:
     """A list of messages in the style of ShareGPT or OpenAI."""
     if not is_list(value) or not len(value):
-        raise RowError("no messages", f"{name} is {shortened(value)}; wanted a list of messages")
+        raise RowError("no messages", f"{name} is {shortened(value)}; expected a list of messages")
     return tuple(message_of(item, name) for item in value)
 
 
@@ -242,17 +242,17 @@ def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
 def message_of(item: Any, name: str) -> Message:
     """One of them."""
     if not isinstance(item, Mapping):
-        raise RowError("no messages", f"{name} holds {shortened(item)}; wanted messages")
+        raise RowError("no messages", f"{name} holds {shortened(item)}; expected messages")
     for call in ("tool_calls", "function_call"):
         if item.get(call):
-            raise RowError("call of a tool", f"a message of {name} has {call}; wanted the call as its text")
+            raise RowError("call of a tool", f"a message of {name} has {call}; expected the call as its text")
     role = item.get("from") if item.get("role") is None else item["role"]  # Parquet has all columns in each row
     if not isinstance(role, str) or role not in ROLES:
-        raise RowError("unknown role", f"a message of {name} is from {role!r}; wanted one of {', '.join(ROLES)}")
+        raise RowError("unknown role", f"a message of {name} is from {role!r}; expected one of {', '.join(ROLES)}")
     content = item.get("value") if item.get("content") is None else item["content"]
     for medium in MEDIA:
         if item.get(medium) not in EMPTY:
-            raise RowError("images, videos or sounds", f"a message of {name} has {medium}; wanted text alone")
+            raise RowError("images, videos or sounds", f"a message of {name} has {medium}; expected text alone")
     return Message(ROLES[role], text_of(content, name), reasoning_of(item, name), learned(item, name))
 
 
@@ -261,7 +261,7 @@ def learned(item: Mapping[str, Any], name: str) -> bool:
     for switch in SWITCHES:
         value = item.get(switch)
         if value is not None and (not isinstance(value, (int, float)) or value not in (0, 1)):
-            raise RowError("weight of a turn", f"a message of {name} has {switch} {shortened(value)}; wanted 0 or 1")
+            raise RowError("weight of a turn", f"a message of {name} has {switch} {shortened(value)}; expected 0 or 1")
     return all(item.get(switch) is None or item[switch] == 1 for switch in SWITCHES)
 
 
@@ -295,7 +295,7 @@ def text_of(value: Any, name: str) -> str:
         if len(parts) == len(value) and all(isinstance(part, str) for part in parts):
             return "".join(str(part) for part in parts)
     if not isinstance(value, str):
-        raise RowError("not a text", f"{name} is {shortened(value)}; wanted a text")
+        raise RowError("not a text", f"{name} is {shortened(value)}; expected a text")
     return value
 
 
@@ -305,13 +305,13 @@ def check_turns(messages: Sequence[Message]) -> None:
     if not turns:
         raise RowError("no messages", "it has no messages but the system's")
     if turns[0].role == "tool":
-        raise RowError("turns", "message 1 is the tool's; wanted the user's")
+        raise RowError("turns", "message 1 is the tool's; expected the user's")
     for number, message in enumerate(turns, 1):
         if not message.content.strip():
             raise RowError(f"empty {'answer' if message.role == 'assistant' else 'message'}", f"message {number} is empty")
         if (message.role == "assistant") != (number % 2 == 0):
             wanted = "assistant's" if number % 2 == 0 else "user's"
-            raise RowError("turns", f"message {number} is the {message.role}'s; wanted the {wanted}")
+            raise RowError("turns", f"message {number} is the {message.role}'s; expected the {wanted}")
 
 
 def shortened(value: Any) -> str:

@@ -13,6 +13,7 @@ import pyarrow.parquet
 
 from megatron_cpt.chat_data.conversations import RowError
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import not_utf8, wide_encoding
 
 ENDINGS = (".json", ".jsonl", ".parquet")
 
@@ -27,13 +28,22 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{path}: no such file")
     ending = os.path.splitext(path)[1]
     if ending not in ENDINGS:
-        raise InputError(f"{path} ends in {ending or 'nothing'}; wanted one of {', '.join(ENDINGS)}")
+        raise InputError(f"{path} ends in {ending or 'nothing'}; expected one of {', '.join(ENDINGS)}")
+    if ending != ".parquet":
+        _refuse_wide(path)
     if ending == ".parquet":
         yield from enumerate(_parquet_rows(path), 1)
     elif ending == ".json":
         yield from enumerate(_json_rows(path), 1)
     else:
         yield from _lines(path)
+
+
+def _refuse_wide(path: str) -> None:
+    with open(path, "rb") as file:
+        encoding = wide_encoding(file.read(4))
+    if encoding:
+        raise InputError(f"{path}: {not_utf8(encoding)}")
 
 
 def without_mark(text: bytes) -> bytes:
@@ -60,7 +70,7 @@ def _json_rows(path: str) -> list[Any]:
         except orjson.JSONDecodeError as error:
             raise InputError(f"{path} is not JSON: {error}; files with an object on each line end in .jsonl") from error
     if not isinstance(rows, list):
-        raise InputError(f"{path} holds a JSON {type(rows).__name__}; wanted a list of rows")
+        raise InputError(f"{path} holds a JSON {type(rows).__name__}; expected a list of rows")
     return rows
 
 

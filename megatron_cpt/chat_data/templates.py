@@ -193,7 +193,7 @@ class Template(PromptTemplate):
         special = [number for number in ids if self.tokenizer.decode([number]) in self._special]
         if not special:
             raise InputError(
-                f"{where} ends an answer with {first[1].removeprefix(PROBE[1].content)!r}; wanted a special token"
+                f"{where} ends an answer with {first[1].removeprefix(PROBE[1].content)!r}; expected a special token"
             )
         return special[0]
 

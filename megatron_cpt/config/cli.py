@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 
@@ -37,7 +37,13 @@ Config = TypeVar("Config")
 SWITCHES = ("--help", "--print_config")
 LONGEST_LINE = 2000  # of an error
 LAUNCHER = {"RANK": (0, 10**9), "LOCAL_RANK": (0, 10**9), "WORLD_SIZE": (1, 10**9), "LOCAL_WORLD_SIZE": (1, 10**9)}
-LAUNCHER |= {"MASTER_PORT": (0, 65535)}
+LAUNCHER |= {"MASTER_PORT": (1, 65535)}
+PARTS_OF = (("RANK", "WORLD_SIZE", 1), ("LOCAL_RANK", "LOCAL_WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", "WORLD_SIZE", 0))
+RENDEZVOUS = {
+    "RANK": "the number of this process",
+    "MASTER_ADDR": "name or address of the first process's machine",
+    "MASTER_PORT": "a free port there",
+}
 SECONDS_FOR_FIRST_RANK = 20.0  # processes of one node may differ by some seconds in their imports
 
 
@@ -86,8 +92,13 @@ def is_value(word: str) -> bool:
     return re.match(r"--?[A-Za-z]", word) is None or re.fullmatch(r"-(inf|nan|infinity)", word, re.IGNORECASE) is not None
 
 
-def read_arguments(config_class: type[Config], words: Sequence[str], description: str = "") -> Config:
+def read_arguments(
+    config_class: type[Config], words: Sequence[str], description: str = "", files: Loaded | None = None
+) -> Config:
     """The configuration that the words of a command line ask for, `--config FILE` among them; later ones win.
+
+    `files`: where a setting is wrong, gets those that are not, by dotted name, to raise InputError for what is wrong with
+    the files they name, so that this is known at once, too.
 
     Raises:
         InputError: naming every field that is wrong or missing, the value found and the value expected
@@ -101,7 +112,16 @@ def read_arguments(config_class: type[Config], words: Sequence[str], description
     if "--print_config" in words:
         print(yaml.safe_dump(reader.plain(), sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
-    config: Config = reader.config()
+    try:
+        config: Config = reader.config()
+    except InputError as error:
+        refusals = Refusals()
+        refusals.add(error)
+        with refusals.noted():
+            if files is not None:
+                load(files)(reader.usable())
+        refusals.raise_any()
+        raise
     return config
 
 
@@ -130,13 +150,37 @@ def make_parser(config_class: type, description: str) -> ArgumentParser:
     return parser
 
 
-def check_environment() -> None:
-    """Raise InputError for a variable of the launcher (torchrun, srun) that is no number where one is expected."""
-    refusals = Refusals()
+def check_environment(environment: Mapping[str, str]) -> None:
+    """Raise InputError for variables of a launcher (torchrun, srun) that are no numbers, or do not go together."""
+    refusals, numbers = Refusals(), dict[str, int]()
     for name, (least, most) in LAUNCHER.items():
-        value = os.environ.get(name)
-        if value and not (re.fullmatch(r"\d{1,9}", value, re.ASCII) and least <= int(value) <= most):
+        value = environment.get(name)
+        if value is None:
+            continue
+        if re.fullmatch(r"\d{1,9}", value, re.ASCII) and least <= int(value) <= most:
+            numbers[name] = int(value)
+        else:
             refusals.add(InputError(f"environment: {name} is {shown(value)}; expected a whole number, {least} to {most}"))
+    for part, whole, least in PARTS_OF:
+        if part in numbers and whole in numbers and numbers[part] + least > numbers[whole]:
+            found = f"{part} is {numbers[part]} with {whole} {numbers[whole]}"
+            refusals.add(InputError(f"environment: {found}; expected at most {numbers[whole] - least}"))
+    refusals.raise_any()
+
+
+def check_rendezvous(environment: Mapping[str, str]) -> None:
+    """Raise InputError where a process is one of several (WORLD_SIZE is given) but lacks its number, or where they meet."""
+    if not environment.get("WORLD_SIZE"):
+        return
+    refusals = Refusals()
+    for name, meaning in RENDEZVOUS.items():
+        value = environment.get(name, "")
+        if not re.fullmatch(r"[\w.:%-]+", value, re.ASCII):
+            found = f"is {shown(value)}" if value else "is missing"
+            given = f"with WORLD_SIZE {environment['WORLD_SIZE']}"
+            refusals.add(
+                InputError(f"environment: {name} {found} {given}; expected {meaning}, or none of torchrun's variables")
+            )
     refusals.raise_any()
 
 
@@ -154,22 +198,30 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
         for kind in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", kind)
     try:
-        check_environment()
+        check_environment(os.environ)
+    except InputError as error:  # of this process alone
+        _exit_with(error)
+    try:
         result = call()
     except (InputError, OSError, RunError, ProcessDiedError) as error:
         if os.environ.get("LOCAL_RANK", "0").strip("0"):
             time.sleep(SECONDS_FOR_FIRST_RANK)
-        errors: Sequence[Exception] = error.errors if isinstance(error, InputErrors) else (error,)
-        secrets = secrets_of(os.environ)
-        lines = [f"error: {_cut(redacted(' '.join(str(one).split()), secrets))}" for one in errors]
-        print("\n".join(lines), file=sys.stderr, flush=True)
-        tell_torchrun(lines)
-        sys.exit(1 if isinstance(error, (RunError, ProcessDiedError)) else 2)
+        _exit_with(error)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)
         sys.exit(130)
     if result is not None:
         print(result)
+
+
+def _exit_with(error: Exception) -> NoReturn:
+    """End the process with a line for each mistake."""
+    errors: Sequence[Exception] = error.errors if isinstance(error, InputErrors) else (error,)
+    secrets = secrets_of(os.environ)
+    lines = [f"error: {_cut(redacted(' '.join(str(one).split()), secrets))}" for one in errors]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    tell_torchrun(lines)
+    sys.exit(1 if isinstance(error, (RunError, ProcessDiedError)) else 2)
 
 
 def _cut(line: str) -> str:
@@ -220,17 +272,22 @@ def run_tool(
     description: str,
     argv: Sequence[str] | None = None,
     positional: str | None = None,
+    joins: bool = False,
+    files: Loaded | None = None,
 ) -> None:
     """Parse the command line, call `main(config)` and keep the contract of exit statuses.
 
-    `positional`: the option that words before any option belong to.
+    `positional`: the option that words before any option belong to. `joins`: the tool joins the processes that a launcher
+    has started, unless it is told `check_only`. `files`: see `read_arguments`.
     """
 
     def call() -> Any:
         words = list(sys.argv[1:] if argv is None else argv)
         if positional and words and is_value(words[0]):
             words.insert(0, f"--{positional}")
-        config = read_arguments(load(config_class), words, description)
+        config = read_arguments(load(config_class), words, description, files)
+        if joins and not getattr(config, "check_only", False):
+            check_rendezvous(os.environ)
         return load(main)(config)
 
     exit_on_input_error(call)

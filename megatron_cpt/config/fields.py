@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
 from megatron_cpt.config.values import WRONG, Converter, Given, alternatives, expected, hints_of, nearest
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.errors import InputError, InputErrors, Refusals
 from megatron_cpt.input_files import load_yaml
 
 Config = TypeVar("Config")
@@ -60,6 +60,10 @@ class ConfigReader:
         self.refusals.raise_any()
         return config
 
+    def usable(self) -> dict[str, Any]:
+        """What is given and not wrong by itself, by dotted name; no sections."""
+        return dict(_values(self.given, ""))
+
     def plain(self) -> dict[str, Any]:
         """All settings as plain values, those not given with their defaults; null for those that must be given.
 
@@ -87,7 +91,8 @@ class ConfigReader:
         try:
             return given.kind(**values)
         except InputError as error:
-            self.refusals.add(InputError(self._located(str(error), given.kind, name)))
+            for one in error.errors if isinstance(error, InputErrors) else (error,):
+                self.refusals.add(InputError(self._located(str(one), given.kind, name)))
             return WRONG
 
     def _assemble(self, value: Any, name: str) -> Any:
@@ -106,6 +111,16 @@ class ConfigReader:
         if name and field.split(".")[0] in {field.name for field in dataclasses.fields(kind)}:
             message, field = f"{name}.{message}", f"{name}.{field}"
         return self._origin.get(re.sub(r"\[\d+\].*", "", field), "") + message
+
+
+def _values(given: Given, name: str) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of all fields that are given and were not refused."""
+    for field, value in given.items():
+        dotted = f"{name}.{field}".lstrip(".")
+        if isinstance(value, Given):
+            yield from _values(value, dotted)
+        elif not _has_wrong(value):
+            yield dotted, value
 
 
 def config_from(config_class: type[Config], fields: Mapping[Any, Any], where: str) -> Config:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 
 
 def require(condition: bool, name: str, value: Any, wanted: str) -> None:
@@ -15,10 +15,13 @@ def require(condition: bool, name: str, value: Any, wanted: str) -> None:
 
 
 def require_at_least(config: Any, **bounds: float) -> None:
-    """Raise InputError for the first named field of `config` that is below its bound; None (not given) is fine."""
+    """Raise InputError for the named fields of `config` that are below their bounds; None (not given) is fine."""
+    refusals = Refusals()
     for name, bound in bounds.items():
         value = getattr(config, name)
-        require(value is None or bound <= value < math.inf, name, value, f"{bound} or more")
+        with refusals.noted():
+            require(value is None or bound <= value < math.inf, name, value, f"{bound} or more")
+    refusals.raise_any()
 
 
 def at_most_one(section: str, config: Any, *names: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from megatron_cpt.config.lr import LrConfig
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.require import at_most_one, require, require_at_least
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 
 MOST_THREADS = 256  # of a process
 
@@ -38,11 +38,18 @@ class OptimizerConfig:
     """Highest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, min_lr=0, weight_decay=0, clip_grad=0)
-        require(0 < self.lr < float("inf"), "optimizer.lr", self.lr, "a number above 0")
-        require(0 <= self.adam_beta1 < 1, "optimizer.adam_beta1", self.adam_beta1, "a number from 0 to below 1")
-        require(0 <= self.adam_beta2 < 1, "optimizer.adam_beta2", self.adam_beta2, "a number from 0 to below 1")
-        require(0 < self.adam_eps < float("inf"), "optimizer.adam_eps", self.adam_eps, "a number above 0")
+        refusals = Refusals()
+        with refusals.noted():
+            require_at_least(self, min_lr=0, weight_decay=0, clip_grad=0)
+        for name in ("lr", "adam_eps"):
+            value = getattr(self, name)
+            with refusals.noted():
+                require(0 < value < float("inf"), f"optimizer.{name}", value, "a number above 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            with refusals.noted():
+                require(0 <= value < 1, f"optimizer.{name}", value, "a number from 0 to below 1")
+        refusals.raise_any()
         if self.min_lr > self.lr:
             raise InputError(f"optimizer.min_lr {self.min_lr} is above optimizer.lr {self.lr}")
 
@@ -81,15 +88,25 @@ class TrainingConfig:
     """Save and stop this long after the start, to be there before a job's time limit."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed < 2**63, "training.seed", self.seed, "0 to 2**63 - 1")
+        refusals = Refusals()
+        with refusals.noted():
+            require(0 <= self.seed < 2**63, "training.seed", self.seed, "0 to 2**63 - 1")
+        with refusals.noted():
+            self._check_length()
+        with refusals.noted():
+            require_at_least(self, micro_batch_size=1, global_batch_size=1, exit_duration_in_mins=0)
+        with refusals.noted():
+            is_wide = self.fp8 is not None and self.params_dtype != "bf16"
+            require(not is_wide, "training.params_dtype", self.params_dtype, "bf16 with fp8")
+        refusals.raise_any()
+
+    def _check_length(self) -> None:
         if at_most_one("training", self, "train_iters", "train_samples", "train_tokens") is None:
             raise InputError("the length of the run is not given; use training.train_iters, train_samples or train_tokens")
-        require_at_least(self, train_iters=1, train_samples=1, train_tokens=1, exit_duration_in_mins=0)
+        require_at_least(self, train_iters=1, train_samples=1, train_tokens=1)
         name, planned = self.planned_length()
         longer = f"more than training.{name}, {planned}"
         require(self.extend_to is None or self.extend_to > planned, "training.extend_to", self.extend_to, longer)
-        require_at_least(self, micro_batch_size=1, global_batch_size=1)
-        require(self.fp8 is None or self.params_dtype == "bf16", "training.params_dtype", self.params_dtype, "bf16 with fp8")
 
     def planned_length(self) -> tuple[str, int]:
         """The setting that gives the length, and its value."""

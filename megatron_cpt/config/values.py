@@ -17,7 +17,8 @@ from megatron_cpt.input_files import amount, number, parse_yaml, plain_number, s
 LARGEST = 2**63 - 1  # whole number
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
-COUNTED = re.compile(r"(^|_)(token|sample)s?(_|$)")  # fields that may be written as 20B or 500k
+# Fields that may be written as 20B or 500k. Not lengths: 2k tokens of a sequence are 2,048 for some and 2,000 for others.
+COUNTED = re.compile(r"(^|_)(?<!shuffle_)(token|sample|document|character|prompt|row|iter|step)s?(_|$)")
 
 
 class Given(dict[str, Any]):
@@ -107,6 +108,8 @@ class Converter:
         exact = number(value)
         if exact is not None and abs(exact) > LARGEST and "whole number" in what:
             what += f" up to {LARGEST}"
+        if exact is None and amount(value) is not None:
+            what = what.replace("a whole number", "a whole number without a unit")
         return self._refuse(f"{name} is {shown(value)}; expected {what}")
 
     def option(self, kind: Any, text: str | None, name: str) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 from megatron_cpt.data.encoding import count_languages
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.inspection import check
-from megatron_cpt.data.languages import check_language, unlike
+from megatron_cpt.data.languages import unlike
 from megatron_cpt.data.manifest import (
     CorpusManifest,
     FileInfo,
@@ -34,6 +34,8 @@ from megatron_cpt.data.merge import find_prefixes
 from megatron_cpt.data.progress import meter, rates
 from megatron_cpt.data.sources import printable, sha256_file
 from megatron_cpt.errors import InputError
+from megatron_cpt.language_codes import check_language
+from megatron_cpt.screen import counted
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.base import Tokenizer
 
@@ -59,7 +61,7 @@ class AdoptConfig:
 
     def __post_init__(self) -> None:
         if not self.language:
-            raise InputError("language is empty; wanted a value")
+            raise InputError("language is empty; expected a value")
         check_language(self.language)
 
 
@@ -72,7 +74,7 @@ def adopt_corpora(config: AdoptConfig) -> str:
     prefixes = find_prefixes([config.input] if isinstance(config.input, str) else config.input)
     for prefix in prefixes:
         if manifest_path(prefix).exists() and not config.overwrite:
-            raise InputError(f"{manifest_path(prefix)}: there is a manifest already; wanted none, or overwrite")
+            raise InputError(f"{manifest_path(prefix)}: there is a manifest already; expected none, or overwrite")
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
     facts = TokenizerInfo.of(config.tokenizer, tokenizer)
     manifests = {prefix: adopt(IndexedCorpus(prefix), tokenizer, facts, config.language) for prefix in prefixes}
@@ -99,7 +101,8 @@ def adopt(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerInfo, lan
     around = corpus.num_documents * ((eos == "document") + (bos == "document"))
     seconds = time.monotonic() - began
     speed = rates(files["bin"].bytes, corpus.num_documents, seconds, "tokens")
-    counts = f"{corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens, {text_bytes:,} bytes of text"
+    documents, tokens = counted(corpus.num_documents, "document"), counted(corpus.num_tokens, "token")
+    counts = f"{documents}, {tokens}, {text_bytes:,} bytes of text"
     if odd := unlike(language, languages):
         print(f"WARNING: {prefix}: {odd}", file=sys.stderr)
     print(f"{prefix}: {counts}; eos: {eos}, bos: {bos}; {speed}", file=sys.stderr)
@@ -130,17 +133,17 @@ def adopt(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerInfo, lan
 def _check_files(corpus: IndexedCorpus) -> None:
     """InputError unless .bin and .idx are whole and hold one sequence of some token ids a document."""
     if corpus.dtype.kind not in "iu":
-        raise InputError(f"{corpus.prefix}.idx: dtype is {corpus.dtype}; wanted whole numbers, as token ids are")
+        raise InputError(f"{corpus.prefix}.idx: dtype is {corpus.dtype}; expected whole numbers, as token ids are")
     if len(corpus) != corpus.num_documents:
         found = f"{len(corpus)} sequences in {corpus.num_documents} documents"
-        raise InputError(f"{corpus.prefix}.idx: found {found}; wanted one each (made without --split-sentences)")
+        raise InputError(f"{corpus.prefix}.idx: found {found}; expected one each (made without --split-sentences)")
     for name, problem in check(corpus, None):
         if problem:
             raise InputError(f"{corpus.prefix}: {name}: {problem}")
-    lengths = corpus.sequence_lengths
+    lengths = corpus.lengths()
     if not lengths.size or not lengths.min():
         found = f"document {int(lengths.argmin())} without tokens" if lengths.size else "no documents"
-        raise InputError(f"{corpus.prefix}: {found}; wanted tokens in each")
+        raise InputError(f"{corpus.prefix}: {found}; expected tokens in each")
 
 
 def _refuse_another_end(corpus: IndexedCorpus, tokenizer: Tokenizer) -> None:
@@ -149,7 +152,7 @@ def _refuse_another_end(corpus: IndexedCorpus, tokenizer: Tokenizer) -> None:
     if last != eos and last < tokenizer.vocab_size and tokenizer.token_bytes()[last] == 0:
         found, wanted = (f"{tokenizer.decode([token])!r} (id {token})" for token in (last, eos))
         raise InputError(
-            f"{corpus.prefix}: document 0 ends with {found}; wanted the end-of-document token {wanted}, "
+            f"{corpus.prefix}: document 0 ends with {found}; expected the end-of-document token {wanted}, "
             f"or eos_token to name another"
         )
 
@@ -158,14 +161,15 @@ def _policy(corpus: IndexedCorpus, what: str, token: int, at_end: bool) -> str:
     """Whether each document has `token` as its last (or first) one: "document", or "none". InputError: some have."""
     found = 0
     for start in range(0, len(corpus), CHUNK):
-        places = corpus.sequence_pointers[start : start + CHUNK] // corpus.dtype.itemsize
+        part = slice(start, start + CHUNK)
+        places = corpus.pointers(part) // corpus.dtype.itemsize
         if at_end:
-            places = places + corpus.sequence_lengths[start : start + CHUNK] - 1
-        found += int((corpus.tokens[places] == token).sum())
+            places = places + corpus.lengths(part) - 1
+        found += int((corpus.tokens_at(places) == token).sum())
     if 0 < found < len(corpus):
         raise InputError(
             f"{corpus.prefix}: {found:,} of {len(corpus):,} documents {what} (id {token}); "
-            f"wanted all or none: is it the token they were made with (eos_token)?"
+            f"expected all or none: is it the token they were made with (eos_token)?"
         )
     return "document" if found else "none"
 
@@ -175,11 +179,11 @@ def _read(corpus: IndexedCorpus, tokenizer: Tokenizer) -> tuple[str, int]:
     digest, text_bytes, sizes = hashlib.sha256(), 0, tokenizer.token_bytes().astype(np.int64)
     with meter(corpus.num_tokens * corpus.dtype.itemsize, of="tokens") as shown:
         for start in range(0, corpus.num_tokens, CHUNK):
-            some = corpus.tokens[start : start + CHUNK]
+            some = corpus.read(start, min(CHUNK, corpus.num_tokens - start))
             lowest, highest = int(some.min()), int(some.max())
             if lowest < 0 or highest >= tokenizer.vocab_size:
                 wanted = f"ids below {tokenizer.vocab_size}, as {tokenizer.name} has"
-                raise InputError(f"{corpus.prefix}.bin: found ids from {lowest} to {highest}; wanted {wanted}")
+                raise InputError(f"{corpus.prefix}.bin: found ids from {lowest} to {highest}; expected {wanted}")
             digest.update(some.tobytes())
             text_bytes += int(sizes[some].sum())
             shown.advance(some.nbytes, 0)

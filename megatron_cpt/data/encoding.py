@@ -72,7 +72,7 @@ class TokenPolicy:
     def of(cls, vocab_size: int, bos_id: int | None, eos_id: int, bos: Policy, eos: Policy, tokenizer: str) -> TokenPolicy:
         """From a tokenizer's ids. InputError: a beginning-of-text token is wanted and there is none."""
         if bos == "document" and bos_id is None:
-            raise InputError(f"bos is 'document' but {tokenizer} has no beginning-of-text token; wanted 'none'")
+            raise InputError(f"bos is 'document' but {tokenizer} has no beginning-of-text token; expected 'none'")
         before, after = (bos_id if bos == "document" else None), (eos_id if eos == "document" else None)
         return cls(before, after, str(best_dtype(vocab_size)))
 
@@ -158,7 +158,7 @@ class Encoder:
             ids = np.insert(ids, places, np.tile(np.array([token for _, token in wanted], np.uint32), lengths.size))
             lengths = lengths + len(wanted)
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
-            raise InputError(f"a document has {lengths.max()} tokens; wanted fewer than 2^31, the limit of the format")
+            raise InputError(f"a document has {lengths.max()} tokens; expected fewer than 2^31, the limit of the format")
         # ids fit by construction: the width was chosen for the vocabulary
         tokens = ids.view(np.int32) if self._policy.dtype == "int32" else ids.astype(self._policy.dtype)
         return tokens, lengths.astype(np.int32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from megatron_cpt.data.shuffle import COPY_BYTES
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import amount, number, shown
 
 SUFFIX = "_holdout"
 """Of the prefix of the corpus that is held out."""
@@ -45,21 +47,20 @@ class Side:
 
 
 def parse_holdout(written: Holdout | None) -> int | Fraction | None:
-    """200 -> 200 documents; 0.005 or "0.5%" -> that share. InputError: neither."""
+    """200 or 10K -> so many documents; 0.005 or "0.5%" -> that share. InputError: neither."""
     if written is None:
         return None
     text = str(written).strip()
-    is_percent = text.endswith("%")
-    try:
-        number = Fraction(text.removesuffix("%").strip()) / (100 if is_percent else 1)
-    except (ValueError, ZeroDivisionError):
-        number = Fraction(0)
-    if 0 < number < 1 and "/" not in text:
-        return number
-    if is_percent or not text.replace("_", "").isdecimal() or number < 1:
-        wanted = "a number of documents, as in 200, or a share, as in 0.5% or 0.005"
-        raise InputError(f"holdout is {written!r}; wanted {wanted}")
-    return int(number)
+    value = number(text.removesuffix("%")) if "/" not in text else None
+    share = value / 100 if value is not None and text.endswith("%") else value
+    if share is not None and 0 < share < 1:
+        return share
+    count = amount(text) if re.fullmatch(r"[\d_]+|[\d_.]+ *[kmb]", text, re.ASCII | re.IGNORECASE) else None
+    if not count:
+        raise InputError(
+            f"holdout is {shown(written)}; expected a number of documents, as in 200 or 10K, or a share, as in 0.5%"
+        )
+    return count
 
 
 def number_held_out(written: Holdout, documents: int) -> int:
@@ -67,7 +68,7 @@ def number_held_out(written: Holdout, documents: int) -> int:
     asked = parse_holdout(written)
     count = asked if isinstance(asked, int) else floor((asked or 0) * documents + Fraction(1, 2))
     if not 0 < count < documents:
-        raise InputError(f"holdout is {written}, {count:,} of {documents:,} documents; wanted at least one, and not all")
+        raise InputError(f"holdout is {written}, {count:,} of {documents:,} documents; expected at least one, and not all")
     return count
 
 
@@ -108,7 +109,7 @@ def split_corpus(folder: Path, written: Holdout, dtype: str, metadata_lengths: n
     lengths = map_file(folder / "lengths.bin", np.dtype("<i4"))
     records = map_file(folder / "documents.bin", RECORD)
     if records.size != lengths.size:
-        raise InputError(f"{folder}/documents.bin: found {records.size:,} documents; wanted {lengths.size:,}")
+        raise InputError(f"{folder}/documents.bin: found {records.size:,} documents; expected {lengths.size:,}")
     keys = np.ascontiguousarray(records["key"])
     chosen = choose(keys, number_held_out(written, lengths.size))
     split = hashlib.sha256(np.sort(keys[chosen]).tobytes() + str(lengths.size).encode()).hexdigest()[:16]

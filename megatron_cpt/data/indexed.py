@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from megatron_cpt.errors import InputError, RunError
 
+WINDOW = 1 << 22  # tokens read at a time
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")  # "<" also means no padding: 34 bytes
@@ -87,7 +88,7 @@ class IndexedWriter:
     def __init__(self, prefix: str, dtype: npt.DTypeLike) -> None:
         self.dtype = np.dtype(dtype)
         if self.dtype not in DTYPE_CODES.values():
-            raise InputError(f"{prefix}: dtype is {self.dtype}; wanted one of {[str(d) for d in DTYPE_CODES.values()]}")
+            raise InputError(f"{prefix}: dtype is {self.dtype}; expected one of {[str(d) for d in DTYPE_CODES.values()]}")
         self._prefix = prefix
         self._lengths = array("i")  # 4 bytes a document: corpora have hundreds of millions
         self._digest = hashlib.sha256()
@@ -112,7 +113,7 @@ class IndexedWriter:
         if tokens.ndim != 1 or tokens.size != int(lengths.sum(dtype=np.int64)):
             raise ValueError(f"tokens of shape {tokens.shape} do not make documents of {lengths.sum()} tokens in all")
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
-            raise InputError(f"{self._prefix}: a document has {lengths.max()} tokens; wanted fewer than 2^31")
+            raise InputError(f"{self._prefix}: a document has {lengths.max()} tokens; expected fewer than 2^31")
         data = np.ascontiguousarray(self._cast(tokens)).view(np.uint8).data
         self._bin.write(data)
         self._digest.update(data)
@@ -125,7 +126,7 @@ class IndexedWriter:
         limits = np.iinfo(self.dtype)
         if tokens.min() < limits.min or tokens.max() > limits.max:
             found = f"token ids from {tokens.min()} to {tokens.max()}"
-            raise InputError(f"{self._prefix}: {found}; wanted ids that fit {self.dtype}")
+            raise InputError(f"{self._prefix}: {found}; expected ids that fit {self.dtype}")
         return tokens.astype(self.dtype)
 
     @property
@@ -142,12 +143,14 @@ class IndexedWriter:
 
 
 class IndexedCorpus:
-    """Read-only, memory-mapped view of a corpus; `prefix` is the path without `.bin`/`.idx`. Cheap to pickle.
+    """Read-only view of a corpus; `prefix` is the path without `.bin`/`.idx`. Cheap to pickle.
 
-    Attributes: `files`, what reads "bin" and "idx"; `dtype`; `num_tokens`; `num_documents`; `tokens` (num_tokens,), all ids
-    in file order;
-    `sequence_lengths` (sequences,) int32 tokens; `sequence_pointers` (sequences,) int64 bytes; `document_indices`
-    (num_documents + 1,) int64. A document may hold several sequences; what this program writes holds one.
+    A document may hold several sequences; what this program writes holds one. Methods read from the files, and raise
+    RunError where these have changed. The properties `tokens`, `sequence_lengths`, `sequence_pointers` and
+    `document_indices` are memory maps, for files that stay as they are: one that is cut short ends, by SIGBUS, a process
+    that touches its map.
+
+    Attributes: `files`, what reads "bin" and "idx"; `dtype`; `num_tokens`; `num_documents`.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -156,42 +159,88 @@ class IndexedCorpus:
         idx, bin_ = Path(prefix + ".idx"), Path(prefix + ".bin")
         for path in (idx, bin_):
             if not path.is_file():
-                raise InputError(f"{path}: no such file; wanted both files of the corpus {prefix}")
-        self.dtype, sequences, entries = _read_header(idx)
-        self.num_documents = entries - 1
-        self.sequence_lengths = _map(idx, np.int32, HEADER.size, sequences)
-        self.sequence_pointers = _map(idx, np.int64, HEADER.size + 4 * sequences, sequences)
-        self.document_indices = _map(idx, np.int64, HEADER.size + 12 * sequences, entries)
-        first, last = int(self.document_indices[0]), int(self.document_indices[-1])
+                raise InputError(f"{path}: no such file; expected both files of the corpus {prefix}")
+        self.dtype, self._sequences, entries = _read_header(idx)
+        self.num_documents, sequences = entries - 1, self._sequences
+        self.files = {"bin": FileReader(bin_), "idx": FileReader(idx)}
+        (first,), (last,) = self.documents(0, 1).tolist(), self.documents(entries - 1, entries).tolist()
         if (first, last) != (0, sequences):
-            raise InputError(f"{idx}: document indices go from {first} to {last}; wanted 0 to {sequences}")
+            raise InputError(f"{idx}: document indices go from {first} to {last}; expected 0 to {sequences}")
         # Sequences lie back to back, so the last one's end is their sum: no need to read billions of lengths.
-        end = int(self.sequence_pointers[-1]) // self.dtype.itemsize + int(self.sequence_lengths[-1]) if sequences else 0
-        self.num_tokens = end
+        final = slice(sequences - 1, sequences)
+        pointer, length = (int(part[0]) if sequences else 0 for part in (self.pointers(final), self.lengths(final)))
+        self.num_tokens = pointer // self.dtype.itemsize + length
         wanted, found = self.num_tokens * self.dtype.itemsize, bin_.stat().st_size
         if found != wanted:
             raise InputError(
-                f"{bin_}: found {found} bytes; wanted {wanted} ({self.num_tokens} tokens of {self.dtype}, says {idx})"
+                f"{bin_}: found {found} bytes; expected {wanted} ({self.num_tokens} tokens of {self.dtype}, says {idx})"
             )
-        self.tokens = _map(bin_, self.dtype, 0, self.num_tokens)
-        self.files = {"bin": FileReader(bin_), "idx": FileReader(idx)}
 
     def __reduce__(self) -> tuple[type[IndexedCorpus], tuple[str]]:
         return IndexedCorpus, (self.prefix,)  # a memory map pickles as a copy of the file: map it again instead
 
     def __len__(self) -> int:
         """Sequences, not documents."""
-        return self.sequence_lengths.size
+        return self._sequences
+
+    @functools.cached_property
+    def tokens(self) -> Tokens:
+        """(num_tokens,) all ids in file order."""
+        return _map(Path(self.prefix + ".bin"), self.dtype, 0, self.num_tokens)
+
+    @functools.cached_property
+    def sequence_lengths(self) -> npt.NDArray[np.int32]:
+        """(sequences,) tokens of each."""
+        return _map(Path(self.prefix + ".idx"), np.int32, HEADER.size, len(self))
+
+    @functools.cached_property
+    def sequence_pointers(self) -> npt.NDArray[np.int64]:
+        """(sequences,) byte of .bin where each begins."""
+        return _map(Path(self.prefix + ".idx"), np.int64, HEADER.size + 4 * len(self), len(self))
+
+    @functools.cached_property
+    def document_indices(self) -> npt.NDArray[np.int64]:
+        """(num_documents + 1,) sequence where each document begins."""
+        return _map(Path(self.prefix + ".idx"), np.int64, HEADER.size + 12 * len(self), self.num_documents + 1)
+
+    def lengths(self, part: slice = slice(None)) -> npt.NDArray[np.int32]:
+        """Tokens of some sequences (default: of all), read from the file."""
+        first, last, _ = part.indices(len(self))
+        return np.frombuffer(self.files["idx"].read(HEADER.size + 4 * first, 4 * (last - first)), "<i4")
+
+    def pointers(self, part: slice = slice(None)) -> npt.NDArray[np.int64]:
+        """Byte of .bin where each of some sequences (default: all) begins, read from the file."""
+        first, last, _ = part.indices(len(self))
+        return Pointers(self.files["idx"], HEADER.size + 4 * len(self), len(self)).part(first, last)
+
+    def documents(self, first: int, stop: int) -> npt.NDArray[np.int64]:
+        """Sequences where documents first to stop - 1 begin, read from the file; number `num_documents`: where all end."""
+        return Pointers(self.files["idx"], HEADER.size + 12 * len(self), self.num_documents + 1).part(first, stop)
+
+    def tokens_at(self, places: npt.NDArray[np.int64]) -> Tokens:
+        """Tokens at some places of the token stream, read from the file a window at a time."""
+        found, order, begin = np.empty(places.size, self.dtype), np.argsort(places, kind="stable"), 0
+        while begin < order.size:
+            start = int(places[order[begin]])
+            end = int(np.searchsorted(places, start + WINDOW, sorter=order))
+            here = places[order[begin:end]] - start
+            found[order[begin:end]] = self.read(start, int(here[-1]) + 1)[here]
+            begin = end
+        return found
 
     def __getitem__(self, index: int) -> Tokens:
-        """Tokens of sequence `index`, in the file's dtype, without a copy."""
-        start, length = int(self.sequence_pointers[index]) // self.dtype.itemsize, int(self.sequence_lengths[index])
+        """Tokens of sequence `index`, in the file's dtype, read from the file."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.prefix}: sequence {index} of {len(self)}")
+        number = index % len(self)
+        one = slice(number, number + 1)
+        start, length = int(self.pointers(one)[0]) // self.dtype.itemsize, int(self.lengths(one)[0])
         if not 0 <= start <= start + length <= self.num_tokens:
             raise InputError(
                 f"{self.prefix}.idx: sequence {index} is said to be tokens {start} to {start + length}; "
-                f"wanted them within the {self.num_tokens} of the corpus"
+                f"expected them within the {self.num_tokens} of the corpus"
             )
-        return self.tokens[start : start + length]
+        return self.read(start, length)
 
     def sample(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """(length,) int64 tokens from position `start` of the token stream, across document borders."""
@@ -199,9 +248,6 @@ class IndexedCorpus:
 
     def read(self, start: int, length: int) -> Tokens:
         """(length,) tokens from position `start` of the token stream, read from the file.
-
-        Unlike `tokens`, a memory map, this is safe while others write: a file that was cut short ends a process that touches
-        its map without a word.
 
         RunError: the file is not what it was when it was opened, or cannot be read.
         """
@@ -264,7 +310,7 @@ class FileReader:
             raise RunError(f"{self.path}: bytes {start} to {start + count} cannot be read: {error.strerror}") from error
         if place < start + count or found != self.size:
             raise RunError(
-                f"{self.path}: found {found} bytes; expected {self.size}: the file has changed since the run opened it"
+                f"{self.path}: found {found} bytes; expected {self.size}: the file has changed since it was opened"
             )
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -291,18 +337,18 @@ def _read_header(idx: Path) -> tuple[np.dtype[Any], int, int]:
     with idx.open("rb") as stream:
         header = stream.read(HEADER.size)
     if not header.startswith(MAGIC):
-        raise InputError(f"{idx}: begins with {header[:9]!r}; wanted {MAGIC!r}, the mark of a Megatron index")
+        raise InputError(f"{idx}: begins with {header[:9]!r}; expected {MAGIC!r}, the mark of a Megatron index")
     if len(header) < HEADER.size:
-        raise InputError(f"{idx}: truncated: found {len(header)} bytes; wanted a header of {HEADER.size}")
+        raise InputError(f"{idx}: truncated: found {len(header)} bytes; expected a header of {HEADER.size}")
     _, version, code, sequences, entries = HEADER.unpack(header)
     if version != VERSION:
-        raise InputError(f"{idx}: version is {version}; wanted {VERSION}")
+        raise InputError(f"{idx}: version is {version}; expected {VERSION}")
     if code not in DTYPE_CODES:
-        raise InputError(f"{idx}: dtype code is {code}; wanted one of {sorted(DTYPE_CODES)}")
+        raise InputError(f"{idx}: dtype code is {code}; expected one of {sorted(DTYPE_CODES)}")
     found, wanted = idx.stat().st_size, HEADER.size + 12 * sequences + 8 * entries
     if entries < 1 or found < wanted:
         content = f"{sequences} sequences, {entries} document indices"
-        raise InputError(f"{idx}: truncated: found {found} bytes; wanted {wanted} ({content})")
+        raise InputError(f"{idx}: truncated: found {found} bytes; expected {wanted} ({content})")
     return DTYPE_CODES[code], sequences, entries
 
 

@@ -18,7 +18,7 @@ from megatron_cpt.data.merge import find_prefixes
 from megatron_cpt.data.mixture_inspection import MixtureQuestions, inspect_mixture
 from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.errors import InputError
-from megatron_cpt.screen import wide_console
+from megatron_cpt.screen import counted, wide_console
 from megatron_cpt.tokenizer import load_tokenizer
 
 MOST = 1 << 40
@@ -53,9 +53,9 @@ class InspectConfig:
         for name, least in bounds.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise InputError(f"{name} is {value}; wanted {least} or more")
+                raise InputError(f"{name} is {value}; expected {least} or more")
             if value is not None and value > MOST:
-                raise InputError(f"{name} is {value}; wanted at most 2**40")
+                raise InputError(f"{name} is {value}; expected at most 2**40")
 
 
 def inspect_data(config: InspectConfig) -> None:
@@ -91,7 +91,7 @@ def inspect_data(config: InspectConfig) -> None:
 def _questions(config: InspectConfig, inputs: Sequence[str]) -> MixtureQuestions:
     """What is asked of a mixture. InputError: several, or what can be asked of corpora only."""
     if len(inputs) > 1:
-        raise InputError(f"input {', '.join(inputs)}: found a mixture among {len(inputs)} inputs; wanted it alone")
+        raise InputError(f"input {', '.join(inputs)}: found a mixture among {len(inputs)} inputs; expected it alone")
     if config.check or config.document not in ([], ()):
         raise InputError(f"input {inputs[0]}: check and document are for corpora, not for a mixture")
     at = (config.at,) if isinstance(config.at, int) else tuple(config.at)
@@ -113,7 +113,7 @@ def describe(corpus: IndexedCorpus, manifest: CorpusManifest | None) -> Table:
     size = corpus.num_tokens * corpus.dtype.itemsize
     table.add_row("documents", Text(f"{corpus.num_documents:,}"))
     table.add_row("tokens", Text(f"{corpus.num_tokens:,} of {corpus.dtype} ({size / 1e6:,.1f} MB)"))
-    lengths = corpus.sequence_lengths
+    lengths = corpus.lengths()
     if lengths.size:
         quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int).tolist()
         table.add_row("tokens/document", Text(" / ".join(f"{q:,}" for q in quantiles) + "  (min, 10 %, median, 90 %, max)"))
@@ -143,7 +143,8 @@ def describe(corpus: IndexedCorpus, manifest: CorpusManifest | None) -> Table:
     table.add_row("encoded by", Text(manifest.encoder))
     for source in manifest.sources[:20]:
         checksum = f", sha256 {source.sha256[:12]}" if source.sha256 else ""
-        table.add_row("input", Text(f"{source.path}: {source.documents:,} documents, {source.bytes:,} bytes{checksum}"))
+        documents = counted(source.documents, "document")
+        table.add_row("input", Text(f"{source.path}: {documents}, {source.bytes:,} bytes{checksum}"))
     if len(manifest.sources) > 20:
         table.add_row("input", Text(f"... {len(manifest.sources) - 20:,} more"))
     table.add_row("command", Text(manifest.command))
@@ -192,12 +193,12 @@ def _print_document(
     """One document: where it is, its metadata and its text."""
     count = corpus.num_documents
     if not -count <= number < count:
-        raise InputError(f"document {number} of {corpus.prefix}: wanted one of its {count:,} documents, 0 to {count - 1}")
+        raise InputError(f"document {number} of {corpus.prefix}: expected one of its {count:,} documents, 0 to {count - 1}")
     number %= count
     path = tokenizer or (manifest.tokenizer.path if manifest else None)
     if path is None:
-        raise InputError(f"{corpus.prefix}: has no manifest to name its tokenizer; wanted the setting tokenizer")
-    first, last = corpus.document_indices[number : number + 2].tolist()
+        raise InputError(f"{corpus.prefix}: has no manifest to name its tokenizer; expected the setting tokenizer")
+    first, last = corpus.documents(number, number + 2).tolist()
     if not 0 <= first <= last <= len(corpus):
         raise InputError(
             f"{corpus.prefix}.idx: document {number} is said to be sequences {first} to {last} of {len(corpus)}"
@@ -206,7 +207,7 @@ def _print_document(
     known = load_tokenizer(path)
     if ids and max(ids) >= known.vocab_size:
         raise InputError(f"{corpus.prefix}: document {number} has id {max(ids)}; {path} has only {known.vocab_size} tokens")
-    console.rule(Text(f"{corpus.prefix}, document {number:,}: {len(ids):,} tokens"), align="left")
+    console.rule(Text(f"{corpus.prefix}, document {number:,}: {counted(len(ids), 'token')}"), align="left")
     for text in (_metadata(corpus.prefix, number), known.decode(ids)):
         if text:
             print(text)  # as it is: no wrapping
@@ -255,28 +256,29 @@ def check(
         yield "every document ends with eos", _wrong_ends(corpus, manifest.tokenizer.eos_id)
     counts = (corpus.num_documents, corpus.num_tokens)
     wanted = (manifest.documents, manifest.tokens)
-    yield "documents and tokens as in the manifest", None if counts == wanted else f"found {counts}; wanted {wanted}"
+    yield "documents and tokens as in the manifest", None if counts == wanted else f"found {counts}; expected {wanted}"
     for name, info in manifest.files.items():
         found = sha256_file(f"{corpus.prefix}.{name}")
         yield (
             f"sha256 of .{name} as in the manifest",
-            None if found == info.sha256 else f"found {found}; wanted {info.sha256}",
+            None if found == info.sha256 else f"found {found}; expected {info.sha256}",
         )
 
 
 def _wrong_pointers(corpus: IndexedCorpus) -> str | None:
     position = 0
     for start in range(0, len(corpus), CHUNK):
-        lengths = corpus.sequence_lengths[start : start + CHUNK].astype(np.int64)
+        lengths = corpus.lengths(slice(start, start + CHUNK)).astype(np.int64)
         if lengths.min() < 0:
             return f"sequence {start + int(lengths.argmin())} has {lengths.min()} tokens"
         ends = np.cumsum(lengths) * corpus.dtype.itemsize + position
-        wrong = np.flatnonzero(corpus.sequence_pointers[start : start + CHUNK] != ends - lengths * corpus.dtype.itemsize)
+        pointers = corpus.pointers(slice(start, start + CHUNK))
+        wrong = np.flatnonzero(pointers != ends - lengths * corpus.dtype.itemsize)
         if wrong.size:
-            found = int(corpus.sequence_pointers[start + wrong[0]])
+            found = int(pointers[wrong[0]])
             return f"sequence {start + wrong[0]} begins at byte {found}, not where the one before ends"
         position = int(ends[-1])
-    steps = np.diff(corpus.document_indices)
+    steps = np.diff(corpus.documents(0, corpus.num_documents + 1))
     return f"document {int(steps.argmin())} has {steps.min()} sequences" if steps.size and steps.min() < 0 else None
 
 
@@ -284,7 +286,7 @@ def _token_range(corpus: IndexedCorpus) -> tuple[int, int]:
     """(lowest, highest) id; (0, -1) for none."""
     lowest, highest = 0, -1
     for start in range(0, corpus.num_tokens, CHUNK):
-        some = corpus.tokens[start : start + CHUNK]
+        some = corpus.read(start, min(CHUNK, corpus.num_tokens - start))
         lowest, highest = min(lowest, int(some.min())), max(highest, int(some.max()))
     return lowest, highest
 
@@ -294,10 +296,10 @@ def _wrong_ends(corpus: IndexedCorpus, eos_id: int) -> str | None:
     if not corpus.num_tokens:
         return "no document has a token" if len(corpus) else None
     for start in range(0, len(corpus), CHUNK):
-        lengths = corpus.sequence_lengths[start : start + CHUNK].astype(np.int64)
-        last = corpus.sequence_pointers[start : start + CHUNK] // corpus.dtype.itemsize + lengths - 1
+        lengths = corpus.lengths(slice(start, start + CHUNK)).astype(np.int64)
+        last = corpus.pointers(slice(start, start + CHUNK)) // corpus.dtype.itemsize + lengths - 1
         inside = (last >= 0) & (last < corpus.num_tokens) & (lengths > 0)
-        wrong = np.flatnonzero(~inside | (corpus.tokens[np.where(inside, last, 0)] != eos_id))
+        wrong = np.flatnonzero(~inside | (corpus.tokens_at(np.where(inside, last, 0)) != eos_id))
         if wrong.size:
             return f"document {start + int(wrong[0])} does not ({wrong.size:,} of {lengths.size:,})"
     return None

@@ -97,7 +97,7 @@ def array_elements(stream: IO[bytes], name: str) -> Iterator[bytes]:
     """The elements of a JSON array, without line breaks. InputError names the file `name`: damaged, or cut short."""
     window = _Window(stream, name)
     if window.symbol() != "[":
-        raise InputError(f"{name}: does not begin with [; wanted a JSON array")
+        raise InputError(f"{name}: does not begin with [; expected a JSON array")
     number = 0
     mark = window.symbol()
     window.at -= mark != "]"
@@ -107,6 +107,8 @@ def array_elements(stream: IO[bytes], name: str) -> Iterator[bytes]:
         mark = window.symbol()
         if mark not in (",", "]"):
             found = repr(mark) if mark else "the end of the file"
-            raise InputError(f"{name}: found {found} after element {number} of the JSON array; wanted , or ]")
+            raise InputError(f"{name}: found {found} after element {number} of the JSON array; expected , or ]")
     if rest := window.symbol():
-        raise InputError(f"{name}: found {rest!r} after the end of the JSON array; wanted one array, or an object per line")
+        raise InputError(
+            f"{name}: found {rest!r} after the end of the JSON array; expected one array, or an object per line"
+        )

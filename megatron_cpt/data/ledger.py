@@ -9,6 +9,7 @@ from fractions import Fraction
 from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.stages import Schedule
 from megatron_cpt.errors import InputError
+from megatron_cpt.screen import counted
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,20 @@ def make_ledger(mixture: Mixture, schedule: Schedule, run_samples: int, first_sa
         stages=tuple(stages),
         rows=tuple(rows),
         languages=languages,
+    )
+
+
+def unreached(mixture: Mixture, schedule: Schedule, run_samples: int) -> str | None:
+    """What to say where the run ends before the last stages begin; None: it reaches all of them."""
+    late = [
+        (stage.name, start) for stage, start in zip(mixture.stages, schedule.starts, strict=True) if start >= run_samples
+    ]
+    if not late:
+        return None
+    names, (_, start) = ", ".join(name for name, _ in late), late[0]
+    return (
+        f"{mixture.path}: the run ends after {counted(run_samples, 'sample')}, and stage {names} would begin at sample "
+        f"{start:,}: never reached; give the stages before it less, or train longer"
     )
 
 

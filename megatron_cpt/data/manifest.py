@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import orjson
 
 from megatron_cpt.data.indexed import atomic_file
-from megatron_cpt.data.sources import printable
+from megatron_cpt.data.sources import parse_partition, printable
 from megatron_cpt.errors import InputError
+from megatron_cpt.screen import counted
 from megatron_cpt.tokenizer.base import Tokenizer, token_bytes_sha256
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256, lost_letters
 from megatron_cpt.version import __version__
@@ -126,6 +127,11 @@ class CorpusManifest:
     format_version: int = FORMAT_VERSION
 
 
+def size_of(manifest: CorpusManifest) -> str:
+    """How large a corpus is, as in `80 documents, 4,012 tokens`."""
+    return f"{counted(manifest.documents, 'document')}, {counted(manifest.tokens, 'token')}"
+
+
 def versions(libraries: Sequence[str]) -> dict[str, str]:
     """The versions of this package, Python and those of `libraries` that are installed."""
     found = {"megatron_cpt": __version__, "python": platform.python_version()}
@@ -151,25 +157,26 @@ def read_manifest(prefix: str) -> CorpusManifest:
     """The manifest of the corpus `prefix`. InputError: missing, not JSON, another version, a field missing or wrong."""
     path = manifest_path(prefix)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; wanted the manifest that preprocessing writes beside {prefix}.bin")
+        raise InputError(f"{path}: no such file; expected the manifest that preprocessing writes beside {prefix}.bin")
     try:
         content = orjson.loads(path.read_bytes())
     except orjson.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); wanted a corpus manifest") from None
+        raise InputError(f"{path}: not valid JSON ({error}); expected a corpus manifest") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
-        raise InputError(f"{path}: format_version is {version!r}; wanted {FORMAT_VERSION} (preprocess the corpus again)")
+        raise InputError(f"{path}: format_version is {version!r}; expected {FORMAT_VERSION} (preprocess the corpus again)")
     manifest = _build(CorpusManifest, content, f"{path}: ")
     for name in ("bin", "idx"):
         if name not in manifest.files:
             raise InputError(f"{path}: files.{name} is missing")
+    parse_partition(manifest.partition, f"{path}: ")
     return manifest
 
 
 def _build(record: type[Record], values: Any, where: str) -> Record:
     """A dataclass from JSON values; `where` is "FILE: field." for messages. Fields we do not know are ignored."""
     if not isinstance(values, dict):
-        raise InputError(f"{where.rstrip('. ')} is {type(values).__name__}; wanted an object")
+        raise InputError(f"{where.rstrip('. ')} is {type(values).__name__}; expected an object")
     hints = typing.get_type_hints(record)
     found = {}
     for one in fields(record):  # type: ignore[arg-type]
@@ -189,7 +196,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if wanted is float and isinstance(value, int):
         value = float(value)
     if not isinstance(value, wanted) or isinstance(value, bool):
-        raise InputError(f"{where} is {value!r}; wanted {getattr(wanted, '__name__', wanted)}")
+        raise InputError(f"{where} is {value!r}; expected {getattr(wanted, '__name__', wanted)}")
     if wanted is list:
         return [_value(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     if wanted is dict:

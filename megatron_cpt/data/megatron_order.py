@@ -220,8 +220,8 @@ class MegatronOrder:
     every corpus (8 more for large ones), 10 for each sample of a blend; up to twice that of one corpus while it is built.
 
     Args:
-        document_lengths: for each corpus int32 (documents,), tokens of each: `IndexedCorpus.sequence_lengths`, which may
-            stay memory-mapped. Of a corpus that Megatron-LM split (`--split`), the documents of the training part only
+        document_lengths: for each corpus int32 (documents,), tokens of each: `IndexedCorpus.lengths`. Of a corpus that
+            Megatron-LM split (`--split`), the documents of the training part only
         weights: of each corpus, on any scale
         num_samples: samples of the run, Megatron-LM's train_iters * global_batch_size or train_samples
         seq_length: tokens of a sample, without the extra one
@@ -330,30 +330,30 @@ def _check_numbers(num_samples: int, seq_length: int, seed: int, threads: int, s
         ("mid_level_dataset_surplus", surplus, 0, 1000),
     ):
         if not low <= value <= high:
-            raise InputError(f"{name} is {value}; wanted {low} to {high}")
+            raise InputError(f"{name} is {value}; expected {low} to {high}")
 
 
 def _check_corpora(document_lengths: Sequence[np.ndarray], weights: Sequence[float]) -> None:
     if not 1 <= len(document_lengths) <= MAX_CORPORA or len(document_lengths) != len(weights):
         found = f"{len(document_lengths)} corpora and {len(weights)} weights"
-        raise InputError(f"{found}; wanted as many of each, from 1 to {MAX_CORPORA}")
+        raise InputError(f"{found}; expected as many of each, from 1 to {MAX_CORPORA}")
     for corpus, (lengths, weight) in enumerate(zip(document_lengths, weights, strict=True)):
         if not 0 < weight < math.inf:
-            raise InputError(f"weight of corpus {corpus} is {weight}; wanted a number above 0")
+            raise InputError(f"weight of corpus {corpus} is {weight}; expected a number above 0")
         if lengths.ndim != 1 or lengths.dtype != np.int32:
             found = f"{lengths.dtype} of shape {lengths.shape}"
-            raise InputError(f"document lengths of corpus {corpus} are {found}; wanted int32 (documents,)")
+            raise InputError(f"document lengths of corpus {corpus} are {found}; expected int32 (documents,)")
         if lengths.size > INT32_MAX:
-            raise InputError(f"corpus {corpus} has {lengths.size} documents; wanted at most {INT32_MAX}, Megatron's limit")
+            raise InputError(f"corpus {corpus} has {lengths.size} documents; expected at most {INT32_MAX}, Megatron's limit")
         if lengths.size == 0 or lengths.min() < 0 or lengths.max() == 0:
             found = f"{lengths.size} documents of {lengths.min(initial=0)} to {lengths.max(initial=0)} tokens"
-            raise InputError(f"corpus {corpus} has {found}; wanted tokens in at least one, and no negative number in any")
+            raise InputError(f"corpus {corpus} has {found}; expected tokens in at least one, and no negative number in any")
 
 
 def _check_blend(dataset_index: np.ndarray, corpora: Sequence[CorpusIndex], surplus: float) -> None:
     for corpus, taken in enumerate(np.bincount(dataset_index, minlength=len(corpora)).tolist()):
         if taken > len(corpora[corpus]):
             raise InputError(
-                f"the blend takes {taken} samples of corpus {corpus}; wanted at most {len(corpora[corpus])}, which is what "
-                f"Megatron-LM builds with mid_level_dataset_surplus {surplus}"
+                f"the blend takes {taken} samples of corpus {corpus}; expected at most {len(corpora[corpus])}, which is "
+                f"what Megatron-LM builds with mid_level_dataset_surplus {surplus}"
             )

@@ -18,17 +18,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from megatron_cpt.data.holdout import RECORD
 from megatron_cpt.data.indexed import IndexedCorpus
-from megatron_cpt.data.manifest import CorpusManifest, SourceInfo, read_manifest
+from megatron_cpt.data.manifest import CorpusManifest, SourceInfo, read_manifest, size_of
 from megatron_cpt.data.partial import lock, partial_folder, read_state, writing
 from megatron_cpt.data.preprocess import interruptible
-from megatron_cpt.data.preprocess_config import parse_partition
 from megatron_cpt.data.progress import Meter, meter, rates
 from megatron_cpt.data.publish import check_output, complete, publish
-from megatron_cpt.data.sources import printable, sha256_file
+from megatron_cpt.data.sources import parse_partition, printable, sha256_file
 from megatron_cpt.errors import InputError
+from megatron_cpt.screen import counted
 
 COPY_BYTES = 8 << 20
+MOST_NAMED = 8  # of corpora or partitions in a message
 SUFFIX = re.compile(r"\.(bin|idx|json)$")
 
 
@@ -48,9 +52,9 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         if not os.path.basename(self.output_prefix):
-            raise InputError(f"output_prefix is {self.output_prefix!r}; wanted a name, as in data/zh")
+            raise InputError(f"output_prefix is {self.output_prefix!r}; expected a name, as in data/zh")
         if self.shuffle_documents is not None and not 0 <= self.shuffle_documents < 2**64:
-            raise InputError(f"shuffle_documents is {self.shuffle_documents}; wanted a seed from 0 to 2^64 - 1")
+            raise InputError(f"shuffle_documents is {self.shuffle_documents}; expected a seed from 0 to 2^64 - 1")
 
 
 def merge_datasets(config: MergeConfig) -> str:
@@ -62,9 +66,11 @@ def merge_datasets(config: MergeConfig) -> str:
     began, prefix = time.monotonic(), os.path.expanduser(config.output_prefix)
     prefixes = find_prefixes([config.input] if isinstance(config.input, str) else config.input, prefix)
     if os.path.realpath(prefix) in map(os.path.realpath, prefixes):
-        raise InputError(f"output_prefix {prefix} is one of the inputs; wanted another name")
+        raise InputError(f"output_prefix {prefix} is one of the inputs; expected another name")
     manifests = [read_manifest(name) for name in prefixes]
     _check(prefixes, manifests)
+    for note in _repeated(prefixes, manifests):
+        print(note, file=sys.stderr)
     holdout = _asked(manifests[0])
     check_output(prefix, config.overwrite, holdout is not None)
     folder = partial_folder(prefix)
@@ -89,13 +95,18 @@ def merge_datasets(config: MergeConfig) -> str:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+    print(_summary(prefixes, merged, seconds), file=sys.stderr)
+    return path
+
+
+def _summary(prefixes: Sequence[str], merged: Sequence[CorpusManifest], seconds: float) -> str:
+    """The last line on the screen; `merged`: the corpus, and what was held out of it."""
     size, documents, tokens = (
         sum(sizes) for sizes in zip(*((m.files["bin"].bytes, m.documents, m.tokens) for m in merged), strict=True)
     )
-    speed = rates(size, documents, seconds, "tokens")
-    aside = "".join(f"; held out: {part.documents:,} documents, {part.tokens:,} tokens" for part in merged[1:])
-    print(f"{len(prefixes)} corpora, {documents:,} documents, {tokens:,} tokens, {speed}{aside}", file=sys.stderr)
-    return path
+    counts = [counted(len(prefixes), "corpus", "corpora"), counted(documents, "document"), counted(tokens, "token")]
+    aside = "".join(f"; held out: {size_of(part)}" for part in merged[1:])
+    return f"{', '.join(counts)}, {rates(size, documents, seconds, 'tokens')}{aside}"
 
 
 def _asked(manifest: CorpusManifest) -> str | None:
@@ -119,7 +130,7 @@ def find_prefixes(patterns: Sequence[str], output: str | None = None) -> list[st
         else:
             matches = [SUFFIX.sub("", match) for match in partitions or sorted(glob.glob(stem + ".idx"))]
         if not matches:
-            raise InputError(f"input {pattern}: found no corpus; wanted a path such that PATH.idx exists, or a glob")
+            raise InputError(f"input {pattern}: found no corpus; expected a path such that PATH.idx exists, or a glob")
         for match in matches:
             found.setdefault(os.path.realpath(match), match)
     return list(found.values())
@@ -132,16 +143,46 @@ def _check(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> None
         for name in ("dtype", "eos", "bos", "language"):
             found, wanted = getattr(manifest, name), getattr(first, name)
             if found != wanted:
-                raise InputError(f"{prefix}.json: {name} is {found!r}; wanted {wanted!r} as in {prefixes[0]}.json")
+                raise InputError(f"{prefix}.json: {name} is {found!r}; expected {wanted!r} as in {prefixes[0]}.json")
         if manifest.tokenizer.fingerprint != first.tokenizer.fingerprint:
             found, wanted = (f"{m.tokenizer.name} (end of document: id {m.tokenizer.eos_id})" for m in (manifest, first))
             raise InputError(
-                f"{prefix}.json: made with tokenizer {found}; wanted {wanted}, the same file, as in {prefixes[0]}.json"
+                f"{prefix}.json: made with tokenizer {found}; expected {wanted}, the same file, as in {prefixes[0]}.json"
             )
         if Path(prefix + ".metadata.jsonl").exists() != Path(prefixes[0] + ".metadata.jsonl").exists():
-            raise InputError(f"{prefix}: some corpora have .metadata.jsonl and some have none; wanted all or none")
+            raise InputError(f"{prefix}: some corpora have .metadata.jsonl and some have none; expected all or none")
     _check_partitions(prefixes, manifests)
     _check_holdouts(prefixes, manifests)
+
+
+def _repeated(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> list[str]:
+    """A warning where corpora were made of the same file, but for partitions, which divide it among them."""
+    seen: dict[tuple[str | int, ...], str] = {}
+    notes: dict[tuple[str, str], str] = {}
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        for source in manifest.sources if manifest.partition is None else []:
+            if source.documents:
+                key = (source.sha256,) if source.sha256 else (source.path, source.bytes)
+                first = seen.setdefault(key, prefix)
+                if first != prefix:
+                    said = f"WARNING: {first} and {prefix} were both made from {source.path}: its documents are joined twice"
+                    notes.setdefault((first, prefix), said)
+    return list(notes.values())
+
+
+def _check_documents(prefix: str, manifest: CorpusManifest) -> None:
+    """InputError unless PREFIX.documents, by which documents are chosen to be held out, is what preprocessing wrote."""
+    path = Path(prefix + ".documents")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected what preprocess_data.py --holdout writes beside {prefix}.bin")
+    size, expected = path.stat().st_size, manifest.documents * RECORD.itemsize
+    if size != expected:
+        raise InputError(f"{path}: found {size:,} bytes; expected {expected:,} ({manifest.documents:,} documents)")
+    records = np.fromfile(path, RECORD)
+    for name in ("text_bytes", "characters"):
+        found, expected = int(records[name].sum()), getattr(manifest, name)
+        if found != expected:
+            raise InputError(f"{path}: damaged: found {found:,} {name}; expected {expected:,}, as in {prefix}.json")
 
 
 def _check_holdouts(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> None:
@@ -150,10 +191,13 @@ def _check_holdouts(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]
     sides = [(manifest.holdout or "").partition(":")[0] == "holdout" for manifest in manifests]
     for prefix, holdout, side in zip(prefixes, asked, sides, strict=True):
         if holdout != asked[0]:
-            raise InputError(f"{prefix}.json: holdout is {holdout}; wanted {asked[0]} as in {prefixes[0]}.json")
+            raise InputError(f"{prefix}.json: holdout is {holdout}; expected {asked[0]} as in {prefixes[0]}.json")
         if side != sides[0]:
             what = "was held out for validation" if side else "is a corpus to train on"
-            raise InputError(f"{prefix} {what}, unlike {prefixes[0]}; wanted one or the other")
+            raise InputError(f"{prefix} {what}, unlike {prefixes[0]}; expected one or the other")
+    if asked[0] is not None:
+        for prefix, manifest in zip(prefixes, manifests, strict=True):
+            _check_documents(prefix, manifest)
 
 
 def _check_partitions(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> None:
@@ -164,18 +208,26 @@ def _check_partitions(prefixes: Sequence[str], manifests: Sequence[CorpusManifes
     count = partitions[0][1]
     if len(partitions) != len(manifests) or any(n != count for _, n in partitions):
         found = [manifest.partition or "no partition" for manifest in manifests]
-        raise InputError(f"input {', '.join(prefixes)}: found partitions {found}; wanted all of one input and nothing else")
+        raise InputError(
+            f"input {_some(prefixes)}: found partitions {_some(found)}; expected all of one input and nothing else"
+        )
     inputs = [[(source.path, source.bytes) for source in manifest.sources] for manifest in manifests]
     for prefix, its_input in zip(prefixes, inputs, strict=True):
         if its_input != inputs[0]:
             raise InputError(
-                f"{prefix}.json: a partition of another input than {prefixes[0]}.json; wanted those of one input"
+                f"{prefix}.json: a partition of another input than {prefixes[0]}.json; expected those of one input"
             )
     found_numbers = [index for index, _ in partitions]
     if found_numbers != list(range(count)):
         missing = sorted(set(range(count)) - set(found_numbers))
-        what = f"partitions {missing} are missing" if missing else f"partitions come as {found_numbers}"
-        raise InputError(f"input {', '.join(prefixes)}: {what}; wanted 0 to {count - 1} in order")
+        what = f"without partitions {_some(missing)}" if missing else f"found partitions {_some(found_numbers)}"
+        raise InputError(f"input {_some(prefixes)}: {what}; expected 0 to {count - 1} in order")
+
+
+def _some(things: Sequence[object]) -> str:
+    """The first few of them, for a message."""
+    more = len(things) - MOST_NAMED
+    return ", ".join(map(str, things[:MOST_NAMED])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _copy(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], folder: Path, shown: Meter) -> str:
@@ -187,7 +239,7 @@ def _copy(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], folder: 
             if (corpus.num_documents, corpus.num_tokens) != (manifest.documents, manifest.tokens):
                 found = f"{corpus.num_documents} documents, {corpus.num_tokens} tokens"
                 raise InputError(
-                    f"{prefix}.idx: found {found}; wanted {manifest.documents} and {manifest.tokens} ({prefix}.json)"
+                    f"{prefix}.idx: found {found}; expected {manifest.documents} and {manifest.tokens} ({prefix}.json)"
                 )
             _check_digest(prefix, "idx", sha256_file(prefix + ".idx"), manifest)
             its_digest = hashlib.sha256()
@@ -198,25 +250,37 @@ def _copy(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], folder: 
                     its_digest.update(data)
                     shown.advance(len(data), 0)
             _check_digest(prefix, "bin", its_digest.hexdigest(), manifest)
-            lengths.write(corpus.sequence_lengths.tobytes())
+            for start in range(0, len(corpus), COPY_BYTES):
+                lengths.write(corpus.lengths(slice(start, start + COPY_BYTES)).tobytes())
         for written in (tokens, lengths):
             written.flush()
             os.fsync(written.fileno())
-    for name in ("metadata.jsonl", "errors.jsonl", "documents"):
-        parts = [Path(f"{prefix}.{name}") for prefix in prefixes]
-        if any(part.exists() for part in parts):
-            with (folder / ("documents.bin" if name == "documents" else name)).open("wb") as output:
-                for part in parts:
-                    if part.exists():
-                        with part.open("rb") as stream:
-                            shutil.copyfileobj(stream, output, COPY_BYTES)
+    _copy_beside(prefixes, manifests, folder)
     return digest.hexdigest()
+
+
+def _copy_beside(prefixes: Sequence[str], manifests: Sequence[CorpusManifest], folder: Path) -> None:
+    """Append the files beside the corpora. InputError: not a line of metadata for each document."""
+    for name in ("metadata.jsonl", "errors.jsonl", "documents"):
+        found = [(Path(f"{prefix}.{name}"), manifest) for prefix, manifest in zip(prefixes, manifests, strict=True)]
+        parts = [(path, manifest) for path, manifest in found if path.exists()]
+        if not parts:
+            continue
+        with (folder / ("documents.bin" if name == "documents" else name)).open("wb") as output:
+            for path, manifest in parts:
+                lines = 0
+                with path.open("rb") as stream:
+                    while data := stream.read(COPY_BYTES):
+                        output.write(data)
+                        lines += data.count(b"\n")
+                if name == "metadata.jsonl" and lines != manifest.documents:
+                    raise InputError(f"{path}: found {lines:,} lines; expected {manifest.documents:,}, one a document")
 
 
 def _check_digest(prefix: str, name: str, found: str, manifest: CorpusManifest) -> None:
     wanted = manifest.files[name].sha256
     if found != wanted:
-        raise InputError(f"{prefix}.{name}: damaged: sha256 is {found}; wanted {wanted} as in {prefix}.json")
+        raise InputError(f"{prefix}.{name}: damaged: sha256 is {found}; expected {wanted} as in {prefix}.json")
 
 
 def merge_manifests(manifests: Sequence[CorpusManifest], shuffle_seed: int | None, seconds: float) -> CorpusManifest:

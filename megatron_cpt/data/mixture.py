@@ -112,7 +112,7 @@ class Mixture:
         weights = shares(schedule.plans[0])
         if set(weights) != set(range(len(self.corpora))):
             raise InputError(f"{self.path}: data.order megatron wants a share above 0 for every corpus; leave out others")
-        lengths = [corpus.data.sequence_lengths for corpus in self.corpora]
+        lengths = [corpus.data.lengths() for corpus in self.corpora]
         floats = [float(weights[place]) for place in range(len(self.corpora))]
         try:
             order = MegatronOrder(lengths, floats, run_samples, self.seq_length, self.seed, threads)

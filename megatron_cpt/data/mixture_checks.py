@@ -7,33 +7,53 @@ import os
 from megatron_cpt.data.curation_origins import common_origin
 from megatron_cpt.data.holdout import are_apart
 from megatron_cpt.data.mixture import Corpus, Mixture
-from megatron_cpt.errors import InputError
+from megatron_cpt.data.sources import parse_partition
+from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.screen import counted
 
 MAX_TOKENS = 1 << 62
 
 
 def check_mixture(mixture: Mixture) -> None:
-    """What no single corpus can tell: enough text, one tokenizer, names, and nothing both trained on and validated with."""
-    _check_budgets(mixture)
+    """What no single corpus can tell: enough text, one tokenizer, names, and nothing both trained on and validated with.
+
+    Raises:
+        InputError: one of it is wrong; InputErrors: several are
+    """
+    refusals = Refusals()
+    with refusals.noted():
+        _check_budgets(mixture)
     for corpus in mixture.corpora + mixture.validation:
-        if corpus.num_samples(mixture.seq_length) < 1:
-            raise InputError(
-                f"{corpus.prefix}.bin has {corpus.data.num_tokens} tokens; one sample at seq_length "
-                f"{mixture.seq_length} takes {mixture.seq_length + 1}"
-            )
-        first, other = mixture.manifest.tokenizer, corpus.manifest.tokenizer
-        if other.fingerprint != first.fingerprint:
-            raise InputError(
-                f"{corpus.prefix}.json was made with tokenizer {other.name} ({other.path}, {other.vocab_size} tokens) but "
-                f"{mixture.corpora[0].prefix}.json with {first.name} ({first.path}, {first.vocab_size} tokens)"
-            )
+        with refusals.noted():
+            _check_length(mixture, corpus)
+        with refusals.noted():
+            _check_tokenizer(mixture, corpus)
     names = [corpus.name for corpus in mixture.validation]  # what the metrics know them by
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{mixture.path}: two validation sets are named {name!r}; set different names")
+            refusals.add(InputError(f"{mixture.path}: two validation sets are named {name!r}; set different names"))
     for corpus in mixture.validation:
         for training in mixture.corpora:
-            _check_apart(mixture.path, training, corpus)
+            with refusals.noted():
+                _check_apart(mixture.path, training, corpus)
+    refusals.raise_any()
+
+
+def _check_length(mixture: Mixture, corpus: Corpus) -> None:
+    if corpus.num_samples(mixture.seq_length) < 1:
+        raise InputError(
+            f"{mixture.path}: seq_length is {mixture.seq_length} but {corpus.prefix}.bin has only "
+            f"{counted(corpus.data.num_tokens, 'token')}; expected {mixture.seq_length + 1} or more, for one sample"
+        )
+
+
+def _check_tokenizer(mixture: Mixture, corpus: Corpus) -> None:
+    first, other = mixture.manifest.tokenizer, corpus.manifest.tokenizer
+    if other.fingerprint != first.fingerprint:
+        raise InputError(
+            f"{corpus.prefix}.json was made with tokenizer {other.name} ({other.path}, {other.vocab_size} tokens) but "
+            f"{mixture.corpora[0].prefix}.json with {first.name} ({first.path}, {first.vocab_size} tokens)"
+        )
 
 
 def _check_budgets(mixture: Mixture) -> None:
@@ -75,7 +95,7 @@ def _check_apart(path: str, training: Corpus, validation: Corpus) -> None:
     if ours.files["bin"].sha256 == theirs.files["bin"].sha256:
         raise InputError(f"{path}: {validation.prefix}.bin and {training.prefix}.bin, of a training corpus, are equal")
     if ours.partition and theirs.partition:
-        (mine, count), (other, other_count) = ours.partition.split("/"), theirs.partition.split("/")
+        (mine, count), (other, other_count) = parse_partition(ours.partition), parse_partition(theirs.partition)
         if mine != other and count == other_count:
             return  # different parts of one input
     if are_apart(ours.holdout, theirs.holdout):

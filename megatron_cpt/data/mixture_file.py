@@ -28,7 +28,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.manifest import CorpusManifest, read_manifest
@@ -36,8 +36,9 @@ from megatron_cpt.data.mixture import GROUPS, Corpus, GroupName, Mixture
 from megatron_cpt.data.mixture_checks import check_mixture
 from megatron_cpt.data.sampling.splitters import Group
 from megatron_cpt.data.stages import AlmrPart, MixtureStage
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.input_files import amount, load_yaml, number, shown, text_of
+from megatron_cpt.language_codes import check_language
 
 MOST_WHOLE = 2**63 - 1  # of a number that the native order takes
 TOKENS = "a number of tokens above 0, as 2_000_000_000 or 2B"
@@ -48,20 +49,25 @@ def load_mixture(path: str) -> Mixture:
     """Read and check a mixture file, opening every corpus it names.
 
     Raises:
-        InputError: naming the file, the field, the value found and the value wanted
+        InputError: naming the file, the field, the value found and the value expected; InputErrors: several of them
     """
-    fields = read_mixture_fields(path)
-    _refuse_unknown(path, "", fields, {"seq_length", "seed", "almr", "stages", "validation", *GROUPS})
-    reader = _Reader(path)
-    stages = reader.stages(fields)
-    mixture = Mixture(
-        path=path,
-        seq_length=_integer(path, fields, "seq_length", minimum=1),
-        seed=_integer(path, fields, "seed", minimum=0),
-        corpora=tuple(reader.corpora),
-        stages=tuple(stages),
-        validation=tuple(reader.validation(fields.get("validation"))),
-    )
+    fields, refusals = read_mixture_fields(path), Refusals()
+    reader = _Reader(path, refusals)
+    with refusals.noted():
+        _refuse_unknown(path, "", fields, {"seq_length", "seed", "almr", "stages", "validation", *GROUPS})
+    numbers = {"seq_length": 1, "seed": 0}
+    for name, minimum in numbers.items():
+        with refusals.noted():
+            numbers[name] = _integer(path, fields, name, minimum)
+    drafts = reader.drafts(fields)
+    validation = reader.validation(fields.get("validation"))
+    refusals.raise_any()
+    stages = []
+    for draft in drafts:
+        with refusals.noted():
+            stages.append(reader.stage(draft))
+    refusals.raise_any()
+    mixture = Mixture(path, **numbers, corpora=tuple(reader.corpora), stages=tuple(stages), validation=tuple(validation))
     check_mixture(mixture)
     return mixture
 
@@ -88,17 +94,19 @@ def read_seq_length(path: str) -> int:
 
 
 def _refuse_unknown(path: str, where: str, fields: dict[Any, Any], known: set[str]) -> None:
-    unknown = sorted(map(str, set(fields) - known))
-    if unknown:
+    refusals = Refusals()
+    for name in sorted(map(str, set(fields) - known)):
         has = f"{where} has unknown" if where else "unknown"
-        raise InputError(f"{path}: {has} field {unknown[0]!r}; it may have {', '.join(sorted(known))}")
+        refusals.add(InputError(f"{path}: {has} field {name!r}; it may have {', '.join(sorted(known))}"))
+    refusals.raise_any()
 
 
 def _integer(path: str, fields: dict[str, Any], name: str, minimum: int) -> int:
     value = number(fields.get(name))
     if value is None or value.denominator != 1 or not minimum <= value <= MOST_WHOLE:
         found, limits = shown(fields.get(name)), f"{minimum} or more" + (", below 2**63" if value else "")
-        raise InputError(f"{path}: {name} is {found}; use a whole number, {limits}")
+        unit = " without a unit" if value is None and amount(fields.get(name)) is not None else ""
+        raise InputError(f"{path}: {name} is {found}; use a whole number{unit}, {limits}")
     return int(value)
 
 
@@ -111,86 +119,140 @@ def _text(path: str, where: str, fields: dict[str, Any], name: str, default: str
     return text
 
 
+class _Draft(NamedTuple):
+    """A stage whose groups are not put together yet. `lists`: where the list of each group is in the file, and the list."""
+
+    name: str
+    tokens: int | None
+    fraction: Fraction | None
+    almr: tuple[AlmrPart, ...]
+    almr_at: str
+    lists: dict[GroupName, tuple[str, Any]]
+
+
 class _Reader:
-    """Opens each corpus once, whichever stages name it, and gives it its position: general ones first."""
+    """Opens each corpus once, whichever stages name it, and gives it its position: general ones first.
 
-    def __init__(self, path: str) -> None:
+    What is wrong in one place of the file does not hide what is wrong in another: `refusals` gets all of it.
+    """
+
+    def __init__(self, path: str, refusals: Refusals) -> None:
         self.path = path
+        self.refusals = refusals
         self.corpora: list[Corpus] = []
-        self._entries: dict[GroupName, list[Any]] = {name: [] for name in GROUPS}
 
-    def stages(self, fields: dict[str, Any]) -> list[MixtureStage]:
-        """All stages; what one leaves out comes from the top of the file."""
+    def drafts(self, fields: dict[str, Any]) -> list[_Draft]:
+        """All stages, with their corpora opened; what one leaves out comes from the top of the file."""
+        described: list[tuple[str, dict[str, Any]]] = []
+        with self.refusals.noted():
+            described = self._described(fields)
+        for place, stage in described:
+            with self.refusals.noted():
+                _refuse_unknown(self.path, place[:-1], stage, STAGE_FIELDS)
+        lists = [
+            {group: ((place if group in stage else "") + group, stage.get(group, fields.get(group))) for group in GROUPS}
+            for place, stage in described
+        ]
+        for group in GROUPS:  # general corpora of all stages before additional ones
+            for own in lists:
+                with self.refusals.noted():
+                    self._open(group, *own[group])
+                with self.refusals.noted():
+                    self._check_weights(*own[group])
+        if "almr" in fields:
+            with self.refusals.noted():
+                _almr(self.path, "", fields["almr"])  # also when every stage has its own
+        drafts = []
+        for i, (place, stage) in enumerate(described):
+            with self.refusals.noted():
+                tokens, fraction = self._length(place, stage, i == len(described) - 1)
+                at = place if "almr" in stage else ""
+                almr = _almr(self.path, at, stage.get("almr", fields.get("almr")))
+                name = _text(self.path, place, stage, "name", str(i + 1))
+                drafts.append(_Draft(name, tokens, fraction, almr, at, lists[i]))
+        return drafts
+
+    def _described(self, fields: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+        """(place in the file, fields) of each stage."""
         described = fields.get("stages")
         if described is None:
-            described, places = [{}], [""]
-        elif not isinstance(described, list) or not described:
+            return [("", {})]
+        if not isinstance(described, list) or not described:
             raise InputError(f"{self.path}: stages is {shown(described)}; use a list of stages with a budget and an almr")
-        else:
-            places = [f"stages[{i}]." for i in range(len(described))]
-        for place, stage in zip(places, described, strict=True):
+        stages = [(f"stages[{i}].", stage) for i, stage in enumerate(described)]
+        for place, stage in stages:
             if not isinstance(stage, dict):
                 raise InputError(f"{self.path}: {place[:-1]} is {shown(stage)}; use a stage with a budget and an almr")
-            _refuse_unknown(self.path, place[:-1], stage, STAGE_FIELDS)
-        for group in GROUPS:  # general corpora of all stages before additional ones
-            for place, stage in zip(places, described, strict=True):
-                self._open(group, (place if group in stage else "") + group, stage.get(group, fields.get(group)))
-        if "almr" in fields:
-            _almr(self.path, "", fields["almr"])  # also when every stage has its own
-        last = len(described) - 1
-        return [
-            self._stage(place, i, i == last, stage, {name: fields[name] for name in ("almr", *GROUPS) if name in fields})
-            for i, (place, stage) in enumerate(zip(places, described, strict=True))
-        ]
+        return stages
 
-    def _stage(self, place: str, position: int, is_last: bool, stage: dict[str, Any], above: dict[str, Any]) -> MixtureStage:
-        path, name = self.path, _text(self.path, place, stage, "name", str(position + 1))
-        tokens, fraction = None, None
+    def _length(self, place: str, stage: dict[str, Any], is_last: bool) -> tuple[int | None, Fraction | None]:
+        """A stage's budget in tokens, or as a part of the run."""
+        path = self.path
         if "tokens" in stage and "fraction" in stage:
             raise InputError(f"{path}: {place}tokens and {place}fraction are both given; use one of them")
         if "tokens" in stage:
             tokens = amount(stage["tokens"])
             if tokens is None or tokens <= 0:
                 raise InputError(f"{path}: {place}tokens is {shown(stage['tokens'])}; use {TOKENS}")
-        elif "fraction" in stage:
+            return tokens, None
+        if "fraction" in stage:
             fraction = number(stage["fraction"])
             if fraction is None or not 0 < fraction <= 1:
                 raise InputError(
                     f"{path}: {place}fraction is {shown(stage['fraction'])}; use a part of the run, above 0, at most 1"
                 )
-        elif not is_last:
+            return None, fraction
+        if not is_last:
             raise InputError(f"{path}: {place}tokens is missing; only the last stage may be what is left of the run")
-        where = place if "almr" in stage else ""
-        almr = _almr(path, where, stage.get("almr", above.get("almr")))
-        groups = {
-            group: self._group((place if group in stage else "") + group, stage.get(group, above.get(group)))
-            for group in GROUPS
-        }
+        return None, None
+
+    def stage(self, draft: _Draft) -> MixtureStage:
+        """A stage, when all corpora are open."""
+        groups = {group: self._group(*draft.lists[group]) for group in GROUPS}
         shares = {
-            "additional": max(max(p.first, p.last) for p in almr),
-            "general": 1 - min(min(p.first, p.last) for p in almr),
+            "additional": max(max(p.first, p.last) for p in draft.almr),
+            "general": 1 - min(min(p.first, p.last) for p in draft.almr),
         }
         for group in reversed(GROUPS):
             if shares[group] and groups[group] is None:
                 value = shares["additional"] if group == "additional" else 1 - shares["general"]
                 raise InputError(
-                    f"{path}: {where}almr {float(value):g} gives the {group} group a share of "
+                    f"{self.path}: {draft.almr_at}almr {float(value):g} gives the {group} group a share of "
                     f"{float(shares[group]):g} but it lists no corpus"
                 )
-        return MixtureStage(name, tokens, fraction, almr, groups["general"], groups["additional"])
+        return MixtureStage(draft.name, draft.tokens, draft.fraction, draft.almr, groups["general"], groups["additional"])
 
     def _open(self, group: GroupName, where: str, entries: Any) -> None:
         """Open the corpora of a list that are not open yet."""
         for place, sub_group, entry in self._flat(where, [] if entries is None else entries):
-            corpus = self._corpus(place, entry, {"prefix", "name", "weight", "max_epochs"}, group, sub_group)
-            for other in self.corpora:
-                if other.name == corpus.name:
-                    self._compare(place, corpus, other)
-                    break
-                if _same_text(other, corpus):
-                    raise InputError(f"{self.path}: {place}: {corpus.name} and {other.name} are one text; leave one out")
-            else:
-                self.corpora.append(corpus)
+            with self.refusals.noted():
+                self._add(place, self._corpus(place, entry, {"prefix", "name", "weight", "max_epochs"}, group, sub_group))
+
+    def _add(self, place: str, corpus: Corpus) -> None:
+        """Take a corpus of the entry at `place`, unless it is there already."""
+        for other in self.corpora:
+            if other.name == corpus.name:
+                self._compare(place, corpus, other)
+                return
+            if _same_text(other, corpus):
+                raise InputError(f"{self.path}: {place}: {corpus.name} and {other.name} are one text; leave one out")
+        self.corpora.append(corpus)
+
+    def _check_weights(self, where: str, entries: Any) -> None:
+        """InputError for weights that are none, or are not given to all entries of a list; also in its sub-groups."""
+        entries = [entry if isinstance(entry, dict) else {} for entry in entries] if isinstance(entries, list) else []
+        given = ["weight" in entry for entry in entries]
+        if any(given) and not all(given):
+            missing = f"{where}[{given.index(False)}]"
+            self.refusals.add(
+                InputError(f"{self.path}: {missing} has no weight but others in the group do; give all or none")
+            )
+        for i, entry in enumerate(entries):
+            weight = number(entry.get("weight", 1))
+            if weight is None or weight <= 0:
+                found = f"{where}[{i}].weight is {shown(entry['weight'])}"
+                self.refusals.add(InputError(f"{self.path}: {found}; use a number above 0, or leave the entry out"))
+            self._check_weights(f"{where}[{i}].corpora", entry.get("corpora"))
 
     def _compare(self, place: str, corpus: Corpus, other: Corpus) -> None:
         """InputError when two entries with one name are not one corpus of one group."""
@@ -210,32 +272,33 @@ class _Reader:
         seen: set[str] = set()
         for i, entry in enumerate(entries):
             place = f"{where}[{i}]"
-            if isinstance(entry, dict) and "corpora" in entry:
-                _refuse_unknown(self.path, place, entry, {"group", "weight", "corpora"})
-                inner = entry["corpora"]
-                name = text_of(entry.get("group"))
-                if name is None or not isinstance(inner, list) or not inner:
-                    raise InputError(
-                        f"{self.path}: {place} is {shown(entry)}; use a sub-group with a name (group) and corpora"
-                    )
-                nested = [e for e in inner if isinstance(e, dict) and "corpora" in e]
-                if nested:
-                    raise InputError(f"{self.path}: {place}: a sub-group inside a sub-group; use one level")
-                if name in seen:
-                    raise InputError(f"{self.path}: {place}: two sub-groups are named {name!r}; use different names")
-                seen.add(name)
-                for found, _, corpus in self._flat(f"{place}.corpora", inner):
-                    yield found, name, corpus
-            else:
+            if not (isinstance(entry, dict) and "corpora" in entry):
                 yield place, None, entry
+                continue
+            name = None
+            with self.refusals.noted():
+                name = self._sub_group(place, entry, seen)
+            if name is not None:
+                for found, _, corpus in self._flat(f"{place}.corpora", entry["corpora"]):
+                    yield found, name, corpus
+
+    def _sub_group(self, place: str, entry: dict[str, Any], seen: set[str]) -> str:
+        """The name of a sub-group, which is added to those `seen` in its list."""
+        _refuse_unknown(self.path, place, entry, {"group", "weight", "corpora"})
+        inner = entry["corpora"]
+        name = text_of(entry.get("group"))
+        if name is None or not isinstance(inner, list) or not inner:
+            raise InputError(f"{self.path}: {place} is {shown(entry)}; use a sub-group with a name (group) and corpora")
+        if any(isinstance(one, dict) and "corpora" in one for one in inner):
+            raise InputError(f"{self.path}: {place}: a sub-group inside a sub-group; use one level")
+        if name in seen:
+            raise InputError(f"{self.path}: {place}: two sub-groups are named {name!r}; use different names")
+        seen.add(name)
+        return name
 
     def _group(self, where: str, entries: Any) -> Group | None:
         """A list as the splitters want it; the corpora in it are open already."""
         entries = [] if entries is None else entries
-        given = ["weight" in entry for entry in entries]
-        if any(given) and not all(given):
-            missing = f"{where}[{given.index(False)}]"
-            raise InputError(f"{self.path}: {missing} has no weight but others in the group do; give all or none")
         members: list[int | Group] = []
         weights: list[Fraction] = []
         for i, entry in enumerate(entries):
@@ -250,13 +313,8 @@ class _Reader:
                 members.append(position)
                 tokens = self.corpora[position].data.num_tokens
             weight = number(entry.get("weight", tokens))
-            if "weight" not in entry and not tokens:
+            if not weight:  # it is checked where it is given
                 raise InputError(f"{self.path}: {place} has no tokens; leave it out")
-            if weight is None or weight <= 0:
-                found = entry["weight"]
-                raise InputError(
-                    f"{self.path}: {place}.weight is {shown(found)}; use a number above 0, or leave the entry out"
-                )
             weights.append(weight)
         if not members:
             return None
@@ -285,15 +343,22 @@ class _Reader:
             if max_epochs is None or max_epochs <= 0:
                 raise InputError(f"{path}: {where}.max_epochs is {shown(entry['max_epochs'])}; use a number above 0")
         language = _text(path, f"{where}.", entry, "language", manifest.language)
+        if entry.get("language") is not None:
+            check_language(language, f"{path}: {where}.language")
         return Corpus(name, prefix, language, manifest, data, group, sub_group, max_epochs)
 
     def validation(self, entries: Any) -> list[Corpus]:
         """The validation sets."""
         entries = [] if entries is None else entries
         if not isinstance(entries, list):
-            raise InputError(f"{self.path}: validation is {shown(entries)}; use a list of entries with a prefix")
-        known = {"prefix", "name", "language"}
-        return [self._corpus(f"validation[{i}]", entry, known) for i, entry in enumerate(entries)]
+            found = f"validation is {shown(entries)}"
+            self.refusals.add(InputError(f"{self.path}: {found}; use a list of entries with a prefix"))
+            return []
+        corpora = []
+        for i, entry in enumerate(entries):
+            with self.refusals.noted():
+                corpora.append(self._corpus(f"validation[{i}]", entry, {"prefix", "name", "language"}))
+        return corpora
 
 
 def _same_text(a: Corpus, b: Corpus) -> bool:

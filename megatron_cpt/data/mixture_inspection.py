@@ -14,13 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_cpt.data.indexed import IndexedCorpus
-from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger
+from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger, unreached
 from megatron_cpt.data.loader import read_spans
 from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.mixture_file import load_mixture
 from megatron_cpt.data.sampling.order import MAX_SAMPLES
 from megatron_cpt.data.stages import whole
 from megatron_cpt.errors import InputError
+from megatron_cpt.screen import counted
 from megatron_cpt.tokenizer import load_tokenizer
 
 LONGEST_LISTED = 5  # documents that are named of those in twice
@@ -46,7 +47,7 @@ def inspect_mixture(questions: MixtureQuestions, console: Console) -> None:
     """
     mixture = load_mixture(questions.path)
     if questions.overlap and not mixture.validation:
-        raise InputError(f"{mixture.path}: lists no validation sets; wanted some to look for in the training corpora")
+        raise InputError(f"{mixture.path}: lists no validation sets; expected some to look for in the training corpora")
     if questions.overlap:
         _print_overlap(mixture, console)
         return
@@ -55,6 +56,8 @@ def inspect_mixture(questions: MixtureQuestions, console: Console) -> None:
     if not numbers or questions.samples:
         schedule = mixture.schedule(run_samples)
         console.print(ledger_table(make_ledger(mixture, schedule, run_samples)))
+        if note := unreached(mixture, schedule, run_samples):
+            console.print(f"note: {note}")
         check_limits(mixture, schedule, run_samples)
     if numbers:
         _print_samples(mixture, max(run_samples, 1), numbers, questions, console)
@@ -109,11 +112,13 @@ def _print_samples(
 ) -> None:
     """Where samples lie, and their text."""
     if min(numbers) < 0 or max(numbers) >= MAX_SAMPLES:
-        raise InputError(f"sample {min(numbers) if min(numbers) < 0 else max(numbers)}: wanted a number from 0 to 2**62 - 1")
+        raise InputError(
+            f"sample {min(numbers) if min(numbers) < 0 else max(numbers)}: expected a number from 0 to 2**62 - 1"
+        )
     if max(numbers) >= run_samples and not questions.run_samples:
         if depends_on_length(mixture):
             raise InputError(
-                f"sample {max(numbers)}: {mixture.path} has stages that depend on the length of the run; wanted run_samples"
+                f"sample {max(numbers)}: {mixture.path}: stages depend on the length of the run; expected run_samples"
             )
         run_samples = max(numbers) + 1
     schedule = mixture.schedule(run_samples)
@@ -135,12 +140,12 @@ def _print_overlap(mixture: Mixture, console: Console) -> None:
     for valid in mixture.validation:
         for corpus in mixture.corpora:
             found = list(overlapping(valid.data, corpus.data))
-            console.print(f"{valid.name}, {corpus.name}: {len(found):,} documents in common", highlight=False)
+            console.print(f"{valid.name}, {corpus.name}: {counted(len(found), 'document')} in common", highlight=False)
             if found:
                 some = ", ".join(f"{a} = {b}" for a, b in found[:LONGEST_LISTED])
-                problems.append(f"{len(found):,} documents of {valid.name} are in {corpus.name} ({some})")
+                problems.append(f"{counted(len(found), 'document')} of {valid.name} in {corpus.name} ({some})")
     if problems:
-        raise InputError(f"{mixture.path}: {'; '.join(problems)}; wanted none that is both trained on and validated with")
+        raise InputError(f"{mixture.path}: {'; '.join(problems)}; expected none that is both trained on and validated with")
 
 
 def overlapping(valid: IndexedCorpus, training: IndexedCorpus) -> Iterator[tuple[int, int]]:
@@ -150,10 +155,11 @@ def overlapping(valid: IndexedCorpus, training: IndexedCorpus) -> Iterator[tuple
     """
     wanted: dict[bytes, int] = {}
     for number in range(len(valid)):
-        if valid.sequence_lengths[number]:
-            wanted.setdefault(_digest(valid[number]), number)
-    lengths = np.unique(valid.sequence_lengths)
-    for number in np.flatnonzero(np.isin(training.sequence_lengths, lengths[lengths > 0])).tolist():
+        tokens = valid[number]
+        if tokens.size:
+            wanted.setdefault(_digest(tokens), number)
+    lengths = np.unique(valid.lengths())
+    for number in np.flatnonzero(np.isin(training.lengths(), lengths[lengths > 0])).tolist():
         twin = wanted.pop(_digest(training[number]), None)
         if twin is not None:
             yield twin, number

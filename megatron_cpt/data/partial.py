@@ -76,7 +76,7 @@ class PartialCorpus:
         for name, stream in self._streams.items():
             size = (self.folder / name).stat().st_size
             if size < state["sizes"][name]:
-                wanted = f"wanted at least {state['sizes'][name]}"
+                wanted = f"expected at least {state['sizes'][name]}"
                 raise InputError(f"{self.folder / name}: found {size} bytes; {wanted}; remove {self.folder} to begin anew")
             stream.truncate(state["sizes"][name])
             stream.seek(state["sizes"][name])
@@ -177,7 +177,7 @@ def lock(folder: Path) -> Iterator[None]:
     """
     path = folder.with_name(folder.name + ".lock")
     with open_lock(path) as stream:
-        busy = InputError(f"{folder}: another process is writing this corpus; wanted one at a time")
+        busy = InputError(f"{folder}: another process is writing this corpus; expected one at a time")
         try:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit that
         except (BlockingIOError, PermissionError):
@@ -245,7 +245,7 @@ def difference(old: Any, new: Any, where: str = "") -> str:
                 return difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
     if isinstance(old, list) and isinstance(new, list):
         if len(old) != len(new):
-            return f"{where}: found {len(old)}, wanted {len(new)}"
+            return f"{where}: found {len(old)}, expected {len(new)}"
         for i, (a, b) in enumerate(zip(old, new, strict=True)):
             if a != b:
                 return difference(a, b, f"{where}[{i}]")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
 from functools import partial as partial_
@@ -26,16 +26,17 @@ from megatron_cpt.data.curation_origins import origins
 from megatron_cpt.data.encoding import EncodedUnit, Encoder, Engine, Reference, TokenPolicy, per_text, useful_workers
 from megatron_cpt.data.holdout import number_held_out
 from megatron_cpt.data.languages import unlike
-from megatron_cpt.data.manifest import CorpusManifest, SourceInfo, TokenizerInfo, versions
+from megatron_cpt.data.manifest import CorpusManifest, SourceInfo, TokenizerInfo, size_of, versions
 from megatron_cpt.data.partial import PartialCorpus, discard, lock, open_partial, partial_folder, read_state, writing
-from megatron_cpt.data.preprocess_config import PreprocessConfig, parse_partition
+from megatron_cpt.data.preprocess_config import PreprocessConfig
 from megatron_cpt.data.progress import Meter, meter, rates
 from megatron_cpt.data.publish import check_output, complete, is_output, publish
 from megatron_cpt.data.reading import UNIT_BYTES, records_before, sources_beginning_in, units
-from megatron_cpt.data.sources import Source, check_unchanged, find_sources, note_passed_over, printable
+from megatron_cpt.data.sources import Source, check_unchanged, find_sources, note_passed_over, parse_partition, printable
 from megatron_cpt.data.workers import ordered_map
-from megatron_cpt.errors import InputError, ProcessDiedError
+from megatron_cpt.errors import InputError, ProcessDiedError, Refusals
 from megatron_cpt.interrupting import interruptible
+from megatron_cpt.screen import counted
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.fast import FailedError, FastTokenizer, NotSupportedError
 
@@ -55,9 +56,16 @@ def preprocess(config: PreprocessConfig) -> str:
     """
     prefix = config.prefix
     patterns = [config.input] if isinstance(config.input, str) else config.input
-    sources, passed_over = find_sources(patterns, config.file_format, partial_(is_output, config.prefix_of_all))
+    refusals = Refusals()
+    with refusals.noted():
+        sources, passed_over = find_sources(patterns, config.file_format, partial_(is_output, config.prefix_of_all))
+    with refusals.noted():
+        check_output(prefix, config.overwrite, config.holdout is not None and config.partition is None)
+    if refusals.errors:  # else it is loaded when it is needed
+        with refusals.noted():
+            load_tokenizer(config.tokenizer, config.eos_token)
+    refusals.raise_any()
     note_passed_over(passed_over)
-    check_output(prefix, config.overwrite, config.holdout is not None and config.partition is None)
     folder = partial_folder(prefix)
     with lock(folder), interruptible(), one_thread_per_process(), writing(folder):
         try:
@@ -69,8 +77,20 @@ def preprocess(config: PreprocessConfig) -> str:
         except KeyboardInterrupt:
             state = read_state(folder)
             done = sum(state.get("counts", {}).get("documents", [])) if state else 0
-            kept = f"; {done:,} documents are safe: give the same command again to go on" if done else ""
+            kept = f"; {counted(done, 'document')} safe: give the same command again to go on" if done else ""
             raise KeyboardInterrupt(f"{prefix} is unfinished{kept}") from None
+
+
+def check_files(settings: Mapping[str, Any]) -> None:
+    """Check the input and the tokenizer that settings of a PreprocessConfig name. InputError: what is wrong with them."""
+    refusals = Refusals()
+    patterns = settings.get("input", [])
+    with refusals.noted():
+        find_sources([patterns] if isinstance(patterns, str) else patterns, settings.get("file_format", "auto"))
+    with refusals.noted():
+        if "tokenizer" in settings:
+            load_tokenizer(settings["tokenizer"], settings.get("eos_token"))
+    refusals.raise_any()
 
 
 @contextmanager
@@ -107,8 +127,7 @@ def _preprocess(config: PreprocessConfig, sources: list[Source], folder: Path, f
         with open_partial(folder, run, "gigatoken" if is_fast else "reference", len(sources)) as partial:
             begun = partial.counts.read_bytes
             if partial.units:
-                done = f"{sum(partial.counts.documents):,} documents"
-                print(f"going on with {folder}: {done} are done", file=sys.stderr)
+                print(f"going on with {folder}: {counted(sum(partial.counts.documents), 'document')} done", file=sys.stderr)
             with meter(total, begun) as shown, _kept_on_error(partial, audit):
                 _encode(config, sources, encoder, partial, audit, shown)
             files, manifests = _finish(config, sources, facts, policy, partial, audit)
@@ -145,7 +164,7 @@ def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, To
             engine = FastTokenizer(config.tokenizer)
         except NotSupportedError as error:
             if fast == "always":
-                raise InputError(f"fast_tokenizer is 'always' but {error}; wanted 'auto' or 'never'") from None
+                raise InputError(f"fast_tokenizer is 'always' but {error}; expected 'auto' or 'never'") from None
             print(f"note: {error}; the slower reference encodes", file=sys.stderr)
         else:
             encoded = per_text(*engine.encode_batch(ODD_TEXTS))
@@ -276,7 +295,7 @@ def _check_counts(config: PreprocessConfig, partial: PartialCorpus) -> None:
     try:
         if config.partition is None and not documents:
             skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.skipped.items())) or "no documents"
-            raise InputError(f"input {config.input}: empty corpus: found {skipped}; wanted documents with text")
+            raise InputError(f"input {config.input}: empty corpus: found {skipped}; expected documents with text")
         if config.partition is None and config.holdout is not None:
             number_held_out(config.holdout, documents)
     except InputError:
@@ -292,11 +311,12 @@ def _summary(partial: PartialCorpus, policy: TokenPolicy, held_out: Sequence[Cor
     counts, documents = partial.counts, sum(partial.counts.documents)
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.skipped.items()))
     left_out = f"; left out: {skipped}" if skipped else ""
-    aside = "".join(f"; held out: {part.documents:,} documents, {part.tokens:,} tokens" for part in held_out)
-    per_token = f"{_bytes_per_token(partial, policy):.2f} bytes/token"
+    aside = "".join(f"; held out: {size_of(part)}" for part in held_out)
+    per_token = f"{_bytes_per_token(partial, policy):.2f} bytes/token, " if counts.text_bytes else ""
     seconds = partial.seconds()
     speed = rates(counts.text_bytes, documents, seconds)
-    return f"{documents:,} documents, {counts.tokens:,} tokens, {per_token}, {seconds:.1f} s, {speed}{left_out}{aside}"
+    size = f"{counted(documents, 'document')}, {counted(counts.tokens, 'token')}"
+    return f"{size}, {per_token}{seconds:.1f} s, {speed}{left_out}{aside}"
 
 
 def _bytes_per_token(partial: PartialCorpus, policy: TokenPolicy) -> float:

@@ -8,9 +8,10 @@ from typing import Literal
 
 from megatron_cpt.data.encoding import Policy
 from megatron_cpt.data.holdout import parse_holdout
-from megatron_cpt.data.languages import check_language
 from megatron_cpt.data.reading import ReadOptions
-from megatron_cpt.errors import InputError
+from megatron_cpt.data.sources import parse_partition
+from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.language_codes import check_language
 
 
 def available_cores() -> int:
@@ -58,8 +59,8 @@ class PreprocessConfig:
     shuffle_documents: int | None = None
     """Put the documents in a random order with this seed (training packs documents in the order they have here)."""
     holdout: int | float | str | None = None
-    """Documents to hold out for validation: a number, as in 200, or a share, as in 0.5% or 0.005; exactly so many, from all
-    over the input, never a copy of one that is trained on. They become the corpus OUTPUT_PREFIX_holdout."""
+    """Documents to hold out for validation: a number, as in 200 or 10K, or a share, as in 0.5% or 0.005; exactly so many,
+    from all over the input, never a copy of one that is trained on. They become the corpus OUTPUT_PREFIX_holdout."""
     partition: str | None = None
     """I/N (I from 0): take only the I-th of N equal parts of the input, for job arrays; the output is then named
     OUTPUT_PREFIX-0000I-of-0000N, and tools/merge_datasets.py joins the parts, and holds out."""
@@ -73,21 +74,27 @@ class PreprocessConfig:
     """Replace an existing corpus of this name, and begin anew if an unfinished one has other settings."""
 
     def __post_init__(self) -> None:
+        refusals = Refusals()
         if not os.path.basename(self.output_prefix):
-            raise InputError(f"output_prefix is {self.output_prefix!r}; wanted a name, as in data/zh")
-        for name in ("language", "input", "text_key"):
+            refusals.add(InputError(f"output_prefix is {self.output_prefix!r}; expected a name, as in data/zh"))
+        for name in ("input", "text_key"):
             if not getattr(self, name):
-                raise InputError(f"{name} is empty; wanted a value")
-        check_language(self.language)
+                refusals.add(InputError(f"{name} is empty; expected a value"))
         for name in ("workers", "max_document_characters"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; wanted at least 1")
+                refusals.add(InputError(f"{name} is {getattr(self, name)}; expected at least 1"))
         if self.shuffle_documents is not None and not 0 <= self.shuffle_documents < 2**64:
-            raise InputError(f"shuffle_documents is {self.shuffle_documents}; wanted a seed from 0 to 2^64 - 1")
-        parse_partition(self.partition)
-        if parse_holdout(self.holdout) and self.partition and self.shuffle_documents is not None:
+            refusals.add(InputError(f"shuffle_documents is {self.shuffle_documents}; expected a seed from 0 to 2^64 - 1"))
+        with refusals.noted():
+            check_language(self.language)
+        with refusals.noted():
+            parse_partition(self.partition)
+        with refusals.noted():
+            parse_holdout(self.holdout)
+        refusals.raise_any()
+        if self.holdout is not None and self.partition and self.shuffle_documents is not None:
             raise InputError(
-                f"shuffle_documents is {self.shuffle_documents} with partition and holdout; wanted it given to "
+                f"shuffle_documents is {self.shuffle_documents} with partition and holdout; expected it given to "
                 "merge_datasets.py, which holds out before it shuffles"
             )
 
@@ -115,13 +122,3 @@ def separator(written: str) -> str | None:
     for escape, character in (("\\r", "\r"), ("\\n", "\n"), ("\\t", "\t")):
         written = written.replace(escape, character)
     return written or None
-
-
-def parse_partition(partition: str | None) -> tuple[int, int]:
-    """As in 3/8 -> (3, 8); None -> (0, 1). InputError for anything else."""
-    if partition is None:
-        return 0, 1
-    index, slash, count = partition.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise InputError(f"partition is {partition!r}; wanted I/N with I from 0 to N - 1, as in 0/8")
-    return int(index), int(count)

@@ -45,15 +45,15 @@ def check_output(prefix: str, overwrite: bool, with_holdout: bool = False) -> No
     `with_holdout`: documents will be held out of it, so that corpus counts, too.
     """
     if "://" in prefix:
-        raise InputError(f"output_prefix {prefix}: is a URL; wanted a path of this machine")
+        raise InputError(f"output_prefix {prefix}: is a URL; expected a path of this machine")
     ours = outputs(prefix) + (outputs(prefix + held.SUFFIX) if with_holdout else [])
     existing = [path for path in ours if Path(path).exists()]
     if existing and not overwrite and "publish" not in (read_state(partial_folder(prefix)) or {}):
         clear_leftovers(partial_folder(prefix))
-        raise InputError(f"output_prefix {prefix}: found {', '.join(existing)}; wanted a new name or overwrite")
+        raise InputError(f"output_prefix {prefix}: found {', '.join(existing)}; expected a new name or overwrite")
     is_corpus = partial_folder(prefix).exists() or any(path.endswith((".bin", ".idx")) for path in existing)
     if existing and not is_corpus:
-        raise InputError(f"output_prefix {prefix}: {existing[0]} is of no corpus: not replaced; wanted another name")
+        raise InputError(f"output_prefix {prefix}: {existing[0]} is of no corpus: not replaced; expected another name")
     folder = Path(prefix).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,9 @@ from typing import IO, Any, NamedTuple
 import orjson
 
 from megatron_cpt.data.json_arrays import PEEK_BYTES, array_elements, begins_array
-from megatron_cpt.data.sources import Source, is_utf16, open_file, open_source, printable
+from megatron_cpt.data.sources import Source, open_file, open_source, printable
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import not_utf8, wide_encoding
 
 UNIT_BYTES = 2 << 20
 MAX_ROW_GROUP_BYTES = 32 << 20  # uncompressed; larger ones are not handed to one worker
@@ -149,12 +150,16 @@ def _parts(i: int, source: Source, options: ReadOptions, first: int, last: int) 
 
 
 def _is_array(source: Source) -> bool:
-    """Whether a file of JSON is one array. InputError: it is UTF-16."""
+    """Whether a file of JSON is one array. InputError: it is UTF-16 or UTF-32."""
     with open_source(source) as (stream, _):
         begin = stream.read(PEEK_BYTES)
-    if is_utf16(begin):
-        raise InputError(f"{printable(source.url)}: is UTF-16; wanted UTF-8, as iconv -f UTF-16 -t UTF-8 makes of it")
+    _refuse_wide(begin, source)
     return begins_array(begin)
+
+
+def _refuse_wide(begin: bytes, source: Source) -> None:
+    if encoding := wide_encoding(begin):
+        raise InputError(f"{printable(source.url)}: {not_utf8(encoding)}")
 
 
 def _stream_array(i: int, source: Source, options: ReadOptions) -> Iterator[tuple[Part, int, int]]:
@@ -195,7 +200,9 @@ def _stream_texts(i: int, source: Source, options: ReadOptions) -> Iterator[tupl
     with open_source(source) as (stream, raw):
         before = searched = 0
         too_long = False
-        rest = bytearray(stream.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8))
+        begin = stream.read(4)
+        _refuse_wide(begin, source)
+        rest = bytearray(begin.removeprefix(codecs.BOM_UTF8))
         while data := stream.read(UNIT_BYTES):
             rest += data
             # one may be cut by the end of what was searched before
@@ -208,7 +215,7 @@ def _stream_texts(i: int, source: Source, options: ReadOptions) -> Iterator[tupl
             elif len(rest) > longest:  # it will be refused: only remember that, and look for its end
                 rest, too_long = rest[-len(separator) :], True
             searched = len(rest)
-        ending: list[bytes | None] = [None] if too_long else [*bytes(rest).split(separator)]  # of a file of three bytes
+        ending: list[bytes | None] = [None] if too_long else [*bytes(rest).split(separator)]  # of a file of four bytes
         yield Texts(i, ending), len(rest), raw.tell() - before
 
 
@@ -283,7 +290,7 @@ def field_type(fields: Any, key: str, where: str) -> Any:
     first, _, rest = key.partition(".")
     found = [field.type for field in fields if field.name == first]
     if len(found) > 1:
-        raise InputError(f"{where}: has {len(found)} columns {first!r}; wanted one")
+        raise InputError(f"{where}: has {len(found)} columns {first!r}; expected one")
     if not found or not rest:
         return found[0] if found else None
     return field_type(_fields_of(found[0]), rest, where)
@@ -303,7 +310,7 @@ def _check_columns(schema: Any, source: Source, options: ReadOptions) -> None:
         if found is None and (key == options.text_key or not options.optional_metadata):
             raise InputError(f"{where}: no column {key!r}; found {_names_near(schema, key)}")
         if key == options.text_key and not _is_text(found):
-            raise InputError(f"{where}: column {key!r} is {found}; wanted text")
+            raise InputError(f"{where}: column {key!r} is {found}; expected text")
 
 
 def _names_near(schema: Any, key: str) -> list[str]:

@@ -5,11 +5,11 @@ Everything goes through fsspec, so `s3://bucket/zh/*.jsonl.zst` works like a loc
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import io
 import lzma
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +21,8 @@ from typing import IO, Any, Literal
 
 import orjson
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.screen import counted
 
 Format = Literal["jsonl", "text", "parquet", "arrow"]
 
@@ -36,6 +37,9 @@ SUFFIXES: dict[str, Format] = {
     ".feather": "arrow",
 }
 DATASETS_FILES = ("state.json", "dataset_info.json")  # beside the Arrow files of `datasets.Dataset.save_to_disk`
+TABLES = (".csv", ".tsv")
+CONVERSION = "python -c \"from pyarrow import csv, parquet; parquet.write_table(csv.read_csv('a.csv'), 'a.parquet')\""
+MOST_PARTITIONS = 99_999  # names of files have five digits for them
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz"}
 
 
@@ -60,6 +64,17 @@ class Source:
         return "://" not in self.url
 
 
+def parse_partition(partition: str | None, where: str = "") -> tuple[int, int]:
+    """As in 3/8 -> (3, 8); None -> (0, 1). `where` begins the message of an error. InputError: it is anything else."""
+    if partition is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d{1,5})/(\d{1,5})", partition, re.ASCII)
+    if not found or int(found[1]) >= int(found[2]):
+        expected = f"I/N with I from 0 to N - 1 and N at most {MOST_PARTITIONS:,}, as in 0/8"
+        raise InputError(f"{where}partition is {partition!r}; expected {expected}")
+    return int(found[1]), int(found[2])
+
+
 def printable(path: str) -> str:
     """A path as text: bytes of a file name that are no UTF-8 are written as escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -80,17 +95,20 @@ def find_sources(
     """
     seen: set[str] = set()
     sources, passed_over = [], []
+    matches, refusals = [], Refusals()
     for pattern in patterns:
-        found, unknown = _match(pattern, file_format)
-        if not found:
-            other = f" (only {', '.join(unknown[:3])}, of unknown kind; give file_format to read them)" if unknown else ""
-            raise InputError(f"input {pattern}: found no files{other}; wanted a file, a folder with files or a glob")
+        with refusals.noted():
+            matches.append((pattern, *_match(pattern, file_format)))
+    refusals.raise_any()
+    for pattern, found, unknown in matches:
         passed_over += unknown
         for source in found:
             identity = os.path.realpath(source.url) if source.is_local else source.url
             if source.is_local and is_output(identity):
                 if os.path.isfile(os.path.expanduser(pattern)):
-                    raise InputError(f"input {printable(source.url)}: is a file of the output; wanted another output_prefix")
+                    raise InputError(
+                        f"input {printable(source.url)}: is a file of the output; expected another output_prefix"
+                    )
                 continue
             if identity not in seen:
                 seen.add(identity)
@@ -102,7 +120,7 @@ def note_passed_over(files: Sequence[str]) -> None:
     """Say on stderr which files of folders are not read."""
     if files:
         some = ", ".join(map(printable, files[:3])) + (", ..." if len(files) > 3 else "")
-        print(f"not read, of unknown kind: {len(files)} files ({some})", file=sys.stderr)
+        print(f"not read, of unknown kind: {counted(len(files), 'file')} ({some})", file=sys.stderr)
 
 
 def _match(pattern: str, file_format: Format | Literal["auto"]) -> tuple[list[Source], list[str]]:
@@ -122,11 +140,25 @@ def _match(pattern: str, file_format: Format | Literal["auto"]) -> tuple[list[So
                 kind = file_format if file_format != "auto" else format_of(file)
                 if kind is None and not named:
                     unknown.append(file)
-                else:
-                    found.append(_source(fs, file, kind or "text"))
+                    continue
+                if kind is None:
+                    _refuse_table(file)
+                found.append(_source(fs, file, kind or "text"))
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError) as error:  # ValueError: protocol not known; ImportError: s3fs not installed
         raise InputError(f"input {pattern}: {error}") from None
+    if not found:
+        other = f" (only {', '.join(unknown[:3])}, of unknown kind; give file_format to read them)" if unknown else ""
+        raise InputError(f"input {pattern}: found no files{other}; expected a file, a folder with files or a glob")
     return found, unknown
+
+
+def _refuse_table(path: str) -> None:
+    """InputError for a file of comma-separated values, which would be one document with all its commas and quotes."""
+    stem, ending = os.path.splitext(path.lower())
+    if (os.path.splitext(stem)[1] if ending in COMPRESSIONS else ending) in TABLES:
+        raise InputError(f"input {path}: is a table of separated values; expected Parquet, as {CONVERSION} makes of it")
 
 
 def _files_at(fs: Any, path: str) -> tuple[bool, list[str]]:
@@ -135,7 +167,7 @@ def _files_at(fs: Any, path: str) -> tuple[bool, list[str]]:
         return True, [path]
     if fs.exists(f"{path}/dataset_dict.json"):
         splits = orjson.loads(fs.cat_file(f"{path}/dataset_dict.json"))["splits"]
-        raise InputError(f"{path}: a DatasetDict with the splits {splits}; wanted one of them, as in {path}/{splits[0]}")
+        raise InputError(f"{path}: a DatasetDict with the splits {splits}; expected one of them, as in {path}/{splits[0]}")
     if fs.exists(f"{path}/state.json") and fs.exists(f"{path}/dataset_info.json"):
         files = orjson.loads(fs.cat_file(f"{path}/state.json"))["_data_files"]
         return True, [f"{path}/{file['filename']}" for file in files]
@@ -180,16 +212,16 @@ def check_unchanged(sources: Iterable[Source]) -> None:
             raise InputError(f"{printable(source.url)}: changed during the run: {error.strerror or error}") from None
         if (now.bytes, now.version) != (source.bytes, source.version):
             found = f"had {source.bytes:,} bytes, has {now.bytes:,}"
-            raise InputError(f"{printable(source.url)}: changed during the run ({found}); wanted it to stay as it was")
+            raise InputError(f"{printable(source.url)}: changed during the run ({found}); expected it to stay as it was")
 
 
 def _source(fs: Any, path: str, kind: Format) -> Source:
     compression = COMPRESSIONS.get(os.path.splitext(path.lower())[1])
     if compression and kind in ("parquet", "arrow"):
-        raise InputError(f"{path}: a compressed {kind} file; wanted it unpacked ({kind} compresses inside)")
+        raise InputError(f"{path}: a compressed {kind} file; expected it unpacked ({kind} compresses inside)")
     info = fs.info(path)
     if info["type"] not in ("file", "link"):
-        raise InputError(f"{path}: is no file but {info['type']} (a pipe?); wanted a file")
+        raise InputError(f"{path}: is no file but {info['type']} (a pipe?); expected a file")
     local = _is_local(fs)
     version = info.get("mtime") or info.get("ETag") or info.get("etag") or info.get("LastModified") or ""
     url = os.path.abspath(path) if local else fs.unstrip_protocol(path)
@@ -238,13 +270,6 @@ def open_file(source: Source) -> Iterator[IO[bytes]]:
 def _remote(stream: Any) -> IO[bytes]:
     """fsspec's files lack the limit of `readline`."""
     return io.BufferedReader(stream, 1 << 20)
-
-
-def is_utf16(begin: bytes) -> bool:
-    """Whether the first bytes of a text are UTF-16 or UTF-32: a mark, or a character with zeros around it."""
-    return begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or (
-        len(begin) > 1 and (begin[0] == 0) != (begin[1] == 0)
-    )
 
 
 def sha256_file(path: str | Path) -> str:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
+from megatron_cpt.language_codes import check_language
 from megatron_cpt.redaction import redacted
 
 
@@ -26,7 +27,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, max_documents=1)
-        require(bool(self.language), "language", repr(self.language), "a code such as en or zh")
+        check_language(self.language)
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class PromptsConfig:
     path: str
     """As for finetune_sft.py (JSON, JSON Lines, Parquet), answers or not; the first question of each row is asked."""
     language: str
-    """Of the questions, and wanted of the answers: its ISO 639 code, by which it is identified."""
+    """Of the questions, and expected of the answers: its ISO 639 code, by which it is identified."""
     max_prompts: int = 50
     """Take the first so many."""
 
     def __post_init__(self) -> None:
         require_at_least(self, max_prompts=1)
+        check_language(self.language)
         is_code = re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*", self.language) is not None
         require(is_code, "language", repr(self.language), "a code such as en, zh or zh-TW")
 

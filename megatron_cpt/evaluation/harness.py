@@ -101,7 +101,7 @@ class Catalog:
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise InputError("benchmarks need lm-eval; wanted: pip install 'megatron-cpt[eval]'") from error
+            raise InputError("benchmarks need lm-eval; expected: pip install 'megatron-cpt[eval]'") from error
         folders = [str(TASKS), *([tasks] if tasks is not None else [])]
         self.manager = TaskManager(include_path=folders, metadata={"data_folder": data_folder} if data_folder else None)
         self._missing: dict[tuple[str, bool], str | None] = {}

@@ -83,7 +83,7 @@ class Judge:
         try:
             import openai
         except ImportError as error:
-            raise InputError("a judge needs openai; wanted: pip install 'megatron-cpt[eval]'") from error
+            raise InputError("a judge needs openai; expected: pip install 'megatron-cpt[eval]'") from error
         self._config, self._path = config, path
         self._prompt = read_prompt(config.prompt)
         self._client = openai.OpenAI(
@@ -144,7 +144,7 @@ class Judge:
         said = text_of(found)
         if said is None:
             raise JudgeError(
-                f"{self._config.url} answers with no chat completion; wanted the URL of an OpenAI-compatible API"
+                f"{self._config.url} answers with no chat completion; expected the URL of an OpenAI-compatible API"
             )
         return self._without_key(said)
 
@@ -192,7 +192,7 @@ def read_prompt(path: str | None) -> str:
             raise InputError(f"pairwise.judge.prompt is {path}, which is no text in UTF-8: {error}") from error
     missing = [f"{{{name}}}" for name in PLACES if f"{{{name}}}" not in prompt]
     if missing:
-        raise InputError(f"{path} has no {', '.join(missing)}; wanted a place for the question and both answers")
+        raise InputError(f"{path} has no {', '.join(missing)}; expected a place for the question and both answers")
     return prompt
 
 
@@ -205,7 +205,7 @@ def api_key(name: str | None) -> str:
     if name is None:
         return "none"
     if not os.environ.get(name):
-        raise InputError(f"pairwise.judge.api_key_env is {name}, which is not set; wanted an environment variable")
+        raise InputError(f"pairwise.judge.api_key_env is {name}, which is not set; expected an environment variable")
     key = os.environ[name].strip()
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise InputError(f"pairwise.judge.api_key_env is {name}, whose value is no key; expected letters, digits and signs")

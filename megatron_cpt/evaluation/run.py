@@ -164,10 +164,10 @@ def check_files(config: EvaluateConfig) -> None:
     """Raise InputError unless there are texts and questions in all files: what is wrong is known before hours are spent."""
     for text in config.text:
         if not any(documents_of(text)):
-            raise InputError(f"{text.path} holds no text; wanted a row or more")
+            raise InputError(f"{text.path} holds no text; expected a row or more")
     for prompts in [*config.prompts, *(config.pairwise.prompts if config.pairwise is not None else [])]:
         if not questions_of(prompts):
-            raise InputError(f"{prompts.path} holds no question; wanted a row or more")
+            raise InputError(f"{prompts.path} holds no question; expected a row or more")
 
 
 class Session:
@@ -326,7 +326,7 @@ def documents_of(text: TextConfig) -> list[str]:
     documents = []
     for number, row in read_rows(text.path):
         if isinstance(row, RowError) or not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise InputError(f'{text.path}, row {number} has no text; wanted an object with "text"')
+            raise InputError(f'{text.path}, row {number} has no text; expected an object with "text"')
         documents.append(row["text"])
         if len(documents) == text.max_documents:
             break

@@ -132,4 +132,4 @@ def require_sandbox() -> None:
     """Raise InputError if programs cannot be run here: every answer would be called wrong."""
     outcome = run("import math, typing\nassert math.isqrt(9) == 3", Limits(seconds=60.0))
     if not outcome.passed:
-        raise InputError(f"the sandbox cannot run {sys.executable}: {outcome.error}; wanted: a program that passes")
+        raise InputError(f"the sandbox cannot run {sys.executable}: {outcome.error}; expected: a program that passes")

@@ -57,13 +57,13 @@ def read_votes(path: str, models: Sequence[str]) -> list[Vote]:
         vote = parse_vote(row, where)
         for name in (vote.model_a, vote.model_b):
             if name not in models:
-                raise InputError(f"{where}: there is no model {name!r}; wanted one of {', '.join(models)}")
+                raise InputError(f"{where}: there is no model {name!r}; expected one of {', '.join(models)}")
         key = vote.question, vote.annotator, frozenset((vote.model_a, vote.model_b))
         if key in votes:
-            raise InputError(f"{where}: {vote.annotator} votes again on {vote.question!r}; wanted one vote")
+            raise InputError(f"{where}: {vote.annotator} votes again on {vote.question!r}; expected one vote")
         votes[key] = vote
     if not votes:
-        raise InputError(f"{path} holds no votes; wanted a row or more")
+        raise InputError(f"{path} holds no votes; expected a row or more")
     return list(votes.values())
 
 
@@ -73,11 +73,11 @@ def parse_vote(row: Any, where: str) -> Vote:
         raise InputError(f"{where}: {row}") from row
     if not isinstance(row, Mapping) or not all(isinstance(row.get(name), str) for name in FIELDS):
         found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise InputError(f"{where} has {found or 'nothing'}; wanted the texts {', '.join(FIELDS)}")
+        raise InputError(f"{where} has {found or 'nothing'}; expected the texts {', '.join(FIELDS)}")
     if row["vote"] not in CHOICES:
-        raise InputError(f"{where}: vote is {row['vote']!r}; wanted one of {', '.join(CHOICES)}")
+        raise InputError(f"{where}: vote is {row['vote']!r}; expected one of {', '.join(CHOICES)}")
     if row["model_a"] == row["model_b"]:
-        raise InputError(f"{where}: model_a and model_b are both {row['model_a']!r}; wanted two models")
+        raise InputError(f"{where}: model_a and model_b are both {row['model_a']!r}; expected two models")
     return Vote(**{name: row[name] for name in FIELDS})
 
 

@@ -7,26 +7,28 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import LlamaConfig
 
 
-def check_layout(llama: LlamaConfig, parallel: ParallelConfig, seq_length: int) -> None:
-    """Raise InputError unless the model and its samples can be split this way."""
+def check_layout(llama: LlamaConfig, parallel: ParallelConfig, seq_length: int, where: str = "") -> None:
+    """Raise InputError unless the model and its samples can be split this way; `where`: the file that gives `seq_length`."""
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(llama, name) % tensor:
             raise InputError(
-                f"{getattr(llama, name)} {name} are not divisible by tensor_model_parallel_size {tensor}; "
-                f"use {_or(_tensor_sizes(llama))}"
+                f"tensor_model_parallel_size is {tensor}; expected {_or(_tensor_sizes(llama))}, for "
+                f"{getattr(llama, name)} {name}"
             )
     if parallel.pipeline_model_parallel_layout is None:
         check_recomputation(parallel, layers_of_stages(llama.num_hidden_layers, parallel))
     if parallel.sequence_parallel and seq_length % tensor:
         raise InputError(
-            f"seq_length {seq_length} is not divisible by tensor_model_parallel_size {tensor}, which sequence_parallel needs"
+            f"{where}seq_length is {seq_length}; expected a multiple of {tensor}, tensor_model_parallel_size, for "
+            "sequence_parallel"
         )
     if seq_length % (2 * context) and context > 1:
-        raise InputError(f"seq_length {seq_length} is not divisible by 2 x context_parallel_size {context}")
+        raise InputError(f"{where}seq_length is {seq_length}; expected a multiple of 2 x context_parallel_size {context}")
     if seq_length > llama.max_position_embeddings:
         raise InputError(
-            f"seq_length {seq_length} is above the model's max_position_embeddings {llama.max_position_embeddings}"
+            f"{where}seq_length is {seq_length}; expected at most {llama.max_position_embeddings}, the model's "
+            "max_position_embeddings"
         )
 
 
@@ -44,7 +46,7 @@ def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> list[int]:
     if not given and num_layers % stages:
         sizes = [size for size in range(1, num_layers + 1) if num_layers % size == 0]
         raise InputError(
-            f"{num_layers} num_hidden_layers are not divisible by pipeline_model_parallel_size {stages}; use {_or(sizes)}"
+            f"pipeline_model_parallel_size is {stages}; expected {_or(sizes)}, for {num_layers} num_hidden_layers"
         )
     if rest < middle or (rest % middle if middle else rest):
         names = " and ".join(f"{name} {value}" for name, value in given.items())
@@ -57,8 +59,8 @@ def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> list[int]:
         if count % virtual:
             sizes = [size for size in range(1, count + 1) if all(n % size == 0 for n in layers)]
             raise InputError(
-                f"the {count} layers of pipeline stage {stage} are not divisible by virtual_pipeline_model_parallel_size "
-                f"{virtual}; use {_or(sizes[1:]) if sizes[1:] else 'none'}"
+                f"virtual_pipeline_model_parallel_size is {virtual}; expected {_or(sizes[1:]) if sizes[1:] else 'none'}, "
+                f"for the {count} layers of pipeline stage {stage}"
             )
     return layers
 
@@ -73,7 +75,7 @@ def check_recomputed_chunk(parallel: ParallelConfig, layers: int) -> None:
     """Raise InputError unless groups of layers to recompute come out even: megatron-core would walk past a chunk's end."""
     number = parallel.recompute_num_layers or 1
     if parallel.recompute_granularity == "full" and parallel.recompute_method != "block" and layers % number:
-        raise InputError(f"the {layers} layers of a model chunk are not divisible by recompute_num_layers {number}")
+        raise InputError(f"recompute_num_layers is {number}; expected a divisor of {layers}, the layers of a model chunk")
 
 
 def check_microbatches(parallel: ParallelConfig, num_microbatches: int) -> None:

@@ -23,6 +23,7 @@ from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.generate import complete
+from megatron_cpt.screen import counted
 
 HELP = """/system TEXT  begin anew with another system prompt (no TEXT: with none)
 /new          begin anew
@@ -94,7 +95,7 @@ class Speaker:
         if self.room() < 1:
             positions = model.config.max_position_embeddings
             raise InputError(
-                f"max_new_tokens is {config.max_new_tokens}; wanted less than {positions}, the model's positions"
+                f"max_new_tokens is {config.max_new_tokens}; expected less than {positions}, the model's positions"
             )
         self.end = turn_end(self.template.tokenizer, self._model.generation_config)
         self._model.generation_config = transformers.GenerationConfig()  # ChatConfig says how, not the model's folder
@@ -229,7 +230,7 @@ class Chat:
         print()
         speed = self.speaker.tokens / max(self.speaker.seconds, 1e-9)
         cut_off = "; cut off at max_new_tokens" if self.speaker.cut_off else ""
-        print(f"[{self.speaker.tokens} tokens, {speed:.1f} tokens/s{cut_off}]", file=sys.stderr)
+        print(f"[{counted(self.speaker.tokens, 'token')}, {speed:.1f} tokens/s{cut_off}]", file=sys.stderr)
         self.turns.append(Message("assistant", "".join(pieces)))
 
 
@@ -240,7 +241,7 @@ def chat(config: ChatConfig) -> str | None:
         texts = complete(config.model, prompts, config.max_new_tokens)
         return "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))
     if sys.stdin is None:
-        raise InputError("stdin is closed; wanted a terminal, or questions on it")
+        raise InputError("stdin is closed; expected a terminal, or questions on it")
     talk = Chat(Speaker(config), config.system)
     interactive = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):

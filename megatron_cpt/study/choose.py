@@ -288,5 +288,5 @@ def read_choice(folder: str) -> dict[str, Any] | None:
         if choice.get(name) is not None:
             ends = of_kind(choice[name], list, f"{path}: {name}", "two numbers, or null")
             if len(ends) != 2 or not all(map(is_number, ends)):
-                raise InputError(f"{path}: {name} is {ends}; wanted two numbers, or null")
+                raise InputError(f"{path}: {name} is {ends}; expected two numbers, or null")
     return choice

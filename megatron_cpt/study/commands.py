@@ -15,7 +15,7 @@ from rich.table import Table
 from megatron_cpt.checkpoint.layout import iterations
 from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
-from megatron_cpt.screen import wide_console
+from megatron_cpt.screen import counted, wide_console
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.critical import predict_critical_ratios
@@ -121,8 +121,8 @@ def run(study: Run) -> str:
     unmeasured = [point.name for point in points(study) if lacks_scores(study, point)]
     if unmeasured:
         say(
-            f"{len(unmeasured)} runs finished without scores, and their checkpoints are gone; the first is {unmeasured[0]}. "
-            "Remove their folders to repeat them, or use another folder for a study with scores"
+            f"{counted(len(unmeasured), 'run')} finished without scores, and the checkpoints are gone; the first is "
+            f"{unmeasured[0]}. Remove the folders to repeat them, or use another folder for a study with scores"
         )
     return write_all_results(study, collect(study, base)) or study.folder
 

@@ -44,10 +44,10 @@ def read_outcome(folder: str) -> Outcome | None:
     found = read_json(path, dict, "the outcome of a run; remove the file to look at the run again")
     if set(found) - {entry.name for entry in fields(Outcome)}:
         raise InputError(
-            f"{path} has fields {', '.join(found)}; wanted those of an outcome: kind, reason, seconds, wall_seconds"
+            f"{path} has fields {', '.join(found)}; expected those of an outcome: kind, reason, seconds, wall_seconds"
         )
     if found.get("kind") not in ("finished", "diverged"):
-        raise InputError(f"{path}: kind is {described(found.get('kind'))}; wanted finished or diverged")
+        raise InputError(f"{path}: kind is {described(found.get('kind'))}; expected finished or diverged")
     if found.get("reason") is not None:
         of_kind(found["reason"], str, f"{path}: reason", "a text or null")
     seconds, wall_seconds = number(found.get("seconds"), f"{path}: seconds"), found.get("wall_seconds")

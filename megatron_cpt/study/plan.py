@@ -16,6 +16,7 @@ from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.planning.hardware import Cluster, find_device
 from megatron_cpt.planning.layouts import Job, Layout
 from megatron_cpt.planning.timing import throughput
+from megatron_cpt.screen import counted
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.outcome import Outcome, read_outcome
 from megatron_cpt.study.points import Base, Point, parse, points, run_fields, run_folder, write_configuration
@@ -132,7 +133,7 @@ def plan_table(plan: Plan, proposed: Sequence[tuple[float, float]]) -> Table:
     """A line for each pair of ALMR and learning rate, and the total."""
     study = plan.study
     table = Table(
-        title=f"{len(plan.outcomes)} runs of {plan.steps:,} steps; tokens, time and disk of each",
+        title=f"{counted(len(plan.outcomes), 'run')} of {counted(plan.steps, 'step')}; tokens, time and disk of each",
         title_justify="left",
         show_footer=True,
     )

@@ -92,7 +92,7 @@ def read_proposed(folder: str) -> list[tuple[float, float]]:
         of_kind(pair, dict, f"{path}: {i}", "almr and lr")
         almr, lr = (number(pair.get(name), f"{path}: {i}.{name}") for name in ("almr", "lr"))
         if not (0 <= almr <= 1 and lr > 0):
-            raise InputError(f"{path}: {i} is almr {almr:g}, lr {lr:g}; wanted an almr from 0 to 1 and an lr above 0")
+            raise InputError(f"{path}: {i} is almr {almr:g}, lr {lr:g}; expected an almr from 0 to 1 and an lr above 0")
     return [(float(pair["almr"]), float(pair["lr"])) for pair in found]
 
 

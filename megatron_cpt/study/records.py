@@ -24,9 +24,9 @@ def read_json(path: str, kind: type, what: str) -> Any:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; wanted {what}") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}; expected {what}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); wanted {what}") from error
+        raise InputError(f"{path} is not JSON ({error}); expected {what}") from error
     return of_kind(content, kind, path, what)
 
 
@@ -37,7 +37,7 @@ def of_kind(value: Any, kind: type, where: str, what: str) -> Any:
         InputError: it is not; `where` names the file and the field, `what` says what it should be
     """
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{where} is {described(value)}; wanted {what}")
+        raise InputError(f"{where} is {described(value)}; expected {what}")
     return value
 
 
@@ -48,7 +48,7 @@ def number(value: Any, where: str, what: str = "a number") -> float:
         InputError: it is not
     """
     if not is_number(value):
-        raise InputError(f"{where} is {described(value)}; wanted {what}")
+        raise InputError(f"{where} is {described(value)}; expected {what}")
     return float(value)
 
 
@@ -109,7 +109,7 @@ def read_run_metrics(folder: str) -> list[dict[str, Any]]:
     try:
         rows = read_metrics(folder)
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; wanted a line for each step") from error
+        raise InputError(f"{path} cannot be read: {error.strerror}; expected a line for each step") from error
     for row in rows:
         check_row(row, f"{path}: step {row['iteration']}")
     return rows
@@ -126,7 +126,7 @@ def check_row(row: dict[str, Any], where: str) -> None:
         return
     sets = of_kind(row["validation"], dict, f"{where}: validation", "a mapping of validation sets")
     if not sets:
-        raise InputError(f"{where}: validation is empty; wanted a mapping of validation sets")
+        raise InputError(f"{where}: validation is empty; expected a mapping of validation sets")
     for name, figures in sets.items():
         at = f"{where}: validation.{name}"
         of_kind(figures, dict, at, "a mapping with language, loss and bits_per_byte")

@@ -113,8 +113,8 @@ def run_rows(
         if evaluation["validation"].keys() != groups.keys():
             sets = ", ".join(evaluation["validation"])
             raise InputError(
-                f"{os.path.join(folder, METRICS)}: step {evaluation['iteration']} has validation sets {sets}; wanted those "
-                f"of step {evaluations[0]['iteration']}: {', '.join(groups)}"
+                f"{os.path.join(folder, METRICS)}: step {evaluation['iteration']} has validation sets {sets}; expected "
+                f"those of step {evaluations[0]['iteration']}: {', '.join(groups)}"
             )
         check_measurements(folder, evaluation, measured)
     scores = read_all_scores(study.folder, START) | read_all_scores(study.folder, point.name)
@@ -174,7 +174,9 @@ def check_evaluations(folder: str, outcome: Outcome | None, tokens: list[int | N
     if None in tokens:
         raise InputError(f"{path} lacks a step after which it has an evaluation, {repeat}")
     if outcome.kind == "finished" and tokens[-1] != length:
-        raise InputError(f"{path} has its last evaluation at {tokens[-1] or 0:,} tokens; wanted one at {length:,}, {repeat}")
+        raise InputError(
+            f"{path} has its last evaluation at {tokens[-1] or 0:,} tokens; expected one at {length:,}, {repeat}"
+        )
 
 
 def group_of_sets(general: set[str], sets: dict[str, Any], folder: str) -> dict[str, str]:

@@ -109,14 +109,14 @@ def read_all_scores(folder: str, name: str) -> dict[int, dict[str, float]]:
     found = {}
     for path in sorted(Path(folder, "scores", name).glob("iter_*.json")):
         if re.fullmatch(r"iter_\d+", path.stem) is None:
-            raise InputError(f"{path} is no name of scores; wanted iter_ and a number, such as iter_0000016.json")
+            raise InputError(f"{path} is no name of scores; expected iter_ and a number, such as iter_0000016.json")
         scores = read_json(str(path), dict, "numbers by name")
         if not scores:
-            raise InputError(f"{path} holds no scores; wanted numbers by name. Remove the file")
+            raise InputError(f"{path} holds no scores; expected numbers by name. Remove the file")
         for score, value in scores.items():
             if not is_number(value):
                 raise InputError(
-                    f"{path}: {score} is {value}; wanted a number. Remove the file and leave {score} out of the mean"
+                    f"{path}: {score} is {value}; expected a number. Remove the file and leave {score} out of the mean"
                 )
         found[int(path.stem.removeprefix("iter_"))] = scores
     return found

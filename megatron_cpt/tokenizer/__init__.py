@@ -45,7 +45,7 @@ def tokenizer_file(path: str) -> tuple[Path, Literal["hf", "tiktoken", "sentence
         found = "a folder without either" if source.is_dir() else "nothing there"
         advice = "" if source.exists() else if_on_the_hub(path)
         raise InputError(
-            f"tokenizer {path}: found {found}; wanted a tokenizer.json or tokenizer.model, or a folder with one{advice}"
+            f"tokenizer {path}: found {found}; expected a tokenizer.json or tokenizer.model, or a folder with one{advice}"
         )
     with file.open("rb") as stream:
         head = stream.read(4096)

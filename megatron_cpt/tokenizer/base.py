@@ -78,12 +78,12 @@ SETTING = "the setting eos_token"
 
 def no_eos(path: Path) -> InputError:
     """The error for a tokenizer that does not say which token ends a document."""
-    return InputError(f"{path}: the tokenizer names no end-of-document token; wanted eos_token to name one of its tokens")
+    return InputError(f"{path}: the tokenizer names no end-of-document token; expected eos_token to name one of its tokens")
 
 
 def unknown_token(path: Path, field: str, token: str) -> InputError:
     """The error for an eos/bos token that is not in the vocabulary."""
-    return InputError(f"{path}: {field} is {token!r}, which is not in the vocabulary; wanted one of its tokens")
+    return InputError(f"{path}: {field} is {token!r}, which is not in the vocabulary; expected one of its tokens")
 
 
 def token_bytes_sha256(tokenizer: Tokenizer) -> str:

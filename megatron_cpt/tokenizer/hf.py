@@ -32,7 +32,7 @@ class HuggingFaceTokenizer:
         try:
             self._backend = Tokenizer.from_buffer(read.content)
         except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{self._file}: not a tokenizer.json ({error}); wanted a tokenizers file") from None
+            raise InputError(f"{self._file}: not a tokenizer.json ({error}); expected a tokenizers file") from None
         for token in read.configured:
             self._check_id(token)
         # A saved file may carry the truncation and padding of its last use.

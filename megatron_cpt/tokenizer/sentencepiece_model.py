@@ -25,7 +25,7 @@ class SentencePieceTokenizer:
             self._processor.LoadFromSerializedProto(content)
         except RuntimeError:
             wanted = "a tokenizer.json, tiktoken ranks or a SentencePiece model"
-            raise InputError(f"{path}: not a tokenizer this program knows; wanted {wanted}") from None
+            raise InputError(f"{path}: not a tokenizer this program knows; expected {wanted}") from None
         self.eos_id = self._processor.eos_id() if eos_token is None else self._processor.piece_to_id(eos_token)
         if self.eos_id < 0:
             raise no_eos(path)

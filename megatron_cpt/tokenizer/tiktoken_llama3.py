@@ -110,9 +110,9 @@ def read_ranks(path: Path, content: bytes) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise InputError(f"{path}:{number}: found {line[:40]!r}; wanted a base64 token and its rank") from None
+            raise InputError(f"{path}:{number}: found {line[:40]!r}; expected a base64 token and its rank") from None
         if int(rank) != number - 1 or len(ranks) != number:
-            raise InputError(f"{path}:{number}: found rank {int(rank)}; wanted {number - 1}, each token once")
+            raise InputError(f"{path}:{number}: found rank {int(rank)}; expected {number - 1}, each token once")
     return ranks
 
 

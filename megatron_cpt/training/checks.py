@@ -14,9 +14,10 @@ from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, newest_
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger
+from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger, unreached
 from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.mixture_file import load_mixture
+from megatron_cpt.data.run_files import check_checkpoint_folder
 from megatron_cpt.data.stages import Schedule
 from megatron_cpt.data.state import DataState, begin, resume
 from megatron_cpt.errors import InputError, Refusals
@@ -123,7 +124,7 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
         check_machine(config)
     refusals.raise_any()
     with refusals.noted():
-        check_layout(llama, config.parallel, mixture.seq_length)
+        check_layout(llama, config.parallel, mixture.seq_length, f"{mixture.path}: ")
         check_engine(config, llama)
     with refusals.noted():
         token_bytes = read_token_bytes(start_from, mixture, llama.vocab_size)
@@ -133,24 +134,32 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
     complete = resumed is not None and length.iteration >= length.train_iters and resumed.has_all
     if resumed is not None and not complete:
         check_can_resume(config, start_from, resumed.manifest)
-    if not complete:
-        check_profile(config, length.train_iters, world_size)
+    with refusals.noted():
+        if not complete:
+            check_profile(config, length.train_iters, world_size)
+    with refusals.noted():
+        schedule = check_schedule(config, mixture.seq_length, length, resumed, complete)
+    with refusals.noted():
+        data = check_data(config, mixture, length, resumed, complete)
+    refusals.raise_any()
     if complete and not is_own(config, start_from):
         raise InputError(
             f"checkpoint.load {start_from} is of step {length.iteration} and the run ends with step {length.train_iters}: "
             f"there is nothing left to do; make it longer"
         )
+    late = unreached(mixture, data.schedule, data.run_samples)
     return CheckedRun(
         notes=(
             *(f"passed over: {folder}" for folder in newest_complete(config.checkpoint.save, True, damaged)[1]),
             *untold_tokenizers(mixture),
+            *([late] if late else []),
         ),
         config=config,
         llama=llama,
         mixture=mixture,
-        data=check_data(config, mixture, length, resumed, complete),
+        data=data,
         length=length,
-        schedule=check_schedule(config, mixture.seq_length, length, resumed, complete),
+        schedule=schedule,
         data_parallel_size=data_parallel_size,
         token_bytes=token_bytes,
         start_from=start_from,
@@ -179,6 +188,7 @@ def find_start(config: RunConfig, damaged: Mapping[str, str] | None = None) -> t
                 f"use that, or another folder as checkpoint.save"
             )
         return own, resumed_from(manifest)
+    check_checkpoint_folder(settings.load)
     folder = find_checkpoint(settings.load)
     if settings.load_state == "weights":
         return folder, None
@@ -373,8 +383,9 @@ def check_batch(config: RunConfig, world_size: int) -> int:
     data_parallel = world_size // together
     if training.global_batch_size % (training.micro_batch_size * data_parallel):
         raise InputError(
-            f"global_batch_size {training.global_batch_size} is not divisible by micro_batch_size "
-            f"{training.micro_batch_size} x data-parallel size {data_parallel}"
+            f"training.global_batch_size is {training.global_batch_size}; expected a multiple of "
+            f"{training.micro_batch_size * data_parallel}, micro_batch_size {training.micro_batch_size} x data-parallel "
+            f"size {data_parallel}"
         )
     check_microbatches(parallel, training.global_batch_size // (training.micro_batch_size * data_parallel))
     return data_parallel

@@ -128,7 +128,8 @@ def make_schedule(config: RunConfig, seq_length: int, length: RunLength, start: 
         )
     if decay and warmup + decay > available:
         raise InputError(
-            f"warm-up of {warmup} and decay of {decay} samples do not fit into the schedule's {available} samples"
+            f"lr: the warm-up takes {warmup} samples and the decay {decay}; expected at most {available} together, as the "
+            "schedule has"
         )
     return LearningRate(
         decay_style=lr.decay_style,

@@ -85,24 +85,24 @@ def test_fields_of_another_style_may_be_there_and_empty() -> None:
         ({"instruction": "a", "output": ""}, "empty answer", "message 2 is empty"),
         ({"instruction": "a", "output": None}, "not a text", "output is None"),
         ({"instruction": " ", "output": "b"}, "empty message", "message 1 is empty"),
-        ({"instruction": "a", "output": "b", "history": [["c"]]}, "history", "wanted pairs"),
-        ({"messages": []}, "no messages", "messages is []; wanted a list of messages"),
-        ({"messages": "hi"}, "no messages", "messages is 'hi'; wanted a list of messages"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "history", "expected pairs"),
+        ({"messages": []}, "no messages", "messages is []; expected a list of messages"),
+        ({"messages": "hi"}, "no messages", "messages is 'hi'; expected a list of messages"),
         ({"messages": ["hi"]}, "no messages", "messages holds 'hi'"),
         ({"messages": [{"role": "system", "content": "s"}]}, "no messages", "no messages but the system's"),
-        ({"messages": [{"role": "bot", "content": "s"}]}, "unknown role", "from 'bot'; wanted one of system, user"),
+        ({"messages": [{"role": "bot", "content": "s"}]}, "unknown role", "from 'bot'; expected one of system, user"),
         ({"messages": [{"role": "user", "content": 3}]}, "not a text", "messages is 3"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no answer at the end", "the last message is the user's"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]},
             "turns",
-            "message 2 is the user's; wanted the assistant's",
+            "message 2 is the user's; expected the assistant's",
         ),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "turns", "message 1 is the assistant's"),
         (
             {"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "b"}]},
             "turns",
-            "message 1 is the tool's; wanted the user's",
+            "message 1 is the tool's; expected the user's",
         ),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{}]}]},
@@ -229,7 +229,7 @@ def test_a_turn_says_whether_it_is_learned(field: str, value: Any, learned: bool
 
 def test_turns_that_say_it_in_no_known_way_are_refused() -> None:
     for value in (0.5, 2, "no", [0], float("nan")):
-        with pytest.raises(RowError, match=r"a message of messages has weight .*; wanted 0 or 1") as caught:
+        with pytest.raises(RowError, match=r"a message of messages has weight .*; expected 0 or 1") as caught:
             parse_conversation(spoken(weight=value))
         assert caught.value.kind == "weight of a turn"
     silent = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "loss": False}]
@@ -245,7 +245,7 @@ def test_turns_that_say_it_in_no_known_way_are_refused() -> None:
 def test_reasoning_stays_with_its_answer(field: str) -> None:
     found = parse_conversation(spoken(**{field: "Greet."})).messages
     assert [message.reasoning for message in found] == [None, (field, "Greet."), None, None]
-    with pytest.raises(RowError, match=f"{field} is 3; wanted a text"):
+    with pytest.raises(RowError, match=f"{field} is 3; expected a text"):
         parse_conversation(spoken(**{field: 3}))
 
 

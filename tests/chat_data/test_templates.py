@@ -83,7 +83,7 @@ def test_a_template_in_a_file_and_the_tokenizers_own(chat_tokenizer_dir: str, tm
     ("text", "message"),
     [
         ("{{ messages[0]['content'] }}", "changes earlier turns|does not give back"),
-        ("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}", "wanted a special token"),
+        ("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}", "expected a special token"),
         ("{{ raise_exception('no') }}", "the chat template refuses it: no"),
         ("{% for m in messages %}", "the chat template refuses it"),
         ("{{ messages + 1 }}", "the chat template refuses it"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -208,6 +208,81 @@ def test_a_mistake_that_only_another_rank_finds(capsys: pytest.CaptureFixture[st
         run_tool(refuse, Config, "A tool.", ["--output_prefix", "p"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: p is not good\n"
+
+
+ADDRESS = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+TORCHRUN = ADDRESS | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+
+
+@dataclass(frozen=True)
+class Joining:
+    """Settings of a tool that joins other processes."""
+
+    check_only: bool = False
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a tool that joins others in an environment, and says what the tool's own code returned."""
+
+    def run(environment: dict[str, str], *words: str) -> str:
+        for name in (*cli.LAUNCHER, *cli.RENDEZVOUS):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(cli.time, "sleep", lambda seconds: pytest.fail("waited for the first rank"))
+        run_tool(lambda config: "ran", Joining, "A tool.", list(words), joins=True)
+        return "ran"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({"RANK": "2"}, ["RANK is 2 with WORLD_SIZE 2; expected at most 1"]),
+        ({"RANK": "two", "WORLD_SIZE": "0"}, ["RANK is 'two'; expected a whole", "WORLD_SIZE is '0'; expected a whole"]),
+        ({"RANK": "-1"}, ["RANK is '-1'; expected a whole number, 0 to"]),
+        ({"RANK": "\u0661"}, ["RANK is '\u0661'; expected a whole number, 0 to"]),
+        ({"WORLD_SIZE": ""}, ["WORLD_SIZE is ''; expected a whole number, 1 to"]),
+        ({"LOCAL_RANK": "2"}, ["LOCAL_RANK is 2 with LOCAL_WORLD_SIZE 2; expected at most 1"]),
+        ({"LOCAL_RANK": "abc"}, ["LOCAL_RANK is 'abc'; expected a whole number, 0 to"]),
+        ({"LOCAL_WORLD_SIZE": "3"}, ["LOCAL_WORLD_SIZE is 3 with WORLD_SIZE 2; expected at most 2"]),
+        ({"MASTER_PORT": "abc"}, ["MASTER_PORT is 'abc'; expected a whole number, 1 to 65535"]),
+        ({"MASTER_PORT": "65536"}, ["MASTER_PORT is '65536'; expected a whole number, 1 to 65535"]),
+        ({"MASTER_PORT": None}, ["MASTER_PORT is missing with WORLD_SIZE 2; expected a free port there, or none"]),
+        ({"MASTER_ADDR": "a b"}, ["MASTER_ADDR is 'a b' with WORLD_SIZE 2; expected name or address"]),
+        ({"RANK": None, "MASTER_ADDR": None}, ["RANK is missing with WORLD_SIZE 2", "MASTER_ADDR is missing"]),
+    ],
+)
+def test_what_a_launcher_says_is_checked(
+    changes: dict[str, str | None], lines: list[str], launched: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by torch, after half a minute and with a traceback."""
+    environment = {name: value for name, value in (TORCHRUN | changes).items() if value is not None}
+    with pytest.raises(SystemExit) as stopped:
+        launched(environment)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == len(lines)
+    for found, said in zip(captured.err.splitlines(), lines, strict=True):
+        assert found.startswith(f"error: environment: {said}")
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "LOCAL_RANK": "0"}, ADDRESS, TORCHRUN])
+def test_environments_that_will_do(environment: dict[str, str], launched: Callable[..., str]) -> None:
+    assert launched(environment) == "ran"
+
+
+def test_a_check_joins_nobody(launched: Callable[..., str]) -> None:
+    assert launched({"WORLD_SIZE": "8"}, "--check_only") == "ran"
+
+
+def test_the_tools_that_join_others_say_so() -> None:
+    tools = Path(__file__).parents[2] / "tools"
+    joining = {path.stem for path in tools.glob("*.py") if "joins=True" in path.read_text()}
+    assert joining == {"pretrain_cpt", "finetune_sft", "finetune_dpo"}
 
 
 def test_other_errors_keep_their_traceback() -> None:

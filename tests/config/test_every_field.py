@@ -121,6 +121,17 @@ def test_amounts_have_units_everywhere(name: str) -> None:
             assert place == 20 * 10**9
 
 
+def test_lengths_have_no_units() -> None:
+    """2k would be 2,048 for some and 2,000 for others. Numbers of documents, rows and steps have units."""
+    assert refusals(load("planning.config:PlanConfig"), ["--seq_length", "2k", "--devices", "8", "--model", "8B"])[-1] == (
+        "seq_length is '2k'; expected a whole number without a unit"
+    )
+    for name in ("max_documents", "max_rows", "max_prompts", "train_iters", "max_steps", "max_document_characters"):
+        assert COUNTED.search(name)
+    for name in ("seq_length", "max_length", "shuffle_documents", "window", "tensor_model_parallel_size"):
+        assert not COUNTED.search(name)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_empty_sections(name: str, tmp_path: Path) -> None:
     """`training:` with all its lines commented out is a section that gives nothing."""

@@ -76,10 +76,10 @@ def test_documents_without_an_end_token(tmp_path: Path, tiny_tokenizer_dir: str,
 def test_what_is_refused(tmp_path: Path, tiny_tokenizer_dir: str, documents: list[list[list[int]]]) -> None:
     (ids,) = documents[0]
     wrong = {
-        "some": ([*documents, [ids[:-1]]], r"some: 30 of 31 documents end with eos \(id 0\); wanted all or none"),
-        "large": ([[[*ids, 400, 0]]], r"large\.bin: found ids from 0 to 400; wanted ids below 400"),
-        "split": ([[ids, ids]], r"split\.idx: found 2 sequences in 1 documents; wanted one each"),
-        "empty": ([[[]]], r"empty: document 0 without tokens; wanted tokens in each"),
+        "some": ([*documents, [ids[:-1]]], r"some: 30 of 31 documents end with eos \(id 0\); expected all or none"),
+        "large": ([[[*ids, 400, 0]]], r"large\.bin: found ids from 0 to 400; expected ids below 400"),
+        "split": ([[ids, ids]], r"split\.idx: found 2 sequences in 1 documents; expected one each"),
+        "empty": ([[[]]], r"empty: document 0 without tokens; expected tokens in each"),
     }
     for name, (content, message) in wrong.items():
         prefix = write_as_megatron(tmp_path / name, content)
@@ -88,14 +88,14 @@ def test_what_is_refused(tmp_path: Path, tiny_tokenizer_dir: str, documents: lis
         assert not Path(f"{prefix}.json").exists()
     good = write_as_megatron(tmp_path / "good", documents)
     adopt(good, tiny_tokenizer_dir)
-    with pytest.raises(InputError, match=r"good\.json: there is a manifest already; wanted none, or overwrite"):
+    with pytest.raises(InputError, match=r"good\.json: there is a manifest already; expected none, or overwrite"):
         adopt(good, tiny_tokenizer_dir)
     adopt(good, tiny_tokenizer_dir, overwrite=True, eos_token=EOS)
 
 
 def test_another_end_token_is_named(tmp_path: Path, chat_tokenizer_dir: str, documents: list[list[list[int]]]) -> None:
     prefix = write_as_megatron(tmp_path / "zh", documents)
-    message = r"zh: document 0 ends with '<\|endoftext\|>' \(id 0\); wanted the end-of-document token '<\|im_end\|>'"
+    message = r"zh: document 0 ends with '<\|endoftext\|>' \(id 0\); expected the end-of-document token '<\|im_end\|>'"
     with pytest.raises(InputError, match=message):
         adopt(prefix, chat_tokenizer_dir, eos_token="<|im_end|>")
     assert not Path(f"{prefix}.json").exists()

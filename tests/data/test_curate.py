@@ -341,20 +341,20 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("arguments", "message"),
     [
         (["--input", "{tmp}/none/*.jsonl"], "found no files"),
-        (["--keep_languages", "zz"], "'zz', which cld2 does not identify; wanted some of"),
+        (["--keep_languages", "zz"], "'zz', which cld2 does not identify; expected some of"),
         (["--language_threshold", "65"], "language_threshold is 65"),
-        (["--filters", "gopher"], "filters: found gopher; wanted default, none, or any of gopher_repetition"),
-        (["--filter_arguments", '{{"de": {{}}}}'], "found 'de'; wanted all, en"),
+        (["--filters", "gopher"], "filters: found gopher; expected default, none, or any of gopher_repetition"),
+        (["--filter_arguments", '{{"de": {{}}}}'], "found 'de'; expected all, en"),
         (
             ["--filter_arguments", '{{"all": {{"gopher_quality": {{"min_words": 3}}}}}}'],
-            "no 'min_words'; wanted any of min_doc",
+            "no 'min_words'; expected any of min_doc",
         ),
-        (["--filter_arguments", '{{"en": {{"gopher_quality": {{"min_doc_words": "a"}}}}}}'], "is 'a'; wanted a number"),
-        (["--fineweb2_configs", "{tmp}"], "eng_Latn.yml; wanted the file of en"),
+        (["--filter_arguments", '{{"en": {{"gopher_quality": {{"min_doc_words": "a"}}}}}}'], "is 'a'; expected a number"),
+        (["--fineweb2_configs", "{tmp}"], "eng_Latn.yml; expected the file of en"),
         (["--executor", "slurm"], "slurm.partition is empty"),
-        (["--dry_run"], "wanted executor slurm"),
-        (["--tasks", "0"], "tasks is 0; wanted at least 1"),
-        (["--output_folder", "{tmp}/other"], "notes.txt, which no curation wrote; wanted a new or empty folder"),
+        (["--dry_run"], "expected executor slurm"),
+        (["--tasks", "0"], "tasks is 0; expected at least 1"),
+        (["--output_folder", "{tmp}/other"], "notes.txt, which no curation wrote; expected a new or empty folder"),
         (["--output_folder", "{tmp}/in", "--input", "{tmp}/in/a.jsonl"], "lies in output_folder"),
         (["--text_key", "body"], "1 documents, none left (most lost in read: missing_text 1)"),
         (["--input", "{tmp}/bad.jsonl.gz"], "bad.jsonl.gz: damaged gzip data"),
@@ -381,7 +381,7 @@ def test_a_folder_belongs_to_one_curation(tmp_path: Path, capsys: pytest.Capture
     base = ["--input", str(tmp_path / "in"), "--output_folder", str(tmp_path / "out"), "--workers", "1", "--filters", "none"]
     base += ["--deduplicate", "false", "--compression", "none"]
     run_tool(curate, CurateConfig, "", [*base, "--keep_languages", "en"])
-    assert 'keep_languages ["en"], wanted ["en", "zh"]' in fails(capsys, *base, "--keep_languages", "en", "zh")
+    assert 'keep_languages ["en"]; expected ["en", "zh"]' in fails(capsys, *base, "--keep_languages", "en", "zh")
     hold = "import sys, pathlib; from megatron_cpt.data.curate import sole_writer; root = pathlib.Path(sys.argv[1])\n"
     hold += "with sole_writer(root, root): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(tmp_path / "out" / ".curation")]
@@ -604,9 +604,9 @@ def test_a_model_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch.undo()
     for words, message in (
         ([*glotlid[:-4], "--language_identifier", "glotlid"], "language_model is empty with language_identifier glotlid"),
-        (command, "language_identifier is cld2 with a language_model; wanted fasttext or glotlid"),
+        (command, "language_identifier is cld2 with a language_model; expected fasttext or glotlid"),
         ([*glotlid, "--language_model", str(tmp_path / "none")], f"language_model {tmp_path}/none: "),
-        ([*glotlid, "--language_model", str(tmp_path / "in/a.jsonl")], "wanted a fastText model, as GlotLID's model.bin"),
+        ([*glotlid, "--language_model", str(tmp_path / "in/a.jsonl")], "expected a fastText model, as GlotLID's model.bin"),
     ):
         assert message in fails(capsys, *words, "--output_folder", str(tmp_path / "c"))
 

@@ -41,7 +41,7 @@ BAD = [
     Bad(b"no json", "broken_json", "not valid JSON"),
     Bad(b'{"text": "a"} {"text": "b"}', "broken_json", "not valid JSON"),
     Bad(b"\0\0\0\0", "broken_json", "not valid JSON"),
-    Bad(b"[" * 5000, "broken_json", "wanted one JSON object per line"),
+    Bad(b"[" * 5000, "broken_json", "expected one JSON object per line"),
     Bad(b'{"text": "\xff"}', "invalid_utf8", "byte 10 is not UTF-8"),
     Bad(b'{"text": "\xed\xa0\x80"}', "invalid_utf8", "byte 10 is not UTF-8"),
     Bad(b'{"text": "ok", "url": "\xc3("}', "invalid_utf8", "is not UTF-8"),
@@ -51,7 +51,7 @@ BAD = [
     Bad(b'{"text": null}', "null_text", "field 'text' is null"),
     Bad(b"{}", "missing_text", "no field 'text'; found []"),
     Bad(b'{"Text": "a", "b": 1}', "missing_text", "no field 'text'; found ['Text', 'b']"),
-    Bad(b'{"text": 5}', "not_text", "field 'text' is int; wanted a string"),
+    Bad(b'{"text": 5}', "not_text", "field 'text' is int; expected a string"),
     Bad(b'{"text": ["a", 1]}', "not_text", "field 'text' is list"),
     Bad(b'{"text": {"text": "a"}}', "not_text", "field 'text' is dict"),
     Bad(b'["a"]', "no_object", "found list"),
@@ -60,7 +60,7 @@ BAD = [
     Bad(b"NaN", "no_object", "found NoneType"),
     Bad(b'{"text": ""}', "empty", "no text"),
     Bad(b'{"text": " \\n\\t\\u3000"}', "empty", "no text but white space"),
-    Bad(b'{"text": "%s"}' % (b"x" * (LONGEST + 1)), "too_long", "31 characters; wanted at most 30"),
+    Bad(b'{"text": "%s"}' % (b"x" * (LONGEST + 1)), "too_long", "31 characters; expected at most 30"),
 ]
 
 
@@ -156,7 +156,7 @@ def test_bad_rows(suffix: str, with_metadata: bool, kind: str, tmp_path: Path, t
     ]
     if with_metadata:
         assert read_lines(tmp_path / "c.metadata.jsonl") == [{"id": i} for i in (0, 4, 7, 9)]
-    with pytest.raises(InputError, match=rf"a\{suffix}:2: column 'text' is null; wanted a string"):
+    with pytest.raises(InputError, match=rf"a\{suffix}:2: column 'text' is null; expected a string"):
         run(tmp_path / "d", tiny_tokenizer_dir, **settings)
 
 
@@ -215,7 +215,7 @@ def test_no_errors_no_file(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
 
 def test_nothing_but_errors_is_no_corpus(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(mixed_lines()[1][0][1].line + b"\n" + b'{"text": ""}\n' * 3)
-    with pytest.raises(InputError, match="empty corpus: found 1 broken_json, 3 empty; wanted documents with text"):
+    with pytest.raises(InputError, match="empty corpus: found 1 broken_json, 3 empty; expected documents with text"):
         run(tmp_path / "c", tiny_tokenizer_dir, input=str(tmp_path / "a.jsonl"), on_error="skip")
     assert not list(tmp_path.glob("c.[bijme]*"))
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -144,22 +145,27 @@ def test_a_mixture_takes_both_sides_of_one_split_only(tmp_path: Path, folder: st
     merge_datasets(MergeConfig([str(tmp_path / "c"), str(tmp_path / "whole")], str(tmp_path / "cw")))
     with pytest.raises(InputError, match="documents in common"):
         mixture("cw", "c_holdout")
-    with pytest.raises(InputError, match=r"c_holdout was held out for validation, unlike .*/c; wanted one or the other"):
+    with pytest.raises(InputError, match=r"c_holdout was held out for validation, unlike .*/c; expected one or the other"):
         merge_datasets(MergeConfig([str(tmp_path / "c"), str(tmp_path / "c_holdout")], str(tmp_path / "all")))
 
 
-@pytest.mark.parametrize("written", ["0", "-3", "1.5", "100%", "0%", "a", "", "1/2", "nan", "5 %%", 0.0, 1.0, "200.0"])
+WRONG = ["0", "-3", "1.5", "100%", "0%", "a", "", "1/2", "nan", "5 %%", 0.0, 1.0, "200.0", "k", "0.0001k", "010"]
+HUGE = ["1e999999999", "1e-999999999", "1e-999999999%", "9" * 5000]
+
+
+@pytest.mark.parametrize("written", [*WRONG, *HUGE])
 def test_what_is_no_holdout(written: Any, tmp_path: Path, tiny_tokenizer_dir: str) -> None:
-    with pytest.raises(InputError, match=r"holdout is .*; wanted a number of documents, as in 200, or a share"):
+    with pytest.raises(InputError, match=r"holdout is .*; expected a number of documents, as in 200 or 10K, or a share"):
         run(tmp_path / "c", tiny_tokenizer_dir, input=str(tmp_path), holdout=written)
     assert parse_holdout("0.5 %") == parse_holdout(0.005) == Fraction(1, 200)
-    assert parse_holdout("1_000") == 1000
+    assert parse_holdout("1_000") == parse_holdout("1k") == 1000
+    assert [parse_holdout(text) for text in ("10K", "1.5 M", "0.5k")] == [10_000, 1_500_000, 500]
 
 
 def test_more_than_there_is(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
     source = write_lines(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(10)])
     for asked, said in ((10, "10 of 10"), (11, "11 of 10"), ("4%", "0 of 10")):
-        with pytest.raises(InputError, match=f"holdout is {asked}, {said} documents; wanted at least one, and not all"):
+        with pytest.raises(InputError, match=f"holdout is {asked}, {said} documents; expected at least one, and not all"):
             run(tmp_path / "c", tiny_tokenizer_dir, input=source, holdout=asked)
         assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"], "nothing is left behind"
     assert number_held_out("5%", 10) == 1
@@ -179,7 +185,7 @@ def test_copies_stay_together(keys: list[int], count: int) -> None:
 
 def test_an_old_holdout_is_replaced(tmp_path: Path, folder: str, tiny_tokenizer_dir: str) -> None:
     run(tmp_path / "c", tiny_tokenizer_dir, **settings_for(folder, holdout=3))
-    with pytest.raises(InputError, match=r"found .*c_holdout\.json.*; wanted a new name or overwrite"):
+    with pytest.raises(InputError, match=r"found .*c_holdout\.json.*; expected a new name or overwrite"):
         run(tmp_path / "c", tiny_tokenizer_dir, **settings_for(folder, holdout=5))
     run(tmp_path / "c", tiny_tokenizer_dir, input=folder, on_error="skip", holdout=5, overwrite=True)
     assert len(IndexedCorpus(str(tmp_path / "c_holdout"))) == 5
@@ -202,3 +208,22 @@ def test_the_tool_and_partitions_of_a_small_file(tmp_path: Path, tiny_tokenizer_
     words[2] = f"--input={source}.gz"
     done = subprocess.run([*words, "--partition=1/2"], capture_output=True, text=True, check=True)
     assert "WARNING: partition 1/2 has no documents; files that are compressed, text" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "no such file; expected what preprocess_data.py --holdout writes beside"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"found [\d,]+ bytes; expected [\d,]+ \(\d+ documents\)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-16] + b"a" * 16), "damaged: found .* text_bytes; expected"),
+    ],
+)
+def test_what_is_held_out_by_is_checked_in_each_partition(
+    damage: Callable[[Path], object], said: str, tmp_path: Path, folder: str, tiny_tokenizer_dir: str
+) -> None:
+    for i in range(2):
+        run(tmp_path / "parts", tiny_tokenizer_dir, **settings_for(folder, holdout=12), partition=f"{i}/2")
+    damage(tmp_path / "parts-00001-of-00002.documents")
+    with pytest.raises(InputError, match=rf"parts-00001-of-00002\.documents: {said}"):
+        merge_datasets(MergeConfig(str(tmp_path / "parts"), str(tmp_path / "joined")))
+    assert not list(tmp_path.glob("joined*"))

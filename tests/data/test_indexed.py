@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_cpt.data import indexed
 from megatron_cpt.data.indexed import HEADER, MAGIC, IndexedCorpus, IndexedWriter, best_dtype
 from megatron_cpt.data.sources import sha256_file
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, RunError
 
 DOCUMENTS = [[1, 2, 3], [4], [], [65000, 6]]
 
@@ -169,13 +170,13 @@ def test_truncated_idx(prefix: str, keep: int) -> None:
 @pytest.mark.parametrize("size", [0, 11, 13])
 def test_bin_of_another_size(prefix: str, size: int) -> None:
     Path(prefix + ".bin").write_bytes(bytes(size))
-    with pytest.raises(InputError, match=f"found {size} bytes; wanted 12"):
+    with pytest.raises(InputError, match=f"found {size} bytes; expected 12"):
         IndexedCorpus(prefix)
 
 
 @pytest.mark.parametrize(
     ("offset", "byte", "message"),
-    [(0, 0, "wanted b'MMIDIDX"), (9, 2, "version is 2"), (17, 9, "dtype code is 9"), (34 + 48, 1, "document indices")],
+    [(0, 0, "expected b'MMIDIDX"), (9, 2, "version is 2"), (17, 9, "dtype code is 9"), (34 + 48, 1, "document indices")],
 )
 def test_damaged_idx(prefix: str, offset: int, byte: int, message: str) -> None:
     idx = Path(prefix + ".idx")
@@ -184,3 +185,32 @@ def test_damaged_idx(prefix: str, offset: int, byte: int, message: str) -> None:
     idx.write_bytes(bytes(content))
     with pytest.raises(InputError, match=message):
         IndexedCorpus(prefix)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_that_is_cut_while_it_is_read(prefix: str, suffix: str) -> None:
+    """An error, where a memory map would end the process without a word."""
+    corpus = IndexedCorpus(prefix)
+    assert corpus.lengths().tolist() == [3, 1, 0, 2]
+    assert corpus.lengths(slice(1, 99)).tolist() == [1, 0, 2]
+    assert corpus.pointers().tolist() == [0, 6, 8, 8]
+    assert corpus.documents(0, 5).tolist() == [0, 1, 2, 3, 4]
+    assert corpus.tokens_at(np.array([5, 0, 4, 0])).tolist() == [6, 1, 65000, 1]
+    assert [corpus[-1].tolist(), corpus[2].tolist()] == [[65000, 6], []]
+    with open(prefix + suffix, "r+b") as file:
+        file.truncate(2)
+    reads = {
+        ".bin": [lambda: corpus[0], lambda: corpus.read(0, 1), lambda: corpus.tokens_at(np.array([3]))],
+        ".idx": [corpus.lengths, corpus.pointers, lambda: corpus.documents(0, 1), lambda: corpus[0]],
+    }
+    for read in reads[suffix]:
+        with pytest.raises(RunError, match=r"corpus\.(bin|idx): found 2 bytes; expected \d+: the file has changed since"):
+            read()
+
+
+def test_places_far_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "WINDOW", 10)
+    corpus = IndexedCorpus(write(str(tmp_path / "long"), [list(range(100))]))
+    places = np.random.default_rng(0).permutation(np.repeat(np.arange(0, 100, 7), 2))
+    assert corpus.tokens_at(places).tolist() == places.tolist()
+    assert corpus.tokens_at(np.array([], np.int64)).size == 0

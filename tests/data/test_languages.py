@@ -11,29 +11,58 @@ from tiny_corpora import run, write_lines
 
 from megatron_cpt.config.cli import run_tool
 from megatron_cpt.data.adopt import AdoptConfig, adopt_corpora
-from megatron_cpt.data.languages import check_language, unlike
+from megatron_cpt.data.languages import unlike
 from megatron_cpt.data.manifest import manifest_path, read_manifest
 from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.errors import InputError
+from megatron_cpt.evaluation.config import TextConfig
+from megatron_cpt.language_codes import ISO_639_1, RIGHT_CODE, check_language
+from megatron_cpt.posttrain.data import SourceConfig
 
 
-@pytest.mark.parametrize("language", ["xx", "z", "EN", "q1", "xx-Latn", "_", "zz_ZZ"])
-def test_no_language(language: str, tmp_path: Path, tiny_tokenizer_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
-    source = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
-    words = ["--input", source, "--tokenizer", tiny_tokenizer_dir, "--output_prefix", str(tmp_path / "c"), "--language"]
+def refusal_of_preprocessing(folder: Path, tokenizer: str, language: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line that preprocess_data.py refuses a language with; nothing is written."""
+    source = write_lines(folder / "a.jsonl", [{"text": "a"}])
+    words = ["--input", source, "--tokenizer", tokenizer, "--output_prefix", str(folder / "c"), "--language", language]
     with pytest.raises(SystemExit) as end:
-        run_tool(preprocess, PreprocessConfig, "", [*words, language])
+        run_tool(preprocess, PreprocessConfig, "", words)
     assert end.value.code == 2
+    assert [path.name for path in folder.iterdir()] == ["a.jsonl"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"error: language is {language!r}; wanted an ISO 639 code, as in zh, or a longer name, as in code"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    return line
+
+
+@pytest.mark.parametrize(
+    "language", ["xx", "z", "q1", "xx-Latn", "_", "zz_ZZ", "e n", "../x", "zh/tw", "zh.", "zh-", "中文"]
+)
+def test_no_language(language: str, tmp_path: Path, tiny_tokenizer_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = "expected an ISO 639 code, as in zh, or a longer name, as in code"
+    line = refusal_of_preprocessing(tmp_path, tiny_tokenizer_dir, language, capsys)
+    assert line == f"error: language is {language!r}; {expected}"
     with pytest.raises(InputError, match="language is"):
         AdoptConfig("a", "b", language)
 
 
+@pytest.mark.parametrize(
+    ("language", "right"),
+    [("zho", "zh"), ("chi", "zh"), ("Chinese", "zh"), ("cn", "zh"), ("EN", "en"), ("deu_Latn", "de_Latn"), ("jp", "ja")],
+)
+def test_the_right_code_is_named(
+    language: str, right: str, tmp_path: Path, tiny_tokenizer_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts of a language are counted under one code."""
+    line = refusal_of_preprocessing(tmp_path, tiny_tokenizer_dir, language, capsys)
+    assert line == f"error: language is {language!r}; expected {right}"
+    for section in (lambda: SourceConfig("a", language).check(), lambda: TextConfig("a", language)):
+        with pytest.raises(InputError, match=rf"language is '{language}'; expected {right}$"):
+            section()
+
+
 def test_languages() -> None:
-    for language in ("zh", "en", "no", "zh-Hant", "zh_TW", "yue", "cmn_Hani", "code", "python"):
+    for language in ("zh", "en", "no", "zh-Hant", "zh_TW", "yue", "cmn_Hani", "code", "python", "c++", *ISO_639_1):
         check_language(language)
+    assert not ISO_639_1 & RIGHT_CODE.keys()
+    assert set(RIGHT_CODE.values()) == ISO_639_1, "each language has a longer name"
 
 
 @pytest.mark.parametrize(("language", "words", "said"), [("en", CHINESE, "zh"), ("zh", ENGLISH, "en"), ("zh", CHINESE, "")])

@@ -41,17 +41,18 @@ def test_missing_and_not_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["format_version"], 1, "format_version is 1; wanted 2"),
+        (["format_version"], 1, "format_version is 1; expected 2"),
         (["tokens"], None, "tokens is missing"),
-        (["tokens"], "10", "tokens is '10'; wanted int"),
-        (["documents"], True, "documents is True; wanted int"),
-        (["tokenizer"], [], "tokenizer is list; wanted an object"),
+        (["tokens"], "10", "tokens is '10'; expected int"),
+        (["documents"], True, "documents is True; expected int"),
+        (["tokenizer"], [], "tokenizer is list; expected an object"),
         (["tokenizer", "eos_id"], None, "tokenizer.eos_id is missing"),
         (["sources", 0, "bytes"], 1.5, r"sources\[0\].bytes is 1.5"),
         (["files", "idx"], None, "files.idx is missing"),
-        (["files", "bin", "sha256"], 3, "files.bin.sha256 is 3; wanted str"),
-        (["sources", 0, "sha256"], 3, r"sources\[0\].sha256 is 3; wanted str | None"),
-        (["languages", "zh"], "all", "languages.zh is 'all'; wanted float"),
+        (["files", "bin", "sha256"], 3, "files.bin.sha256 is 3; expected str"),
+        (["sources", 0, "sha256"], 3, r"sources\[0\].sha256 is 3; expected str | None"),
+        (["partition"], "5/5", "partition is '5/5'; expected I/N with I from 0 to N - 1"),
+        (["languages", "zh"], "all", "languages.zh is 'all'; expected float"),
     ],
 )
 def test_wrong_fields_are_named(tmp_path: Path, path: list[Any], value: Any, message: str) -> None:

@@ -193,7 +193,7 @@ def test_a_blend_that_takes_too_much_is_refused_by_both(tmp_path: Path) -> None:
     corpora = [IndexedCorpus(prefix) for prefix in prefixes]
     with pytest.raises(IndexError, match="oversamples"):
         case.megatron(prefixes)
-    with pytest.raises(InputError, match="takes 73 samples of corpus 0; wanted at most 72"):
+    with pytest.raises(InputError, match="takes 73 samples of corpus 0; expected at most 72"):
         case.ours(corpora)
     assert len(case.ours(corpora, mid_level_dataset_surplus=0.5)) >= case.num_samples
 
@@ -328,10 +328,10 @@ TOO_MANY_DOCUMENTS = np.broadcast_to(np.int32(1), 2**31)  # takes no memory
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_samples": 0}, "num_samples is 0; wanted 1 to"),
+        ({"num_samples": 0}, "num_samples is 0; expected 1 to"),
         ({"seq_length": 0}, "seq_length is 0"),
         ({"seq_length": 2**31 - 1}, "seq_length is 2147483647"),
-        ({"seed": -1}, "seed is -1; wanted 0 to 4294967295"),
+        ({"seed": -1}, "seed is -1; expected 0 to 4294967295"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"threads": 0}, "threads is 0"),
         ({"mid_level_dataset_surplus": -0.1}, "mid_level_dataset_surplus is -0.1"),
@@ -342,11 +342,11 @@ TOO_MANY_DOCUMENTS = np.broadcast_to(np.int32(1), 2**31)  # takes no memory
         ({"weights": [1.0, 1.0, float("nan")]}, "weight of corpus 2 is nan"),
         ({"weights": [float("inf"), 1.0, 1.0]}, "weight of corpus 0 is inf"),
         ({"document_lengths": [*TWO, np.array([5])]}, "document lengths of corpus 2 are int64"),
-        ({"document_lengths": [*TWO, np.ones((2, 2), np.int32)]}, r"of shape \(2, 2\); wanted int32 \(documents,\)"),
+        ({"document_lengths": [*TWO, np.ones((2, 2), np.int32)]}, r"of shape \(2, 2\); expected int32 \(documents,\)"),
         ({"document_lengths": [*TWO, np.zeros(3, np.int32)]}, "corpus 2 has 3 documents of 0 to 0 tokens"),
         ({"document_lengths": [*TWO, np.array([], np.int32)]}, "corpus 2 has 0 documents"),
         ({"document_lengths": [*TWO, np.array([5, -1], np.int32)]}, "corpus 2 has 2 documents of -1 to 5 tokens"),
-        ({"document_lengths": [*TWO, TOO_MANY_DOCUMENTS]}, "corpus 2 has 2147483648 documents; wanted at most 2147483647"),
+        ({"document_lengths": [*TWO, TOO_MANY_DOCUMENTS]}, "corpus 2 has 2147483648 documents; expected at most 2147483647"),
     ],
 )
 def test_arguments_are_checked(change: dict[str, Any], message: str) -> None:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -203,13 +204,58 @@ def copy(prefix: str, to: Path) -> str:
 
 
 def test_partitions_missing_twice_or_mixed(parts: list[str], tmp_path: Path, folder: str, tiny_tokenizer_dir: str) -> None:
-    refused(parts[::2], r"partitions \[1\] are missing; wanted 0 to 2", tmp_path)
-    refused(parts[::-1], r"partitions come as \[2, 1, 0\]", tmp_path)
-    refused([*parts, copy(parts[1], tmp_path / "copy")], r"partitions come as \[0, 1, 2, 1\]", tmp_path)
-    refused([*parts, str(tmp_path / "single")], "found partitions .*'no partition'.*; wanted all of one input", tmp_path)
+    refused(parts[::2], "without partitions 1; expected 0 to 2 in order", tmp_path)
+    refused(parts[::-1], "found partitions 2, 1, 0; expected 0 to 2 in order", tmp_path)
+    refused([*parts, copy(parts[1], tmp_path / "copy")], "found partitions 0, 1, 2, 1; expected 0 to 2 in order", tmp_path)
+    refused([*parts, str(tmp_path / "single")], "found partitions .*no partition; expected all of one input", tmp_path)
     for suffix in (".bin", ".idx"):
         Path(parts[2] + suffix).unlink()
-    refused(str(tmp_path / "c"), r"partitions \[2\] are missing", tmp_path)
+    refused(str(tmp_path / "c"), "without partitions 2", tmp_path)
+
+
+def test_partitions_without_end(parts: list[str], tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    """So many that their numbers alone would fill the memory are refused where they are asked for, and in a manifest."""
+    expected = r"expected I/N with I from 0 to N - 1 and N at most 99,999, as in 0/8"
+    for partition in ("0/99999999999", "0/100000", "0/" + "9" * 5000, "1/1", "٠/٨", "0/8/9", "a"):
+        with pytest.raises(InputError, match=rf"^partition is '.*'; {expected}"):
+            run(tmp_path / "d", tiny_tokenizer_dir, input=parts[0], partition=partition)
+    edit(parts[0], lambda manifest: manifest | {"partition": "0/99999999999"})
+    refused(parts[:1], rf"00000-of-00003\.json: partition is '0/99999999999'; {expected}", tmp_path)
+    edit(parts[0], lambda manifest: manifest | {"partition": "0/99999"})
+    refused(parts[:1], r"without partitions 1, 2, 3, 4, 5, 6, 7, 8 and 99,990 more; expected 0 to 99998 in order", tmp_path)
+
+
+def test_the_same_documents_twice(parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Partitions name the same files and share no document; a corpus and a copy of it are joined with a warning."""
+    join(parts, tmp_path / "joined")
+    assert "WARNING" not in capsys.readouterr().err
+    single, twin = f"{tmp_path}/single", copy(f"{tmp_path}/single", tmp_path / "twin")
+    join([single, twin], tmp_path / "twice")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 1
+    assert re.fullmatch(
+        rf"WARNING: {single} and {twin} were both made from .*/a\.jsonl: its documents .* twice", warnings[0]
+    )
+
+
+def test_metadata_that_was_cut(parts: list[str], tmp_path: Path) -> None:
+    path = Path(parts[1] + ".metadata.jsonl")
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    refused(parts, r"c-00001-of-00003\.metadata\.jsonl: found \d+ lines; expected \d+, one a document", tmp_path)
+
+
+def test_one_of_each(tmp_path: Path, tiny_tokenizer_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers and nouns agree on the last lines, and nothing is divided by no tokens."""
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
+    run(tmp_path / "c", tiny_tokenizer_dir, input=source, eos="none", partition="0/2")
+    run(tmp_path / "c", tiny_tokenizer_dir, input=source, eos="none", partition="1/2")
+    made = capsys.readouterr().err
+    assert re.search(r"^1 document, \d+ tokens?, \d\.\d\d bytes/token, ", made, re.MULTILINE)
+    assert re.search(r"^0 documents, 0 tokens, \d\.\d s, ", made, re.MULTILINE)
+    assert not re.search(r"\b1 (documents|tokens|corpora)", made)
+    edit(f"{tmp_path}/c-00000-of-00002", lambda manifest: manifest | {"partition": None})
+    join(f"{tmp_path}/c-00000-of-00002", tmp_path / "d")
+    assert re.match(r"1 corpus, 1 document, \d+ tokens?, ", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_partitions_of_another_count_beside_them(
@@ -231,9 +277,9 @@ def test_partitions_of_other_inputs(tmp_path: Path, tiny_tokenizer_dir: str) -> 
     ("settings", "message"),
     [
         ({"eos_token": "!"}, "made with tokenizer"),
-        ({"eos": "none"}, "eos is 'none'; wanted 'document'"),
-        ({"bos": "document"}, "bos is 'document'; wanted 'none'"),
-        ({"language": "zh"}, "language is 'zh'; wanted 'en'"),
+        ({"eos": "none"}, "eos is 'none'; expected 'document'"),
+        ({"bos": "document"}, "bos is 'document'; expected 'none'"),
+        ({"language": "zh"}, "language is 'zh'; expected 'en'"),
         ({"metadata_keys": []}, "metadata"),
     ],
 )
@@ -247,7 +293,7 @@ def test_corpora_that_do_not_go_together(
 
 def test_another_width(parts: list[str], tmp_path: Path) -> None:
     edit(parts[1], lambda manifest: manifest | {"dtype": "int32"})
-    refused(parts, "dtype is 'int32'; wanted 'uint16'", tmp_path)
+    refused(parts, "dtype is 'int32'; expected 'uint16'", tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
@@ -264,7 +310,7 @@ def test_damaged_files(damage: str, suffix: str, parts: list[str], tmp_path: Pat
     path.write_bytes(data[:-2].tobytes() if damage == "shorter" else data.tobytes())
     if damage == "gone":
         path.unlink()
-    refused(parts, r"c-00001-of-00003|partitions \[1\] are missing|found no corpus", tmp_path)
+    refused(parts, r"c-00001-of-00003|without partitions 1|found no corpus", tmp_path)
 
 
 def test_a_manifest_of_other_files(parts: list[str], tmp_path: Path) -> None:
@@ -275,7 +321,7 @@ def test_a_manifest_of_other_files(parts: list[str], tmp_path: Path) -> None:
 
 
 def test_no_input_and_bad_output(parts: list[str], tmp_path: Path) -> None:
-    refused(str(tmp_path / "nothing"), "found no corpus; wanted a path such that PATH.idx exists", tmp_path)
+    refused(str(tmp_path / "nothing"), "found no corpus; expected a path such that PATH.idx exists", tmp_path)
     refused(f"{tmp_path}/no*", "found no corpus", tmp_path)
     before = content(parts[0])
     with pytest.raises(InputError, match="is one of the inputs"):
@@ -298,7 +344,7 @@ def test_an_existing_corpus_is_kept_unless_overwrite(
         tmp_path / "old", tiny_tokenizer_dir, input=write_lines(tmp_path / "o.jsonl", [{"text": "old"}, {}]), on_error="skip"
     )
     before = content(tmp_path / "old")
-    with pytest.raises(InputError, match=r"found .*old\.bin.*; wanted a new name or overwrite"):
+    with pytest.raises(InputError, match=r"found .*old\.bin.*; expected a new name or overwrite"):
         join(parts, tmp_path / "old")
     Path(parts[2] + ".bin").write_bytes(b"")
     with pytest.raises(InputError, match="c-00002"):

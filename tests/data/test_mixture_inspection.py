@@ -9,8 +9,12 @@ import pytest
 import yaml
 from tiny_corpora import write_lines
 
+from megatron_cpt.data import indexed
+from megatron_cpt.data.adopt import AdoptConfig, adopt_corpora
 from megatron_cpt.data.indexed import IndexedCorpus, IndexedWriter
 from megatron_cpt.data.inspection import InspectConfig, inspect_data
+from megatron_cpt.data.merge import MergeConfig, merge_datasets
+from megatron_cpt.data.mixture_file import load_mixture
 from megatron_cpt.data.mixture_inspection import overlapping
 from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.errors import InputError
@@ -57,6 +61,20 @@ def test_the_table(mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "by language: en 0.7000, zh 0.3000" in shown
 
 
+def test_stages_that_the_run_does_not_reach(mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are missing in the table, as if they were not in the file."""
+    stages = [{"tokens": "20B", "almr": 0.2}, {"name": "late", "tokens": "1M", "almr": 0.5}, {"name": "last", "almr": 1}]
+    path = change(mixture, stages=stages)
+    inspect_data(InspectConfig(path, run_samples=100))
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert note.startswith(f"note: {path}: the run ends after 100 samples, and stage late, last would begin at sample ")
+    assert "sample 1,250,000,000: never reached; give the stages before it less, or train longer" in note
+    path = change(mixture, stages=[{"tokens": 320, "almr": 0.2}, {"almr": 0.5}])
+    for samples, said in ((20, True), (21, False), (100, False)):
+        inspect_data(InspectConfig(path, run_samples=samples))
+        assert ("never reached" in capsys.readouterr().out) == said, samples
+
+
 def test_a_limit_that_breaks_is_said_after_the_table(mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = change(mixture, almr=0.9, stages=[{}])
     with pytest.raises(InputError, match=r"would read corpus zh \([\d,]+ tokens\) [\d.]+ times; its max_epochs is 2"):
@@ -80,7 +98,7 @@ def test_any_number_at_once(mixture: Path, capsys: pytest.CaptureFixture[str]) -
     path = change(mixture, almr=0.33, stages=[{}])
     inspect_data(InspectConfig(path, at=10**12))
     assert "sample 1,000,000,000,000: " in capsys.readouterr().out
-    with pytest.raises(InputError, match="sample -1: wanted a number from 0 to"):
+    with pytest.raises(InputError, match="sample -1: expected a number from 0 to"):
         inspect_data(InspectConfig(path, at=-1))
 
 
@@ -95,7 +113,7 @@ def test_samples_do_not_depend_on_what_else_is_asked(mixture: Path, capsys: pyte
     alone = capsys.readouterr().out
     inspect_data(InspectConfig(path, at=[50, 5]))
     assert alone in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"sample 10000: .* depend on the length of the run; wanted run_samples"):
+    with pytest.raises(InputError, match=r"sample 10000: .* depend on the length of the run; expected run_samples"):
         inspect_data(InspectConfig(path, at=[5, 10_000]))
     inspect_data(InspectConfig(path, at=[5, 10_000], run_samples=20_000))
 
@@ -113,7 +131,7 @@ def test_documents_in_both(mixture: Path, capsys: pytest.CaptureFixture[str]) ->
     inspect_data(InspectConfig(str(mixture), overlap=True))
     assert "valid, zh: 0 documents in common" in capsys.readouterr().out
     path = change(mixture, validation=[{"prefix": "valid"}, {"prefix": "leaky"}])
-    with pytest.raises(InputError, match=r"2 documents of leaky are in zh \(0 = 7, 2 = 59\); wanted none"):
+    with pytest.raises(InputError, match=r"2 documents of leaky in zh \(0 = 7, 2 = 59\); expected none"):
         inspect_data(InspectConfig(path, overlap=True))
 
 
@@ -135,11 +153,11 @@ def test_overlap_of_other_widths_and_empty_documents(tmp_path: Path) -> None:
         ({"input": ["{m}", "{m}"]}, "found a mixture among 2 inputs"),
         ({"check": True}, "check and document are for corpora"),
         ({"document": 3}, "check and document are for corpora"),
-        ({"run_samples": 0}, "run_samples is 0; wanted 1 or more"),
-        ({"global_batch_size": 0}, "global_batch_size is 0; wanted 1 or more"),
-        ({"global_batch_size": 10**20}, "global_batch_size is 100000000000000000000; wanted at most"),
-        ({"at": 2**62}, "wanted a number from 0 to 2"),
-        ({"samples": -1}, "samples is -1; wanted 0 or more"),
+        ({"run_samples": 0}, "run_samples is 0; expected 1 or more"),
+        ({"global_batch_size": 0}, "global_batch_size is 0; expected 1 or more"),
+        ({"global_batch_size": 10**20}, "global_batch_size is 100000000000000000000; expected at most"),
+        ({"at": 2**62}, "expected a number from 0 to 2"),
+        ({"samples": -1}, "samples is -1; expected 0 or more"),
     ],
 )
 def test_questions_that_cannot_be_asked(mixture: Path, fields: dict[str, object], message: str) -> None:
@@ -148,3 +166,20 @@ def test_questions_that_cannot_be_asked(mixture: Path, fields: dict[str, object]
         found["input"] = [str(mixture)] * 2
     with pytest.raises(InputError, match=message):
         inspect_data(InspectConfig(**found))  # type: ignore[arg-type]
+
+
+def test_no_tool_maps_files_that_others_may_cut(
+    mixture: Path, tiny_tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that touches a map of what is gone is killed by SIGBUS."""
+    monkeypatch.setattr(indexed, "_map", lambda path, *_: pytest.fail(f"{path} is mapped"))
+    folder = mixture.parent
+    inspect_data(InspectConfig([str(folder / "zh"), str(folder / "valid")], document=[3, -1]))
+    inspect_data(InspectConfig(str(folder / "zh"), check=True))
+    inspect_data(InspectConfig(str(mixture), samples=2, overlap=False))
+    inspect_data(InspectConfig(str(mixture), overlap=True))
+    merge_datasets(MergeConfig([str(folder / "zh"), str(folder / "valid")], str(folder / "both"), shuffle_documents=1))
+    (folder / "zh.json").unlink()
+    adopt_corpora(AdoptConfig(str(folder / "zh"), tiny_tokenizer_dir, "zh"))
+    change(mixture, stages=[{}], almr=0.5, validation=[])
+    load_mixture(str(mixture)).megatron_schedule(100).counts(50)

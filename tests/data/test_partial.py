@@ -127,7 +127,7 @@ def test_another_run_is_refused_and_left_alone(folder: Path, monkeypatch: pytest
 def test_a_file_that_lost_its_end_is_refused(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     die_after(folder, checkpointed=2, more=0, monkeypatch=monkeypatch)
     os.truncate(folder / name, 5)
-    with pytest.raises(InputError, match=rf"{name}: found 5 bytes; wanted at least"), opened(folder):
+    with pytest.raises(InputError, match=rf"{name}: found 5 bytes; expected at least"), opened(folder):
         pass
     assert read_state(folder)  # it is for the user to throw it away
 
@@ -170,7 +170,7 @@ def test_announced_files_are_in_the_state(folder: Path) -> None:
         ({"a": 1, "b": [1, 2]}, {"a": 1, "b": [1, 3]}, "b[1] is 2 there and 3 now"),
         ({"a": 1}, {"a": 1, "b": 2}, "b is None there and 2 now"),
         ({"a": 1, "b": 2}, {"a": 1}, "b is 2 there and None now"),
-        ({"a": [1]}, {"a": [1, 2]}, "a: found 1, wanted 2"),
+        ({"a": [1]}, {"a": [1, 2]}, "a: found 1, expected 2"),
         ({"a": {"b": "x"}}, {"a": {"b": "y"}}, "a.b is 'x' there and 'y' now"),
         ({"a": [1]}, {"a": "x"}, "a is [1] there and 'x' now"),
     ],

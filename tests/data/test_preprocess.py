@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -194,6 +195,33 @@ def test_output_folder_that_cannot_be(tmp_path: Path, tiny_tokenizer_dir: str, s
         run(tmp_path, tiny_tokenizer_dir, input=source, output_prefix=str(tmp_path / "file" / "c"))
 
 
+def test_all_mistakes_at_once(
+    tmp_path: Path, tiny_tokenizer_dir: str, source: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of settings and files; where all settings are right, of files alone."""
+
+    def refused(*words: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["preprocess_data.py", *words])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(REPOSITORY / "tools" / "preprocess_data.py"), run_name="__main__")
+        assert stopped.value.code == 2
+        return [line.split(";")[0] for line in capsys.readouterr().err.splitlines()]
+
+    files = ["--input", "nowhere", "no/where*", "--tokenizer", "/none", "--output_prefix", str(tmp_path / "c")]
+    missing = ["error: input nowhere: found no files", "error: input no/where*: found no files", "error: tokenizer /none: "]
+    wrong = refused(*files, "--language", "zho", "--workers", "0", "--partition", "8/8", "--holdout", "2", "--eos", "maybe")
+    assert wrong[0].startswith("error: eos is 'maybe'")
+    assert [line[: len(start)] for line, start in zip(wrong[1:], missing, strict=True)] == missing
+    wrong = refused(*files, "--language", "zho", "--workers", "0", "--partition", "8/8", "--holdout", "x")
+    settings = ["workers is 0", "language is 'zho'", "partition is '8/8'", "holdout is 'x'"]
+    assert wrong[:4] == [f"error: {start}" for start in settings]
+    assert [line[: len(start)] for line, start in zip(wrong[4:], missing, strict=True)] == missing
+    (tmp_path / "c.bin").write_bytes(b"")
+    wrong = refused(*files, "--language", "zh")
+    missing[2:2] = [f"error: output_prefix {tmp_path}/c: found {tmp_path}/c.bin"]
+    assert [line[: len(start)] for line, start in zip(wrong, missing, strict=True)] == missing
+
+
 def test_not_text_and_bad_settings(tmp_path: Path, tiny_tokenizer_dir: str, source: str) -> None:
     (tmp_path / "a.bin").write_bytes(b"ok\xff\xfe")
     with pytest.raises(InputError, match="byte 2 is not UTF-8"):
@@ -233,6 +261,6 @@ def test_what_a_kill_after_the_last_rename_leaves_goes_with_the_next_run(tmp_pat
     (tmp_path / "out" / "c.partial").mkdir()
     for left in ("c.partial.lock", "c.partial/tokens.bin"):
         (tmp_path / "out" / left).touch()
-    with pytest.raises(InputError, match="wanted a new name or overwrite"):
+    with pytest.raises(InputError, match="expected a new name or overwrite"):
         run(tmp_path, tiny_tokenizer_dir, input=source)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"c.bin", "c.idx", "c.json"}

@@ -8,6 +8,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -350,9 +351,9 @@ def test_columns_of_one_name_are_refused(suffix: str, tmp_path: Path, tiny_token
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
     for key, name in (("text", "text"), ("article.body", "body")):
-        with pytest.raises(InputError, match=rf"a\{suffix}: has 2 columns '{name}'; wanted one"):
+        with pytest.raises(InputError, match=rf"a\{suffix}: has 2 columns '{name}'; expected one"):
             run(tmp_path / "c", tiny_tokenizer_dir, input=str(path), text_key=key)
-    with pytest.raises(InputError, match="has 2 columns 'text'; wanted one"):
+    with pytest.raises(InputError, match="has 2 columns 'text'; expected one"):
         run(tmp_path / "c", tiny_tokenizer_dir, input=str(path), text_key="id", metadata_keys="text")
 
 
@@ -374,13 +375,46 @@ def test_columns_of_lists_are_lines(suffix: str, kind: Any, tmp_path: Path, tiny
         assert read_manifest(corpus.prefix).skipped == {"empty": 1, "null_text": 1}
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_utf16_is_named(encoding: str, tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_wide_encodings_are_named(encoding: str, tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    """By the name that makes iconv read them: without a byte order mark it has to be told the order."""
     (tmp_path / "a.jsonl").write_bytes('{"text": "one"}\n'.encode(encoding))
     (tmp_path / "a.txt").write_bytes("one\n".encode(encoding))
-    for name in ("a.jsonl", "a.txt"):
-        with pytest.raises(InputError, match=rf"{name}: is UTF-16; wanted UTF-8, as iconv"):
-            run(tmp_path / "c", tiny_tokenizer_dir, input=str(tmp_path / name))
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    for more in ({"input": "a.jsonl"}, {"input": "a.txt"}, {"input": "a.txt", "document_separator": ";"}):
+        file = more.pop("input")
+        with pytest.raises(InputError, match=rf"{file}: is {name}; expected UTF-8, as iconv -f {name} -t UTF-8 makes of it"):
+            run(tmp_path / "c", tiny_tokenizer_dir, input=str(tmp_path / file), **more)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.csv.gz"])
+def test_a_table_is_no_text(name: str, tmp_path: Path, tiny_tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named itself or by a glob; the command of the message makes of it what is read. As `text` it is one document."""
+    rows = b'id,text\n1,"one, with a comma"\n2,two\n'
+    (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith("gz") else rows)
+    for pattern in (name, "a.*"):
+        with pytest.raises(
+            InputError, match=rf"{name}: is a table of separated values; expected Parquet, as python -c"
+        ) as e:
+            run(tmp_path / "c", tiny_tokenizer_dir, input=str(tmp_path / pattern))
+    (tmp_path / "a.csv").write_bytes(rows)
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r'python -c "(.*)"', str(e.value))[1])  # type: ignore[index]
+    assert texts(run(tmp_path / "d", tiny_tokenizer_dir, input="a.parquet"), tiny_tokenizer_dir) == [
+        "one, with a comma",
+        "two",
+    ]
+    whole = run(tmp_path / "e", tiny_tokenizer_dir, input=str(tmp_path / name), file_format="text")
+    assert texts(whole, tiny_tokenizer_dir) == [rows.decode()]
+
+
+def test_tables_in_a_folder_are_passed_over(
+    tmp_path: Path, tiny_tokenizer_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", [{"text": "one"}])
+    (tmp_path / "in" / "b.csv").write_text("text\ntwo\n")
+    assert texts(run(tmp_path / "c", tiny_tokenizer_dir, input=str(tmp_path / "in")), tiny_tokenizer_dir) == ["one"]
+    assert "not read, of unknown kind: 1 file (" in capsys.readouterr().err
 
 
 def test_odd_characters_and_long_lines(tmp_path: Path, tiny_tokenizer_dir: str) -> None:

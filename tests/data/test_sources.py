@@ -120,7 +120,7 @@ def test_datasets_on_disk(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "zh").symlink_to(split)
     (tmp_path / "all" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    with pytest.raises(InputError, match=r"a DatasetDict with the splits \['train', 'test'\]; wanted .*all/train$"):
+    with pytest.raises(InputError, match=r"a DatasetDict with the splits \['train', 'test'\]; expected .*all/train$"):
         find_sources([str(tmp_path / "all")])
     assert names(tmp_path, "all/train") == ["all/train/data-00000-of-00001.arrow"]
     assert names(tmp_path, "all/t*") == ["all/train/data-00000-of-00001.arrow"]
@@ -138,11 +138,11 @@ def test_a_saved_dataset_inside_a_folder(tmp_path: Path) -> None:
     ("pattern", "message"),
     [
         ("none.jsonl", "found no files"),
-        ("empty", "found no files; wanted"),
+        ("empty", "found no files; expected"),
         ("*.nothing", "found no files"),
         ("docs", r"found no files \(only .*a\.md, of unknown kind; give file_format to read them\)"),
         ("nosuch://bucket/a.jsonl", "nosuch"),
-        ("data.parquet.gz", "a compressed parquet file; wanted it unpacked"),
+        ("data.parquet.gz", "a compressed parquet file; expected it unpacked"),
         ("data.arrow.zst", "a compressed arrow file"),
     ],
 )

@@ -407,7 +407,7 @@ def test_wrong_configurations(config: EvaluateConfig, changes: dict[str, Any], m
         (lambda: TextConfig("t.jsonl", "en", 0), "max_documents is 0"),
         (lambda: TextConfig("t.jsonl", ""), "language is ''"),
         (lambda: PromptsConfig("q.jsonl", "zh", 0), "max_prompts is 0"),
-        (lambda: PromptsConfig("q.jsonl", "Chinese"), "language is 'Chinese'; use a code such as en, zh or zh-TW"),
+        (lambda: PromptsConfig("q.jsonl", "Chinese"), "language is 'Chinese'; expected zh"),
     ],
 )
 def test_wrong_files(make: Callable[[], Any], message: str) -> None:

@@ -186,7 +186,7 @@ def test_a_hub_dataset_is_read_like_the_files(monkeypatch: pytest.MonkeyPatch, d
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("eprstmt/test_public.json", [{"sentence": "好"}], r"test_public\.json, row 1: label is None; wanted a str"),
+        ("eprstmt/test_public.json", [{"sentence": "好"}], r"test_public\.json, row 1: label is None; expected a str"),
         ("eprstmt/test_public.json", '{"sentence": \n', r"test_public\.json, line 1 is not JSON"),
         ("eprstmt/test_public.json", [], r"test_public\.json has no rows"),
         (
@@ -208,7 +208,7 @@ def test_a_missing_file_is_not_looked_for_elsewhere(data_folder: str) -> None:
     Path(data_folder, "lcsts", "valid.jsonl").unlink()
     with pytest.raises(InputError, match=r"lcsts/valid\.jsonl: no such file"):
         data.lcsts(data_folder=data_folder)
-    with pytest.raises(InputError, match=r"there is no eprstmt/test_public\.json; wanted: data_folder"):
+    with pytest.raises(InputError, match=r"there is no eprstmt/test_public\.json; expected: data_folder"):
         data.eprstmt()
 
 

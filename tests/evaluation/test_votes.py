@@ -70,10 +70,10 @@ def test_agreement_that_is_not_defined() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"question": "1"}], "row 1 has question; wanted the texts question, model_a, model_b, vote, annotator"),
-        ([[1]], "row 1 has list; wanted the texts"),
-        ([vote("1", "x", "y", "both", "ann")], "row 1: vote is 'both'; wanted one of a, b, tie"),
-        ([vote("1", "x", "w", "a", "ann")], "row 1: there is no model 'w'; wanted one of x, y"),
+        ([{"question": "1"}], "row 1 has question; expected the texts question, model_a, model_b, vote, annotator"),
+        ([[1]], "row 1 has list; expected the texts"),
+        ([vote("1", "x", "y", "both", "ann")], "row 1: vote is 'both'; expected one of a, b, tie"),
+        ([vote("1", "x", "w", "a", "ann")], "row 1: there is no model 'w'; expected one of x, y"),
         ([vote("1", "x", "x", "a", "ann")], "row 1: model_a and model_b are both 'x'"),
         ([vote("1", "x", "y", "a", "ann"), vote("1", "y", "x", "b", "ann")], "row 2: ann votes again on '1'"),
     ],
@@ -86,7 +86,7 @@ def test_wrong_votes(rows: list[Any], message: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "content"), [("votes.jsonl", ""), ("votes.json", "[]")])
 def test_no_votes(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=rf"{name} holds no votes; wanted a row or more"):
+    with pytest.raises(InputError, match=rf"{name} holds no votes; expected a row or more"):
         read_votes(str(tmp_path / name), ["x", "y"])
 
 

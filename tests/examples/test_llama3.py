@@ -94,7 +94,9 @@ def test_processes_that_do_not_divide_are_refused(recipe: Recipe, any_engine: No
     together = {"8b": 2, "70b": 16}[recipe.size]
     with pytest.raises(InputError, match=f"start a multiple of {together}$"):
         check_run(recipe.read(), recipe.gpus + 1)
-    with pytest.raises(InputError, match=r"256 is not divisible by micro_batch_size \d x data-parallel size 3"):
+    with pytest.raises(
+        InputError, match=r"global_batch_size is 256; expected a multiple of \d+, micro_batch_size \d x data-parallel size 3"
+    ):
         check_run(recipe.read(), 3 * together)
     with pytest.raises(InputError, match=f"{recipe.gpus + 1} devices are not divisible by tensor x pipeline size"):
         read_run(PlanConfig(recipe.model, recipe.gpus + 1, run=recipe.path))

@@ -155,7 +155,11 @@ def test_one_process_is_shown_as_it_will_be_started(name: str, variables: dict[s
 @pytest.mark.parametrize(
     ("name", "variables", "message"),
     [
-        ("8b/cpt", {"NODES": "5"}, "global_batch_size 256 is not divisible by micro_batch_size 4 x data-parallel size 20"),
+        (
+            "8b/cpt",
+            {"NODES": "5"},
+            "global_batch_size is 256; expected a multiple of 80, micro_batch_size 4 x data-parallel size 20",
+        ),
         ("70b/cpt", {"NODES": "1"}, "8 processes cannot hold tensor_model_parallel_size 8 x pipeline"),
         ("70b/cpt", {"DEVICE": "a100-40g"}, "examples/llama3_70b/cpt.yaml does not fit into 128 x a100-40g: "),
         ("8b/sft", {"NODES": "3"}, "1024 is not a multiple of micro_batch_size 8 x 24 processes = 192"),
@@ -166,32 +170,32 @@ def test_one_process_is_shown_as_it_will_be_started(name: str, variables: dict[s
         ),
         ("70b/dpo", {"NODES": "1"}, "the reference of 70B take 164.3 GiB of 79.2 GiB of each a100-80g; use more GPUs"),
         ("8b/dpo", {"CHECK": "1"}, "runs/llama3-8b/cpt-sft/hf"),
-        ("8b/convert", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml'; wanted a YAML file"),
+        ("8b/convert", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml'; expected a YAML file"),
         ("8b/convert", {"CHECK": "1"}, "models/Meta-Llama-3-8B"),
         ("70b/export", {"CHECK": "1"}, "runs/llama3-70b/cpt"),
         ("8b/export", {"CHECK": "1", "MEGATRON": "examples"}, "examples"),
-        ("8b/convert", {"CHECK": "1", "WAITING": "yes"}, "WAITING is 'yes'; wanted 0 or 1"),
+        ("8b/convert", {"CHECK": "1", "WAITING": "yes"}, "WAITING is 'yes'; expected 0 or 1"),
         ("8b/sft", {"CHECK": "1", "WAITING": "1"}, "data/sft_general_en.jsonl: no such file"),
         ("8b/evaluate_chat", {"CHECK": "1", "WAITING": "1"}, "raw/valid/sft_zh.jsonl: no such file"),
         ("8b/evaluate", {"RUN": "runs/it's"}, "models"),
-        ("8b/preprocess", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml'; wanted a YAML file"),
+        ("8b/preprocess", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml'; expected a YAML file"),
         (
             "70b/cpt",
             {"RECIPE": "cpt-8k"},
-            "CONFIG is 'examples/llama3_70b/cpt-8k.yaml' of RECIPE cpt-8k; wanted a YAML file",
+            "CONFIG is 'examples/llama3_70b/cpt-8k.yaml' of RECIPE cpt-8k; expected a YAML file",
         ),
-        ("8b/sft", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml' of RECIPE cpt; wanted a YAML file"),
-        ("8b/evaluate", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml' of RECIPE cpt; wanted a YAML file"),
+        ("8b/sft", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml' of RECIPE cpt; expected a YAML file"),
+        ("8b/evaluate", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml' of RECIPE cpt; expected a YAML file"),
         ("8b/pipeline", {"HF": "runs/x"}, "HF is 'runs/x', which is of one stage"),
         ("8b/evaluate", {"CHECK": "1"}, "raw/valid/en.jsonl: no such file"),
         ("70b/evaluate", {"GPUS_PER_NODE": "1"}, "in bf16 take 131.4 GiB of the 79.2 GiB of 1 x a100-80g; use device_map"),
-        ("8b/evaluate", {"GPUS_PER_NODE": "one"}, "GPUS_PER_NODE is 'one'; wanted a whole number, 0 or more"),
-        ("8b/preprocess", {"CHECK": "1"}, "raw/en_dolma/* is not there; wanted it, CORPORA without en_dolma, or CHECK=0"),
+        ("8b/evaluate", {"GPUS_PER_NODE": "one"}, "GPUS_PER_NODE is 'one'; expected a whole number, 0 or more"),
+        ("8b/preprocess", {"CHECK": "1"}, "raw/en_dolma/* is not there; expected it, CORPORA without en_dolma, or CHECK=0"),
         ("8b/preprocess", {"CORPORA": " "}, "CORPORA is empty"),
-        ("8b/preprocess", {"PARTS": "0"}, "PARTS is '0'; wanted a whole number above 0"),
+        ("8b/preprocess", {"PARTS": "0"}, "PARTS is '0'; expected a whole number above 0"),
         ("8b/pipeline", {"SAVE": "runs/x"}, "SAVE is 'runs/x', which is of one stage"),
-        ("8b/pipeline", {"STAGES": " "}, "STAGES is empty; wanted some of preprocess convert cpt"),
-        ("8b/pipeline", {"STAGES": "cpt sftt"}, "STAGES has 'sftt'; wanted some of preprocess convert cpt"),
+        ("8b/pipeline", {"STAGES": " "}, "STAGES is empty; expected some of preprocess convert cpt"),
+        ("8b/pipeline", {"STAGES": "cpt sftt"}, "STAGES has 'sftt'; expected some of preprocess convert cpt"),
     ],
 )
 def test_what_is_refused(name: str, variables: dict[str, str], message: str) -> None:
@@ -209,7 +213,7 @@ def test_what_other_jobs_make_is_not_looked_for() -> None:
 def test_arguments_are_refused(name: str) -> None:
     """They would be lost: a learning rate, or --help, which must not submit."""
     done = subprocess.run([script("8b", name), "--help"], capture_output=True, text=True)
-    assert_refused(done, "the arguments are '--help'; wanted none: settings are variables, as in ")
+    assert_refused(done, "the arguments are '--help'; expected none: settings are variables, as in ")
 
 
 def test_folders_with_signs_that_mean_something_in_yaml() -> None:

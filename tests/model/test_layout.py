@@ -31,11 +31,11 @@ def test_layouts_that_do() -> None:
 
 def test_heads() -> None:
     message = refusal(SMOLLM, tensor_model_parallel_size=2)
-    assert message == "9 num_attention_heads are not divisible by tensor_model_parallel_size 2; use 1 or 3"
+    assert message == "tensor_model_parallel_size is 2; expected 1 or 3, for 9 num_attention_heads"
     message = refusal(SMOLLM, tensor_model_parallel_size=9)
-    assert message == "3 num_key_value_heads are not divisible by tensor_model_parallel_size 9; use 1 or 3"
+    assert message == "tensor_model_parallel_size is 9; expected 1 or 3, for 3 num_key_value_heads"
     message = refusal(LLAMA_3_1_8B, tensor_model_parallel_size=16)
-    assert message == "8 num_key_value_heads are not divisible by tensor_model_parallel_size 16; use 1, 2, 4 or 8"
+    assert message == "tensor_model_parallel_size is 16; expected 1, 2, 4 or 8, for 8 num_key_value_heads"
 
 
 def test_vocabulary_and_feed_forward() -> None:
@@ -44,15 +44,13 @@ def test_vocabulary_and_feed_forward() -> None:
     check_layout(odd, ParallelConfig(4), 2048)
     assert [odd.padded_vocab_size(tensor) for tensor in (1, 2, 4, 8)] == [128258, 128258, 128260, 128264]
     message = refusal(replace(odd, intermediate_size=14337), tensor_model_parallel_size=2)
-    assert message == "14337 intermediate_size are not divisible by tensor_model_parallel_size 2; use 1"
+    assert message == "tensor_model_parallel_size is 2; expected 1, for 14337 intermediate_size"
 
 
 def test_layers() -> None:
     message = refusal(SMOLLM, pipeline_model_parallel_size=4)
-    assert message == (
-        "30 num_hidden_layers are not divisible by pipeline_model_parallel_size 4; use 1, 2, 3, 5, 6, 10, 15 or 30"
-    )
-    assert "use 1, 2, 4, 8, 16 or 32" in refusal(LLAMA_3_1_8B, pipeline_model_parallel_size=64)
+    assert message == ("pipeline_model_parallel_size is 4; expected 1, 2, 3, 5, 6, 10, 15 or 30, for 30 num_hidden_layers")
+    assert "expected 1, 2, 4, 8, 16 or 32, for" in refusal(LLAMA_3_1_8B, pipeline_model_parallel_size=64)
 
 
 @given(layers=st.integers(1, 40), first=st.integers(1, 41), pipeline=st.integers(2, 12))
@@ -72,10 +70,10 @@ def test_layers_of_a_first_stage_of_its_own(layers: int, first: int, pipeline: i
 
 def test_sequence() -> None:
     message = refusal(LLAMA_3_1_8B, 2047, tensor_model_parallel_size=2, sequence_parallel=True)
-    assert message == "seq_length 2047 is not divisible by tensor_model_parallel_size 2, which sequence_parallel needs"
+    assert message == "seq_length is 2047; expected a multiple of 2, tensor_model_parallel_size, for sequence_parallel"
     check_layout(LLAMA_3_1_8B, ParallelConfig(2), 2047)
     message = refusal(SMOLLM, 2049)
-    assert message == "seq_length 2049 is above the model's max_position_embeddings 2048"
+    assert message == "seq_length is 2049; expected at most 2048, the model's max_position_embeddings"
 
 
 @given(
@@ -102,7 +100,8 @@ def test_every_size_offered_would_do_and_no_other(
         try:
             check_layout(llama, ParallelConfig(**{field: size}), 2048)
         except InputError as error:
-            offered = {int(word) for word in str(error).split("; use ")[1].replace(" or", ",").split(", ")}
+            sizes = str(error).split("; expected ")[1].split(", for ")[0]
+            offered = {int(word) for word in sizes.replace(" or", ",").split(", ")}
             assert size not in offered
             for other in range(1, 50):
                 if other in offered:
@@ -151,7 +150,7 @@ def test_chunks_and_microbatches_of_the_interleaved_schedule() -> None:
     llama = replace(LLAMA_3_1_8B, num_hidden_layers=30)
     message = refusal(llama, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
     assert message == (
-        "the 15 layers of pipeline stage 0 are not divisible by virtual_pipeline_model_parallel_size 2; use 3, 5 or 15"
+        "virtual_pipeline_model_parallel_size is 2; expected 3, 5 or 15, for the 15 layers of pipeline stage 0"
     )
     parallel = ParallelConfig(1, 4, 2)
     check_microbatches(parallel, 8)
@@ -162,4 +161,4 @@ def test_chunks_and_microbatches_of_the_interleaved_schedule() -> None:
 
 def test_context_parallel() -> None:
     message = refusal(LLAMA_3_1_8B, 2050, context_parallel_size=2)
-    assert message == "seq_length 2050 is not divisible by 2 x context_parallel_size 2"
+    assert message == "seq_length is 2050; expected a multiple of 2 x context_parallel_size 2"

@@ -117,7 +117,7 @@ def test_a_model_that_does_not_fit_says_how_much_is_missing() -> None:
 def test_reasons_are_grouped() -> None:
     reasons = plan(PlanConfig("70B", 128, "a100-80g")).infeasible
     assert len(reasons) < 25
-    assert ("TP16", "8 num_key_value_heads are not divisible by tensor_model_parallel_size 16; use 1, 2, 4 or 8") in reasons
+    assert ("TP16", "tensor_model_parallel_size is 16; expected 1, 2, 4 or 8, for 8 num_key_value_heads") in reasons
     assert dict(plan(PlanConfig("8B", 7)).infeasible)["TP2"] == "7 devices are not divisible by 2"
 
 
@@ -247,7 +247,10 @@ def test_the_command(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
         (["8B", "--devices", "8", "--device", "v100"], "device is 'v100'; use a100-40g, a100-80g, h100, h200, b200"),
         (["8B", "--devices", "8", "--device", "a100-80g", "--fp8"], "fp8 is true but device a100-80g has no FP8 units"),
         (["8B", "--devices", "0"], "devices is 0; use 1 or more"),
-        (["8B", "--devices", "1", "--seq_length", "200000"], "seq_length 200000 is above the model's max_position"),
+        (
+            ["8B", "--devices", "1", "--seq_length", "200000"],
+            "seq_length is 200000; expected at most 131072, the model's max_position",
+        ),
         (["8B", "--devices", "1", "--matmul_efficiency", "2"], "matmul_efficiency is 2.0; use a number above 0, up to 1"),
         (["8B", "--devices", "12", "--simulate", "0", "--tensor_model_parallel_size", "8"], "12 devices are not divisible"),
     ],

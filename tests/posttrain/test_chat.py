@@ -156,7 +156,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 
 
 def test_an_answer_needs_room(config: ChatConfig) -> None:
-    with pytest.raises(InputError, match="max_new_tokens is 256; wanted less than 256"):
+    with pytest.raises(InputError, match="max_new_tokens is 256; expected less than 256"):
         Speaker(replace(config, max_new_tokens=256))
 
 
@@ -175,7 +175,7 @@ def test_stdin_that_is_closed_or_no_text(config: ChatConfig) -> None:
     command = [sys.executable, str(ROOT / "tools" / "chat.py"), config.model, "--chat_template", "chatml"]
     closed = subprocess.run(["bash", "-c", '"$@" <&-', "-", *command], capture_output=True, text=True, timeout=300)
     assert closed.returncode == 2
-    assert closed.stderr.splitlines()[-1] == "error: stdin is closed; wanted a terminal, or questions on it"
+    assert closed.stderr.splitlines()[-1] == "error: stdin is closed; expected a terminal, or questions on it"
     command += ["--max_new_tokens", "3"]
     odd = subprocess.run(command, input="\ud83d \x00 狗".encode("utf-8", "surrogatepass") + b"\xff\n", capture_output=True)
     assert odd.returncode == 0, odd.stderr

@@ -114,7 +114,7 @@ def test_what_rows_say_of_themselves_is_heeded_or_counted(
     silent = [messages[0] | {"name": "ann"}, messages[1] | {"weight": 0}, *messages[2:]]
     content = [{"messages": messages}, {"messages": silent}, {"messages": messages, "images": ["1.png"]}]
     source = SourceConfig(write(tmp_path / "rows.jsonl", content), "en")
-    with pytest.raises(InputError, match=r"rows\.jsonl, row 3: it has images; wanted a conversation in text alone"):
+    with pytest.raises(InputError, match=r"rows\.jsonl, row 3: it has images; expected a conversation in text alone"):
         prepare_sft(DataConfig([source]), template, 1)
     found = prepare_sft(DataConfig([source], validation_share=0, broken="skip"), template, 1)
     learned = {sum(label != IGNORED for label in example.labels) for example in found.train}
@@ -126,8 +126,8 @@ def test_what_rows_say_of_themselves_is_heeded_or_counted(
     assert counts["broken"]["images, videos or sounds"]["rows"] == 1
     show_report(found)
     said = capfd.readouterr().err
-    assert "rows.jsonl: 1 answers are not learned, as they say" in said
-    assert "rows.jsonl: 1 rows have name in their messages, which is not used" in said
+    assert "rows.jsonl: 1 answer not learned, as they say" in said
+    assert "rows.jsonl: 1 row with name in the messages, which is not used" in said
 
 
 def test_texts_that_the_template_leaves_out_are_named(chat_tokenizer_dir: str, tmp_path: Path) -> None:
@@ -200,10 +200,10 @@ def test_validation_files(template: Template, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "{}", "holds a JSON dict; wanted a list of rows"),
+        ("a.json", "{}", "holds a JSON dict; expected a list of rows"),
         ("a.json", "{", r"is not JSON: .*; files with an object on each line end in \.jsonl"),
         ("a.parquet", "x", "is not Parquet"),
-        ("a.csv", "x", r"ends in \.csv; wanted one of \.json, \.jsonl, \.parquet"),
+        ("a.csv", "x", r"ends in \.csv; expected one of \.json, \.jsonl, \.parquet"),
         ("a.jsonl", "\n\n", "no row of data.sources is left to train on"),
     ],
 )

@@ -74,19 +74,19 @@ def test_torchrun_and_containers_in_a_dry_run(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"NODES": "two"}, "NODES is 'two'; wanted a whole number above 0"),
-        ({"LAUNCHER": "mpirun"}, "LAUNCHER is 'mpirun'; wanted srun, torchrun or accelerate"),
-        ({"REQUEUE": "yes"}, "REQUEUE is 'yes'; wanted 0 or 1"),
-        ({"LAUNCHER": "accelerate"}, "ACCELERATE is ''; wanted accelerate's configuration"),
-        ({"TIME": "soon"}, "TIME is 'soon'; wanted hours:minutes:seconds"),
-        ({"TIME": "00:06:00"}, "SIGNAL_SECONDS is 300 and TIME 00:06:00; wanted less than that by more than a minute"),
-        ({"JOB_NAME": "runs/a"}, "JOB_NAME is 'runs/a'; wanted a name without /"),
-        ({"CONTAINER_RUNTIME": "docker"}, "CONTAINER_RUNTIME is 'docker'; wanted pyxis or apptainer"),
-        ({"GPUS_PER_NODE": "8"}, "GPUS_PER_NODE is 8 and RANKS_PER_NODE 2; wanted the same number, or GPUS_PER_NODE 0"),
-        ({"DRY_RUN": "0", "CONFIG": "tiny"}, "sbatch is not there; wanted a machine that submits to SLURM, or DRY_RUN=1"),
+        ({"NODES": "two"}, "NODES is 'two'; expected a whole number above 0"),
+        ({"LAUNCHER": "mpirun"}, "LAUNCHER is 'mpirun'; expected srun, torchrun or accelerate"),
+        ({"REQUEUE": "yes"}, "REQUEUE is 'yes'; expected 0 or 1"),
+        ({"LAUNCHER": "accelerate"}, "ACCELERATE is ''; expected accelerate's configuration"),
+        ({"TIME": "soon"}, "TIME is 'soon'; expected hours:minutes:seconds"),
+        ({"TIME": "00:06:00"}, "SIGNAL_SECONDS is 300 and TIME 00:06:00; expected less than that by more than a minute"),
+        ({"JOB_NAME": "runs/a"}, "JOB_NAME is 'runs/a'; expected a name without /"),
+        ({"CONTAINER_RUNTIME": "docker"}, "CONTAINER_RUNTIME is 'docker'; expected pyxis or apptainer"),
+        ({"GPUS_PER_NODE": "8"}, "GPUS_PER_NODE is 8 and RANKS_PER_NODE 2; expected the same number, or GPUS_PER_NODE 0"),
+        ({"DRY_RUN": "0", "CONFIG": "tiny"}, "sbatch is not there; expected a machine that submits to SLURM, or DRY_RUN=1"),
         (
             {"NODES": "3", "CONFIG": "tiny"},
-            "global_batch_size 8 is not divisible by micro_batch_size 2 x data-parallel size 3",
+            "training.global_batch_size is 8; expected a multiple of 6, micro_batch_size 2 x data-parallel size 3",
         ),
         ({"NODES": "1", "RANKS_PER_NODE": "3", "CONFIG": "tiny"}, "3 processes cannot hold tensor_model_parallel_size 2"),
         ({"DEVICE": "a100-40g", "MODEL": "70B", "CONFIG": "tiny"}, "dry.yaml does not fit into 4 x a100-40g: "),
@@ -120,8 +120,8 @@ def test_from_a_shell_of_salloc(runs: Runs, tmp_path: Path) -> None:
 
 def test_wrong_variables_of_the_quickstart() -> None:
     """Nothing is fetched first."""
-    assert_refused(dry_run(CPT.parent / "quickstart.sh", DRY_RUN="yes"), "DRY_RUN is 'yes'; wanted 0 or 1")
-    assert_refused(dry_run(CPT.parent / "convert.sh", DIRECTION="back"), "DIRECTION is 'back'; wanted hf-to-megatron or")
+    assert_refused(dry_run(CPT.parent / "quickstart.sh", DRY_RUN="yes"), "DRY_RUN is 'yes'; expected 0 or 1")
+    assert_refused(dry_run(CPT.parent / "convert.sh", DIRECTION="back"), "DIRECTION is 'back'; expected hf-to-megatron or")
 
 
 def test_the_chain_of_the_quickstart() -> None:

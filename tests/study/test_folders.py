@@ -113,25 +113,25 @@ def test_whatever_is_damaged_is_named_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "text", "wanted"),
     [
-        (f"runs/{NAME}/outcome.json", '{"kind": "banana", "seconds": 1}', "kind is 'banana'; wanted finished or diverged"),
+        (f"runs/{NAME}/outcome.json", '{"kind": "banana", "seconds": 1}', "kind is 'banana'; expected finished or diverged"),
         (
             f"runs/{NAME}/outcome.json",
             '{"kind": "finished", "seconds": 1, "wall_seconds": "2"}',
-            "wall_seconds is '2'; wanted a",
+            "wall_seconds is '2'; expected a",
         ),
-        (f"runs/{NAME}/ledger.json", "[1]", r"ledger.json is \[1\]; wanted the ledger of a run"),
+        (f"runs/{NAME}/ledger.json", "[1]", r"ledger.json is \[1\]; expected the ledger of a run"),
         (f"runs/{NAME}/metrics.jsonl", "", "metrics.jsonl has no evaluation before step 1, though outcome.json says"),
         (
             f"runs/{NAME}/metrics.jsonl",
             '{"iteration": 0, "validation": [3]}\n',
-            r"step 0: validation is \[3\]; wanted a mapping",
+            r"step 0: validation is \[3\]; expected a mapping",
         ),
-        (f"scores/{NAME}/iter_abc.json", '{"score": 1}', "iter_abc.json is no name of scores; wanted iter_ and a number"),
-        (f"scores/{NAME}/iter_0000040.json", "", r"iter_0000040.json is not JSON \(.*\); wanted numbers by name"),
+        (f"scores/{NAME}/iter_abc.json", '{"score": 1}', "iter_abc.json is no name of scores; expected iter_ and a number"),
+        (f"scores/{NAME}/iter_0000040.json", "", r"iter_0000040.json is not JSON \(.*\); expected numbers by name"),
         (f"scores/{NAME}/iter_0000040.json", '{"general": 1}', "a score has the name general, which is a column"),
-        ("choice.json", "[]", r"choice.json is \[\]; wanted a choice"),
-        ("choice.json", '{"almr": "half"}', "choice.json: almr is 'half'; wanted a number"),
-        ("proposed.json", '[{"almr": 0.5}]', "proposed.json: 0.lr is missing or null; wanted a number"),
+        ("choice.json", "[]", r"choice.json is \[\]; expected a choice"),
+        ("choice.json", '{"almr": "half"}', "choice.json: almr is 'half'; expected a number"),
+        ("proposed.json", '[{"almr": 0.5}]', "proposed.json: 0.lr is missing or null; expected a number"),
         (f"configs/{NAME}.yaml", "3", rf"configuration .*{NAME}.yaml is 3; expected fields"),
     ],
 )
@@ -163,7 +163,7 @@ def test_a_lost_last_evaluation_is_noticed(study: StudyConfig) -> None:
     """Otherwise an earlier one would pass for the end of the run."""
     path = Path(study.folder, "runs", NAME, "metrics.jsonl")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(InputError, match=rf"its last evaluation at 750,000 tokens; wanted one at {TOKENS:,}"):
+    with pytest.raises(InputError, match=rf"its last evaluation at 750,000 tokens; expected one at {TOKENS:,}"):
         collect(study, read_base(study))
 
 

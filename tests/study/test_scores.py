@@ -37,5 +37,5 @@ def test_a_file_that_was_spoiled(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"iter_0000003\.json .*numbers by name"):
             read_all_scores(str(tmp_path), "run")
     (folder / "iter_0000003.json").write_text('{"zh": NaN}')
-    with pytest.raises(InputError, match=r"iter_0000003\.json: zh is nan; wanted a number"):
+    with pytest.raises(InputError, match=r"iter_0000003\.json: zh is nan; expected a number"):
         read_all_scores(str(tmp_path), "run")

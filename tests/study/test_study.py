@@ -212,9 +212,7 @@ def test_scores_asked_for_too_late_are_said_to_be_missing(runs: Runs) -> None:
     study("run", path)
     path = write_study(runs, "late", almr=[0.5], lr=[1e-3])
     late = study("run", path)
-    assert (
-        "1 runs finished without scores, and their checkpoints are gone; the first is almr0.5_lr0.001_seed1" in late.stderr
-    )
+    assert "1 run finished without scores, and the checkpoints are gone; the first is almr0.5_lr0.001_seed1" in late.stderr
 
 
 def test_another_base_is_another_study(whole: Path, runs: Runs) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,7 @@ Case = tuple[Callable[[Path], object], list[str], int, list[str]]
 # name -> what is done to the files, options, number of processes, what the message must say
 CASES: dict[str, Case] = {
     "no mixture file": (lambda f: (f / "mixture.yaml").unlink(), [], 1, ["mixture.yaml", "No such file"]),
-    "truncated corpus": (truncate_bin, [], 1, ["zh.bin", "found 100 bytes", "wanted"]),
+    "truncated corpus": (truncate_bin, [], 1, ["zh.bin", "found 100 bytes", "expected"]),
     "no manifest": (lambda f: (f / "zh.json").unlink(), [], 1, ["zh.json", "no such file"]),
     "almr": (lambda f: edit_mixture(f, almr=1.5), [], 1, ["mixture.yaml", "almr is 1.5", "from 0 to 1"]),
     "another splitting": (split_at_every_letter, [], 1, ["mixture.yaml", "splits text in another way"]),
@@ -122,19 +123,19 @@ CASES: dict[str, Case] = {
         lambda f: None,
         ["--parallel.tensor_model_parallel_size", "3"],
         3,
-        ["4 num_attention_heads", "tensor_model_parallel_size 3", "use 1 or 2"],
+        ["tensor_model_parallel_size is 3; expected 1 or 2, for 4 num_attention_heads"],
     ),
     "tp and key-value heads": (
         lambda f: None,
         ["--parallel.tensor_model_parallel_size", "4"],
         4,
-        ["2 num_key_value_heads", "tensor_model_parallel_size 4", "use 1 or 2"],
+        ["tensor_model_parallel_size is 4; expected 1 or 2, for 2 num_key_value_heads"],
     ),
     "pp and layers": (
         lambda f: None,
         ["--parallel.pipeline_model_parallel_size", "3"],
         3,
-        ["4 num_hidden_layers", "pipeline_model_parallel_size 3", "use 1, 2 or 4"],
+        ["pipeline_model_parallel_size is 3; expected 1, 2 or 4, for 4 num_hidden_layers"],
     ),
     "processes": (
         lambda f: None,
@@ -152,13 +153,13 @@ CASES: dict[str, Case] = {
         lambda f: None,
         ["--training.micro_batch_size", "2"],
         3,
-        ["global_batch_size 8", "micro_batch_size 2 x data-parallel size 3"],
+        ["training.global_batch_size is 8; expected a multiple of 6, micro_batch_size 2 x data-parallel size 3"],
     ),
     "sequence length": (
         lambda f: edit_json(f / RELEASE / "hf" / "config.json", max_position_embeddings=16),
         [],
         1,
-        ["seq_length 32", "max_position_embeddings 16"],
+        ["mixture.yaml: seq_length is 32; expected at most 16, the model's max_position_embeddings"],
     ),
     "vocabulary": (
         lambda f: edit_json(f / RELEASE / "hf" / "config.json", vocab_size=300),
@@ -176,7 +177,7 @@ CASES: dict[str, Case] = {
         lambda f: shutil.rmtree(f / "megatron"),
         [],
         1,
-        ["checkpoint", "run/megatron", "no such folder"],
+        ["checkpoint.load is", "run/megatron", "no such folder"],
     ),
     "no checkpoint in the folder": (
         lambda f: [shutil.rmtree(f / RELEASE), (f / "megatron" / "latest_checkpointed_iteration.txt").unlink()],
@@ -215,7 +216,7 @@ CASES: dict[str, Case] = {
             *("--parallel.recompute_granularity", "full", "--parallel.recompute_num_layers", "3"),
         ],
         2,
-        ["the 4 layers of a model chunk are not divisible by recompute_num_layers 3"],
+        ["recompute_num_layers is 3; expected a divisor of 4, the layers of a model chunk"],
     ),
     "incomplete checkpoint": (
         lambda f: (f / RELEASE / ".metadata").unlink(),
@@ -287,6 +288,45 @@ def test_one_line_and_no_process_group(
     assert sorted(folder.rglob("*")) == before  # nothing was left behind
 
 
+def test_a_wrong_setting_does_not_hide_wrong_files(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do wrong files hide each other, or settings of one section."""
+    (folder / "zh.json").unlink()
+    edit_mixture(folder, seed=-1)
+    wrong = ["--optimizer.lr", "-1", "--optimizer.adam_beta1", "1", "--optimizer.clip_grad", "-1", "--training.seed", "-1"]
+    wrong += ["--training.micro_batch_size", "0", "--data.num_workers", "-1", "--checkpoint.load", "nowhere"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_cpt.py", *options(folder, *wrong)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert stopped.value.code == 2
+    expected = [
+        "checkpoint.load is 'nowhere'; expected the folder of a checkpoint or a run",
+        "data.num_workers is -1; use 0 or more",
+        "mixture.yaml: seed is -1",
+        "optimizer.adam_beta1 is 1.0; use",
+        "optimizer.clip_grad is -1.0; use 0 or more",
+        "optimizer.lr is -1.0; use a number above 0",
+        "training.micro_batch_size is 0; use 1 or more",
+        "training.seed is -1; use",
+        "zh.json: no such file",
+    ]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(expected), lines
+    for words in expected:
+        assert sum(words in line for line in lines) == 1, (words, lines)
+    assert not (folder / "out").exists()
+
+
+def test_what_needs_mixture_and_model_is_refused_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_mixture(folder, additional=[{"prefix": "zh", "max_epochs": 0.001}])
+    with pytest.raises(SystemExit):
+        check(folder, "--lr.warmup_iters", "9", "--logging.profile_step_start", "99")
+    lines = capsys.readouterr().err.splitlines()
+    words = ["logging.profile_step_start is 99", "lr.warmup_iters", "its max_epochs is 0.001"]
+    assert [word in line for word, line in zip(words, lines, strict=True)] == [True] * 3
+
+
 def test_check_only_for_another_number_of_processes(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +339,7 @@ def test_check_only_for_another_number_of_processes(
     with pytest.raises(SystemExit) as stopped:
         run_tool(setup, RunConfig, "A run.", options(folder, "--check_only", "--world_size", "5"))
     assert stopped.value.code == 2
-    assert "global_batch_size 8" in capsys.readouterr().err
+    assert "global_batch_size is 8" in capsys.readouterr().err
 
 
 def test_errors_are_input_errors(folder: Path) -> None:
@@ -377,6 +417,6 @@ def test_everything_that_is_wrong_is_said_at_once(folder: Path, capsys: pytest.C
     lines = capsys.readouterr().err.splitlines()
     assert end.value.code == 2
     assert all(line.startswith("error: ") for line in lines)
-    for words in ("megatron: no such folder", "almr is 1.5", "micro_batch_size 3", "context_parallel_size"):
+    for words in ("(no such folder)", "almr is 1.5", "micro_batch_size 3", "context_parallel_size"):
         assert sum(words in line for line in lines) == 1, (words, lines)
     assert not (folder / "out").exists()

@@ -172,7 +172,7 @@ def test_a_run_that_changes_its_batch_ends_where_it_was_asked_to() -> None:
         ({"warmup_samples": 41}, r"lr\.warmup_samples leaves nothing to decay in"),
         (
             {"decay_style": "WSD", "warmup_iters": 4, "wsd_decay_iters": 7},
-            "warm-up of 16 and decay of 28 samples do not fit into the schedule's 40 samples",
+            "lr: the warm-up takes 16 samples and the decay 28; expected at most 40 together",
         ),
     ],
 )

@@ -146,7 +146,7 @@ def wmt22(pair: str, data_folder: str | None = None, **_: Any) -> datasets.Datas
             fields = WMTXMLDataset._unwrap_wmt21_or_later(path)
             sources, targets = fields["src"], fields["ref:A"]
         except (lxml.etree.XMLSyntaxError, AssertionError, KeyError) as error:
-            raise InputError(f"{path} is not as WMT22 has it: {error}; wanted: sources and translator A's") from error
+            raise InputError(f"{path} is not as WMT22 has it: {error}; expected: sources and translator A's") from error
     rows = [{"source": one_line(s), "target": one_line(t)} for s, t in zip(sources, targets, strict=True)]
     return datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
 
@@ -170,7 +170,7 @@ def load(source: Source, data_folder: str | None, read: Callable[[str], Iterable
         elif source.hub is not None:
             found[split] = checked(hub_rows(source.hub, split), source.fields, source.hub.path)
         else:
-            raise InputError(f"there is no {source.folder}/{name}; wanted: data_folder, a folder that has it")
+            raise InputError(f"there is no {source.folder}/{name}; expected: data_folder, a folder that has it")
     return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in found.items()})
 
 
@@ -195,7 +195,7 @@ def json_lines(path: str) -> Iterable[Row]:
             try:
                 yield orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number} is not JSON: {error}; wanted an object on each line") from error
+                raise InputError(f"{path}, line {number} is not JSON: {error}; expected an object on each line") from error
 
 
 def squad(path: str) -> Iterable[Row]:
@@ -208,7 +208,9 @@ def squad(path: str) -> Iterable[Row]:
                     answers = {"text": [answer["text"] for answer in asked["answers"]]}
                     yield {"context": passage["context"], "question": asked["question"], "answers": answers}
         except (orjson.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not in SQuAD's format: {error!r}; wanted data, paragraphs, qas, answers") from error
+            raise InputError(
+                f"{path} is not in SQuAD's format: {error!r}; expected data, paragraphs, qas, answers"
+            ) from error
 
 
 def hub_rows(hub: Hub, split: str) -> Iterable[Row]:
@@ -230,8 +232,8 @@ def checked(rows: Iterable[Row], fields: Mapping[str, type], origin: str) -> lis
         for name, kind in fields.items():
             value = row.get(name) if isinstance(row, dict) else row
             if not isinstance(value, kind):
-                raise InputError(f"{origin}, row {number}: {name} is {value!r}; wanted a {kind.__name__}")
+                raise InputError(f"{origin}, row {number}: {name} is {value!r}; expected a {kind.__name__}")
         found.append({name: row[name] for name in fields})
     if not found:
-        raise InputError(f"{origin} has no rows; wanted some")
+        raise InputError(f"{origin} has no rows; expected some")
     return found
