@@ -60,6 +60,10 @@ def records_of(content: Content, offset: int, length: int) -> dict[str, Part]:
         raise zipfile.BadZipFile(f"the file ends at byte {len(content)}, the archive should end at {offset + length}")
     try:
         records = _records(content, offset, length)
+    except zipfile.BadZipFile as error:
+        if "not a zip file" not in str(error):
+            raise
+        raise zipfile.BadZipFile(f"{error}; expected a zip archive, as torch.save writes since version 1.6") from error
     except (struct.error, ValueError, OSError, NotImplementedError, OverflowError, EOFError) as error:
         raise zipfile.BadZipFile(f"no archive: {error}") from error  # what zipfile raises where numbers are damaged
     if not records:

@@ -52,6 +52,9 @@ def reading_hf_folder(what: str, folder: str) -> Iterator[None]:
     """
     try:
         _check_json(folder)
+    except InputError as error:
+        raise InputError(f"{what} cannot be read: {error}") from error
+    try:
         yield
     except Exception as error:
         if isinstance(error, InputError) or not is_damage(error):
@@ -86,4 +89,4 @@ def _check_json(folder: str) -> None:
         if os.path.exists(path):
             content = load_json(path)
             if not isinstance(content, dict):
-                raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+                raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pickle
 import re
 import struct
 import sys
@@ -17,8 +16,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 
-from megatron_cpt.checkpoint.damage import is_damage
 from megatron_cpt.checkpoint.layout import ADAPTER_CONFIG, WEIGHT_INDICES
+from megatron_cpt.checkpoint.restricted import PickledTensors
 from megatron_cpt.errors import InputError
 from megatron_cpt.input_files import check_folder, load_json, shown
 from megatron_cpt.model.llama import check_size
@@ -141,8 +140,8 @@ class HfTensors(Mapping[str, torch.Tensor]):
             self.infos |= infos
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        file = self._files[name]
-        return file[name] if isinstance(file, dict) else file.get_tensor(name)
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -210,27 +209,9 @@ def _open_safetensors(path: str) -> tuple[Any, dict[str, TensorInfo]]:
     return file, infos
 
 
-def _open_bin(path: str) -> tuple[dict[str, torch.Tensor], dict[str, TensorInfo]]:
-    try:
-        file = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's text is a page of advice that nobody here should follow
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it names {named[1]}" if named else "its pickle is damaged"
-        raise InputError(f"{path} cannot be read: {what}, where only tensors are allowed (torch's weights_only)") from error
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        if not is_damage(error):
-            raise
-        first = (str(error).splitlines() or ["it ends too early"])[0]
-        if "mmap can only be used" in first:
-            first = "it is no zip archive, as torch.save has written since version 1.6"
-        raise InputError(f"{path} cannot be read: {first}") from error
-    named_tensors = isinstance(file, dict) and all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-        for name, tensor in file.items()
-    )
-    if not named_tensors:
-        raise InputError(f"{path} holds something else than named, dense tensors")
-    infos = {n: TensorInfo(tuple(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in file.items()}
+def _open_bin(path: str) -> tuple[PickledTensors, dict[str, TensorInfo]]:
+    file = PickledTensors(path)
+    infos = {n: TensorInfo(t.shape, str(t.dtype).removeprefix("torch.")) for n, t in file.described.items()}
     return file, infos
 
 

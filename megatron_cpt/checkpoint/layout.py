@@ -130,7 +130,6 @@ def check_complete(folder: str) -> None:
     for name in ("metadata.json", ".metadata", "common.pt", *(["hf/config.json"] if ours else [])):
         if not os.path.exists(os.path.join(folder, name)):
             raise InputError(f"checkpoint {folder} is not complete: {name} is missing")
-    check_format(os.path.join(folder, "metadata.json"))
     if not ours:
         return  # of other software
     files = read_manifest(manifest).get("files", {})
@@ -162,6 +161,7 @@ def check_intact(folder: str) -> None:
     path = os.path.join(folder, "manifest.json")
     if os.path.exists(path):
         check_small_files(folder, read_manifest(path))
+    check_format(os.path.join(folder, "metadata.json"))
 
 
 def is_complete(folder: str) -> bool:
@@ -179,7 +179,10 @@ def read_manifest(path: str) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or is not as it was written
     """
-    content = load_json(path, "checkpoint manifest")
+    try:
+        content = load_json(path)
+    except InputError as error:
+        raise InputError(f"checkpoint manifest {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"checkpoint manifest {path} cannot be read: it holds no JSON object")
     for field in ("files", CHECKSUMS):

@@ -243,6 +243,42 @@ def read_object(content: Content, offset: int, length: int, known: Collection[Pa
     return plain(archive.described(known), convert)
 
 
+class PickledTensors:
+    """The tensors of a dictionary that torch.save wrote (`pytorch_model.bin`), mapped, and read when asked for.
+
+    Attributes:
+        described: dtype and shape of each, by name
+    """
+
+    def __init__(self, path: str) -> None:
+        """Open a file.
+
+        Raises:
+            InputError: it cannot be read, or holds something else than named, dense tensors
+        """
+        self._path = path
+        content = open_mapped(path)
+        try:
+            self._archive = _Archive(content, 0, len(content))
+            found = plain(self._archive.described(()), lambda value, _: value)
+        except DAMAGE as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
+        if type(found) is not dict or any(type(n) is not str or type(t) is not TensorRecord for n, t in found.items()):
+            raise InputError(f"{path} holds something else than named, dense tensors")
+        self.described: dict[str, TensorRecord] = found
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """A tensor: the mapped memory itself.
+
+        Raises:
+            InputError: it is damaged
+        """
+        try:
+            return self._archive.tensor(self.described[name])
+        except DAMAGE as error:
+            raise InputError(f"{self._path} is damaged, in tensor {name}: {error}") from error
+
+
 class _Archive:
     """What torch.save wrote: a pickle, and the memory of the tensors that it names. Each checksum is compared once."""
 
@@ -422,9 +458,17 @@ def _rebuild_tensor(args: tuple[Any, ...]) -> TensorRecord:
     return TensorRecord(dtype, key, offset, shape, stride)
 
 
+def _rebuild_parameter(args: tuple[Any, ...]) -> TensorRecord:
+    """(tensor, whether it has a gradient, ...)."""
+    if not args or type(args[0]) is not TensorRecord:
+        raise PickleError("a parameter without a tensor")
+    return args[0]
+
+
 MAKERS: dict[Pair, Maker] = {
     ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch.serialization", "_get_layout"): lambda args: None,
     ("collections", "OrderedDict"): _ordered,
     ("collections", "defaultdict"): lambda args: {},

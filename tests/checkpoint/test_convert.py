@@ -276,9 +276,7 @@ def test_several_files_and_torch_files(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pytorch_model-00002-of-00002\.bin is missing; pytorch_model\.bin\.index\.json"):
         hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron2")))
     torch.save({"a": subprocess.Popen}, hf / "pytorch_model-00002-of-00002.bin")
-    with pytest.raises(
-        InputError, match=r"pytorch_model-00002-of-00002\.bin cannot be read: it names .*Popen, where only tensors"
-    ):
+    with pytest.raises(InputError, match=r"pytorch_model-00002-of-00002\.bin cannot be read: it names .*Popen, which a"):
         hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron2")))
 
 
@@ -537,7 +535,7 @@ def test_the_files_that_transformers_would_read(hf: Path, tmp_path: Path) -> Non
     assert weight_files(str(hf)) == ["weights.safetensors"]
     for content in ("{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}', "[]", "{"):
         index.write_text(content)
-        with pytest.raises(InputError, match=r"index\.json is not an index of weights"):
+        with pytest.raises(InputError, match=r"index\.json is not (an index of weights|JSON)"):
             weight_files(str(hf))
 
 

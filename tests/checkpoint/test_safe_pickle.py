@@ -17,7 +17,7 @@ import pytest
 import torch
 from hostile_pickles import NAMES, harmless, module_spec, mutations, system_call, text
 
-from megatron_cpt.checkpoint.restricted import Opaque, load_common, load_metadata, load_settings
+from megatron_cpt.checkpoint.restricted import Opaque, PickledTensors, load_common, load_metadata, load_settings
 from megatron_cpt.checkpoint.safe_pickle import Name, PickleError, Record, plain, read_pickle
 from megatron_cpt.errors import InputError
 
@@ -240,6 +240,38 @@ def test_a_tensor_is_copied_once(tmp_path: Path) -> None:
     torch.save({"args": [weight[number:] for number in range(50)]}, path)
     with pytest.raises(InputError, match="its tensors have more than 4 times the bytes of the file"):
         load_common(str(path))
+
+
+def test_what_torch_saves_of_a_model(tmp_path: Path) -> None:
+    """Parameters, views and transposed tensors, in a dictionary with attributes: the numbers that torch reads."""
+    model, path = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)).bfloat16(), str(tmp_path / "model.bin")
+    for content in (model.state_dict(), dict(model.named_parameters()), {"a": torch.arange(12).view(3, 4).T[1:]}, {}):
+        torch.save(content, path)
+        read, expected = PickledTensors(path), torch.load(path, weights_only=True)
+        assert list(read.described) == list(expected)
+        assert all(torch.equal(read.get_tensor(name), tensor) for name, tensor in expected.items())
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    for content in ([torch.ones(2)], {"a": 1}, {1: torch.ones(2)}, {"a": {"b": torch.ones(2)}}):
+        torch.save(content, path)
+        with pytest.raises(InputError, match=r"model\.bin holds something else than named, dense tensors"):
+            PickledTensors(str(path))
+    torch.save({"a": torch.eye(2).to_sparse()}, path)
+    with pytest.raises(InputError, match=r"model\.bin cannot be read: it names torch\._utils\._rebuild_sparse_tensor"):
+        PickledTensors(str(path))
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        InputError, match=r"cannot be read: .*; expected a zip archive, as torch.save writes since version 1\.6"
+    ):
+        PickledTensors(str(path))
+    torch.save({"a": torch.ones(1000)}, path)
+    path.write_bytes(path.read_bytes().replace(torch.ones(2).numpy().tobytes(), bytes(8), 1))
+    with pytest.raises(InputError, match=r"model\.bin is damaged, in tensor a: wrong checksum"):
+        PickledTensors(str(path)).get_tensor("a")
+    with pytest.raises(InputError, match="a key of a dictionary is"):
+        PickledTensors(str(archive(path, b"\x80\x04}(" + EQUAL_HASHES + b"u.")))
 
 
 def test_a_setting_may_have_any_name(tmp_path: Path) -> None:
