@@ -29,7 +29,7 @@ from megatron_cpt.data import curation_report
 from megatron_cpt.data.curation_languages import FILTERS
 from megatron_cpt.data.preprocess_config import available_cores
 from megatron_cpt.data.sources import Source, find_sources, note_passed_over
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.locking import open_lock
 
 # How it runs, not what comes out: these may change when a curation is continued.
@@ -137,28 +137,32 @@ class CurateConfig:
 
 
 def _check_settings(config: CurateConfig) -> None:
+    refusals = Refusals()
     for name in ("input", "output_folder", "keep_languages", "text_key"):
-        if not getattr(config, name):
-            raise InputError(f"{name} is empty; expected a value")
+        if getattr(config, name) in ("", [], [""]):
+            refusals.add(InputError(f"{name} is empty; expected a value"))
     if unknown := sorted(set(config.filters) - set(FILTERS)):
-        raise InputError(f"filters: found {', '.join(unknown)}; expected default, none, or any of {', '.join(FILTERS)}")
+        refusals.add(
+            InputError(f"filters: found {', '.join(unknown)}; expected default, none, or any of {', '.join(FILTERS)}")
+        )
     if (config.language_identifier == "glotlid") > bool(config.language_model):
-        raise InputError(
-            "language_model is empty with language_identifier glotlid; expected the path of GlotLID's model.bin"
+        refusals.add(
+            InputError("language_model is empty with language_identifier glotlid; expected the path of GlotLID's model.bin")
         )
     if config.language_model and config.language_identifier not in ("fasttext", "glotlid"):
         identifier = config.language_identifier
-        raise InputError(f"language_identifier is {identifier} with a language_model; expected fasttext or glotlid")
+        refusals.add(InputError(f"language_identifier is {identifier} with a language_model; expected fasttext or glotlid"))
     if config.language_threshold is not None and not 0 <= config.language_threshold <= 1:
-        raise InputError(f"language_threshold is {config.language_threshold}; expected 0 to 1")
+        refusals.add(InputError(f"language_threshold is {config.language_threshold}; expected 0 to 1"))
     counts = ("workers", "minhash_ngrams", "minhash_buckets", "minhash_hashes_per_bucket", "minhash_tasks_per_bucket")
     for name in (*counts, *(("tasks",) if config.tasks is not None else ())):
         if getattr(config, name) < 1:
-            raise InputError(f"{name} is {getattr(config, name)}; expected at least 1")
+            refusals.add(InputError(f"{name} is {getattr(config, name)}; expected at least 1"))
     if config.executor == "slurm" and not config.slurm.partition:
-        raise InputError("slurm.partition is empty; expected the name of a partition")
+        refusals.add(InputError("slurm.partition is empty; expected the name of a partition"))
     if config.dry_run and config.executor != "slurm":
-        raise InputError("dry_run is true with executor local; expected executor slurm")
+        refusals.add(InputError("dry_run is true with executor local; expected executor slurm"))
+    refusals.raise_any()
 
 
 def curate(config: CurateConfig) -> str:

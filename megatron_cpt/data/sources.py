@@ -127,6 +127,8 @@ def _match(pattern: str, file_format: Format | Literal["auto"]) -> tuple[list[So
     """The files one pattern stands for, and those in folders whose kind is unknown."""
     from fsspec.core import url_to_fs
 
+    if not pattern:  # as of a variable of the shell that is not set; it would be the folder one is in
+        raise InputError("input has an empty path; expected a file, a folder with files or a glob")
     try:
         fs, path = url_to_fs(os.path.expanduser(pattern))
         if not fs.exists(path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_cpt.config.require import require, require_at_least
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.language_codes import check_language
 from megatron_cpt.redaction import redacted
 
@@ -212,12 +212,14 @@ class EvaluateConfig:
         if not parts and (self.trajectory is not None or self.pairwise is None):
             raise InputError("there is nothing to measure: suite, tasks, text and prompts are all empty")
         compared = self.pairwise.prompts if self.pairwise is not None else []
+        refusals = Refusals()
         for path in [*(text.path for text in self.text), *(prompts.path for prompts in [*self.prompts, *compared])]:
             if not os.path.isfile(path):
-                raise InputError(f"{path}: no such file")
+                refusals.add(InputError(f"{path}: no such file"))
         for folder in (self.tasks_folder, self.data_folder):
             if folder is not None and not os.path.isdir(folder):
-                raise InputError(f"{folder}: no such folder")
+                refusals.add(InputError(f"{folder}: no such folder"))
+        refusals.raise_any()
         if self.pairwise is not None:
             check_pairs(self.pairwise, list(self.models))
         if self.ablation:

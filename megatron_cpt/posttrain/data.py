@@ -24,7 +24,7 @@ from megatron_cpt.chat_data.languages import Identify, mismatch, shares
 from megatron_cpt.chat_data.rows import read_rows
 from megatron_cpt.chat_data.templates import IGNORED, Example, PairExample, Template
 from megatron_cpt.config.require import require, require_at_least
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.language_codes import check_language
 from megatron_cpt.screen import counted
 
@@ -84,12 +84,13 @@ class DataConfig:
         """All paths.
 
         Raises:
-            InputError: one is missing
+            InputError: one is missing; InputErrors: several are
         """
-        paths = [source.path for source in (*self.sources, *self.validation)]
+        paths, refusals = [source.path for source in (*self.sources, *self.validation)], Refusals()
         for path in paths:
             if not os.path.isfile(path):
-                raise InputError(f"{path}: no such file")
+                refusals.add(InputError(f"{path}: no such file"))
+        refusals.raise_any()
         return paths
 
     def check(self) -> None:

@@ -25,7 +25,7 @@ from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit, load_model, lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.runner import check_folder, check_resumes, train
+from megatron_cpt.posttrain.runner import check_files, check_resumes, train
 from megatron_cpt.posttrain.settings import (
     LoraSettings,
     OptimizerSettings,
@@ -196,7 +196,7 @@ def pairs_in(inputs: dict[str, torch.Tensor]) -> int:
 
 def finetune_dpo(config: DpoConfig) -> str:
     """Run it; returns the folder of the result."""
-    check_folder(config.save, config.model)
+    files = check_files(config.save, config.model, config.data)
     datasets.disable_progress_bars()
     use_cpu = device_type() == "cpu"
     process = PartialState(cpu=use_cpu)
@@ -209,7 +209,6 @@ def finetune_dpo(config: DpoConfig) -> str:
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
-    files = config.data.files()
     template = load_template(config.model, config.data.chat_template)
     facts = facts_of(settings, files, config.model, template)
     check_resumes(config.save, facts)

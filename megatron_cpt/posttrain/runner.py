@@ -23,7 +23,8 @@ from megatron_cpt.chat_data.templates import load_template
 from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.posttrain.data import DataConfig
 from megatron_cpt.posttrain.identity import check_same
 from megatron_cpt.posttrain.sharding import sum_in_fp32
 from megatron_cpt.training.metrics_file import MetricsFile
@@ -53,6 +54,21 @@ def check_folder(folder: str, model: str) -> None:
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise InputError(f"{folder} is no folder; use another name as save")
     check_model(model)
+
+
+def check_files(folder: str, model: str, data: DataConfig) -> list[str]:
+    """The paths of the data, when they are there and `check_folder` has nothing to say.
+
+    Raises:
+        InputError: something is wrong with one of them; InputErrors: with several
+    """
+    refusals, files = Refusals(), list[str]()
+    with refusals.noted():
+        check_folder(folder, model)
+    with refusals.noted():
+        files = data.files()
+    refusals.raise_any()
+    return files
 
 
 def check_resumes(folder: str, facts: dict[str, Any]) -> None:

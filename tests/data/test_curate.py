@@ -25,7 +25,7 @@ from megatron_cpt.data import curation_jobs, curation_languages, curation_report
 from megatron_cpt.data.curate import CurateConfig, SlurmConfig, curate
 from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.data.sources import find_sources
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, InputErrors
 
 REPOSITORY = Path(__file__).parents[2]
 TOOL = [sys.executable, str(REPOSITORY / "tools" / "curate_data.py")]
@@ -337,6 +337,20 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
+def test_all_wrong_settings_at_once() -> None:
+    with pytest.raises(InputErrors) as caught:
+        CurateConfig("", "out", "zh", filters=["gopher"], language_threshold=65, workers=0, tasks=0, executor="slurm")
+    starts = [
+        "input is empty",
+        "filters: found gopher",
+        "language_threshold is 65",
+        "workers is 0",
+        "tasks is 0",
+        "slurm.part",
+    ]
+    assert [str(error)[: len(start)] for start, error in zip(starts, caught.value.errors, strict=True)] == starts
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -356,7 +370,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--tasks", "0"], "tasks is 0; expected at least 1"),
         (["--output_folder", "{tmp}/other"], "notes.txt, which no curation wrote; expected a new or empty folder"),
         (["--output_folder", "{tmp}/in", "--input", "{tmp}/in/a.jsonl"], "lies in output_folder"),
-        (["--text_key", "body"], "1 documents, none left (most lost in read: missing_text 1)"),
+        (["--text_key", "body"], "1 document, none left (most lost in read: missing_text 1)"),
         (["--input", "{tmp}/bad.jsonl.gz"], "bad.jsonl.gz: damaged gzip data"),
         (["--input", "{tmp}/bad.parquet"], "bad.parquet: not a Parquet file"),
     ],

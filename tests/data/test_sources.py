@@ -80,6 +80,13 @@ def test_what_was_passed_over_is_said(tmp_path: Path, tiny_tokenizer_dir: str, c
     assert "not read, of unknown kind: 2 files" in capsys.readouterr().err
 
 
+def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="input has an empty path"):
+        find_sources(["a.jsonl", ""])
+
+
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [

@@ -20,7 +20,7 @@ import torch
 from tiny_models import ROOT, run_tool, write_yaml
 
 from megatron_cpt.chat_data.turn_end import turn_end
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, InputErrors
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Catalog, Harness, Score, shots_of
@@ -399,6 +399,14 @@ def test_the_tool(config: EvaluateConfig, tmp_path: Path) -> None:
 def test_wrong_configurations(config: EvaluateConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         replace(config, **changes)
+
+
+def test_all_missing_files_at_once(config: EvaluateConfig) -> None:
+    texts = [TextConfig(f"{name}.jsonl", "en") for name in "ab"]
+    with pytest.raises(InputErrors) as caught:
+        replace(config, text=texts, data_folder="nowhere")
+    lines = ["a.jsonl: no such file", "b.jsonl: no such file", "nowhere: no such folder"]
+    assert list(map(str, caught.value.errors)) == lines
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from tiny_models import ROOT, run_tool
 from trl import SFTConfig as TrlConfig
 
 from megatron_cpt.chat_data.templates import IGNORED, load_template
-from megatron_cpt.errors import InputError
-from megatron_cpt.posttrain.data import prepare_sft
+from megatron_cpt.errors import InputError, InputErrors
+from megatron_cpt.posttrain.data import SourceConfig, prepare_sft
 from megatron_cpt.posttrain.models import load_model
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings, accumulation
 from megatron_cpt.posttrain.sft import AnswerLossTrainer, SftConfig, as_dataset, finetune_sft
@@ -318,6 +318,16 @@ def test_adapters_of_layers_that_there_are_none_of(chat_model: str, tmp_path: Pa
         config = sft_config(chat_model, tmp_path, lora=LoraSettings(target_modules=names))  # type: ignore[arg-type]
         with pytest.raises(InputError, match=r"lora\.target_modules has query, and the model no such layer"):
             finetune_sft(config)
+
+
+def test_all_missing_files_at_once(chat_model: str, tmp_path: Path) -> None:
+    config = sft_config(chat_model, tmp_path)
+    sources = [SourceConfig(f"{name}.jsonl", "en") for name in "ab"]
+    with pytest.raises(InputErrors) as caught:
+        finetune_sft(replace(config, model="nowhere", data=replace(config.data, sources=sources)))
+    model, *files = map(str, caught.value.errors)
+    assert model.startswith("model is nowhere, which has no config.json")
+    assert files == ["a.jsonl: no such file", "b.jsonl: no such file"]
 
 
 def test_batches_that_cannot_be_divided() -> None:
