@@ -222,9 +222,9 @@ def test_a_validation_file_without_usable_rows_is_named(template: Template, tmp_
     source = SourceConfig(write(tmp_path / "rows.json", rows(5)), "en")
     broken = SourceConfig(write(tmp_path / "broken.json", [{"instruction": "x", "output": ""}]), "zh")
     config = DataConfig([source], validation=[broken], broken="skip")
-    with pytest.raises(InputError, match=r"broken\.json: no row is left to evaluate on; 1 rows, 1 empty answer"):
+    with pytest.raises(InputError, match=r"broken\.json: no row is left to evaluate on; 1 row, 1 empty answer"):
         prepare_sft(config, template, 1)
-    with pytest.raises(InputError, match=r"left to train on: .*broken\.json: 1 rows, 1 empty answer \(message 2 is empty\)"):
+    with pytest.raises(InputError, match=r"left to train on: .*broken\.json: 1 row, 1 empty answer \(message 2 is empty\)"):
         prepare_sft(DataConfig([broken], broken="skip"), template, 1)
 
 
