@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart quickstart-chat test test-matrix test-kills test-slow test-llamafactory test-gpu test-slurm mutants sanitize cuda bench lint type format docs clean
+.PHONY: setup quickstart quickstart-chat test test-runs test-matrix test-kills test-slow test-llamafactory test-gpu test-slurm mutants sanitize cuda bench lint type format docs clean
 
 setup: $(READY)
 
@@ -32,14 +32,18 @@ WORKERS ?= 2
 test: setup
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
 
-# All 108 layouts, recomputations and precisions, those that `make test` leaves out; and runs that are killed, sharded, a job
-# array's or of 16 processes, which take a minute each. 60 kills of one run take longer: `make test-kills`.
-MATRIX := tests/training/test_matrix.py tests/training/test_kill.py tests/posttrain/test_sharding.py tests/study/test_study.py tests/examples
-test-matrix: setup
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -k "not 60" -n $(WORKERS) --dist load $(MATRIX)
+# What `make test` leaves out, in parts. Runs that are killed, sharded, a job array's or of 16 processes, which take a minute each:
+LONG_RUNS := tests/training/test_kill.py tests/posttrain/test_sharding.py tests/study/test_study.py tests/examples
+test-runs: setup
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not overnight" -n $(WORKERS) --dist load $(LONG_RUNS)
 
+# The rest of the 108 layouts, recomputations and precisions (`make test` has each layout once). Not in CI.
+test-matrix: setup
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(WORKERS) --dist load tests/training/test_matrix.py
+
+# One run that is killed 60 times. Not in CI.
 test-kills: setup
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -k 60 -s tests/training/test_kill.py
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m overnight -s tests/training/test_kill.py
 
 test-slow: setup
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -166,11 +166,12 @@ class ForkedRun(KilledRun):
         job.wait(120)
 
 
+LONGEST = [pytest.mark.slow, pytest.mark.overnight]
 RECIPE = "llama3_8b/cpt_8k.yaml"
 SUFFERINGS = [
-    Suffering(Case(), RECIPE, steps=20, starts=13, kills=10),
+    Suffering(Case(), RECIPE, steps=12, starts=6, kills=4),
     pytest.param(Suffering(Case(tp=2), "slurm_quickstart/cpt.yaml", steps=20, starts=13, kills=10), marks=pytest.mark.slow),
-    pytest.param(Suffering(Case(dp=2), RECIPE, steps=100, starts=66, kills=60, torchrun=False), marks=pytest.mark.slow),
+    pytest.param(Suffering(Case(dp=2), RECIPE, steps=100, starts=66, kills=60, torchrun=False), marks=LONGEST),
 ]
 
 
