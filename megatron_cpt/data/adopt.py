@@ -135,7 +135,7 @@ def _check_files(corpus: IndexedCorpus) -> None:
     if corpus.dtype.kind not in "iu":
         raise InputError(f"{corpus.prefix}.idx: dtype is {corpus.dtype}; expected whole numbers, as token ids are")
     if len(corpus) != corpus.num_documents:
-        found = f"{len(corpus)} sequences in {corpus.num_documents} documents"
+        found = f"{counted(len(corpus), 'sequence')} in {counted(corpus.num_documents, 'document')}"
         raise InputError(f"{corpus.prefix}.idx: found {found}; expected one each (made without --split-sentences)")
     for name, problem in check(corpus, None):
         if problem:

@@ -67,9 +67,8 @@ def _check_budgets(mixture: Mixture) -> None:
         raise InputError(f"{mixture.path}: the stages have {float(tokens):g} tokens; use at most 2**62")
     for stage in mixture.stages:
         if stage.tokens is not None and stage.tokens < mixture.seq_length:
-            raise InputError(
-                f"{mixture.path}: stage {stage.name} has {stage.tokens} tokens; one sample takes {mixture.seq_length}"
-            )
+            found = counted(stage.tokens, "token")
+            raise InputError(f"{mixture.path}: stage {stage.name} has {found}; one sample takes {mixture.seq_length}")
         begins = [part.begin_tokens for part in stage.almr]
         if stage.tokens is not None and begins[-1] >= stage.tokens:
             raise InputError(

@@ -14,6 +14,7 @@ from scipy import stats
 
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.errors import InputError
+from megatron_cpt.screen import counted
 from megatron_cpt.study.critical import CriticalRatio
 from megatron_cpt.study.frontier import Axis, Line, loss_line, metric_frontier
 from megatron_cpt.study.laws import CmrLaw, DCptLaw, HeldOut, check_follows_tokens, fit_cmr, fit_d_cpt, held_out
@@ -139,13 +140,13 @@ def without_intervals(line: Line) -> Line:
 def outcome_notes(results: Results) -> list[str]:
     """Which runs are left out, and why."""
     notes = []
-    for outcome, words in (("diverged", "diverged"), ("unfinished", "are not finished")):
+    for outcome, words in (("diverged", "diverged"), ("unfinished", "not finished")):
         names = sorted({row["run"] for row in results.rows if row["outcome"] == outcome})
         if names:
-            notes.append(f"{len(names)} runs {words} and are left out: {', '.join(names)}")
+            notes.append(f"{counted(len(names), 'run')} {words} and left out: {', '.join(names)}")
     broken = sorted({row["run"] for row in results.rows if row["last"] and row.get("mixed") is None})
     if broken:
-        notes.append(f"{len(broken)} finished runs have no number as a loss and are left out: {', '.join(broken)}")
+        notes.append(f"{counted(len(broken), 'finished run')} without a number as a loss and left out: {', '.join(broken)}")
     return notes
 
 

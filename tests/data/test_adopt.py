@@ -78,7 +78,7 @@ def test_what_is_refused(tmp_path: Path, tiny_tokenizer_dir: str, documents: lis
     wrong = {
         "some": ([*documents, [ids[:-1]]], r"some: 30 of 31 documents end with eos \(id 0\); expected all or none"),
         "large": ([[[*ids, 400, 0]]], r"large\.bin: found ids from 0 to 400; expected ids below 400"),
-        "split": ([[ids, ids]], r"split\.idx: found 2 sequences in 1 documents; expected one each"),
+        "split": ([[ids, ids]], r"split\.idx: found 2 sequences in 1 document; expected one each"),
         "empty": ([[[]]], r"empty: document 0 without tokens; expected tokens in each"),
     }
     for name, (content, message) in wrong.items():

@@ -683,5 +683,5 @@ def test_all_mistakes_that_only_the_corpora_show(folder: Path) -> None:
     path = write(folder, validation=[{"prefix": "en"}, {"prefix": "short"}], stages=[{"tokens": 1}, {}])
     with pytest.raises(InputErrors) as caught:
         load_mixture(path)
-    words = ["stage 1 has 1 tokens", "zh.json was made with tokenizer", "short.bin has only", "both a training corpus"]
+    words = ["stage 1 has 1 token;", "zh.json was made with tokenizer", "short.bin has only", "both a training corpus"]
     assert [word in str(error) for word, error in zip(words, caught.value.errors, strict=True)] == [True] * 4

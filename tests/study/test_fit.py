@@ -80,7 +80,7 @@ def test_a_finished_run_with_no_proper_loss(results: Results, value: float | Non
     found = fit(Results([row | lost if row["run"] == name and row["last"] else row for row in results.rows], results.scores))
     assert found.surfaces["general"].surface.values.shape == (74 if value is None else 75,)
     if value is None:
-        assert f"1 finished runs have no number as a loss and are left out: {name}" in found.notes
+        assert f"1 finished run without a number as a loss and left out: {name}" in found.notes
     else:
         assert any("a loss is 0; the law is fitted to logarithms" in note for note in found.notes)
 
@@ -106,7 +106,7 @@ def test_diverged_and_unfinished_runs_do_not_count(results: Results, fitted: Fit
     bad = [dict(row, outcome="diverged", last=False, additional=99.0, run=row["run"] + "_bad") for row in results.rows[:5]]
     found = fit(Results([*results.rows, *bad], results.scores), laws=False)
     assert found.surfaces["additional"].surface.values.tolist() == fitted.surfaces["additional"].surface.values.tolist()
-    assert found.notes[0] == "1 runs diverged and are left out: almr0_lr0.0001_seed1_bad"
+    assert found.notes[0] == "1 run diverged and left out: almr0_lr0.0001_seed1_bad"
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

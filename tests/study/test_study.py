@@ -131,7 +131,7 @@ def test_results_have_a_row_for_each_evaluation(whole: Path, runs: Runs) -> None
 def test_fit_plot_and_choose(whole: Path, runs: Runs) -> None:
     folder = runs.folder / "whole"
     fitted = study("fit", whole)
-    assert "2 runs diverged and are left out" in fitted.stderr
+    assert "2 runs diverged and left out" in fitted.stderr
     found = json.loads((folder / "fit.json").read_text())
     assert found["surfaces"]["additional"]["runs"] == 4
     assert "9 or more support a surface" in found["surfaces"]["additional"]["refused"]
