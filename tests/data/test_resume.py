@@ -251,7 +251,7 @@ def interrupt(prefix: Path, tokenizer: str, units: int = 4, **settings: Any) -> 
     original = PartialCorpus.add
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PartialCorpus, "add", stop_after)
-        with pytest.raises(KeyboardInterrupt, match=r"is unfinished; \d+ documents are safe: give the same command"):
+        with pytest.raises(KeyboardInterrupt, match=r"is unfinished; \d+ documents? safe: give the same command"):
             run(prefix, tokenizer, **settings)
     assert (read_state(partial_folder(str(prefix))) or {})["units"] == units
 
