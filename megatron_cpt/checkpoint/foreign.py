@@ -98,7 +98,7 @@ def foreign_config(folder: str, vocab_size: int | None) -> dict[str, Any]:
         places = "hf/config.json, run_config.yaml and args in common.pt are all missing"
         raise InputError(f"{folder} does not describe its model: {places}")
     if not isinstance(args, Namespace):
-        raise InputError(f"{common}: args is a {type(args).__name__}; wanted the namespace that Megatron-LM saves")
+        raise InputError(f"{common}: args is a {type(args).__name__}; expected the namespace that Megatron-LM saves")
     return llama_fields(f"{common} (args)", dict(vars(args)), MEGATRON_LM, vocab_size)
 
 
@@ -109,7 +109,7 @@ def bridge_settings(path: str) -> dict[str, Any]:
     except (InputError, KeyError) as error:
         raise InputError(f"{path} has no section 'model' that can be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(model, dict):
-        raise InputError(f"{path}: model is {brief(model)}; wanted a section with the settings of the model")
+        raise InputError(f"{path}: model is {brief(model)}; expected a section with the settings of the model")
     return {
         name: value["_target_"] if isinstance(value, dict) and "_target_" in value else value
         for name, value in model.items()
