@@ -218,7 +218,7 @@ def test_no_description_and_wrong_options(hf: Path, converted: Path, tmp_path: P
         with pytest.raises(InputError, match=message):
             megatron_to_hf(MegatronToHf(str(folder), str(tmp_path / "back"), **options))  # type: ignore[arg-type]
     torch.save({"args": {"num_layers": 4}}, folder / "common.pt")
-    with pytest.raises(InputError, match="args is a dict; wanted the namespace that Megatron-LM saves"):
+    with pytest.raises(InputError, match="args is a dict; expected the namespace that Megatron-LM saves"):
         megatron_to_hf(MegatronToHf(str(folder), str(tmp_path / "back")))
     for content in ("model: [1]", "model: abc", "train: {}", "model: {", "\x00"):
         (folder / "run_config.yaml").write_text(content)
