@@ -16,15 +16,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
+import queue
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -83,7 +88,46 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
-def outcome(mutant: Mutant, timeout: float) -> tuple[str, str]:
+class Warm:
+    """A process of warm.py, which runs one mutant's tests at a time."""
+
+    def __init__(self) -> None:
+        # Tools are started as scripts: without PYTHONPATH, which warm.py sets, they would import the installed package
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("warm.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def pytest(self, folder: Path, arguments: list[str], log: Path, timeout: float) -> int | None:
+        """Its exit status; None where it is ended after `timeout` seconds."""
+        self._say({"folder": str(folder), "arguments": arguments, "log": str(log)})
+        timed_out = threading.Event()
+
+        def end(pid: int) -> None:
+            timed_out.set()
+            os.killpg(pid, signal.SIGKILL)
+
+        timer = threading.Timer(timeout, end, [self._hear()["pid"]])
+        timer.start()
+        status: int = self._hear()["status"]
+        timer.cancel()
+        return None if timed_out.is_set() else status
+
+    def _say(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def _hear(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        return dict(json.loads(self._process.stdout.readline()))
+
+
+def outcome(warm: Warm, mutant: Mutant, timeout: float) -> tuple[str, str]:
     """Run the mutant's tests: what came of it, and the end of pytest's output."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         tree = Path(folder)
@@ -92,16 +136,12 @@ def outcome(mutant: Mutant, timeout: float) -> tuple[str, str]:
             mutant.apply(tree)
         except (OSError, ValueError) as error:
             return BROKEN, str(error)
-        # Tools are started as scripts: without PYTHONPATH they would import the installed package, not the copy
-        environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(mutant.tests)]
-        try:
-            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return KILLED, f"no end within {timeout:g} s"
-    if done.returncode in (FAILED, INTERRUPTED):
-        return KILLED, done.stdout[-2000:]
-    return (SURVIVED if done.returncode == 0 else BROKEN), done.stdout[-2000:] + done.stderr[-2000:]
+        log = tree / "mutant.log"
+        status = warm.pytest(tree, ["-q", "-x", "-p", "no:cacheprovider", *shlex.split(mutant.tests)], log, timeout)
+        text = log.read_text(encoding="utf-8", errors="replace")[-4000:]
+    if status is None:
+        return KILLED, f"no end within {timeout:g} s"
+    return (KILLED if status in (FAILED, INTERRUPTED) else SURVIVED if status == 0 else BROKEN), text
 
 
 def report(mutant: Mutant, result: str, text: str, seconds: float) -> bool:
@@ -120,14 +160,25 @@ def main() -> int:
         description="Break the code in one place at a time and run the tests that should notice."
     )
     parser.add_argument("--only", default="", help="mutants whose file or name holds this text")
+    parser.add_argument("--skip", default="", help="a report of an earlier run: those that were killed in it are left out")
     parser.add_argument("--jobs", type=int, default=2, help="how many at the same time")
     parser.add_argument("--timeout", type=float, default=600, help="seconds after which a mutant counts as noticed")
     options = parser.parse_args()
     mutants = [m for m in read_mutants(Path(__file__).parent) if options.only in m.file or options.only in m.name]
+    before = Path(options.skip).read_text(encoding="utf-8").splitlines() if options.skip else []
+    done = {line.split(" s  ", 1)[1] for line in before if line.startswith(KILLED)}
+    mutants = [m for m in mutants if f"{m.file}: {m.name}" not in done]
+
+    idle: queue.SimpleQueue[Warm] = queue.SimpleQueue()
+    for _ in range(options.jobs):
+        idle.put(Warm())
 
     def run(mutant: Mutant) -> bool:
-        begin = time.monotonic()
-        result, text = outcome(mutant, options.timeout)
+        begin, warm = time.monotonic(), idle.get()
+        try:
+            result, text = outcome(warm, mutant, options.timeout)
+        finally:
+            idle.put(warm)
         return report(mutant, result, text, time.monotonic() - begin)
 
     with ThreadPoolExecutor(options.jobs) as pool:
