@@ -60,7 +60,10 @@ class CpuPlatform:
     backend = "gloo"
 
     def prepare(self) -> None:
-        import_without_compiler()
+        from megatron_cpt.platforms.everywhere import save_without_queue_server, withheld
+
+        with withheld("wandb"):
+            import_without_compiler()
         redirect_factories()
         answer_for_cuda_runtime()
         name_tensor_types_as_on_cuda()
@@ -73,7 +76,6 @@ class CpuPlatform:
         add_embedding_gradients_where_they_are_summed()
         rotate_in_one_function()
         write_gradients_of_swiglu_once()
-        from megatron_cpt.platforms.everywhere import save_without_queue_server
         from megatron_cpt.platforms.fused_adam import install_fused_adam
         from megatron_cpt.platforms.torch_layers import recompute_norms_without_fp8
 

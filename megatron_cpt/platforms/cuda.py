@@ -72,8 +72,10 @@ class CudaPlatform:
     backend = "nccl"
 
     def prepare(self) -> None:
-        from megatron_cpt.platforms.everywhere import save_without_queue_server
+        from megatron_cpt.platforms.everywhere import save_without_queue_server, withheld
 
+        with withheld("wandb"):
+            import megatron.core  # noqa: F401 (with most of its modules)
         save_without_queue_server()
         if not has_weight_gradient_kernel():
             from megatron_cpt.platforms.torch_fusions import add_weight_gradients_where_they_are_summed

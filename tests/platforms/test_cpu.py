@@ -290,6 +290,13 @@ def test_the_compiler_is_not_imported() -> None:
     assert python("import sys, megatron.core; print('torch._inductor' in sys.modules)") == "True", "no longer needed"
 
 
+def test_wandb_is_imported_by_those_who_log_to_it() -> None:
+    code = (
+        "import sys, megatron_cpt.training.pretrain; print('wandb' in sys.modules); import wandb; print(wandb.init.__name__)"
+    )
+    assert python(code).split() == ["False", "init"]
+
+
 def test_megatron_takes_our_adam_for_apexs() -> None:
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distrib_optimizer
