@@ -9,7 +9,7 @@ from megatron_cpt.config.cli import run_tool
 if __name__ == "__main__":
     run_tool(
         "megatron_cpt.posttrain.dpo:finetune_dpo",
-        "megatron_cpt.posttrain.dpo:DpoConfig",
+        "megatron_cpt.posttrain.settings:DpoConfig",
         "Direct preference optimization of a Hugging Face checkpoint.",
         joins=True,
     )

@@ -9,7 +9,7 @@ from megatron_cpt.config.cli import run_tool
 if __name__ == "__main__":
     run_tool(
         "megatron_cpt.posttrain.sft:finetune_sft",
-        "megatron_cpt.posttrain.sft:SftConfig",
+        "megatron_cpt.posttrain.settings:SftConfig",
         "Supervised fine-tuning of a Hugging Face checkpoint.",
         joins=True,
     )

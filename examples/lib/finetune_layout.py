@@ -22,10 +22,7 @@ from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.memory import GIB
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.weights import number_of_parameters
-from megatron_cpt.posttrain.dpo import DpoConfig
-from megatron_cpt.posttrain.runner import check_folder
-from megatron_cpt.posttrain.settings import accumulation
-from megatron_cpt.posttrain.sft import SftConfig
+from megatron_cpt.posttrain.settings import DpoConfig, SftConfig, accumulation
 
 WEIGHTS, TRAINED = 4, 16  # bytes of a parameter: in fp32; with its gradient and AdamW's moments, in fp32 too
 
@@ -54,6 +51,8 @@ def main() -> None:
     if own.device:
         check_memory(run, own)
     if own.inputs == "all":
+        from megatron_cpt.posttrain.runner import check_folder  # which takes some seconds to import
+
         check_folder(run.save, run.model)
     if own.inputs != "none":
         check_data(run)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from megatron_cpt.config.parallel import ParallelConfig
+from megatron_cpt.config.run import RunConfig
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import LlamaConfig
 
@@ -96,3 +99,26 @@ def _tensor_sizes(llama: LlamaConfig) -> list[int]:
 def _or(values: list[int]) -> str:
     *most, last = (str(value) for value in values)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def check_batch(config: RunConfig, world_size: int) -> int:
+    """Whether processes and batch come out even; returns the data-parallel size."""
+    parallel, training = config.parallel, config.training
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+    }
+    together = math.prod(sizes.values())
+    if world_size % together:
+        names = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+        raise InputError(f"{world_size} processes cannot hold {names}; start a multiple of {together}")
+    data_parallel = world_size // together
+    if training.global_batch_size % (training.micro_batch_size * data_parallel):
+        raise InputError(
+            f"training.global_batch_size is {training.global_batch_size}; expected a multiple of "
+            f"{training.micro_batch_size * data_parallel}, micro_batch_size {training.micro_batch_size} x data-parallel "
+            f"size {data_parallel}"
+        )
+    check_microbatches(parallel, training.global_batch_size // (training.micro_batch_size * data_parallel))
+    return data_parallel

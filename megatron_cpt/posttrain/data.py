@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import random
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -23,9 +21,8 @@ from megatron_cpt.chat_data.conversations import (
 from megatron_cpt.chat_data.languages import Identify, mismatch, shares
 from megatron_cpt.chat_data.rows import read_rows
 from megatron_cpt.chat_data.templates import IGNORED, Example, PairExample, Template
-from megatron_cpt.config.require import require, require_at_least
-from megatron_cpt.errors import InputError, Refusals
-from megatron_cpt.language_codes import check_language
+from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.settings import DataConfig, Group, SourceConfig
 from megatron_cpt.screen import counted
 
 NAMED_ROWS = 5  # of each kind of broken row in the report
@@ -33,74 +30,7 @@ TOO_LONG = "too long"
 
 COUNTED = ("rows", "used", "validation", "truncated", "left_out", "with_tools", "not_learned")
 
-Group = Literal["general", "additional"]
 Item = TypeVar("Item", Example, PairExample)
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    """One file."""
-
-    path: str
-    """JSON (a list), JSON Lines or Parquet: alpaca, ShareGPT or OpenAI messages; for DPO with chosen and rejected."""
-    language: str
-    """Of its answers, such as en or zh."""
-    group: Group = "general"
-    """general, or additional: the language that ALMR is about."""
-    max_rows: int | None = None
-    """Use so many of its rows, picked at random; of `validation`, the first."""
-
-    def check(self) -> None:
-        """Raise InputError unless it can be one."""
-        require(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
-        named = re.fullmatch(r"[\w-]+", self.language) is not None  # it names files and metrics
-        require(named, "language", repr(self.language), "a code such as en or zh")
-        check_language(self.language)
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What to train and to evaluate on."""
-
-    sources: list[SourceConfig]
-    """Files to train on."""
-    validation: list[SourceConfig] = field(default_factory=list)
-    """Files to evaluate on. Default: validation_share of each source."""
-    validation_share: float = 0.02
-    """Of each source's rows, where `validation` names no files; 0: no evaluation."""
-    almr: float | None = None
-    """Share of the additional sources in the tokens: rows of the group that has too many are left out, picked at random.
-    Default: all rows."""
-    max_length: int = 2048
-    """Tokens of an example."""
-    too_long: Literal["truncate", "skip", "refuse"] = "truncate"
-    """What becomes of longer ones. Truncated at their end; without a token of an answer left they are skipped."""
-    broken: Literal["skip", "refuse"] = "refuse"
-    """What becomes of rows that cannot be used. Skipped ones are counted and named in the report."""
-    chat_template: str | None = None
-    """llama3, chatml, or a file with a Jinja template. Default: the tokenizer's own."""
-
-    def files(self) -> list[str]:
-        """All paths.
-
-        Raises:
-            InputError: one is missing; InputErrors: several are
-        """
-        paths, refusals = [source.path for source in (*self.sources, *self.validation)], Refusals()
-        for path in paths:
-            if not os.path.isfile(path):
-                refusals.add(InputError(f"{path}: no such file"))
-        refusals.raise_any()
-        return paths
-
-    def check(self) -> None:
-        """Raise InputError unless this can be done."""
-        require_at_least(self, max_length=8)
-        require(bool(self.sources), "data.sources", self.sources, "one file or more")
-        require(0 <= self.validation_share < 1, "validation_share", self.validation_share, "0 or more, below 1")
-        require(self.almr is None or 0 <= self.almr <= 1, "almr", self.almr, "a number from 0 to 1")
-        for source in (*self.sources, *self.validation):
-            source.check()
 
 
 @dataclass

@@ -6,8 +6,7 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import torch
@@ -18,65 +17,16 @@ from trl import DPOTrainer
 
 from megatron_cpt.chat_data.languages import language_identifier
 from megatron_cpt.chat_data.templates import PairExample, load_template
-from megatron_cpt.config.require import require
 from megatron_cpt.platforms.devices import device_type
-from megatron_cpt.posttrain.data import DataConfig, prepare_dpo
+from megatron_cpt.posttrain.data import prepare_dpo
 from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit, load_model, lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.runner import check_files, check_resumes, train
-from megatron_cpt.posttrain.settings import (
-    LoraSettings,
-    OptimizerSettings,
-    RunSettings,
-    TrainingSettings,
-    trainer_arguments,
-)
+from megatron_cpt.posttrain.settings import DpoConfig, trainer_arguments
 from megatron_cpt.posttrain.sharding import check_sharding, is_sharded, recomputes, shard
 from megatron_cpt.posttrain.trainers import FILLER_TOKENS, StepTrainer, own_batches
-
-SMOOTHED = ("sigmoid", "robust")  # losses that label_smoothing is defined for
-
-
-@dataclass(frozen=True)
-class DpoConfig:
-    """Preference optimization of a fine-tuned Hugging Face checkpoint."""
-
-    model: str
-    """HF folder to begin with, which is also the reference: what finetune_sft.py has written."""
-    save: str
-    """Folder of the run; the result goes into its subfolder "hf"."""
-    data: DataConfig
-    """What to train on: rows with chosen and rejected."""
-    beta: float = 0.1
-    """Strength of the tie to the reference."""
-    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "sppo_hard", "apo_zero"] = "sigmoid"
-    """As TRL names them; sigmoid is the paper's."""
-    label_smoothing: float = 0.0
-    """Share of pairs that are taken to be the wrong way round: conservative DPO with loss_type sigmoid, or robust."""
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    """See TrainingSettings."""
-    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-6))
-    """See OptimizerSettings."""
-    lora: LoraSettings | None = None
-    """Train adapters only; the model without them is the reference. Default: all weights, with the reference's
-    probabilities computed before the first step, or, with FSDP, in each step by a sharded reference."""
-    run: RunSettings = field(default_factory=RunSettings)
-    """See RunSettings."""
-    export_to: str | None = None
-    """Write data and settings for LLaMA-Factory into this folder, instead of training."""
-
-    def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, "beta", self.beta, "a number above 0")
-        require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "0 or more, below 0.5")
-        known = self.label_smoothing == 0 or self.loss_type in SMOOTHED
-        require(
-            known, "label_smoothing", self.label_smoothing, f"0 with loss_type {self.loss_type}, or {' or '.join(SMOOTHED)}"
-        )
-        for section in (self.data, self.training, self.optimizer, self.run):
-            section.check()
-
 
 # What a pair of two empty answers costs, whatever the model: fillers are such pairs, and have no gradient
 LOSS_OF_FILLERS = {

@@ -18,8 +18,7 @@ from megatron_cpt.posttrain.data import Prepared
 from megatron_cpt.posttrain.settings import LoraSettings, accumulation
 
 if TYPE_CHECKING:
-    from megatron_cpt.posttrain.dpo import DpoConfig
-    from megatron_cpt.posttrain.sft import SftConfig
+    from megatron_cpt.posttrain.settings import DpoConfig, SftConfig
 
 FROM = {"user": "human", "assistant": "gpt", "tool": "observation"}
 TEMPLATES = ("llama3", "chatml")

@@ -24,8 +24,8 @@ from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
 from megatron_cpt.errors import InputError, Refusals
-from megatron_cpt.posttrain.data import DataConfig
 from megatron_cpt.posttrain.identity import check_same
+from megatron_cpt.posttrain.settings import DataConfig
 from megatron_cpt.posttrain.sharding import sum_in_fp32
 from megatron_cpt.training.metrics_file import MetricsFile
 

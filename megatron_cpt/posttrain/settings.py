@@ -1,13 +1,18 @@
-"""What SFT and DPO have in common in their configurations."""
+"""The configurations of SFT and DPO. Nothing here imports torch: a wrong setting is refused before that is."""
 
 from __future__ import annotations
 
 import math
+import os
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_cpt.config.require import require, require_at_least
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.language_codes import check_language
+
+Group = Literal["general", "additional"]
 
 
 @dataclass(frozen=True)
@@ -155,3 +160,139 @@ def trainer_arguments(
         "disable_tqdm": True,
         "use_cpu": use_cpu,
     }
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One file."""
+
+    path: str
+    """JSON (a list), JSON Lines or Parquet: alpaca, ShareGPT or OpenAI messages; for DPO with chosen and rejected."""
+    language: str
+    """Of its answers, such as en or zh."""
+    group: Group = "general"
+    """general, or additional: the language that ALMR is about."""
+    max_rows: int | None = None
+    """Use so many of its rows, picked at random; of `validation`, the first."""
+
+    def check(self) -> None:
+        """Raise InputError unless it can be one."""
+        require(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
+        named = re.fullmatch(r"[\w-]+", self.language) is not None  # it names files and metrics
+        require(named, "language", repr(self.language), "a code such as en or zh")
+        check_language(self.language)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train and to evaluate on."""
+
+    sources: list[SourceConfig]
+    """Files to train on."""
+    validation: list[SourceConfig] = field(default_factory=list)
+    """Files to evaluate on. Default: validation_share of each source."""
+    validation_share: float = 0.02
+    """Of each source's rows, where `validation` names no files; 0: no evaluation."""
+    almr: float | None = None
+    """Share of the additional sources in the tokens: rows of the group that has too many are left out, picked at random.
+    Default: all rows."""
+    max_length: int = 2048
+    """Tokens of an example."""
+    too_long: Literal["truncate", "skip", "refuse"] = "truncate"
+    """What becomes of longer ones. Truncated at their end; without a token of an answer left they are skipped."""
+    broken: Literal["skip", "refuse"] = "refuse"
+    """What becomes of rows that cannot be used. Skipped ones are counted and named in the report."""
+    chat_template: str | None = None
+    """llama3, chatml, or a file with a Jinja template. Default: the tokenizer's own."""
+
+    def files(self) -> list[str]:
+        """All paths.
+
+        Raises:
+            InputError: one is missing; InputErrors: several are
+        """
+        paths, refusals = [source.path for source in (*self.sources, *self.validation)], Refusals()
+        for path in paths:
+            if not os.path.isfile(path):
+                refusals.add(InputError(f"{path}: no such file"))
+        refusals.raise_any()
+        return paths
+
+    def check(self) -> None:
+        """Raise InputError unless this can be done."""
+        require_at_least(self, max_length=8)
+        require(bool(self.sources), "data.sources", self.sources, "one file or more")
+        require(0 <= self.validation_share < 1, "validation_share", self.validation_share, "0 or more, below 1")
+        require(self.almr is None or 0 <= self.almr <= 1, "almr", self.almr, "a number from 0 to 1")
+        for source in (*self.sources, *self.validation):
+            source.check()
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning of a Hugging Face checkpoint on conversations."""
+
+    model: str
+    """HF folder to begin with, such as convert_checkpoint.py megatron-to-hf writes."""
+    save: str
+    """Folder of the run; the result goes into its subfolder "hf"."""
+    data: DataConfig
+    """What to train on."""
+    packing: bool = True
+    """Fill sequences of max_length tokens with whole conversations, which do not see each other."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """See TrainingSettings."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    """See OptimizerSettings."""
+    lora: LoraSettings | None = None
+    """Train adapters only. Default: all weights."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """See RunSettings."""
+    export_to: str | None = None
+    """Write data and settings for LLaMA-Factory into this folder, instead of training."""
+
+    def __post_init__(self) -> None:
+        for section in (self.data, self.training, self.optimizer, self.run):
+            section.check()
+
+
+SMOOTHED = ("sigmoid", "robust")  # losses that label_smoothing is defined for
+
+
+@dataclass(frozen=True)
+class DpoConfig:
+    """Preference optimization of a fine-tuned Hugging Face checkpoint."""
+
+    model: str
+    """HF folder to begin with, which is also the reference: what finetune_sft.py has written."""
+    save: str
+    """Folder of the run; the result goes into its subfolder "hf"."""
+    data: DataConfig
+    """What to train on: rows with chosen and rejected."""
+    beta: float = 0.1
+    """Strength of the tie to the reference."""
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "sppo_hard", "apo_zero"] = "sigmoid"
+    """As TRL names them; sigmoid is the paper's."""
+    label_smoothing: float = 0.0
+    """Share of pairs that are taken to be the wrong way round: conservative DPO with loss_type sigmoid, or robust."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """See TrainingSettings."""
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-6))
+    """See OptimizerSettings."""
+    lora: LoraSettings | None = None
+    """Train adapters only; the model without them is the reference. Default: all weights, with the reference's
+    probabilities computed before the first step, or, with FSDP, in each step by a sharded reference."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """See RunSettings."""
+    export_to: str | None = None
+    """Write data and settings for LLaMA-Factory into this folder, instead of training."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.beta < math.inf, "beta", self.beta, "a number above 0")
+        require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "0 or more, below 0.5")
+        known = self.label_smoothing == 0 or self.loss_type in SMOOTHED
+        require(
+            known, "label_smoothing", self.label_smoothing, f"0 with loss_type {self.loss_type}, or {' or '.join(SMOOTHED)}"
+        )
+        for section in (self.data, self.training, self.optimizer, self.run):
+            section.check()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -17,49 +16,15 @@ from trl import SFTTrainer
 from megatron_cpt.chat_data.languages import language_identifier
 from megatron_cpt.chat_data.templates import IGNORED, Example, load_template
 from megatron_cpt.platforms.devices import device_type
-from megatron_cpt.posttrain.data import DataConfig, prepare_sft
+from megatron_cpt.posttrain.data import prepare_sft
 from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit, lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.runner import check_files, check_resumes, train
-from megatron_cpt.posttrain.settings import (
-    LoraSettings,
-    OptimizerSettings,
-    RunSettings,
-    TrainingSettings,
-    trainer_arguments,
-)
+from megatron_cpt.posttrain.settings import SftConfig, trainer_arguments
 from megatron_cpt.posttrain.sharding import check_sharding, recomputes
 from megatron_cpt.posttrain.trainers import FILLER_TOKENS, StepTrainer, own_batches
-
-
-@dataclass(frozen=True)
-class SftConfig:
-    """Supervised fine-tuning of a Hugging Face checkpoint on conversations."""
-
-    model: str
-    """HF folder to begin with, such as convert_checkpoint.py megatron-to-hf writes."""
-    save: str
-    """Folder of the run; the result goes into its subfolder "hf"."""
-    data: DataConfig
-    """What to train on."""
-    packing: bool = True
-    """Fill sequences of max_length tokens with whole conversations, which do not see each other."""
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    """See TrainingSettings."""
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    """See OptimizerSettings."""
-    lora: LoraSettings | None = None
-    """Train adapters only. Default: all weights."""
-    run: RunSettings = field(default_factory=RunSettings)
-    """See RunSettings."""
-    export_to: str | None = None
-    """Write data and settings for LLaMA-Factory into this folder, instead of training."""
-
-    def __post_init__(self) -> None:
-        for section in (self.data, self.training, self.optimizer, self.run):
-            section.check()
 
 
 class AnswerLossTrainer(StepTrainer, SFTTrainer):

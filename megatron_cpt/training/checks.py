@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from megatron_cpt.data.stages import Schedule
 from megatron_cpt.data.state import DataState, begin, resume
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.model.build import LayerType, TransformerConfig, arithmetic_of, transformer_config
-from megatron_cpt.model.layout import check_layout, check_microbatches, check_recomputed_chunk
+from megatron_cpt.model.layout import check_batch, check_layout, check_recomputed_chunk
 from megatron_cpt.model.llama import LlamaConfig, read_llama_config
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.tokenizer import load_tokenizer
@@ -366,26 +365,3 @@ def untold_tokenizers(mixture: Mixture) -> list[str]:
         f"{old[0]}{others}: no tokenizer.behaviour_sha256 (made before there was one); its tokens are those of the model's "
         f"tokenizer, and whether they split text alike was not compared"
     ]
-
-
-def check_batch(config: RunConfig, world_size: int) -> int:
-    """Whether processes and batch come out even; returns the data-parallel size."""
-    parallel, training = config.parallel, config.training
-    sizes = {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
-    }
-    together = math.prod(sizes.values())
-    if world_size % together:
-        names = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-        raise InputError(f"{world_size} processes cannot hold {names}; start a multiple of {together}")
-    data_parallel = world_size // together
-    if training.global_batch_size % (training.micro_batch_size * data_parallel):
-        raise InputError(
-            f"training.global_batch_size is {training.global_batch_size}; expected a multiple of "
-            f"{training.micro_batch_size * data_parallel}, micro_batch_size {training.micro_batch_size} x data-parallel "
-            f"size {data_parallel}"
-        )
-    check_microbatches(parallel, training.global_batch_size // (training.micro_batch_size * data_parallel))
-    return data_parallel

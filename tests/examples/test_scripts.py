@@ -187,7 +187,7 @@ def test_one_process_is_shown_as_it_will_be_started(name: str, variables: dict[s
         ("8b/sft", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml' of RECIPE cpt; expected a YAML file"),
         ("8b/evaluate", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml' of RECIPE cpt; expected a YAML file"),
         ("8b/pipeline", {"HF": "runs/x"}, "HF is 'runs/x', which is of one stage"),
-        ("8b/evaluate", {"CHECK": "1"}, "raw/valid/en.jsonl: no such file"),
+        ("8b/evaluate", {"CHECK": "1"}, "raw/valid/zh.jsonl: no such file"),
         ("70b/evaluate", {"GPUS_PER_NODE": "1"}, "in bf16 take 131.4 GiB of the 79.2 GiB of 1 x a100-80g; use device_map"),
         ("8b/evaluate", {"GPUS_PER_NODE": "one"}, "GPUS_PER_NODE is 'one'; expected a whole number, 0 or more"),
         ("8b/preprocess", {"CHECK": "1"}, "raw/en_dolma/* is not there; expected it, CORPORA without en_dolma, or CHECK=0"),
