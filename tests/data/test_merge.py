@@ -225,9 +225,14 @@ def test_partitions_without_end(parts: list[str], tmp_path: Path, tiny_tokenizer
     refused(parts[:1], r"without partitions 1, 2, 3, 4, 5, 6, 7, 8 and 99,990 more; expected 0 to 99998 in order", tmp_path)
 
 
-def test_the_same_documents_twice(parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_documents_twice(
+    parts: list[str], tmp_path: Path, tiny_tokenizer_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Partitions name the same files and share no document; a corpus and a copy of it are joined with a warning."""
-    join(parts, tmp_path / "joined")
+    source = write_lines(tmp_path / "two.jsonl", [{"text": "one"}, {"text": "two"}])
+    for number in range(2):
+        run(tmp_path / "two", tiny_tokenizer_dir, input=source, partition=f"{number}/2")
+    join([f"{tmp_path}/two-0000{number}-of-00002" for number in range(2)], tmp_path / "joined")
     assert "WARNING" not in capsys.readouterr().err
     single, twin = f"{tmp_path}/single", copy(f"{tmp_path}/single", tmp_path / "twin")
     join([single, twin], tmp_path / "twice")
