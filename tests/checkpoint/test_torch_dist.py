@@ -246,6 +246,17 @@ def test_memory_is_asked_for_what_is_in_the_files_only(converted: Path) -> None:
         reader.read(Region("output_layer.weight", (0, 0), (2**31, 64)))
 
 
+@pytest.mark.parametrize("where", [{"offset": -5}, {"length": -1}, {"offset": True}, {"length": 2.0}])
+def test_places_are_in_the_file(where: dict[str, Any], converted: Path) -> None:
+    def move(metadata: Any) -> None:
+        index, place = next(iter(metadata.storage_data.items()))
+        metadata.storage_data[index] = replace(place, **where)
+
+    describe(converted, move)
+    with pytest.raises(InputError, match=r"\.metadata cannot be read: .* lies at byte .* bytes long"):
+        TorchDistReader(str(converted))
+
+
 def test_one_place_holds_one_tensor(converted: Path) -> None:
     def same(metadata: Any) -> None:
         one, other = (
