@@ -146,7 +146,7 @@ def outcome(warm: Warm, mutant: Mutant, timeout: float) -> tuple[str, str]:
             status, text = done.returncode, done.stdout[-4000:]
     if status is None:
         return KILLED, f"no end within {timeout:g} s"
-    return (KILLED if status in (FAILED, INTERRUPTED) else SURVIVED if status == 0 else BROKEN), text
+    return (KILLED if status in (FAILED, INTERRUPTED) or status < 0 else SURVIVED if status == 0 else BROKEN), text
 
 
 def report(mutant: Mutant, result: str, text: str, seconds: float) -> bool:
