@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
 from datasets import Dataset
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
@@ -124,7 +123,6 @@ def finetune_sft(config: SftConfig) -> str:
         dataset_kwargs={"skip_prepare_dataset": not config.packing},
     )
     model = model_to_train(config.model, template, process.is_main_process)
-    set_seed(config.training.seed)  # of adapters' first values
     trainer = AnswerLossTrainer(
         model=model,
         args=trl_config,

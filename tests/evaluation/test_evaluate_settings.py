@@ -74,7 +74,7 @@ ROWS: dict[str, tuple[str, Any]] = {
     "batch_size": ("batches", (2, 2)),
     "device_map": ("spread", ("auto", True)),
     "allow_code": ("code", (True, True)),
-    "seed": ("seeds", {5}),
+    "seed": ("seeds", [5] * 4),
 }
 
 
@@ -223,7 +223,7 @@ def stand_in(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
         if tasks == ["own_task"]:
             found.update({"asked.tasks": tasks, "asked.num_fewshot": num_fewshot, "asked.limit": asked["limit"]})
             found["asked.chat"] = (asked["apply_chat_template"], asked["fewshot_as_multiturn"])
-            found["seeds"] = {value for name, value in asked.items() if name.endswith("_seed")}
+            found["seeds"] = [value for name, value in asked.items() if name.endswith("_seed")]
             found["code"] = (asked["confirm_run_unsafe_code"], found["missing.allow_code"])
             found["batches"] = (found["lm"]["batch_size"], found["batch"])
             found["spread"] = (found["device_map"], found["lm"]["parallelize"])

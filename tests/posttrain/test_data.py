@@ -190,6 +190,21 @@ def test_pairs(template: Template, tmp_path: Path) -> None:
     assert found.almr == 1.0
 
 
+@pytest.mark.parametrize("left_out", ["max_rows", "validation_share"])
+def test_which_rows_are_left_out_is_chosen_at_random(template: Template, tmp_path: Path, left_out: str) -> None:
+    """By the seed, and from the whole file: it may be sorted."""
+    words = ["dog", "fox", "cat", "cow", "hen", "bee", "ant", "owl", "elk", "yak"]
+    source = SourceConfig(write(tmp_path / "rows.json", [row for word in words for row in rows(1, word=word)]), "en")
+    config = DataConfig([replace(source, max_rows=5)], validation_share=0)
+    if left_out == "validation_share":
+        config = DataConfig([source], validation_share=0.5)
+    used = [{tuple(example.input_ids) for example in prepare_sft(config, template, seed).train} for seed in range(4)]
+    whole = prepare_sft(DataConfig([source], validation_share=0), template, 0).train
+    assert all(len(rows) == 5 for rows in used)
+    assert len(set(map(frozenset, used))) > 1
+    assert set().union(*used) <= {tuple(example.input_ids) for example in whole}
+
+
 def test_validation_files(template: Template, tmp_path: Path) -> None:
     train = SourceConfig(write(tmp_path / "train.json", rows(10)), "en")
     valid = SourceConfig(write(tmp_path / "valid.json", rows(6)), "zh", max_rows=4)

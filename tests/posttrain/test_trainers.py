@@ -100,6 +100,34 @@ def test_a_filler_changes_no_loss(chat_model: str, tmp_path: Path, kind: Any, sm
     assert torch.allclose(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
 
 
+def test_figures_are_means_of_pairs(chat_model: str, tmp_path: Path) -> None:
+    """Of those that were counted since the last line of the log, fillers left out."""
+    config = dpo_config(chat_model, tmp_path)
+    pair = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [10], "ref_chosen_logps": -3.0,
+            "ref_rejected_logps": -9.0}  # fmt: skip
+    template = load_template(chat_model, "chatml")
+    template.tokenizer.pad_token = template.tokenizer.eos_token
+    trainer = PairTrainer(
+        model=load_model(chat_model),
+        args=TrlConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, beta=0.3, report_to=[], **loss_of(config)),
+        train_dataset=Dataset.from_list([pair]),
+        processing_class=template.tokenizer,
+    )
+    trainer.precompute_ref_logps = True
+    trainer.model.train()
+    for batch in ([pair], [pair, pair, filler_of(pair)]):
+        trainer.compute_loss(trainer.model, trainer.data_collator(batch))
+    trainer.log({})
+    figures = trainer.state.log_history[-1]
+    assert figures["rewards/accuracies"] in (0.0, 1.0)  # three times the same pair
+    margin = figures["rewards/chosen"] - figures["rewards/rejected"]
+    assert figures["rewards/margins"] == pytest.approx(margin, abs=1e-5)
+    trainer.compute_loss(trainer.model, trainer.data_collator([pair]))
+    trainer.log({})
+    for name in ("rewards/chosen", "rewards/margins", "logps/chosen"):
+        assert trainer.state.log_history[-1][name] == pytest.approx(figures[name], rel=1e-4)
+
+
 def test_fillers_are_found_in_padded_and_in_packed_batches() -> None:
     rows = torch.tensor([[IGNORED, 3, IGNORED], [IGNORED] * 3, [IGNORED, IGNORED, 4], [IGNORED] * 3])
     assert fillers_in({"labels": rows}) == 2

@@ -50,7 +50,7 @@ def test_notes_are_given_once(tmp_path: Path) -> None:
     few = "4 pairs of ALMR and learning rate have finished"
     (note,) = (note for note in grouped_notes(found.notes) if few in note)
     assert note.startswith("general, additional, mixed, balanced: 4 pairs")
-    assert grouped_notes(["x: y", "loss line: no", "x: y", "frontier of balanced: no"]) == [
+    assert grouped_notes(["x: y", "loss line: no", "x: y", "loss line: no", "frontier of balanced: no"]) == [
         "x: y",
         "loss line, frontier of balanced: no",
     ]
