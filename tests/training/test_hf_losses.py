@@ -47,6 +47,7 @@ def test_losses_are_those_of_transformers_in_every_layout(
         for name, result in rows[0]["validation"].items():
             assert result["loss"] == pytest.approx(expected[name], rel=1e-5), (case, name)
         losses = [row["loss"] for row in rows if "loss" in row]
+        assert losses[0] == pytest.approx(sum(expected.values()) / 2, rel=0.05), "an untrained model finds all text as hard"
         single = single or losses
         assert losses == pytest.approx(single, rel=FP32["loss"], abs=0), case
         back = megatron_to_hf(MegatronToHf(str(tmp_path / str(case)), str(tmp_path / f"{case}-hf")))

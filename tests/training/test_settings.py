@@ -215,6 +215,11 @@ class Seen:
         """Steps with an evaluation."""
         return [row["iteration"] for row in read_rows(self.folder) if row.get("validation")]
 
+    def evaluated_tokens(self) -> dict[str, int]:
+        """Targets of each set in the first evaluation."""
+        results = next(row["validation"] for row in read_rows(self.folder) if row.get("validation"))
+        return {name: result["tokens"] for name, result in results.items()}
+
     def files(self, pattern: str) -> list[str]:
         """Names of what lies in the run's folder."""
         return sorted(path.name for path in self.folder.glob(pattern))
@@ -318,7 +323,7 @@ ROWS = [
     rates("lr.wsd_decay_tokens", "tokens", *WSD),
     Row("lr.on_continue", "longer", lambda run: run.steps()[-1]["iteration"], STEPS + 2),
     Row("validation.eval_interval", "many", lambda run: run.evaluated(), [0, 3, 6]),
-    Row("validation.eval_samples", "many", lambda run: run.count("schedule", forward_only=True), 2 * 3 * 1),
+    Row("validation.eval_samples", "many", lambda run: run.evaluated_tokens(), {"en": 3 * 64, "zh": 3 * 64}),
     Row("trouble.max_skipped_steps", "grad norm, allowed", lambda run: run.json("status.json")["state"], "finished",
         "grad norm"),
     Row("trouble.spike_grad_norm", "grad norm, allowed", lambda run: [*run.skipped()], [1, 2, 3, 4]),
