@@ -301,6 +301,7 @@ def _one_line(words: Any) -> str:
     return " ".join(str(words).split())
 
 
+CHAT_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 READ_WHOLE = (".json", ".jinja", ".txt", ".yaml", ".yml", ".model", ".tiktoken", ".py")
 
 
@@ -311,11 +312,20 @@ def check_folder(folder: str | os.PathLike[str], links: bool = True) -> None:
     for a file elsewhere; not where it would be copied into what people pass on.
     """
     for entry in os.scandir(folder):
-        if entry.is_symlink() and not links:
+        if entry.is_symlink() and not links and not _in_hub_cache(entry.path):
             raise InputError(f"{entry.path} is a symbolic link; expected a plain file")
+        if entry.name == CHAT_TEMPLATES and entry.is_dir():
+            check_folder(entry.path, links)
         check_plain_file(entry.path, entry.path)
         if entry.name.endswith(READ_WHOLE) and entry.is_file() and (size := entry.stat().st_size) > MOST_JSON_BYTES:
             raise InputError(f"{entry.path} has {size:,} bytes; expected at most {MOST_JSON_BYTES:,}")
+
+
+def _in_hub_cache(path: str) -> bool:
+    """Whether a link leads to where huggingface_hub keeps the files of the same model (`blobs` beside `snapshots`)."""
+    blobs = os.path.dirname(os.path.realpath(path))
+    here = os.path.realpath(os.path.dirname(path))
+    return os.path.basename(blobs) == "blobs" and here.startswith(os.path.join(os.path.dirname(blobs), "snapshots") + os.sep)
 
 
 def check_plain_file(path: str | os.PathLike[str], where: str) -> None:

@@ -202,3 +202,23 @@ def test_what_has_no_end_is_not_read(tmp_path: Path) -> None:
     check_folder(tmp_path)  # as in the cache of huggingface_hub
     with pytest.raises(InputError, match="is a symbolic link; expected a plain file"):
         check_folder(tmp_path, links=False)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool.jinja").symlink_to("/etc/hostname")
+    (tmp_path / "README.md").unlink()
+    check_folder(tmp_path)
+    with pytest.raises(InputError, match=r"tool\.jinja is a symbolic link; expected a plain file"):
+        check_folder(tmp_path, links=False)
+
+
+def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
+    """Where a checkpoint was downloaded, the files are in `blobs`."""
+    blob, folder = tmp_path / "models--a--b/blobs/0123", tmp_path / "models--a--b/snapshots/main/hf"
+    blob.parent.mkdir(parents=True)
+    folder.mkdir(parents=True)
+    blob.write_text("{}")
+    (folder / "config.json").symlink_to(os.path.relpath(blob, folder))
+    check_folder(folder, links=False)
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("../../../../elsewhere/blobs/0123")
+    with pytest.raises(InputError, match="is a symbolic link"):
+        check_folder(folder, links=False)

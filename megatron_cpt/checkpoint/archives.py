@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import mmap
 import os
 import stat
@@ -86,6 +87,9 @@ def _records(content: Content, offset: int, length: int) -> dict[str, Part]:
             if begin + info.file_size > offset + length:
                 raise zipfile.BadZipFile(f"{info.filename} goes beyond the archive")
             records[info.filename] = Part(begin, begin + info.file_size, info.CRC)
+    for one, other in itertools.pairwise(sorted(records.values(), key=lambda part: (part.begin, part.end))):
+        if one.end > other.begin:
+            raise zipfile.BadZipFile(f"two records lie at byte {other.begin}")
     return records
 
 

@@ -74,7 +74,7 @@ def adapter_note(folder: str) -> str | None:
     merge = "a folder of merged weights (PEFT's merge_and_unload)"
     if not any(name.endswith((".safetensors", ".bin")) for name in os.listdir(folder) if name not in ADAPTER_FILES):
         raise InputError(f"{folder} holds an adapter of {base} and no weights of its own; expected {merge}")
-    if isinstance(base, str) and os.path.realpath(base) == os.path.realpath(folder):
+    if isinstance(base, str) and base.isprintable() and os.path.realpath(base) == os.path.realpath(folder):
         expected = f"{merge}, or no {ADAPTER_CONFIG}"
         raise InputError(
             f"{path}: base_model_name_or_path is {base}, so that the weights beside it lack it; expected {expected}"

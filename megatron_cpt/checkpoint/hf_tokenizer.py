@@ -74,7 +74,10 @@ def _from_transformers(folder: str, by_file: bool) -> Any:
 
     if by_file:
         with reading_hf_folder(f"tokenizer {folder}", folder):
-            return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+            try:
+                return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+            except (AttributeError, TypeError, LookupError) as error:  # of values of another kind in its JSON files
+                raise InputError(f"tokenizer {folder} cannot be read: {type(error).__name__}: {error}") from error
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except MemoryError:

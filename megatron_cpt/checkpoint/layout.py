@@ -21,7 +21,7 @@ from typing import Any
 from megatron_cpt.checkpoint.checksums import FIELD as CHECKSUMS
 from megatron_cpt.checkpoint.checksums import check_seal, check_small_files
 from megatron_cpt.errors import InputError, brief
-from megatron_cpt.input_files import check_folder, load_json, shown
+from megatron_cpt.input_files import CHAT_TEMPLATES, check_folder, load_json, shown
 from megatron_cpt.version import __version__
 
 MOST_SAMPLES = 1 << 60  # of a run
@@ -37,7 +37,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 ABOUT_OTHER_WEIGHTS = (ADAPTER_CONFIG, "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 FORMAT_FIELDS = frozenset({"sharded_backend", "sharded_backend_version", "common_backend", "common_backend_version"})
 MOST_TRACKER = 100  # characters that are read of it
-CHAT_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 
 
 def checkpoint_name(iteration: int | None) -> str:
@@ -150,9 +149,9 @@ def check_format(path: str) -> None:
     if not isinstance(fields, dict) or not FORMAT_FIELDS.issuperset(fields) or "sharded_backend" not in fields:
         raise InputError(f"{path} is {shown(fields)}; expected {', '.join(sorted(FORMAT_FIELDS))}")
     for name, value in fields.items():
-        expected = {1} if name.endswith("_version") else {"torch_dist", "torch"}
+        expected = (1,) if name.endswith("_version") else ("torch_dist", "torch")
         if type(value) not in (str, int) or value not in expected:
-            raise InputError(f"{path}: {name} is {brief(value)}; expected {min(expected)}")
+            raise InputError(f"{path}: {name} is {brief(value)}; expected {expected[0]}")
 
 
 def check_intact(folder: str) -> None:
@@ -266,7 +265,8 @@ def write_text(path: str, text: str) -> None:
 
 def write_json(path: str, content: Any) -> None:
     """`write_text` of indented JSON."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, text.encode("utf-8", "backslashreplace").decode())  # halves of characters, as JSON writes them
 
 
 def versions() -> dict[str, str]:

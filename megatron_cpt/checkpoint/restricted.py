@@ -51,7 +51,9 @@ DTYPES_OF_STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-VALUES: dict[Pair, Any] = {("torch", name): getattr(torch, name) for name in DTYPES} | {
+# Of tensors that other software saves, and nobody reads here
+OTHER_DTYPES = ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64", "complex64", "complex128")
+VALUES: dict[Pair, Any] = {("torch", name): getattr(torch, name) for name in (*DTYPES, *OTHER_DTYPES)} | {
     ("torch", name): dtype for name, dtype in DTYPES_OF_STORAGES.items()
 }
 
@@ -332,20 +334,21 @@ def _description(found: Any) -> Description:
     entries, places = fields.get("state_dict_metadata"), fields.get("storage_data")
     if type(entries) is not dict or type(places) is not dict:
         raise PickleError("state_dict_metadata or storage_data is no dictionary")
-    tensors, objects = {}, set()
+    tensors, objects, left = {}, set(), len(places)
     for key, entry in entries.items():
         if type(key) is not str or type(entry) is not Record:
             raise PickleError(f"the entry {shown(key)} is a {shown(entry)}; expected the description of a tensor")
         if entry.kind.pair == OBJECT:
             objects.add(key)
         else:
-            tensors[key] = _stored_tensor(key, entry)
+            tensors[key] = _stored_tensor(key, entry, left)
+            left -= len(tensors[key].chunks)
     found_places = dict(_places(places))
     _check_apart(place for (key, _), place in found_places.items() if key in tensors)
     return Description(tensors, frozenset(objects), found_places)
 
 
-def _stored_tensor(key: str, entry: Record) -> StoredTensor:
+def _stored_tensor(key: str, entry: Record, most_chunks: int) -> StoredTensor:
     fields = _fields(entry, TENSOR, key)
     shape, chunks, properties = _numbers(fields.get("size"), key), fields.get("chunks"), fields.get("properties")
     if type(properties) is not Record or properties.kind.pair not in PROPERTIES or type(properties.state) is not tuple:
@@ -355,6 +358,8 @@ def _stored_tensor(key: str, entry: Record) -> StoredTensor:
         raise PickleError(f"the dtype of {key} is {shown(dtype)}; expected one of {', '.join(DTYPES)}")
     if type(chunks) is not list:
         raise PickleError(f"the chunks of {key} are a {type(chunks).__name__}; expected a list")
+    if len(chunks) > most_chunks:  # one can be named often
+        raise PickleError(f"{key} has {len(chunks)} chunks; expected no more than there are places for")
     return StoredTensor(dtype, shape, tuple(_stored_chunk(key, shape, chunk) for chunk in chunks))
 
 

@@ -18,6 +18,7 @@ MOST_STEPS = 20_000_000  # instructions of one pickle: each may take some hundre
 MOST_COPIED = 5_000_000  # values and bytes that calls copy, all together: a short pickle can name a long list often
 SET_COST = 5  # an empty set takes the memory of so many values
 MOST_BYTES_OF_INT = 16
+MOST_FIELDS = 5000  # of an object; Megatron-LM's args have some hundred
 MOST_DEPTH = 100  # of values within values
 SCALARS = (str, int, float, bool, bytes, type(None))
 PickleError = pickle.UnpicklingError
@@ -50,7 +51,9 @@ class Record:
 
     def fields(self) -> dict[Any, Any]:
         """Attributes of the object, as far as the state is a dictionary of them."""
-        parts = self.state if type(self.state) is tuple else (self.state,)
+        parts = self.state[:2] if type(self.state) is tuple else (self.state,)  # attributes, and those in slots
+        if sum(len(part) for part in parts if type(part) is dict) > MOST_FIELDS:
+            raise PickleError(f"a {self.kind} has more than {MOST_FIELDS} attributes")
         return {name: value for part in parts if type(part) is dict for name, value in part.items()}
 
 
@@ -132,11 +135,13 @@ def shown(value: Any) -> str:
 def is_key(value: Any) -> bool:
     """Whether a value may be a key of a dictionary or a member of a set: its hash takes no time and no code of its own.
 
-    Of whole numbers only those that are their own hash: many others could be made that share one, and a dictionary of them
-    takes time with the square of its size.
+    Of whole numbers only those that are their own hash, and in tuples only small ones: many others could be made that share
+    one, and a dictionary of them takes time with the square of its size. (Hashes of texts differ from process to process.)
     """
     if type(value) is tuple:
-        return len(value) <= 16 and all(type(item) in SCALARS and is_key(item) for item in value)
+        return len(value) <= 4 and all(
+            0 <= item < 1 << 16 if type(item) is int else type(item) in (str, bytes, bool, type(None)) for item in value
+        )
     if type(value) in (int, float):
         return abs(value) < MOST_KEY or value != value
     return type(value) in (*SCALARS, Record, Name)
@@ -294,7 +299,7 @@ class _Reader:
         if type(kind) is Record:  # what another call gave
             self.push(Record(kind.kind, args))
         elif kind.pair in self._makers and not more:
-            self.charge(SET_COST + sum(len(arg) for arg in args if type(arg) in (str, bytes, list, tuple)))
+            self.charge(SET_COST + len(args) + sum(len(arg) for arg in args if type(arg) in (str, bytes, list, tuple)))
             self.push(self._makers[kind.pair](args))
         else:
             self.push(Record(kind, args, more or None))

@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
 NEAR_ZERO = 0.01  # of the median norm: a row below has hardly been trained
 NOISE = 0.1  # standard deviation of the noise on a mean row, of that of its column
 ROWS_AT_ONCE = 1 << 12
+MOST_IDS = 1 << 24  # of a vocabulary: every id up to the largest has a row
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def new_tokens(old_folder: str, new_folder: str, rows: int) -> dict[int, tuple[i
             there = f"id {new_ids[token]}" if token in new_ids else "not there"
             raise InputError(f"{new_folder}: token {token!r} is {there}; in {old_folder} it has id {number}; keep all ids")
     known = set(new_ids.values())
+    if max(known) >= MOST_IDS:
+        raise InputError(f"{new_folder}: a token has the id {max(known)}; expected ids below {MOST_IDS}")
     if known == set(old_ids.values()):
         raise InputError(f"{new_folder} has no token that {old_folder} does not have")
     for text in (text for text in PROBES if "<|" not in text):

@@ -8,9 +8,11 @@ from typing import Any
 
 import orjson
 
-from megatron_cpt.errors import InputError, brief
+from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import shown
 
 MOST_GROWTH = 1000  # of a text by its normalizer; that of Llama 2 replaces one character by one
+MOST_STEPS = 500
 CONFIG = "tokenizer_config.json"
 FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
@@ -43,6 +45,9 @@ def read_tokenizer_json(file: Path) -> TokenizerJson:
     """
     content = file.read_bytes()
     fields = json_object(file, content)
+    added = fields.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in added):
+        raise InputError(f"{file}: added_tokens is {shown(added)}; expected a list of tokens with their content")
     _check_growth(file, fields.get("normalizer"))
     notes = []
     model = fields.get("model")
@@ -57,19 +62,41 @@ def read_tokenizer_json(file: Path) -> TokenizerJson:
 
 
 def _check_growth(file: Path, normalizer: Any) -> None:
-    """InputError for replacements that would make a text thousands of times as long, one after the other."""
-    growth, left = 1, [normalizer]
+    """InputError for replacements that would make a text thousands of times as long, one after the other.
+
+    Each pattern is put through all steps; of a regular expression it is taken that every character matches it.
+    """
+    steps = _text_steps(normalizer)
+    expected = f"{file}: normalizer makes of a pattern of its own {{}}; expected at most {MOST_GROWTH} times its characters"
+    if len(steps) > MOST_STEPS:
+        raise InputError(f"{file}: normalizer has {len(steps)} steps; expected at most {MOST_STEPS}")
+    for start in {pattern or "a" for pattern, _ in steps}:
+        text = start
+        for pattern, content in steps:
+            if pattern is None:
+                text = content * max(1, len(text)) or text
+            else:
+                text = text.replace(pattern, content) if pattern else content + text
+            if len(text) > MOST_GROWTH * len(start):
+                raise InputError(expected.format(f"{len(text)} characters"))
+
+
+def _text_steps(normalizer: Any) -> list[tuple[str | None, str]]:
+    """(pattern, what replaces it) of a normalizer's steps, in order: None: a regular expression; "": put before the text."""
+    found: list[tuple[str | None, str]] = []
+    left = [normalizer]
     while left:
         step = left.pop()
-        if isinstance(step, dict):
-            if step.get("type") == "Replace":
-                growth *= max(1, len(str(step.get("content", ""))))
-            left += [part for part in step.values() if isinstance(part, (dict, list))]
-        elif isinstance(step, list):
-            left += step
-        if growth > MOST_GROWTH:
-            expected = f"at most {MOST_GROWTH}"
-            raise InputError(f"{file}: normalizer makes of one character {brief(growth)} and more; expected {expected}")
+        if not isinstance(step, dict):
+            continue
+        if step.get("type") == "Replace":
+            pattern = step.get("pattern")
+            found.append((pattern.get("String") if isinstance(pattern, dict) else None, str(step.get("content", ""))))
+        elif step.get("type") == "Prepend":
+            found.append(("", str(step.get("prepend", ""))))
+        parts = step.get("normalizers")
+        left += reversed(parts) if isinstance(parts, list) else []
+    return found
 
 
 def json_object(file: Path, content: bytes | None = None) -> dict[str, Any]:
@@ -105,8 +132,11 @@ def _only_configured(file: Path, fields: dict[str, Any]) -> list[dict[str, Any]]
         return []
     model = fields.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    known = {token["content"]: token.get("id") for token in fields.get("added_tokens") or []}
-    pieces = vocabulary if isinstance(vocabulary, dict) else [piece[0] for piece in vocabulary or [] if piece]
+    known = {token["content"] for token in fields.get("added_tokens") or []}
+    if isinstance(vocabulary, dict):
+        pieces = set(vocabulary)
+    else:
+        pieces = {piece[0] for piece in vocabulary or [] if isinstance(piece, list) and piece and isinstance(piece[0], str)}
     found = []
     for number, token in listed.items():
         if not (number.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)):

@@ -76,13 +76,43 @@ def test_dropout_is_off(folder: Path) -> None:
 
 
 def test_a_normalizer_that_makes_gigabytes_of_a_word(folder: Path) -> None:
-    steps = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 64}] * 2
-    edit(folder, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps[:1]})
-    load_tokenizer(str(folder))
-    edit(folder, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
-    for read in (load, load_tokenizer):
-        with pytest.raises(InputError, match="normalizer makes of one character 4096 and more; expected at most 1000"):
-            read(str(folder))
+    def sequence(*steps: dict[str, Any]) -> None:
+        edit(folder, "tokenizer.json", normalizer={"type": "Sequence", "normalizers": list(steps)})
+
+    def replace(pattern: str, content: str, kind: str = "String") -> dict[str, Any]:
+        return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+    sequence(replace("a", "a" * 64), replace("b", "b" * 64), *(replace(sign, f" {sign} ") for sign in ".,:;!?()[]"))
+    load_tokenizer(str(folder))  # each acts on another character
+    hostile = [
+        [replace("a", "a" * 64), replace("a", "a" * 64)],
+        [replace("a", "b" * 64), replace("b", "c" * 64)],
+        [replace(".", "b" * 64, "Regex"), replace("b", "c" * 64)],
+        [replace("c", "a" * 64), replace("[a-z]", "c" * 64, "Regex")],
+        [{"type": "Prepend", "prepend": "x" * 1001}],
+        [replace("a", "a")] * 501,
+    ]
+    for steps in hostile:
+        sequence(*steps)
+        for read in (load, load_tokenizer):
+            with pytest.raises(InputError, match=r"normalizer (makes .* expected at most 1000 times|has 501 steps)"):
+                read(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"extra_special_tokens": 5}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer.json", {"added_tokens": [1]}),
+        ("tokenizer.json", {"added_tokens": {"content": "x"}}),
+    ],
+)
+def test_fields_of_another_kind(name: str, change: dict[str, Any], folder: Path) -> None:
+    edit(folder, name, **change)
+    with pytest.raises(InputError, match=str(folder)):
+        load(str(folder))
 
 
 def test_a_bare_model_file_that_transformers_reads_otherwise(tmp_path: Path) -> None:

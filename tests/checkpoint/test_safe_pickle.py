@@ -188,6 +188,9 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
 
 SPACE = b"cargparse\nNamespace\n)\x81"
 TWICE = [SPACE + b"}(" + text("a") + b"h" + bytes([i]) + text("b") + b"h" + bytes([i]) + b"ub\x94" for i in range(60)]
+# Pairs of numbers can be made that all have one hash, as that of texts cannot
+SAME_PAIRS = [b"J" + struct.pack("<i", 70_000 + i) + b"K\x01\x86N" for i in range(10)]
+FIELDS = b"(" + b"".join(text(f"a{i}") + b"N" for i in range(5001)) + b"u"
 EQUAL_HASHES = b"".join(b"\x8a\x10" + (i * (2**61 - 1)).to_bytes(16, "little") + b"N" for i in range(1, 60_000))
 
 
@@ -198,6 +201,8 @@ EQUAL_HASHES = b"".join(b"\x8a\x10" + (i * (2**61 - 1)).to_bytes(16, "little") +
         (b"}" + text("args") + SPACE + b"\x94}" + text("a") + b"h\x00sbs.", "100 deep"),  # it holds itself
         (b"}" + SPACE + b"K\x01s.", "Namespace as a key"),
         (b"}" + text("a") + b"\x8f(" + SPACE + b"\x90s.", "Namespace as a key"),
+        (b"}" + text("args") + b"}(" + b"".join(SAME_PAIRS) + b"us.", "a key of a dictionary is"),
+        (b"}" + text("args") + SPACE + b"}\x94" + FIELDS + b"bs.", "has more than 5000 attributes"),
         (b"}(" + EQUAL_HASHES + b"u.", "a key of a dictionary is"),  # each is compared with all before
     ],
 )
@@ -217,6 +222,10 @@ BYTES = b"X" + struct.pack("<I", 100_000) + b"x" * 100_000 + b"\x94"
         (LIST + b"cbuiltins\nset\n\x94(" + b"h\x01h\x00\x85R" * 300 + b"t.", "its calls copy more than 5000000"),
         (BYTES + b"c_codecs\nencode\n\x94(" + b"h\x01h\x00\x85R" * 300 + b"t.", "its calls copy more than 5000000"),
         (BYTES + b"cbuiltins\nbytearray\n\x94(" + b"h\x01h\x00\x85R" * 300 + b"t.", "its calls copy more than"),
+        (
+            b"(" + b"N" * 100_000 + b"t\x94ctorch.serialization\n_get_layout\n\x94(" + b"h\x01h\x00R" * 300 + b"t.",
+            "its calls copy",
+        ),
         (b"(" + b"\x8f" * 1_000_001 + b"t.", "its calls copy more than 5000000"),  # empty sets: 216 bytes each
     ],
 )

@@ -271,6 +271,20 @@ def test_one_place_holds_one_tensor(converted: Path) -> None:
         TorchDistReader(str(converted))
 
 
+def test_one_part_counts_as_often_as_it_is_named(converted: Path) -> None:
+    """Entries that share one long list of chunks would take the memory of many."""
+
+    def share(metadata: Any) -> None:
+        entry = metadata.state_dict_metadata["output_layer.weight"]
+        entry.chunks[:] = entry.chunks * 1000
+
+    describe(converted, share)
+    with pytest.raises(
+        InputError, match=r"output_layer\.weight has 1000 chunks; expected no more than there are places for"
+    ):
+        TorchDistReader(str(converted))
+
+
 def test_many_parts_take_little(converted: Path) -> None:
     """Twenty thousand chunks of one tensor are compared with each other in no time."""
 
@@ -279,6 +293,12 @@ def test_many_parts_take_little(converted: Path) -> None:
         entry.size = torch.Size((count, 64))
         entry.chunks[:] = [ChunkStorageMetadata(torch.Size((at, 0)), torch.Size((1, 64))) for at in range(count)]
         entry.chunks[-1] = entry.chunks[0]
+        place = metadata.storage_data.pop(MetadataIndex("output_layer.weight", torch.Size((0, 0))))
+        for chunk in entry.chunks:
+            index = MetadataIndex("output_layer.weight", chunk.offsets)
+            metadata.storage_data[index] = replace(place, offset=chunk.offsets[0], length=1)
+        for number in range(10):  # for the chunk that is there twice
+            metadata.storage_data[MetadataIndex(f"_extra_state/{number}")] = place
 
     describe(converted, many)
     reader, begin = TorchDistReader(str(converted)), time.process_time()
