@@ -13,7 +13,7 @@ from tiny_models import VARIANTS, make_tiny_llama, run_tool
 from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_megatron, megatron_to_hf
 from megatron_cpt.checkpoint.megatron_weights import open_megatron
 from megatron_cpt.checkpoint.verify import Verify, verify
-from megatron_cpt.checkpoint.vocabulary import new_tokens
+from megatron_cpt.checkpoint.vocabulary import Extension, extended, new_tokens
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import read_llama_config
 
@@ -241,3 +241,22 @@ def test_an_extended_model_trains_in_two_parts(added: str, tmp_path: Path, tiny_
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses.append([row["loss"] for row in rows if "loss" in row])
     assert losses[1] == pytest.approx(losses[0], rel=5e-6)
+
+
+def test_mean_rows_are_of_the_rows_that_count() -> None:
+    """Neither those near zero nor those of new tokens, such as padding, pull the mean; the seed draws the noise."""
+    generator = torch.Generator().manual_seed(5)
+    tensor = 10 + torch.randn(12, 64, generator=generator)
+    tensor[3] = 0  # dead
+    tensor[10:] = -1000  # of no token
+    new: dict[int, tuple[int, ...]] = {10: (), 11: (), 12: ()}
+
+    def rows(seed: int) -> torch.Tensor:
+        plan = Extension(vocab_size=13, new=new, new_rows="mean", repair=True, tokenizer=None, seed=seed)
+        return extended(tensor, plan, near_zero=[3])
+
+    found, mean = rows(1), tensor[[0, 1, 2, *range(4, 10)]].mean(dim=0)
+    for number in (3, 10, 11, 12):
+        assert (found[number] - mean).abs().mean() < 0.2, number
+    assert torch.equal(found, rows(1))
+    assert not torch.equal(found[12], rows(2)[12])

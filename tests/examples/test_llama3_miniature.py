@@ -16,7 +16,10 @@ from tiny_runs import Runs
 STEPS, BATCH, SEQ_LENGTH = 3, 8, 64
 ALONE = [f"--parallel.{name}_model_parallel_size=1" for name in ("tensor", "pipeline")]
 ALONE += ["--parallel.sequence_parallel=false"]
-BF16 = {"loss": 1e-3, "grad_norm": 5e-3}  # relative; tests/training/test_matrix.py says why
+# Relative; tests/training/test_matrix.py says why. Eight ranks round more partial sums to 8 bits than two do. (In bf16 the
+# gradient norm of the second step is 0.8 % below that in fp32 in a single process, 0.3 % below it in 16.)
+BF16, BF16_OF_EIGHT = {"loss": 1e-3, "grad_norm": 5e-3}, {"loss": 1e-3, "grad_norm": 1e-2}
+FP32 = {"loss": 5e-6, "grad_norm": 5e-6}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str) -> R
 
 def train(forks: Forks, runs: Runs, recipe: Recipe, processes: int, *extra: str) -> Path:
     """Train with a recipe, from a folder in which its paths mean nothing; returns the run's folder."""
-    save = runs.folder / f"{recipe}-{processes}"
+    save = runs.folder / "-".join([str(recipe), str(processes), *(word for word in extra if word.endswith("fp32"))])
     arguments = [
         *("--config", str(ROOT / recipe.path), "--mixture", runs.mixture),
         *("--checkpoint.load", str(runs.folder / "megatron"), "--checkpoint.save", str(save)),
@@ -39,13 +42,13 @@ def train(forks: Forks, runs: Runs, recipe: Recipe, processes: int, *extra: str)
     return save
 
 
-def check(forks: Forks, runs: Runs, recipe: Recipe, processes: int) -> None:
+def check(forks: Forks, runs: Runs, recipe: Recipe, processes: int, tolerance: dict[str, float], *extra: str) -> None:
     """Loss and gradient norm of each step are those of a single process, and the layout is the recipe's."""
-    together, alone = train(forks, runs, recipe, processes), train(forks, runs, recipe, 1, *ALONE)
+    together, alone = train(forks, runs, recipe, processes, *extra), train(forks, runs, recipe, 1, *ALONE, *extra)
     found, expected = ([row for row in read_rows(folder) if "loss" in row] for folder in (together, alone))
     assert [row["iteration"] for row in found] == [row["iteration"] for row in expected] == [1, 2, 3]
     for row, other in zip(found, expected, strict=True):
-        for name, relative in BF16.items():
+        for name, relative in tolerance.items():
             assert math.isfinite(row[name])
             assert row[name] == pytest.approx(other[name], rel=relative), (row["iteration"], name)
     assert found[-1]["loss"] < found[0]["loss"]
@@ -61,10 +64,15 @@ def recipe_parallel(recipe: Recipe) -> dict[str, object]:
 
 @pytest.mark.parametrize("name", ["cpt", "cpt_8k"])
 def test_8b_on_two_processes(forks: Forks, runs: Runs, name: str) -> None:
-    check(forks, runs, Recipe("8b", name, "cpu"), 2)
+    check(forks, runs, Recipe("8b", name, "cpu"), 2, BF16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpt", "cpt_8k"])
 def test_70b_on_sixteen_processes(forks: Forks, runs: Runs, name: str) -> None:
-    check(forks, runs, Recipe("70b", name, "cpu"), 16)
+    check(forks, runs, Recipe("70b", name, "cpu"), 16, BF16_OF_EIGHT)
+
+
+@pytest.mark.slow
+def test_70b_on_sixteen_processes_in_fp32(forks: Forks, runs: Runs) -> None:
+    check(forks, runs, Recipe("70b", "cpt", "cpu"), 16, FP32, "--training.params_dtype=fp32")
