@@ -175,7 +175,7 @@ def _scalar(kind: Any, value: Any, name: str) -> Any:
         return text.lower() in TRUE
     if kind is float and NOT_FINITE.fullmatch(text):
         return float(text.replace(".", ""))
-    if kind in (int, float) and not isinstance(value, bool):
+    if kind in (int, float):
         exact = number(value)
         if exact is None and COUNTED.search(_last(name)):
             whole = amount(value)

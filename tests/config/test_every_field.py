@@ -121,6 +121,11 @@ def test_amounts_have_units_everywhere(name: str) -> None:
             assert place in (20 * 10**9, [20 * 10**9])
 
 
+def test_true_is_not_the_number_one() -> None:
+    found = refusals(load("planning.config:PlanConfig"), ["--devices", "true", "--model", "8B"])
+    assert "devices is 'true'; expected a whole number" in found
+
+
 def test_lengths_have_no_units() -> None:
     """2k would be 2,048 for some and 2,000 for others. Numbers of documents, rows and steps have units."""
     assert refusals(load("planning.config:PlanConfig"), ["--seq_length", "2k", "--devices", "8", "--model", "8B"])[-1] == (
