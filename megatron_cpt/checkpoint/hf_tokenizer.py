@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_cpt.checkpoint.damage import reading_hf_folder
 from megatron_cpt.errors import InputError, if_on_the_hub
-from megatron_cpt.input_files import load_json
+from megatron_cpt.input_files import load_json, shown
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_difference
-from megatron_cpt.tokenizer.hf_files import CONFIG, json_object
+from megatron_cpt.tokenizer.hf_files import CONFIG, json_object, read_tokenizer_json
 
 AS_THE_FILE_SAYS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of transformers that take tokenizer.json as it is; others build normalizer and pre-tokenizer by themselves."""
@@ -69,15 +69,28 @@ def other_reading(folder: str) -> str | None:
     return f"{here} and programs that use it split {text[:40]!r} otherwise (ids {others}, not {ids}); {advice}"
 
 
+KINDS: dict[type, str] = {str: "a text", dict: "an object", list: "a list"}
+
+
+def _check_kinds(config: Path) -> None:
+    """InputError for values that transformers takes for something else than they are, and fails on somewhere inside."""
+    fields = json_object(config) if config.is_file() else {}
+    kinds: dict[str, tuple[type, ...]] = dict.fromkeys(("eos_token", "bos_token", "unk_token", "pad_token"), (str, dict))
+    kinds |= {"added_tokens_decoder": (dict,), "extra_special_tokens": (list, dict)}
+    for name, expected in kinds.items():
+        if fields.get(name) is not None and not isinstance(fields[name], expected):
+            names = " or ".join(KINDS[kind] for kind in expected)
+            raise InputError(f"{config}: {name} is {shown(fields[name])}; expected {names}")
+
+
 def _from_transformers(folder: str, by_file: bool) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if by_file:
         with reading_hf_folder(f"tokenizer {folder}", folder):
-            try:
-                return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
-            except (AttributeError, TypeError, LookupError) as error:  # of values of another kind in its JSON files
-                raise InputError(f"tokenizer {folder} cannot be read: {type(error).__name__}: {error}") from error
+            read_tokenizer_json(Path(folder, "tokenizer.json"))
+            _check_kinds(Path(folder, CONFIG))
+            return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except MemoryError:
