@@ -22,6 +22,8 @@ from megatron_cpt.errors import InputError
 
 MOST_YAML_BYTES = 1 << 20
 MOST_JSON_BYTES = 256 << 20  # ten times the largest tokenizer.json
+READ_WHOLE = (".json", ".jinja", ".txt", ".yaml", ".yml", ".model", ".tiktoken", ".py")  # endings of such files
+CHAT_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 MOST_YAML_VALUES = 50_000  # aliases count as often as they are used
 DEEPEST = 60  # lists and fields within each other
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
@@ -299,10 +301,6 @@ def shown(value: Any, most: int = 100) -> str:
 
 def _one_line(words: Any) -> str:
     return " ".join(str(words).split())
-
-
-CHAT_TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
-READ_WHOLE = (".json", ".jinja", ".txt", ".yaml", ".yml", ".model", ".tiktoken", ".py")
 
 
 def check_folder(folder: str | os.PathLike[str], links: bool = True) -> None:

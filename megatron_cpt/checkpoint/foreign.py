@@ -142,7 +142,7 @@ def llama_fields(path: str, found: Mapping[str, Any], names: Names, vocab_size: 
 
     def switch(key: str, default: bool) -> bool:
         value = found.get(key)
-        if value not in (True, False, None) if type(value) in (bool, int) else value is not None:
+        if value is not None and not (type(value) in (bool, int) and value in (0, 1)):
             raise InputError(f"{path}: {key} is {brief(value)}; expected true or false")
         return default if value is None else bool(value)
 

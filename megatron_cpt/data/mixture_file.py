@@ -55,8 +55,8 @@ def load_mixture(path: str) -> Mixture:
     reader = _Reader(path, refusals)
     with refusals.noted():
         _refuse_unknown(path, "", fields, {"seq_length", "seed", "almr", "stages", "validation", *GROUPS})
-    numbers = {"seq_length": 1, "seed": 0}
-    for name, minimum in numbers.items():
+    numbers: dict[str, int] = {}
+    for name, minimum in (("seq_length", 1), ("seed", 0)):
         with refusals.noted():
             numbers[name] = _integer(path, fields, name, minimum)
     drafts = reader.drafts(fields)

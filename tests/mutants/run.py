@@ -137,13 +137,17 @@ def outcome(warm: Warm, mutant: Mutant, timeout: float) -> tuple[str, str]:
         except (OSError, ValueError) as error:
             return BROKEN, str(error)
         log = tree / "mutant.log"
-        status = warm.pytest(tree, ["-q", "-x", "-p", "no:cacheprovider", *shlex.split(mutant.tests)], log, timeout)
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", *shlex.split(mutant.tests)]
+        status = warm.pytest(tree, arguments, log, timeout)
         text = log.read_text(encoding="utf-8", errors="replace")[-4000:]
         if status is not None and status < 0:  # a crash, as some libraries have in a forked process
             environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(mutant.tests)]
-            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout)
-            status, text = done.returncode, done.stdout[-4000:]
+            command = [sys.executable, "-m", "pytest", *arguments]
+            try:
+                done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=timeout)
+                status, text = done.returncode, done.stdout[-4000:]
+            except subprocess.TimeoutExpired:
+                status = None
     if status is None:
         return KILLED, f"no end within {timeout:g} s"
     return (KILLED if status in (FAILED, INTERRUPTED) or status < 0 else SURVIVED if status == 0 else BROKEN), text

@@ -71,6 +71,24 @@ def test_dpo_counts_each_pair_once(chat_model: str, tmp_path: Path) -> None:
     assert_two_processes_do_what_one_does(config, tmp_path)
 
 
+PAIR = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [10], "ref_chosen_logps": -3.0,
+        "ref_rejected_logps": -9.0}  # fmt: skip
+
+
+def pair_trainer(chat_model: str, tmp_path: Path, config: DpoConfig) -> PairTrainer:
+    """To train with PAIR, whose reference is known."""
+    template = load_template(chat_model, "chatml")
+    template.tokenizer.pad_token = template.tokenizer.eos_token
+    trainer = PairTrainer(
+        model=load_model(chat_model),
+        args=TrlConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, beta=0.3, report_to=[], **loss_of(config)),
+        train_dataset=Dataset.from_list([PAIR]),
+        processing_class=template.tokenizer,
+    )
+    trainer.precompute_ref_logps = True
+    return trainer
+
+
 @pytest.mark.parametrize("kind", sorted(LOSS_OF_FILLERS))
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_a_filler_changes_no_loss(chat_model: str, tmp_path: Path, kind: Any, smoothing: float) -> None:
@@ -78,19 +96,9 @@ def test_a_filler_changes_no_loss(chat_model: str, tmp_path: Path, kind: Any, sm
     if smoothing and kind not in ("sigmoid", "robust"):
         pytest.skip("it has no smoothing")
     config = replace(dpo_config(chat_model, tmp_path), beta=0.3, loss_type=kind, label_smoothing=smoothing)
-    pair = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [10], "ref_chosen_logps": -3.0,
-            "ref_rejected_logps": -9.0}  # fmt: skip
-    template = load_template(chat_model, "chatml")
-    template.tokenizer.pad_token = template.tokenizer.eos_token
-    trainer = PairTrainer(
-        model=load_model(chat_model),
-        args=TrlConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, beta=0.3, report_to=[], **loss_of(config)),
-        train_dataset=Dataset.from_list([pair]),
-        processing_class=template.tokenizer,
-    )
-    trainer.precompute_ref_logps = True
+    trainer = pair_trainer(chat_model, tmp_path, config)
     losses, gradients = [], []
-    for batch in ([pair], [pair, filler_of(pair), filler_of(pair)]):
+    for batch in ([PAIR], [PAIR, filler_of(PAIR), filler_of(PAIR)]):
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model, trainer.data_collator(batch))
         loss.backward()
@@ -103,26 +111,16 @@ def test_a_filler_changes_no_loss(chat_model: str, tmp_path: Path, kind: Any, sm
 def test_figures_are_means_of_pairs(chat_model: str, tmp_path: Path) -> None:
     """Of those that were counted since the last line of the log, fillers left out."""
     config = dpo_config(chat_model, tmp_path)
-    pair = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [10], "ref_chosen_logps": -3.0,
-            "ref_rejected_logps": -9.0}  # fmt: skip
-    template = load_template(chat_model, "chatml")
-    template.tokenizer.pad_token = template.tokenizer.eos_token
-    trainer = PairTrainer(
-        model=load_model(chat_model),
-        args=TrlConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, beta=0.3, report_to=[], **loss_of(config)),
-        train_dataset=Dataset.from_list([pair]),
-        processing_class=template.tokenizer,
-    )
-    trainer.precompute_ref_logps = True
+    trainer = pair_trainer(chat_model, tmp_path, config)
     trainer.model.train()
-    for batch in ([pair], [pair, pair, filler_of(pair)]):
+    for batch in ([PAIR], [PAIR, PAIR, filler_of(PAIR)]):
         trainer.compute_loss(trainer.model, trainer.data_collator(batch))
     trainer.log({})
     figures = trainer.state.log_history[-1]
     assert figures["rewards/accuracies"] in (0.0, 1.0)  # three times the same pair
     margin = figures["rewards/chosen"] - figures["rewards/rejected"]
     assert figures["rewards/margins"] == pytest.approx(margin, abs=1e-5)
-    trainer.compute_loss(trainer.model, trainer.data_collator([pair]))
+    trainer.compute_loss(trainer.model, trainer.data_collator([PAIR]))
     trainer.log({})
     for name in ("rewards/chosen", "rewards/margins", "logps/chosen"):
         assert trainer.state.log_history[-1][name] == pytest.approx(figures[name], rel=1e-4)
