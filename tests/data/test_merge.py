@@ -229,10 +229,11 @@ def test_the_same_documents_twice(
     parts: list[str], tmp_path: Path, tiny_tokenizer_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Partitions name the same files and share no document; a corpus and a copy of it are joined with a warning."""
-    source = write_lines(tmp_path / "two.jsonl", [{"text": "one"}, {"text": "two"}])
-    for number in range(2):
-        run(tmp_path / "two", tiny_tokenizer_dir, input=source, partition=f"{number}/2")
-    join([f"{tmp_path}/two-0000{number}-of-00002" for number in range(2)], tmp_path / "joined")
+    source = write_lines(tmp_path / "two.jsonl", [{"text": f"{i} " * 20} for i in range(40)])
+    thirds = partitions(tmp_path / "two", tiny_tokenizer_dir, str(source), 3)  # the first one has the file's checksum
+    for third in thirds:
+        assert [it.path for it in read_manifest(third).sources if it.documents] == [str(source)]
+    join(thirds, tmp_path / "joined")
     assert "WARNING" not in capsys.readouterr().err
     single, twin = f"{tmp_path}/single", copy(f"{tmp_path}/single", tmp_path / "twin")
     join([single, twin], tmp_path / "twice")
