@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from megatron_cpt.errors import InputError
 
 Content = mmap.mmap
+MOST_DIRECTORY_BYTES = 32 << 20  # of the list of records, some 100 each; zipfile makes twelve times as much of it
 ZIP_LOCAL_HEADER = struct.Struct("<26xHH")  # up to the lengths of the name and of the extra field that follow it
 
 
@@ -144,6 +145,10 @@ class _Stretch(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         end = self._length if size < 0 else min(self._length, self._position + size)
+        if end - self._position > MOST_DIRECTORY_BYTES:  # the list is read in one piece
+            raise zipfile.BadZipFile(
+                f"its list of records has {end - self._position:,} bytes; expected at most {MOST_DIRECTORY_BYTES:,}"
+            )
         data = self._content[self._offset + self._position : self._offset + max(end, self._position)]
         self._position += len(data)
         return data

@@ -285,11 +285,14 @@ def make_card(folder: str, config: MegatronToHf) -> tuple[str, dict[str, Any]]:
     """The model card of a run's checkpoint, and what manifest.json has to say for it; no path of this machine."""
     path = os.path.join(folder, "manifest.json")
     manifest = read_manifest(path) if os.path.exists(path) else {}
-    card = model_card(os.path.basename(os.path.abspath(config.hf)), manifest)
-    run = {name: manifest[name] for name in ("iteration", "consumed_samples", "tokenizer", "data")}
-    run["tokenizer"] = {name: value for name, value in run["tokenizer"].items() if name not in ("path", "notes")}
-    run["config"] = {name: manifest["config"][name] for name in ("training", "optimizer", "lr", "parallel")}
-    return card, {"source": os.path.basename(folder), "run": run | {"versions": manifest["versions"]}}
+    try:
+        card = model_card(os.path.basename(os.path.abspath(config.hf)), manifest)
+        run = {name: manifest[name] for name in ("iteration", "consumed_samples", "tokenizer", "data")}
+        run["tokenizer"] = {name: value for name, value in run["tokenizer"].items() if name not in ("path", "notes")}
+        run["config"] = {name: manifest["config"][name] for name in ("training", "optimizer", "lr", "parallel")}
+        return card, {"source": os.path.basename(folder), "run": run | {"versions": manifest["versions"]}}
+    except KeyError as error:
+        raise InputError(f"{path} has no field {error}; expected the manifest that a run writes") from error
 
 
 def trained_with(folder: str) -> dict[str, Any]:

@@ -30,11 +30,11 @@ def load(folder: str, quiet: bool = False) -> Any:
     if not os.path.isdir(folder):
         raise InputError(f"tokenizer {folder}: no such folder{if_on_the_hub(folder)}")
     by_file = os.path.isfile(os.path.join(folder, "tokenizer.json"))
+    own = own_reading(folder) if by_file or os.path.isfile(os.path.join(folder, "tokenizer.model")) else None
     tokenizer = _from_transformers(folder, by_file)
     if getattr(getattr(getattr(tokenizer, "_tokenizer", None), "model", None), "dropout", None):
         tokenizer._tokenizer.model.dropout = None  # a noise for training; see tokenizer.hf_files
-    if by_file or os.path.isfile(os.path.join(folder, "tokenizer.model")):
-        own = own_reading(folder)
+    if own is not None:
         _check_same(folder, tokenizer, own)
         _check_trained_with(folder, own)
     if not quiet:
@@ -69,18 +69,43 @@ def other_reading(folder: str) -> str | None:
     return f"{here} and programs that use it split {text[:40]!r} otherwise (ids {others}, not {ids}); {advice}"
 
 
-KINDS: dict[type, str] = {str: "a text", dict: "an object", list: "a list"}
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
+
+
+def _are_tokens(value: Any) -> bool:
+    if isinstance(value, dict):  # of names and tokens
+        return all(_is_token(token) and (isinstance(token, str) or "__type" in token) for token in value.values())
+    return isinstance(value, list) and all(map(_is_token, value))
+
+
+def _is_template(value: Any) -> bool:
+    named = isinstance(value, list) and all(isinstance(it, dict) and {"name", "template"} <= it.keys() for it in value)
+    return isinstance(value, str | dict) or named
+
+
+TOKEN = (_is_token, "a text, or an object with its content")
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("eos_token", "bos_token", "unk_token", "pad_token", "cls_token", "sep_token", "mask_token"), TOKEN),
+    "added_tokens_decoder": (lambda value: isinstance(value, dict), "an object"),
+    "additional_special_tokens": (_are_tokens, "a list of tokens"),
+    "extra_special_tokens": (_are_tokens, "a list or an object of tokens"),
+    "chat_template": (_is_template, "a text, or a list of objects with name and template"),
+    "model_input_names": (lambda value: isinstance(value, list), "a list"),
+    "split_special_tokens": (lambda value: isinstance(value, bool), "true or false"),
+    "tokenizer_object": (lambda value: False, "no such field"),
+}
+"""What transformers takes for granted of the fields of tokenizer_config.json: otherwise it fails somewhere inside."""
+NEVER_NULL = ("added_tokens_decoder", "model_input_names", "split_special_tokens")
 
 
 def _check_kinds(config: Path) -> None:
-    """InputError for values that transformers takes for something else than they are, and fails on somewhere inside."""
+    """InputError for values of another kind than transformers takes them for."""
     fields = json_object(config) if config.is_file() else {}
-    kinds: dict[str, tuple[type, ...]] = dict.fromkeys(("eos_token", "bos_token", "unk_token", "pad_token"), (str, dict))
-    kinds |= {"added_tokens_decoder": (dict,), "extra_special_tokens": (list, dict)}
-    for name, expected in kinds.items():
-        if fields.get(name) is not None and not isinstance(fields[name], expected):
-            names = " or ".join(KINDS[kind] for kind in expected)
-            raise InputError(f"{config}: {name} is {shown(fields[name])}; expected {names}")
+    for name, (fits, expected) in KINDS.items():
+        value = fields.get(name)
+        if name in fields and not (fits(value) or (value is None and name not in NEVER_NULL)):
+            raise InputError(f"{config}: {name} is {shown(value)}; expected {expected}")
 
 
 def _from_transformers(folder: str, by_file: bool) -> Any:
@@ -104,9 +129,18 @@ def own_reading(folder: str) -> Tokenizer:
     """The folder as preprocessing reads it; which token ends documents does not matter here, and may not be known."""
     file, kind = tokenizer_file(folder)
     if kind == "hf":
-        vocabulary = json_object(file).get("model", {}).get("vocab") or [["", 0]]
-        return load_tokenizer(folder, eos_token=next(iter(vocabulary)) if isinstance(vocabulary, dict) else vocabulary[0][0])
+        return load_tokenizer(folder, eos_token=_any_token(json_object(file).get("model")))
     return load_tokenizer(folder)
+
+
+def _any_token(model: Any) -> str | None:
+    """A piece of the vocabulary; None where there is none, and the library says what is wrong with it."""
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        return next(iter(vocabulary), None)
+    if isinstance(vocabulary, list) and vocabulary and isinstance(vocabulary[0], list) and vocabulary[0]:
+        return str(vocabulary[0][0])
+    return None
 
 
 def _encoding_text(tokenizer: Any) -> Callable[[str], list[int]]:

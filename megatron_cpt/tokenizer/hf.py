@@ -16,6 +16,8 @@ from megatron_cpt.tokenizer.base import SETTING, display_name, fingerprint, no_e
 from megatron_cpt.tokenizer.end_of_text import Choice, begin_of_text, end_of_text
 from megatron_cpt.tokenizer.hf_files import CONFIG, read_tokenizer_json
 
+NOT_A_CHARACTER = "\U0010ffff"  # of Unicode, for good: no vocabulary has it
+
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, with eos and bos from the `tokenizer_config.json` (or `special_tokens_map.json`) beside it.
@@ -35,6 +37,7 @@ class HuggingFaceTokenizer:
             raise InputError(f"{self._file}: not a tokenizer.json ({error}); expected a tokenizers file") from None
         for token in read.configured:
             self._check_id(token)
+        self._check_unknown()
         # A saved file may carry the truncation and padding of its last use.
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -60,6 +63,16 @@ class HuggingFaceTokenizer:
                 f"{self._file.with_name(CONFIG)}: added_tokens_decoder.{token['id']} is {token['content']!r}, which "
                 f"{self._file.name} does not have; expected id {found}, the next free one"
             )
+
+    def _check_unknown(self) -> None:
+        """InputError where a character that the vocabulary has not cannot be encoded."""
+        try:
+            self._backend.encode(NOT_A_CHARACTER, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(
+                f"{self._file}: a character without a token cannot be encoded ({error}); expected a token for unknown ones, "
+                "or one for each byte"
+            ) from None
 
     def _specials(self) -> dict[str, int]:
         return {token.content: number for number, token in self._added.items() if token.special}

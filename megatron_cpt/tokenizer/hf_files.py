@@ -51,6 +51,7 @@ def read_tokenizer_json(file: Path) -> TokenizerJson:
     _check_growth(file, fields.get("normalizer"))
     notes = []
     model = fields.get("model")
+    _check_merges(file, model)
     if isinstance(model, dict) and model.get("dropout"):
         notes.append(f"{file}: model.dropout is {model['dropout']}, which makes every encoding another one; read as 0")
         fields = fields | {"model": model | {"dropout": None}}
@@ -79,6 +80,21 @@ def _check_growth(file: Path, normalizer: Any) -> None:
                 text = text.replace(pattern, content) if pattern else content + text
             if len(text) > MOST_GROWTH * len(start):
                 raise InputError(expected.format(f"{len(text)} characters"))
+
+
+def _check_merges(file: Path, model: Any) -> None:
+    """InputError for merges without the prefix of pieces inside of words: the library cuts it off unseen, and aborts."""
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not prefix or not isinstance(prefix, str):
+        return
+    merges = model.get("merges")
+    for merge in merges if isinstance(merges, list) else []:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or not parts or not isinstance(parts[-1], str) or not parts[-1].startswith(prefix):
+            raise InputError(
+                f"{file}: model.merges has {shown(merge)}; expected a second part that begins with {shown(prefix)}, "
+                "model.continuing_subword_prefix"
+            )
 
 
 def _text_steps(normalizer: Any) -> list[tuple[str | None, str]]:

@@ -47,7 +47,10 @@ def setup(config: RunConfig) -> str | None:
     folder, first = config.checkpoint.save, os.environ.get("RANK", "0") == "0"
     if config.check_only:
         run = check_run(config, config.world_size or launched_world_size())
-        RunLog(folder, config.logging, 0).say(ledger_table(run.data.ledger(run.mixture)))
+        log = RunLog(folder, config.logging, 0)
+        for note in run.notes:
+            log.say(note)
+        log.say(ledger_table(run.data.ledger(run.mixture)))
         return None
     with Watch(folder, duration(config.training), launched_world_size()) as watch:
         try:

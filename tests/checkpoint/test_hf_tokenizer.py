@@ -105,6 +105,15 @@ def test_a_normalizer_that_makes_gigabytes_of_a_word(folder: Path) -> None:
         ("tokenizer_config.json", {"eos_token": 5}),
         ("tokenizer_config.json", {"extra_special_tokens": 5}),
         ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": None}),
+        ("tokenizer_config.json", {"bos_token": {"special": True}}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": 5}}),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|im_end|>", 5]}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}),
+        ("tokenizer_config.json", {"model_input_names": None}),
+        ("tokenizer_config.json", {"split_special_tokens": "no"}),
+        ("tokenizer_config.json", {"tokenizer_object": {}}),
+        ("tokenizer.json", {"model": [["a", 1]]}),
         ("tokenizer.json", {"added_tokens": [1]}),
         ("tokenizer.json", {"added_tokens": {"content": "x"}}),
     ],
@@ -113,6 +122,16 @@ def test_fields_of_another_kind(name: str, change: dict[str, Any], folder: Path)
     edit(folder, name, **change)
     with pytest.raises(InputError, match=str(folder)):
         load(str(folder))
+
+
+@pytest.mark.parametrize("merges", [["a b"], [["a", "b"]], [["##a", "##b"], []], [5]])
+def test_merges_without_the_prefix_of_inner_pieces(merges: list[Any], folder: Path) -> None:
+    """The library cuts the prefix off whatever the second part is, and ends the process where that is no character."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    edit(folder, "tokenizer.json", model=model | {"continuing_subword_prefix": "##", "merges": merges})
+    for read in (load, load_tokenizer):
+        with pytest.raises(InputError, match=r"model\.merges has .*; expected a second part that begins with"):
+            read(str(folder))
 
 
 def test_a_bare_model_file_that_transformers_reads_otherwise(tmp_path: Path) -> None:

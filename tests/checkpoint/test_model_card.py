@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from megatron_cpt.checkpoint.convert import MegatronToHf, make_card
 from megatron_cpt.checkpoint.model_card import base_model, languages
+from megatron_cpt.errors import InputError
 
 
 def manifest(load: str, **fields: Any) -> dict[str, Any]:
@@ -30,6 +32,14 @@ def test_the_base_model(tmp_path: Path, source: str, name: str) -> None:
     (release / "manifest.json").write_text(json.dumps({"kind": "hf-to-megatron", "source": source}))
     assert base_model(manifest(str(tmp_path / "converted"))) == name
     assert base_model(manifest(str(tmp_path / "gone"))) == "gone"
+
+
+def test_a_manifest_that_no_run_wrote(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "iter_0000001"
+    (checkpoint / "hf").mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text(json.dumps({"kind": "pretrain"}))
+    with pytest.raises(InputError, match=r"manifest\.json has no field '\w+'; expected the manifest that a run writes"):
+        make_card(str(checkpoint), MegatronToHf(str(checkpoint), str(tmp_path / "hf")))
 
 
 def test_languages_the_most_read_first() -> None:

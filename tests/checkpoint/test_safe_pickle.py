@@ -17,6 +17,7 @@ import pytest
 import torch
 from hostile_pickles import NAMES, harmless, module_spec, mutations, system_call, text
 
+from megatron_cpt.checkpoint import archives
 from megatron_cpt.checkpoint.restricted import Opaque, PickledTensors, load_common, load_metadata, load_settings
 from megatron_cpt.checkpoint.safe_pickle import Name, PickleError, Record, plain, read_pickle
 from megatron_cpt.errors import InputError
@@ -183,6 +184,16 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "common.pt", "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("archive/data.pkl", io.BytesIO(bytes(10_000_000)).getvalue())
     with pytest.raises(InputError, match="is compressed"):
+        load_settings(str(tmp_path / "common.pt"))
+
+
+def test_an_archive_of_too_many_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What zipfile makes of the list of its records would take many times its size in memory."""
+    with zipfile.ZipFile(tmp_path / "common.pt", "w") as file:
+        for number in range(20):
+            file.writestr(f"archive/data/{number}{'x' * 1000}", b"")
+    monkeypatch.setattr(archives, "MOST_DIRECTORY_BYTES", 20_000)
+    with pytest.raises(InputError, match=r"its list of records has 21,\d+ bytes; expected at most 20,000"):
         load_settings(str(tmp_path / "common.pt"))
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import Unigram
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
@@ -155,6 +157,14 @@ def test_no_eos_known(tiny_tokenizer_dir: str, tmp_path: Path) -> None:
     shutil.copy(Path(tiny_tokenizer_dir) / "tokenizer.json", tmp_path)
     with pytest.raises(InputError, match="end-of-document"):
         load_tokenizer(str(tmp_path))
+
+
+def test_characters_without_a_token(tmp_path: Path) -> None:
+    """A model without a token for unknown characters fails on the first text that has one: at once, not in mid-corpus."""
+    model = Backend(Unigram([("a", -1.0), ("</s>", -2.0)]))
+    model.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"a character without a token cannot be encoded .*unk_id"):
+        load_tokenizer(str(tmp_path), eos_token="</s>")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"no tokenizer", b"YQ== 0\nYg== 7\n", b"YQ== 0\n?\n"])

@@ -342,6 +342,12 @@ def test_check_only_for_another_number_of_processes(
     assert "global_batch_size is 8" in capsys.readouterr().err
 
 
+def test_check_only_says_which_stages_the_run_does_not_reach(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_mixture(folder, stages=[{"tokens": "1M", "almr": 0.2}, {"name": "late", "almr": 0.5}])
+    run_tool(setup, RunConfig, "A run.", options(folder, "--check_only"))
+    assert "stage late would begin at sample 31,250: never reached" in capsys.readouterr().err
+
+
 def test_errors_are_input_errors(folder: Path) -> None:
     """For those who call the library: a subclass of ValueError, raised where the tool would exit."""
     config = RunConfig(
