@@ -10,7 +10,8 @@ from typing import Any
 
 from tiny_models import make_tiny_llama, read_rows, run_tool, write_yaml
 
-from megatron_cpt.checkpoint.convert import HfToMegatron, hf_to_megatron
+from megatron_cpt.checkpoint.convert import hf_to_megatron
+from megatron_cpt.config.conversion import HfToMegatron
 from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
 
 STEPS = 5

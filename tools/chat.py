@@ -8,7 +8,7 @@ from megatron_cpt.config.cli import run_tool
 if __name__ == "__main__":
     run_tool(
         "megatron_cpt.posttrain.chat:chat",
-        "megatron_cpt.posttrain.chat:ChatConfig",
+        "megatron_cpt.posttrain.settings:ChatConfig",
         "Talk to a Hugging Face checkpoint.",
         positional="model",
     )

@@ -11,13 +11,13 @@ if __name__ == "__main__":
         {
             "hf-to-megatron": (
                 "megatron_cpt.checkpoint.convert:hf_to_megatron",
-                "megatron_cpt.checkpoint.convert:HfToMegatron",
+                "megatron_cpt.config.conversion:HfToMegatron",
             ),
             "megatron-to-hf": (
                 "megatron_cpt.checkpoint.convert:megatron_to_hf",
-                "megatron_cpt.checkpoint.convert:MegatronToHf",
+                "megatron_cpt.config.conversion:MegatronToHf",
             ),
-            "verify": ("megatron_cpt.checkpoint.verify:verify", "megatron_cpt.checkpoint.verify:Verify"),
+            "verify": ("megatron_cpt.checkpoint.verify:verify", "megatron_cpt.config.conversion:Verify"),
         },
         "Convert Llama checkpoints between Hugging Face and Megatron, or compare two of them.",
     )

@@ -7,9 +7,8 @@ import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -56,75 +55,15 @@ from megatron_cpt.checkpoint.torch_dist import (
     write_distcp,
     write_metadata,
 )
-from megatron_cpt.checkpoint.vocabulary import (
-    ExtendedTensors,
-    Extension,
-    NewRows,
-    extension,
-    replace_tokenizer,
-    sentences,
-)
+from megatron_cpt.checkpoint.vocabulary import ExtendedTensors, Extension, extension, replace_tokenizer, sentences
+from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf
 from megatron_cpt.errors import InputError
 from megatron_cpt.input_files import load_json
 from megatron_cpt.interrupting import interruptible
 from megatron_cpt.model.llama import LlamaConfig, llama_from, read_llama_config
 
-Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 FILE_BYTES = 2 << 30  # of a .distcp file: what a killed conversion has to do again, and what processes share out
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class HfToMegatron:
-    """Convert a Hugging Face Llama checkpoint into a Megatron checkpoint (torch_dist, loads in any layout)."""
-
-    hf: str
-    """HF folder: config.json, *.safetensors (or pytorch_model*.bin), tokenizer."""
-    megatron: str
-    """Folder to write; the checkpoint goes into its subfolder "release"."""
-    dtype: Dtype = "keep"
-    """Of the written weights; keep wants all tensors to have one dtype."""
-    extend_tokenizer: str | None = None
-    """HF folder of a tokenizer with all tokens of the model's own under the same ids, and more: rows are added for those."""
-    added_tokens: str | None = None
-    """File with a token on each line, to be added to the model's tokenizer: rows are added for them."""
-    new_rows: NewRows = "subtokens"
-    """What rows of new tokens begin as: the mean of the rows of what their text was before, the mean of all rows and a
-    little noise, or zero."""
-    repair_rows: bool = False
-    """Make rows near zero, which nobody has trained, the mean of all rows and a little noise."""
-    seed: int = 1234
-    """Of the noise."""
-    num_workers: int = 2
-    """Processes that write files at the same time."""
-    overwrite: bool = False
-    check_only: bool = False
-    """Say what would be written, after everything that can be known to be wrong before, and write nothing."""
-
-
-@dataclass(frozen=True)
-class MegatronToHf:
-    """Convert a Megatron checkpoint into a Hugging Face folder."""
-
-    megatron: str
-    """Checkpoint folder, or the folder of a run (its newest checkpoint)."""
-    hf: str
-    """Folder to write."""
-    dtype: Dtype = "keep"
-    """Of the written weights; keep leaves them as they were trained."""
-    tokenizer: str | None = None
-    """HF folder whose tokenizer and generation config go along; only for checkpoints of Megatron-LM and Megatron-Bridge."""
-    vocab_size: int | None = None
-    """Of the model, without rows of padding; only for those checkpoints, by default what they say."""
-    max_shard_size: str = "5GB"
-    """Of a .safetensors file."""
-    upload_ready: bool = False
-    """Write a model card (README.md) with what the run was: data, ALMR, learning rate, tokens."""
-    num_workers: int = 2
-    """Processes that write files at the same time."""
-    overwrite: bool = False
-    check_only: bool = False
-    """Say what would be written, after everything that can be known to be wrong before, and write nothing."""
 
 
 def hf_to_megatron(config: HfToMegatron) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -23,6 +23,7 @@ from megatron_cpt.checkpoint.layout import find_checkpoint
 from megatron_cpt.checkpoint.megatron_weights import MegatronTensors
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.checkpoint.torch_dist import TorchDistReader
+from megatron_cpt.config.conversion import Verify
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.model.build import build_model, transformer_config
@@ -36,28 +37,6 @@ TEXT = (
     "继续预训练让模型学会一门新的语言，而不忘记原来的语言。 "
     "def mean(values): return sum(values) / len(values)  # 3.14159\n"
 )
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Compare two checkpoints (HF folders or Megatron checkpoints, in any mix) tensor by tensor, bit by bit."""
-
-    a: str
-    """One checkpoint."""
-    b: str
-    """The other."""
-    tensors: bool = True
-    """Compare the weights; without it, only what --logits asks for."""
-    logits: bool = False
-    """Run both models (transformers on HF folders, megatron-core on Megatron checkpoints) and compare what they compute."""
-    text: str | None = None
-    """File with the text to run them on; a few sentences and a line of code otherwise."""
-    max_tokens: int = 512
-    """Of the text, the tokens that are used."""
-    tolerance: float = 1e-3
-    """Largest difference between two logits that passes."""
-    logits_dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which the models are run; a model takes its size in this dtype as memory."""
 
 
 class DifferentError(RunError):

@@ -12,17 +12,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from megatron_cpt.checkpoint.added_tokens import add_tokens
 from megatron_cpt.checkpoint.hf_tokenizer import load
+from megatron_cpt.config.conversion import NewRows
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.tokenizer.behaviour import PROBES
 
-NewRows = Literal["subtokens", "mean", "zero"]
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),

@@ -306,7 +306,8 @@ def run_subcommands(commands: Mapping[str, tuple[Loaded, Loaded]], description: 
             raise InputError(f"{found}; expected {', '.join(commands)}")
         main, config_class = commands[words[0]]
         kind = load(config_class)
-        return load(main)(read_arguments(kind, words[1:], first_line(kind)))
+        config = read_arguments(kind, words[1:], first_line(kind))
+        return load(main)(config)  # which may import torch
 
     exit_on_input_error(call)
 

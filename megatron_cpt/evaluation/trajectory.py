@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint.convert import MegatronToHf, megatron_to_hf
+from megatron_cpt.checkpoint.convert import megatron_to_hf
 from megatron_cpt.checkpoint.layout import (
     check_complete,
     checkpoint_name,
@@ -25,6 +25,7 @@ from megatron_cpt.checkpoint.layout import (
     write_json,
 )
 from megatron_cpt.checkpoint.model_card import seq_length
+from megatron_cpt.config.conversion import MegatronToHf
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.columns import all_columns
 from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig

@@ -296,3 +296,34 @@ class DpoConfig:
         )
         for section in (self.data, self.training, self.optimizer, self.run):
             section.check()
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a Hugging Face checkpoint."""
+
+    model: str
+    """HF folder."""
+    system: str | None = None
+    """System prompt."""
+    chat_template: str | None = None
+    """llama3, chatml, or a file with a Jinja template. Default: the tokenizer's own."""
+    prompt: list[str] | str | None = None
+    """Text to complete instead of a conversation, greedily, as base models do; several one after the other."""
+    max_new_tokens: int = 512
+    """Longest answer."""
+    temperature: float = 0.7
+    """0: always the likeliest token."""
+    top_p: float = 0.9
+    """Draw from the likeliest tokens that have this probability together."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that were there become less likely."""
+    seed: int | None = None
+    """The same answers again. Default: others each time."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """In which the model is run. Default: as it was saved."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, max_new_tokens=1, temperature=0)
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
+        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")

@@ -7,8 +7,6 @@ import math
 import os
 import sys
 import threading
-from dataclasses import dataclass
-from typing import Literal
 
 from rich.table import Table
 
@@ -20,7 +18,6 @@ from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.critical import predict_critical_ratios
 from megatron_cpt.study.fit import Fit, equation, fit, grouped_notes, write_fit
-from megatron_cpt.study.frontier import Axis
 from megatron_cpt.study.local import alone_in, device_shares, environment, run_locally
 from megatron_cpt.study.outcome import read_outcome
 from megatron_cpt.study.page import critical_words, interval, write_page
@@ -28,59 +25,13 @@ from megatron_cpt.study.plan import make_plan, plan_table
 from megatron_cpt.study.points import Base, Point, points, read_base, read_proposed, run_folder, write_proposed
 from megatron_cpt.study.results import Results, collect, write_results
 from megatron_cpt.study.scores import START, measure, read_all_scores, scores_path
+from megatron_cpt.study.settings import Choose, FitOptions, Plan, Plot, Run
 from megatron_cpt.study.slurm import submit
 
 
 def say(text: str) -> None:
     """A line for the user, beside the result on stdout."""
     print(text, file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class Plan(StudyConfig):
-    """The grid with what it takes; with --adaptive N also the next N points."""
-
-    adaptive: int = 0
-    """Add so many pairs of ALMR and learning rate, where they tell most (Optuna); `run` runs them too."""
-
-
-@dataclass(frozen=True)
-class Run(StudyConfig):
-    """Do the runs that are not done yet, here or as a SLURM job array, and collect what they found."""
-
-    only: str | None = None
-    """Name of the one run to do."""
-
-
-@dataclass(frozen=True)
-class FitOptions(StudyConfig):
-    """Fit surfaces, the frontier, the loss line and the mixture laws to what the runs found."""
-
-    frontier_axis: Axis = "almr"
-    """Along which peaks are looked for: the best ALMR for each learning rate, or the best learning rate for each ALMR."""
-    tolerance: float = 0.01
-    """Relative rise of the general loss, for critical mixture ratios."""
-    token_budget: int | None = None
-    """Predict the critical mixture ratio of a run of so many tokens."""
-
-
-@dataclass(frozen=True)
-class Plot(FitOptions):
-    """Draw the figures and write report.html."""
-
-
-@dataclass(frozen=True)
-class Choose(FitOptions):
-    """Choose ALMR and learning rate, and write the configuration of the run to start."""
-
-    max_general_rise: float = 0.01
-    """Of the general languages' loss (so of their bits per byte), relative to the start: 0.01 is one per cent."""
-    confidence: float = 0.9
-    """Probability with which this must hold, where surfaces give one."""
-    goal: Literal["mean_metric", "additional"] | None = None
-    """The highest mean metric or the lowest additional loss. Default: the former where there are scores."""
-    target: str | None = None
-    """Configuration of the run to start, perhaps of a larger model. Default: the study's base."""
 
 
 def plan(study: Plan) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.integrate import solve_ivp
 
+from megatron_cpt.study.settings import Axis
 from megatron_cpt.study.surfaces import INTERVAL, Array, Scale, Surface, unit_grid
 
 SLICES = 25  # of the surface, each with one peak at most
@@ -27,8 +28,6 @@ LEAST_REPLICATES = 0.8  # that must have a line
 FIELD = 51  # points along each axis of the field of gradients
 STEP, LONGEST = 0.01, 4.0  # of the descent: between its points, and in all, in unit coordinates
 FLAT_GRADIENT = 1e-3  # of the steepest: where the descent ends
-
-Axis = Literal["almr", "lr"]
 
 
 @dataclass(frozen=True)

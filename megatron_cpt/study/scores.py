@@ -11,8 +11,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint.convert import MegatronToHf, megatron_to_hf
+from megatron_cpt.checkpoint.convert import megatron_to_hf
 from megatron_cpt.checkpoint.layout import iterations, write_json
+from megatron_cpt.config.conversion import MegatronToHf
 from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.outcome import StoppedError

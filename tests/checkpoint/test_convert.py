@@ -21,14 +21,10 @@ from tiny_models import ROOT, VARIANTS, make_tiny_llama, run_tool
 
 from megatron_cpt.checkpoint import conversion, convert
 from megatron_cpt.checkpoint.conversion import resumable_folder
-from megatron_cpt.checkpoint.convert import (
-    HfToMegatron,
-    MegatronToHf,
-    hf_to_megatron,
-    megatron_to_hf,
-)
+from megatron_cpt.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_cpt.checkpoint.hf_files import weight_files
-from megatron_cpt.checkpoint.verify import DifferentError, Verify, verify
+from megatron_cpt.checkpoint.verify import DifferentError, verify
+from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf, Verify
 from megatron_cpt.errors import InputError
 
 

@@ -12,7 +12,8 @@ from every_setting import settings_of
 from tiny_models import make_tiny_llama
 
 from megatron_cpt.checkpoint import convert
-from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_megatron, megatron_to_hf
+from megatron_cpt.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf
 
 # setting -> what it is set to, and what is seen of it where files are written (see `seen_of`)
 TO_MEGATRON: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -14,9 +14,10 @@ import yaml
 from test_torch_dist import Bomb
 from tiny_models import VARIANTS, make_tiny_llama
 
-from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_megatron, megatron_to_hf
+from megatron_cpt.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_cpt.checkpoint.hf_files import HfTensors
-from megatron_cpt.checkpoint.verify import Verify, verify
+from megatron_cpt.checkpoint.verify import verify
+from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf, Verify
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import read_llama_config
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.checkpoint.convert import MegatronToHf, make_card
+from megatron_cpt.checkpoint.convert import make_card
 from megatron_cpt.checkpoint.model_card import base_model, languages
+from megatron_cpt.config.conversion import MegatronToHf
 from megatron_cpt.errors import InputError
 
 

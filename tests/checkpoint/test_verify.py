@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from tiny_models import make_tiny_llama
 
-from megatron_cpt.checkpoint.convert import HfToMegatron, hf_to_megatron
-from megatron_cpt.checkpoint.verify import DifferentError, Verify, verify
+from megatron_cpt.checkpoint.convert import hf_to_megatron
+from megatron_cpt.checkpoint.verify import DifferentError, verify
+from megatron_cpt.config.conversion import HfToMegatron, Verify
 from megatron_cpt.errors import InputError
 
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, make_tiny_llama, run_tool
 
-from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_megatron, megatron_to_hf
+from megatron_cpt.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_cpt.checkpoint.megatron_weights import open_megatron
-from megatron_cpt.checkpoint.verify import Verify, verify
+from megatron_cpt.checkpoint.verify import verify
 from megatron_cpt.checkpoint.vocabulary import Extension, extended, new_tokens
+from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf, Verify
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import read_llama_config
 

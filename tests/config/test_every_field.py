@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -11,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from megatron_cpt.config.cli import collect_arguments, normalise, read_arguments
+from megatron_cpt.config.cli import collect_arguments, normalise, read_arguments, run_subcommands
 from megatron_cpt.config.values import COUNTED, alternatives, is_optional
 from megatron_cpt.errors import InputError, InputErrors
 
@@ -22,16 +24,16 @@ CONFIGS = [
     "data.merge:MergeConfig",
     "data.adopt:AdoptConfig",
     "data.inspection:InspectConfig",
-    "checkpoint.convert:HfToMegatron",
-    "checkpoint.convert:MegatronToHf",
-    "checkpoint.verify:Verify",
+    "config.conversion:HfToMegatron",
+    "config.conversion:MegatronToHf",
+    "config.conversion:Verify",
     "planning.config:PlanConfig",
-    "study.commands:Plan",
-    "study.commands:Run",
-    "study.commands:Choose",
+    "study.settings:Plan",
+    "study.settings:Run",
+    "study.settings:Choose",
     "posttrain.settings:SftConfig",
     "posttrain.settings:DpoConfig",
-    "posttrain.chat:ChatConfig",
+    "posttrain.settings:ChatConfig",
     "evaluation.config:EvaluateConfig",
 ]
 
@@ -167,3 +169,26 @@ def test_switches_and_choices(name: str) -> None:
             elif get_origin(first) is Literal:
                 assert errors
                 assert word not in get_args(first)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_configuration_is_read_without_torch(name: str) -> None:
+    """So a wrong value is answered at once, not after the seconds that torch and megatron-core take to import."""
+    module, _, kind = name.partition(":")
+    code = f"""if True:
+        import sys
+        from megatron_cpt.config.cli import read_arguments
+        from megatron_cpt.{module} import {kind}
+        try:
+            read_arguments({kind}, ["--no_such_option", "3"], "")
+        except Exception:
+            print([module for module in ("torch", "megatron", "transformers", "scipy") if module in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_command_is_imported_after_its_options_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tool", "verify", "--c", "3"])
+    with pytest.raises(SystemExit, match="2"):
+        run_subcommands({"verify": ("no.such.module:verify", "megatron_cpt.config.conversion:Verify")}, "")

@@ -163,7 +163,7 @@ def fields_of(config_class: type, prefix: str = "") -> set[str]:
 @cache
 def known_fields() -> dict[str, set[str]]:
     """By heading of a column of the tables, what may stand in it."""
-    from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf
+    from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf
     from megatron_cpt.config.run import RunConfig
     from megatron_cpt.data import mixture_file
     from megatron_cpt.data.merge import MergeConfig

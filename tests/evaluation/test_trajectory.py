@@ -16,7 +16,8 @@ import pytest
 from tiny_models import make_tiny_llama
 
 from megatron_cpt.checkpoint.checksums import checksums_in, sealed
-from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf, hf_to_megatron, megatron_to_hf
+from megatron_cpt.checkpoint.convert import hf_to_megatron, megatron_to_hf
+from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.config import CheckpointConfig, EvaluateConfig, TextConfig, TrajectoryConfig
 from megatron_cpt.evaluation.report import evaluate, only_evaluation

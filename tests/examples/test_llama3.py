@@ -14,8 +14,8 @@ import yaml
 from llama3 import RECIPES, Recipe, make_project
 from tiny_models import ROOT
 
-from megatron_cpt.checkpoint.convert import HfToMegatron, MegatronToHf
 from megatron_cpt.config.cli import read_arguments
+from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.merge import MergeConfig
 from megatron_cpt.data.preprocess_config import PreprocessConfig

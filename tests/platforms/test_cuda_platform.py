@@ -16,7 +16,8 @@ from tiny_models import VARIANTS, read_rows
 from tiny_runs import SAVE_INTERVAL, STEPS, Layout, Runs
 
 import megatron_cpt.training  # noqa: F401  (prepares the platform)
-from megatron_cpt.checkpoint.verify import Verify, verify
+from megatron_cpt.checkpoint.verify import verify
+from megatron_cpt.config.conversion import Verify
 from megatron_cpt.data.loader import Batch
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.cuda import CudaPlatform

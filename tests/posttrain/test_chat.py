@@ -15,7 +15,8 @@ from tiny_models import ROOT, make_tiny_llama
 from megatron_cpt.chat_data.conversations import Message
 from megatron_cpt.chat_data.templates import CHATML
 from megatron_cpt.errors import InputError
-from megatron_cpt.posttrain.chat import Chat, ChatConfig, Speaker, chat
+from megatron_cpt.posttrain.chat import Chat, Speaker, chat
+from megatron_cpt.posttrain.settings import ChatConfig
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from every_setting import settings_of
 
 from megatron_cpt.config.cli import run_tool
 from megatron_cpt.posttrain import chat as chat_room
-from megatron_cpt.posttrain.chat import ChatConfig, chat
+from megatron_cpt.posttrain.chat import chat
+from megatron_cpt.posttrain.settings import ChatConfig
 
 # setting -> what is given, and what the stand-in for transformers has to have seen of it
 ROWS: dict[str, tuple[list[str], dict[str, Any]]] = {

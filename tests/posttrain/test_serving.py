@@ -16,7 +16,8 @@ from tiny_models import ROOT
 
 from megatron_cpt.chat_data.conversations import Message
 from megatron_cpt.chat_data.templates import load_template
-from megatron_cpt.posttrain.chat import ChatConfig, Speaker
+from megatron_cpt.posttrain.chat import Speaker
+from megatron_cpt.posttrain.settings import ChatConfig
 
 
 def free_port() -> int:

@@ -17,7 +17,8 @@ from tiny_runs import Layout, Runs
 
 from megatron_cpt.checkpoint.checksums import TensorCheck
 from megatron_cpt.checkpoint.layout import find_checkpoint, read_manifest
-from megatron_cpt.checkpoint.verify import Verify, verify
+from megatron_cpt.checkpoint.verify import verify
+from megatron_cpt.config.conversion import Verify
 from megatron_cpt.errors import InputError
 
 STEPS = 3

@@ -17,7 +17,8 @@ import yaml
 from tiny_models import VARIANTS, read_rows, run_tool, write_yaml
 from tiny_runs import SAVE_INTERVAL, STEPS, Layout, Runs
 
-from megatron_cpt.checkpoint.verify import Verify, verify
+from megatron_cpt.checkpoint.verify import verify
+from megatron_cpt.config.conversion import Verify
 
 
 @pytest.fixture(scope="module")

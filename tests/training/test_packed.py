@@ -12,8 +12,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from tiny_models import VARIANTS, make_tiny_llama
 
 import megatron_cpt.training  # noqa: F401  (prepares the platform)
-from megatron_cpt.checkpoint.convert import HfToMegatron, hf_to_megatron
+from megatron_cpt.checkpoint.convert import hf_to_megatron
 from megatron_cpt.checkpoint.save_load import load_checkpoint
+from megatron_cpt.config.conversion import HfToMegatron
 from megatron_cpt.config.run import OptimizerConfig, ParallelConfig
 from megatron_cpt.data.loader import Batch
 from megatron_cpt.model.build import build_model, transformer_config

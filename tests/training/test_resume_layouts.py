@@ -14,7 +14,8 @@ from metrics_rows import clockless
 from tiny_models import VARIANTS, read_rows
 from tiny_runs import SAVE_INTERVAL, Layout, Runs
 
-from megatron_cpt.checkpoint.verify import Verify, verify
+from megatron_cpt.checkpoint.verify import verify
+from megatron_cpt.config.conversion import Verify
 
 STEPS = 4
 SINGLE = Case()

@@ -24,7 +24,8 @@ from tampering import sign_of, signs
 from tiny_models import VARIANTS
 from tiny_runs import Layout, Runs
 
-from megatron_cpt.checkpoint.verify import Verify, verify
+from megatron_cpt.checkpoint.verify import verify
+from megatron_cpt.config.conversion import Verify
 
 STEPS, MICROBATCHES = 4, 16
 SETTINGS = (

@@ -20,7 +20,8 @@ from tampering import sign_of, signs
 from tiny_models import VARIANTS, run_tool, write_yaml
 from tiny_runs import Layout, Runs
 
-from megatron_cpt.checkpoint.verify import Verify, verify
+from megatron_cpt.checkpoint.verify import verify
+from megatron_cpt.config.conversion import Verify
 from megatron_cpt.config.run import CheckpointConfig, OptimizerConfig, RunConfig, TrainingConfig
 from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.errors import InputError
