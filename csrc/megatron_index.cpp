@@ -30,7 +30,7 @@ void check(bool holds, const std::string& message) {
 
 void check_range(int64_t value, int64_t low, int64_t high, const std::string& name) {
   check(low <= value && value <= high,
-        name + " is " + std::to_string(value) + "; use " + std::to_string(low) + " to " + std::to_string(high));
+        name + " is " + std::to_string(value) + "; expected " + std::to_string(low) + " to " + std::to_string(high));
 }
 
 template <class Array>
@@ -76,7 +76,7 @@ std::vector<int64_t> chunk_starts(const Chunks& chunks, const std::vector<ChunkS
   for (const ChunkSum& sum : sums) {
     if (sum.bad_entry >= 0) {
       const std::string document = std::to_string(chunks.stream.document_index[sum.bad_entry]);
-      check(false, "document_index[" + std::to_string(sum.bad_entry) + "] is " + document + "; use documents from 0 to " +
+      check(false, "document_index[" + std::to_string(sum.bad_entry) + "] is " + document + "; expected documents from 0 to " +
                        std::to_string(chunks.stream.num_documents - 1) + " of length 0 or more");
     }
     starts.push_back(starts.back() + sum.tokens);
@@ -104,7 +104,7 @@ py::array build_sample_index(const Int32Array& lengths, const Int32Array& docume
   check_range(threads, 1, MAX_THREADS, "threads");
   const DocumentStream stream{lengths.data(), lengths.size(), document_index.data(), document_index.size()};
   const int64_t widest = std::numeric_limits<int32_t>::max();
-  check(wide || stream.num_entries <= widest, "document_index has more than 2**31 - 1 entries; use wide");
+  check(wide || stream.num_entries <= widest, "document_index has more than 2**31 - 1 entries; expected wide");
   const Chunks chunks{stream, std::min<int64_t>(threads, stream.num_entries)};
   std::vector<ChunkSum> sums;
   {
@@ -112,7 +112,7 @@ py::array build_sample_index(const Int32Array& lengths, const Int32Array& docume
     sums = sum_all(chunks);
   }
   const std::vector<int64_t> starts = chunk_starts(chunks, sums);
-  check(starts.back() > 0, "the documents have 0 tokens; use at least 1");
+  check(starts.back() > 0, "the documents have 0 tokens; expected at least 1");
   check_range(num_samples, 0, (starts.back() - 1) / seq_length, "num_samples");
   return wide ? emit_all<int64_t>(chunks, starts, seq_length, num_samples)
               : emit_all<int32_t>(chunks, starts, seq_length, num_samples);
@@ -125,7 +125,7 @@ py::tuple build_blending_index(const DoubleArray& weights, int64_t num_samples) 
   for (py::ssize_t i = 0; i < weights.size(); ++i) {
     const double weight = weights.data()[i];
     check(std::isfinite(weight) && weight > 0,
-          "weights[" + std::to_string(i) + "] is " + std::to_string(weight) + "; use finite numbers above 0");
+          "weights[" + std::to_string(i) + "] is " + std::to_string(weight) + "; expected finite numbers above 0");
   }
   py::array_t<int16_t> dataset_index(num_samples);
   py::array_t<int64_t> dataset_sample_index(num_samples);

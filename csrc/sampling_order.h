@@ -42,7 +42,7 @@ struct Description {
 };
 
 inline void require(bool holds, const std::string& name, int64_t value, const std::string& wanted) {
-  if (!holds) throw std::invalid_argument(name + " is " + std::to_string(value) + "; use " + wanted);
+  if (!holds) throw std::invalid_argument(name + " is " + std::to_string(value) + "; expected " + wanted);
 }
 
 inline void require_size(int64_t value, const std::string& name) {

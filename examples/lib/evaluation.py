@@ -56,7 +56,7 @@ def check_memory(model: str, gpus: int, device_name: str) -> None:
     needed, there = number_of_parameters(find_model(model)) * BF16 / GIB, gpus * device.memory_gib
     facts = f"the weights of {model} in bf16 take {needed:.1f} GiB of the {there:.1f} GiB of {gpus} x {device.name}"
     if needed > there:
-        raise InputError(f"{facts}; use device_map: auto, and more GPUs (GPUS_PER_NODE)")
+        raise InputError(f"{facts}; expected device_map: auto, and more GPUs (GPUS_PER_NODE)")
     print(f"memory: {facts}; what the answers need comes on top")
 
 

@@ -232,13 +232,13 @@ def template_text(tokenizer: Any, name: str | None) -> str:
         own = own.get("default") if isinstance(own, dict) else own  # some have a second one, for tools
         if not isinstance(own, str):
             raise InputError(
-                f"the tokenizer {tokenizer.name_or_path} has no chat template; use chat_template: llama3, chatml or a file"
+                f"the tokenizer {tokenizer.name_or_path} has no chat template; expected llama3, chatml or a file"
             )
         return own
     if name in TEMPLATES:
         return TEMPLATES[name][0]
     if not os.path.isfile(name):
-        raise InputError(f"chat_template is {name}, no file; use llama3, chatml, or a file with a Jinja template")
+        raise InputError(f"chat_template is {name}, no file; expected llama3, chatml, or a file with a Jinja template")
     with open(name, encoding="utf-8") as file:
         try:
             text = file.read(MOST_CHARACTERS + 1)

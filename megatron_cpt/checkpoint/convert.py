@@ -255,7 +255,7 @@ def described_by(folder: str, config: MegatronToHf) -> dict[str, Any] | None:
                 raise InputError(f"{name} is given but {folder} has its configuration and tokenizer in hf/; leave it out")
         return None
     if config.vocab_size is not None and config.vocab_size < 1:
-        raise InputError(f"vocab_size is {config.vocab_size}; use a whole number above 0")
+        raise InputError(f"vocab_size is {config.vocab_size}; expected a whole number above 0")
     fields = foreign_config(folder, config.vocab_size)
     if config.tokenizer is not None:
         tokenizer = load(config.tokenizer)
@@ -286,7 +286,7 @@ def shard_job(shard: Shard, infos: Mapping[str, TensorInfo], tensors: MegatronTe
 def check_workers(num_workers: int) -> None:
     """Raise InputError unless it is a number of processes."""
     if num_workers < 1:
-        raise InputError(f"num_workers is {num_workers}; use 1 or more")
+        raise InputError(f"num_workers is {num_workers}; expected 1 or more")
 
 
 def say_size(folder: str, size: int, dtype: str) -> str:

@@ -39,7 +39,7 @@ def check_model(model: str) -> None:
     adapter_note(model)
     if not os.path.exists(os.path.join(model, "config.json")):
         wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
-        raise InputError(f"model is {model}, which has no config.json; use {wanted}")
+        raise InputError(f"model is {model}, which has no config.json; expected {wanted}")
     for name in sorted(os.listdir(model)):
         if name.endswith(".json"):  # transformers reads them without limits
             fields = load_json(os.path.join(model, name))
@@ -235,7 +235,7 @@ def plan_shards(infos: Mapping[str, TensorInfo], max_shard_size: str) -> tuple[l
     }
     size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE)
     if size is None or float(size[1]) == 0:
-        raise InputError(f"max_shard_size is {max_shard_size!r}; use a size above 0 in KB, MB, GB or TB, such as 5GB")
+        raise InputError(f"max_shard_size is {max_shard_size!r}; expected a size above 0 in KB, MB, GB or TB, such as 5GB")
     split = split_torch_state_dict_into_shards(placeholders, max_shard_size=max_shard_size)
     shards = [Shard(name, tuple(tensors)) for name, tensors in split.filename_to_tensors.items()]
     if not split.is_sharded:

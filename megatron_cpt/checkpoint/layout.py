@@ -107,7 +107,7 @@ def iterations(root: str) -> dict[int, str]:
 def find_checkpoint(path: str) -> str:
     """A checkpoint folder, given itself or the folder of a run (its newest complete checkpoint)."""
     if not path:
-        raise InputError("the checkpoint's name is empty; use its folder or that of a run")
+        raise InputError("the checkpoint's name is empty; expected its folder or that of a run")
     if not os.path.isdir(path):
         raise InputError(f"checkpoint {path}: no such folder")
     if os.path.exists(os.path.join(path, "metadata.json")):

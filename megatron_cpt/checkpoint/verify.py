@@ -78,9 +78,9 @@ def verify(config: Verify) -> str:
     if not (config.tensors or config.logits):
         raise InputError("tensors and logits are both false: there is nothing to compare")
     if not config.tolerance >= 0:
-        raise InputError(f"tolerance is {config.tolerance}; use a number that is not negative")
+        raise InputError(f"tolerance is {config.tolerance}; expected a number that is not negative")
     if config.max_tokens < 2:
-        raise InputError(f"max_tokens is {config.max_tokens}; use 2 or more")
+        raise InputError(f"max_tokens is {config.max_tokens}; expected 2 or more")
     a, b = open_both(config.a, config.b)
     said = []
     if config.tensors:
@@ -172,7 +172,7 @@ def tokens_of(a: Checkpoint, b: Checkpoint, config: Verify) -> torch.Tensor:
             raise InputError(f"{where} is not UTF-8: {error}") from error
     tokens = torch.tensor(load_tokenizer(folder).encode(text)[: config.max_tokens])
     if len(tokens) < 2:
-        raise InputError(f"{where} has {len(tokens)} tokens; use 2 or more")
+        raise InputError(f"{where} has {len(tokens)} tokens; expected 2 or more")
     return tokens
 
 

@@ -101,9 +101,9 @@ def extension(
         InputError: both are given, or the new tokenizer is not an extension of the model's
     """
     if extend_tokenizer is not None and added_tokens is not None:
-        raise InputError("extend_tokenizer and added_tokens are both given; use one")
+        raise InputError("extend_tokenizer and added_tokens are both given; expected one")
     if not 0 <= seed < 1 << 63:
-        raise InputError(f"seed is {seed}; use a whole number from 0 to 2^63 - 1")
+        raise InputError(f"seed is {seed}; expected a whole number from 0 to 2^63 - 1")
     with tempfile.TemporaryDirectory() as folder:
         if added_tokens is not None:
             extend_tokenizer = folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_cpt.config.require import require, require_at_least
+from megatron_cpt.config.require import Requirements
 from megatron_cpt.errors import InputError
 
 RecomputeModule = Literal["core_attn", "mlp", "layernorm"]
@@ -49,16 +49,20 @@ class ParallelConfig:
     """With selective: what to compute again. Default: core_attn."""
 
     def __post_init__(self) -> None:
-        require_at_least(
-            self,
-            tensor_model_parallel_size=1,
-            pipeline_model_parallel_size=1,
-            virtual_pipeline_model_parallel_size=2,
-            context_parallel_size=1,
-            recompute_num_layers=1,
-        )
-        self._check_stages()
-        self._check_recompute()
+        with Requirements() as need:
+            need.at_least(
+                self,
+                tensor_model_parallel_size=1,
+                pipeline_model_parallel_size=1,
+                virtual_pipeline_model_parallel_size=2,
+                context_parallel_size=1,
+                recompute_num_layers=1,
+                num_layers_in_first_pipeline_stage=1,
+                num_layers_in_last_pipeline_stage=1,
+            )
+            for check in (self._check_stages, self._check_recompute):
+                with need.noted():
+                    check()
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise InputError("sequence_parallel is true with tensor_model_parallel_size 1; it needs 2 or more")
         if self.tp_comm_overlap and not self.sequence_parallel:
@@ -68,9 +72,6 @@ class ParallelConfig:
 
     def _check_stages(self) -> None:
         uneven = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-        for name in uneven:
-            layers = getattr(self, name)
-            require(layers is None or layers > 0, f"parallel.{name}", layers, "1 or more")
         for name in (*uneven, "virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"):
             if getattr(self, name) is not None and self.pipeline_model_parallel_size == 1:
                 raise InputError(
@@ -79,7 +80,9 @@ class ParallelConfig:
         if self.pipeline_model_parallel_layout is not None:
             for name in uneven:
                 if getattr(self, name) is not None:
-                    raise InputError(f"parallel.{name} and parallel.pipeline_model_parallel_layout are both given; use one")
+                    raise InputError(
+                        f"parallel.{name} and parallel.pipeline_model_parallel_layout are both given; expected one"
+                    )
 
     def _check_recompute(self) -> None:
         full = ("recompute_method", "recompute_num_layers")

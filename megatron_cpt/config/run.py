@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from megatron_cpt.config.lr import LrConfig
 from megatron_cpt.config.parallel import ParallelConfig
-from megatron_cpt.config.require import at_most_one, require, require_at_least
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.config.require import Requirements, at_most_one, require, require_at_least
+from megatron_cpt.errors import InputError
 
 MOST_THREADS = 256  # of a process
 
@@ -38,18 +38,14 @@ class OptimizerConfig:
     """Highest global gradient norm; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        refusals = Refusals()
-        with refusals.noted():
-            require_at_least(self, min_lr=0, weight_decay=0, clip_grad=0)
-        for name in ("lr", "adam_eps"):
-            value = getattr(self, name)
-            with refusals.noted():
-                require(0 < value < float("inf"), f"optimizer.{name}", value, "a number above 0")
-        for name in ("adam_beta1", "adam_beta2"):
-            value = getattr(self, name)
-            with refusals.noted():
-                require(0 <= value < 1, f"optimizer.{name}", value, "a number from 0 to below 1")
-        refusals.raise_any()
+        with Requirements() as need:
+            need.at_least(self, min_lr=0, weight_decay=0, clip_grad=0)
+            for name in ("lr", "adam_eps"):
+                value = getattr(self, name)
+                need(0 < value < float("inf"), f"optimizer.{name}", value, "a number above 0")
+            for name in ("adam_beta1", "adam_beta2"):
+                value = getattr(self, name)
+                need(0 <= value < 1, f"optimizer.{name}", value, "a number from 0 to below 1")
         if self.min_lr > self.lr:
             raise InputError(f"optimizer.min_lr {self.min_lr} is above optimizer.lr {self.lr}")
 
@@ -88,21 +84,19 @@ class TrainingConfig:
     """Save and stop this long after the start, to be there before a job's time limit."""
 
     def __post_init__(self) -> None:
-        refusals = Refusals()
-        with refusals.noted():
-            require(0 <= self.seed < 2**63, "training.seed", self.seed, "0 to 2**63 - 1")
-        with refusals.noted():
-            self._check_length()
-        with refusals.noted():
-            require_at_least(self, micro_batch_size=1, global_batch_size=1, exit_duration_in_mins=0)
-        with refusals.noted():
+        with Requirements() as need:
+            need(0 <= self.seed < 2**63, "training.seed", self.seed, "0 to 2**63 - 1")
+            with need.noted():
+                self._check_length()
+            need.at_least(self, micro_batch_size=1, global_batch_size=1, exit_duration_in_mins=0)
             is_wide = self.fp8 is not None and self.params_dtype != "bf16"
-            require(not is_wide, "training.params_dtype", self.params_dtype, "bf16 with fp8")
-        refusals.raise_any()
+            need(not is_wide, "training.params_dtype", self.params_dtype, "bf16 with fp8")
 
     def _check_length(self) -> None:
         if at_most_one("training", self, "train_iters", "train_samples", "train_tokens") is None:
-            raise InputError("the length of the run is not given; use training.train_iters, train_samples or train_tokens")
+            raise InputError(
+                "the length of the run is not given; expected training.train_iters, train_samples or train_tokens"
+            )
         require_at_least(self, train_iters=1, train_samples=1, train_tokens=1)
         name, planned = self.planned_length()
         longer = f"more than training.{name}, {planned}"
@@ -142,8 +136,9 @@ class DataConfig:
     """Micro-batches read ahead."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, num_workers=0, prefetch=1)
-        require(self.num_workers <= MOST_THREADS, "data.num_workers", self.num_workers, f"at most {MOST_THREADS}")
+        with Requirements() as need:
+            need.at_least(self, num_workers=0, prefetch=1)
+            need(self.num_workers <= MOST_THREADS, "data.num_workers", self.num_workers, f"at most {MOST_THREADS}")
 
 
 @dataclass(frozen=True)
@@ -156,8 +151,7 @@ class ValidationConfig:
     """Samples of each set to evaluate; null takes the whole set."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, eval_interval=0)
-        require(self.eval_samples is None or self.eval_samples > 0, "eval_samples", self.eval_samples, "1 or more")
+        require_at_least(self, eval_interval=0, eval_samples=1)
 
 
 @dataclass(frozen=True)
@@ -214,13 +208,14 @@ class TroubleConfig:
     """A process that has shown no sign of life for so long is taken for dead and ends the run; 0 turns this off."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, max_skipped_steps=0, spike_window=2, check_weights_interval=0)
-        # Processes tell each other twice a second that they live.
-        seconds = self.heartbeat_seconds
-        require(seconds == 0 or seconds >= 2, "trouble.heartbeat_seconds", seconds, "2 or more, or 0")
-        for name in ("spike_sigmas", "spike_grad_norm"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"trouble.{name}", value, "a number above 0")
+        with Requirements() as need:
+            need.at_least(self, max_skipped_steps=0, spike_window=2, check_weights_interval=0)
+            # Processes tell each other twice a second that they live.
+            seconds = self.heartbeat_seconds
+            need(seconds == 0 or seconds >= 2, "trouble.heartbeat_seconds", seconds, "2 or more, or 0")
+            for name in ("spike_sigmas", "spike_grad_norm"):
+                value = getattr(self, name)
+                need(value is None or value > 0, f"trouble.{name}", value, "a number above 0")
 
 
 @dataclass(frozen=True)
@@ -249,13 +244,15 @@ class LoggingConfig:
     """Ranks it traces."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, log_interval=1, profile_step_start=1, profile_step_end=1)
-        require(
-            self.peak_tflops is None or self.peak_tflops > 0, "logging.peak_tflops", self.peak_tflops, "a number above 0"
-        )
+        with Requirements() as need:
+            need.at_least(self, log_interval=1, profile_step_start=1, profile_step_end=1)
+            peak = self.peak_tflops
+            need(peak is None or peak > 0, "logging.peak_tflops", peak, "a number above 0")
         start, end = self.profile_step_start, self.profile_step_end
         if end is not None and (start is None or end < start):
-            raise InputError(f"logging.profile_step_end is {end} with profile_step_start {start}; use that or a later step")
+            raise InputError(
+                f"logging.profile_step_end is {end} with profile_step_start {start}; expected that or a later step"
+            )
 
 
 @dataclass(frozen=True)

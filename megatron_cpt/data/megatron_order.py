@@ -109,10 +109,10 @@ def _build_sample_index(
     """The definition. Needs 8 bytes for each entry of the document index more than the compiled twin."""
     if document_index.min() < 0 or document_index.max() >= lengths.size:
         found = f"document_index goes from {document_index.min()} to {document_index.max()}"
-        raise ValueError(f"{found}; use documents from 0 to {lengths.size - 1}")
+        raise ValueError(f"{found}; expected documents from 0 to {lengths.size - 1}")
     ends = np.cumsum(lengths[document_index], dtype=np.int64)
     if not 0 <= num_samples <= (ends[-1] - 1) // seq_length:
-        raise ValueError(f"num_samples is {num_samples}; use 0 to {(ends[-1] - 1) // seq_length}")
+        raise ValueError(f"num_samples is {num_samples}; expected 0 to {(ends[-1] - 1) // seq_length}")
     positions = np.arange(num_samples + 1, dtype=np.int64) * seq_length
     entries = np.searchsorted(ends, positions, side="right")  # the entry that holds the token: none of length 0
     offsets = positions - (ends[entries] - lengths[document_index[entries]])

@@ -64,7 +64,7 @@ def _check_budgets(mixture: Mixture) -> None:
             raise InputError(f"{mixture.path}: two stages are named {name!r}; set different names")
     tokens = sum(stage.tokens or 0 for stage in mixture.stages)
     if tokens > MAX_TOKENS:
-        raise InputError(f"{mixture.path}: the stages have {float(tokens):g} tokens; use at most 2**62")
+        raise InputError(f"{mixture.path}: the stages have {float(tokens):g} tokens; expected at most 2**62")
     for stage in mixture.stages:
         if stage.tokens is not None and stage.tokens < mixture.seq_length:
             found = counted(stage.tokens, "token")
@@ -79,8 +79,8 @@ def _check_budgets(mixture: Mixture) -> None:
     total = sum(fraction or 0 for fraction in fractions)
     if total > 1 or (None not in fractions and total != 1):
         raise InputError(
-            f"{mixture.path}: the fractions of the stages sum to {float(total):g}; use 1, or less and a last stage without "
-            f"a budget"
+            f"{mixture.path}: the fractions of the stages sum to {float(total):g}; expected 1, or less and a last stage "
+            f"without a budget"
         )
     if total == 1 and None in fractions:
         raise InputError(f"{mixture.path}: the fractions of the stages sum to 1, which leaves nothing for the others")

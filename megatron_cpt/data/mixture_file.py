@@ -106,7 +106,7 @@ def _integer(path: str, fields: dict[str, Any], name: str, minimum: int) -> int:
     if value is None or value.denominator != 1 or not minimum <= value <= MOST_WHOLE:
         found, limits = shown(fields.get(name)), f"{minimum} or more" + (", below 2**63" if value else "")
         unit = " without a unit" if value is None and amount(fields.get(name)) is not None else ""
-        raise InputError(f"{path}: {name} is {found}; use a whole number{unit}, {limits}")
+        raise InputError(f"{path}: {name} is {found}; expected a whole number{unit}, {limits}")
     return int(value)
 
 
@@ -178,28 +178,30 @@ class _Reader:
         if described is None:
             return [("", {})]
         if not isinstance(described, list) or not described:
-            raise InputError(f"{self.path}: stages is {shown(described)}; use a list of stages with a budget and an almr")
+            raise InputError(
+                f"{self.path}: stages is {shown(described)}; expected a list of stages with a budget and an almr"
+            )
         stages = [(f"stages[{i}].", stage) for i, stage in enumerate(described)]
         for place, stage in stages:
             if not isinstance(stage, dict):
-                raise InputError(f"{self.path}: {place[:-1]} is {shown(stage)}; use a stage with a budget and an almr")
+                raise InputError(f"{self.path}: {place[:-1]} is {shown(stage)}; expected a stage with a budget and an almr")
         return stages
 
     def _length(self, place: str, stage: dict[str, Any], is_last: bool) -> tuple[int | None, Fraction | None]:
         """A stage's budget in tokens, or as a part of the run."""
         path = self.path
         if "tokens" in stage and "fraction" in stage:
-            raise InputError(f"{path}: {place}tokens and {place}fraction are both given; use one of them")
+            raise InputError(f"{path}: {place}tokens and {place}fraction are both given; expected one of them")
         if "tokens" in stage:
             tokens = amount(stage["tokens"])
             if tokens is None or tokens <= 0:
-                raise InputError(f"{path}: {place}tokens is {shown(stage['tokens'])}; use {TOKENS}")
+                raise InputError(f"{path}: {place}tokens is {shown(stage['tokens'])}; expected {TOKENS}")
             return tokens, None
         if "fraction" in stage:
             fraction = number(stage["fraction"])
             if fraction is None or not 0 < fraction <= 1:
                 raise InputError(
-                    f"{path}: {place}fraction is {shown(stage['fraction'])}; use a part of the run, above 0, at most 1"
+                    f"{path}: {place}fraction is {shown(stage['fraction'])}; expected a part of the run, above 0, at most 1"
                 )
             return None, fraction
         if not is_last:
@@ -251,7 +253,7 @@ class _Reader:
             weight = number(entry.get("weight", 1))
             if weight is None or weight <= 0:
                 found = f"{where}[{i}].weight is {shown(entry['weight'])}"
-                self.refusals.add(InputError(f"{self.path}: {found}; use a number above 0, or leave the entry out"))
+                self.refusals.add(InputError(f"{self.path}: {found}; expected a number above 0, or leave the entry out"))
             self._check_weights(f"{where}[{i}].corpora", entry.get("corpora"))
 
     def _compare(self, place: str, corpus: Corpus, other: Corpus) -> None:
@@ -260,7 +262,7 @@ class _Reader:
             raise InputError(f"{self.path}: two training corpora are named {corpus.name!r}; set different names")
         if corpus.group != other.group:
             raise InputError(
-                f"{self.path}: {place}: {corpus.name} is in both groups; use it as general or as additional text"
+                f"{self.path}: {place}: {corpus.name} is in both groups; expected it as general or as additional text"
             )
         if corpus.max_epochs != other.max_epochs:
             raise InputError(f"{self.path}: {place}: {corpus.name} has another max_epochs elsewhere; give one for the run")
@@ -268,7 +270,7 @@ class _Reader:
     def _flat(self, where: str, entries: Any) -> Iterator[tuple[str, str | None, Any]]:
         """(place in the file, name of the sub-group, entry of a corpus) for a list and its sub-groups."""
         if not isinstance(entries, list):
-            raise InputError(f"{self.path}: {where} is {shown(entries)}; use a list of entries with a prefix")
+            raise InputError(f"{self.path}: {where} is {shown(entries)}; expected a list of entries with a prefix")
         seen: set[str] = set()
         for i, entry in enumerate(entries):
             place = f"{where}[{i}]"
@@ -288,9 +290,9 @@ class _Reader:
         inner = entry["corpora"]
         name = text_of(entry.get("group"))
         if name is None or not isinstance(inner, list) or not inner:
-            raise InputError(f"{self.path}: {place} is {shown(entry)}; use a sub-group with a name (group) and corpora")
+            raise InputError(f"{self.path}: {place} is {shown(entry)}; expected a sub-group with a name (group) and corpora")
         if any(isinstance(one, dict) and "corpora" in one for one in inner):
-            raise InputError(f"{self.path}: {place}: a sub-group inside a sub-group; use one level")
+            raise InputError(f"{self.path}: {place}: a sub-group inside a sub-group; expected one level")
         if name in seen:
             raise InputError(f"{self.path}: {place}: two sub-groups are named {name!r}; use different names")
         seen.add(name)
@@ -341,7 +343,7 @@ class _Reader:
         if entry.get("max_epochs") is not None:
             max_epochs = number(entry["max_epochs"])
             if max_epochs is None or max_epochs <= 0:
-                raise InputError(f"{path}: {where}.max_epochs is {shown(entry['max_epochs'])}; use a number above 0")
+                raise InputError(f"{path}: {where}.max_epochs is {shown(entry['max_epochs'])}; expected a number above 0")
         language = _text(path, f"{where}.", entry, "language", manifest.language)
         if entry.get("language") is not None:
             check_language(language, f"{path}: {where}.language")
@@ -352,7 +354,7 @@ class _Reader:
         entries = [] if entries is None else entries
         if not isinstance(entries, list):
             found = f"validation is {shown(entries)}"
-            self.refusals.add(InputError(f"{self.path}: {found}; use a list of entries with a prefix"))
+            self.refusals.add(InputError(f"{self.path}: {found}; expected a list of entries with a prefix"))
             return []
         corpora = []
         for i, entry in enumerate(entries):
@@ -370,7 +372,7 @@ def _name(path: str, where: str, entry: Any) -> str:
     """What the corpus of an entry is called: `name`, or the last part of `prefix`."""
     prefix = text_of(entry.get("prefix")) if isinstance(entry, dict) else None
     if not prefix:
-        raise InputError(f"{path}: {where} is {shown(entry)}; use an entry with a prefix")
+        raise InputError(f"{path}: {where} is {shown(entry)}; expected an entry with a prefix")
     return _text(path, f"{where}.", entry, "name", os.path.basename(prefix))
 
 
@@ -389,7 +391,7 @@ def _open_corpus(prefix: str) -> tuple[CorpusManifest, IndexedCorpus]:
 
 def _almr(path: str, place: str, value: Any) -> tuple[AlmrPart, ...]:
     """A number, {from, to} or {steps: [[tokens, almr], ...]}."""
-    wanted = "use a number from 0 to 1 (share of the additional group)"
+    wanted = "expected a number from 0 to 1 (share of the additional group)"
 
     def share(found: Any, where: str) -> Fraction:
         almr = number(found)
@@ -403,7 +405,7 @@ def _almr(path: str, place: str, value: Any) -> tuple[AlmrPart, ...]:
         return _steps(path, place, value["steps"], share)
     if isinstance(value, dict):
         raise InputError(
-            f"{path}: {place}almr is {shown(value)}; use a number, {{from, to}} or {{steps: [[tokens, almr], ...]}}"
+            f"{path}: {place}almr is {shown(value)}; expected a number, {{from, to}} or {{steps: [[tokens, almr], ...]}}"
         )
     almr = share(value, "almr")
     return (AlmrPart(0, almr, almr),)
@@ -414,8 +416,8 @@ def _steps(path: str, place: str, steps: Any, share: Any) -> tuple[AlmrPart, ...
     begins = [amount(step[0]) for step in steps] if pairs else []
     if not begins or begins[0] != 0 or None in begins or begins != sorted(set(begins)):  # type: ignore[type-var]
         raise InputError(
-            f"{path}: {place}almr.steps is {shown(steps)}; use [[0, almr], [tokens, almr], ...] with rising tokens into the "
-            "stage"
+            f"{path}: {place}almr.steps is {shown(steps)}; expected [[0, almr], [tokens, almr], ...] with rising tokens "
+            "into the stage"
         )
     parts = [share(step[1], f"almr.steps[{i}]") for i, step in enumerate(steps)]
     return tuple(AlmrPart(begin or 0, almr, almr) for begin, almr in zip(begins, parts, strict=True))

@@ -145,7 +145,7 @@ def plan_run(path: str, described: Sequence[MixtureStage], num_corpora: int, seq
                     f"sample of {seq_length} tokens; give it more, or leave it out"
                 )
             if is_ramp and samples is not None and samples > MAX_RAMP:
-                raise InputError(f"{path}: stage {stage.name}: almr changes over {samples} samples; use at most 2**46")
+                raise InputError(f"{path}: stage {stage.name}: almr changes over {samples} samples; expected at most 2**46")
             almr = (part.first, part.last if samples is not None else part.first)
             plans.append(StagePlan(samples, almr, stage.general, stage.additional))
         begin = end

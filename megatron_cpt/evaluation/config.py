@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_cpt.config.require import require, require_at_least
+from megatron_cpt.config.require import Requirements, require, require_at_least
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.language_codes import check_language
 from megatron_cpt.redaction import redacted
@@ -83,7 +83,7 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         if (self.url is None) == (self.votes is None):
-            raise InputError(f"pairwise.judge has url {self.url} and votes {self.votes}; use one of the two")
+            raise InputError(f"pairwise.judge has url {self.url} and votes {self.votes}; expected one of the two")
         if (self.url is None) != (self.model is None):
             raise InputError(f"pairwise.judge has url {self.url} and model {self.model}; an endpoint needs both")
         if self.url is not None and redacted(self.url) != self.url:
@@ -136,10 +136,10 @@ class TrajectoryConfig:
     def __post_init__(self) -> None:
         require_at_least(self, every=1)
         if self.run is None and not self.checkpoints:
-            raise InputError("trajectory has neither run nor checkpoints; use one of the two")
+            raise InputError("trajectory has neither run nor checkpoints; expected one of the two")
         iterations = [checkpoint.iteration for checkpoint in self.checkpoints]
         if len(set(iterations)) < len(iterations):
-            raise InputError(f"trajectory.checkpoints has the iterations {iterations}; use each once")
+            raise InputError(f"trajectory.checkpoints has the iterations {iterations}; expected each once")
         if self.run is not None and not os.path.isdir(self.run):
             raise InputError(f"trajectory.run is {self.run}; no such folder")
 
@@ -202,12 +202,13 @@ class EvaluateConfig:
     """Of the choice of examples."""
 
     def __post_init__(self) -> None:
-        require(bool(self.models or self.trajectory), "models", self.models, "a name and a folder for each")
-        require_at_least(self, limit=1, max_new_tokens=1, window=8, batch_size=1)
+        with Requirements() as need:
+            need(bool(self.models or self.trajectory), "models", self.models, "a name and a folder for each")
+            need.at_least(self, limit=1, max_new_tokens=1, window=8, batch_size=1)
         for name in self.models:
             if not name or not name.isprintable() or set(name) & set("/|") or name in ("report", "trajectory"):
                 wanted = "one that can be the name of a file and stand in a table, other than report and trajectory"
-                raise InputError(f"models has the name {name!r}; use {wanted}")
+                raise InputError(f"models has the name {name!r}; expected {wanted}")
         parts = self.suite or self.tasks or self.text or self.prompts
         if not parts and (self.trajectory is not None or self.pairwise is None):
             raise InputError("there is nothing to measure: suite, tasks, text and prompts are all empty")
@@ -229,19 +230,19 @@ class EvaluateConfig:
 def check_pairs(pairwise: PairwiseConfig, models: list[str]) -> None:
     """Raise InputError unless there are pairs, each of two models that there are."""
     if len(models) < 2:
-        raise InputError(f"pairwise compares models, and models has {len(models)}; use two or more")
+        raise InputError(f"pairwise compares models, and models has {len(models)}; expected two or more")
     for pair in pairwise.pairs or []:
         if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(models):
-            raise InputError(f"pairwise.pairs has {pair}; use two names of {', '.join(models)}")
+            raise InputError(f"pairwise.pairs has {pair}; expected two names of {', '.join(models)}")
 
 
 def check_ablation(variants: list[VariantConfig], models: list[str]) -> None:
     """Raise InputError unless each is a model that there is, with something of its own, and one has everything."""
     for variant in variants:
         if variant.model not in models:
-            raise InputError(f"ablation has the model {variant.model!r}; use one of {', '.join(models)}")
+            raise InputError(f"ablation has the model {variant.model!r}; expected one of {', '.join(models)}")
     kinds = [(variant.cpt, variant.additional_data) for variant in variants]
     if len(set(kinds)) < len(kinds):
-        raise InputError("ablation has two models with the same cpt and additional_data; use each combination once")
+        raise InputError("ablation has two models with the same cpt and additional_data; expected each combination once")
     if (True, True) not in kinds:
         raise InputError("ablation has no model with cpt: true and additional_data: true, to which the others compare")

@@ -61,7 +61,9 @@ def measure_trajectory(config: EvaluateConfig, catalog: Catalog | None, trajecto
         points = removed_points(config, catalog, run, folder)
     for item in trajectory.checkpoints:
         if item.iteration in live:
-            raise InputError(f"trajectory.checkpoints has iteration {item.iteration}, and so has {run}; use one of the two")
+            raise InputError(
+                f"trajectory.checkpoints has iteration {item.iteration}, and so has {run}; expected one of the two"
+            )
         opened = contextlib.nullcontext(item.model)
         parts = measure(
             config,

@@ -115,7 +115,7 @@ def llama_from(fields: dict[str, Any], path: str) -> LlamaConfig:
     rope_theta, rope_scaling = _rope(path, fields)
     dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
-        raise InputError(f"{path}: dtype is {brief(dtype)}; use float32, bfloat16 or float16")
+        raise InputError(f"{path}: dtype is {brief(dtype)}; expected float32, bfloat16 or float16")
     return LlamaConfig(
         num_hidden_layers=_count(path, fields, "num_hidden_layers"),
         hidden_size=hidden,
@@ -140,9 +140,9 @@ def _count(path: str, fields: Mapping[str, Any], name: str, default: int | None 
     value = default if fields.get(name) is None else fields[name]
     most = MOST_LAYERS if name == "num_hidden_layers" else MOST
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{path}: {name} is {brief(fields.get(name))}; use a whole number above 0")
+        raise InputError(f"{path}: {name} is {brief(fields.get(name))}; expected a whole number above 0")
     if value > most:
-        raise InputError(f"{path}: {name} is {brief(value)}; use at most {most}")
+        raise InputError(f"{path}: {name} is {brief(value)}; expected at most {most}")
     return value
 
 
@@ -150,14 +150,14 @@ def check_size(path: str, name: str, value: Any) -> None:
     """Raise InputError for a number of a config.json that no model has: lists as long as that would be made of it."""
     most = MOST_LAYERS if name == "num_hidden_layers" else MOST
     if isinstance(value, int | float) and not -most <= value <= most:
-        raise InputError(f"{path}: {name} is {brief(value)}; use at most {most}")
+        raise InputError(f"{path}: {name} is {brief(value)}; expected at most {most}")
 
 
 def _positive(path: str, fields: Mapping[str, Any], name: str) -> float:
     """A number above 0."""
     value = fields.get(name)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MOST_FLOAT:
-        raise InputError(f"{path}: {name} is {brief(value)}; use a number above 0, at most {MOST_FLOAT:g}")
+        raise InputError(f"{path}: {name} is {brief(value)}; expected a number above 0, at most {MOST_FLOAT:g}")
     return value
 
 
@@ -165,7 +165,7 @@ def _switch(path: str, fields: Mapping[str, Any], name: str) -> bool:
     """True or false; false where there is none."""
     value = fields.get(name, False)
     if not isinstance(value, bool):
-        raise InputError(f"{path}: {name} is {brief(value)}; use true or false")
+        raise InputError(f"{path}: {name} is {brief(value)}; expected true or false")
     return value
 
 
@@ -206,7 +206,7 @@ def _rope_of(path: str, name: str, fields: dict[str, Any]) -> tuple[float, RopeS
     """What one of the two fields says."""
     scaling = fields[name]
     if not isinstance(scaling, dict):
-        raise InputError(f"{path}: {name} is {brief(scaling)}; use an object such as {{'rope_type': 'default'}}")
+        raise InputError(f"{path}: {name} is {brief(scaling)}; expected an object such as {{'rope_type': 'default'}}")
     if scaling.get("partial_rotary_factor", 1.0) != 1.0:
         raise InputError(
             f"{path}: {name}: partial_rotary_factor is {brief(scaling['partial_rotary_factor'])}; supported is 1.0"

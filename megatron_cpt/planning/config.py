@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_cpt.config.parallel import RecomputeModule
-from megatron_cpt.config.require import require, require_at_least
+from megatron_cpt.config.require import Requirements
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,28 @@ class PlanConfig:
     tensor_model_parallel_size, pipeline_model_parallel_size and micro_batch_size (default 1 each)."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, devices=1, seq_length=1, global_batch_size=1, tokens=1, top=1, simulate=0)
-        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
-        require_at_least(self, **dict.fromkeys(sizes, 1), micro_batch_size=1, devices_per_node=1)
-        require_at_least(self, overhead_gib=0, fragmentation=0)
-        for name in ("memory_gib", "bf16_tflops", "fp8_tflops", "memory_gb_per_s", "nvlink_gb_per_s", "network_gb_per_s"):
-            value = getattr(self, name)
-            require(value is None or value > 0, name, value, "a number above 0")
-        share = self.matmul_efficiency
-        require(share is None or 0 < share <= 1, "matmul_efficiency", share, "a number above 0, up to 1")
-        granularity = self.recompute_granularity
-        require(
-            self.recompute_modules is None or granularity == "selective",
-            "recompute_granularity",
-            granularity,
-            "selective with recompute_modules",
-        )
-        require(not self.fp8 or self.params_dtype == "bf16", "params_dtype", self.params_dtype, "bf16 with fp8")
+        with Requirements() as need:
+            need.at_least(self, devices=1, seq_length=1, global_batch_size=1, tokens=1, top=1, simulate=0)
+            sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+            need.at_least(self, **dict.fromkeys(sizes, 1), micro_batch_size=1, devices_per_node=1)
+            need.at_least(self, overhead_gib=0, fragmentation=0)
+            for name in (
+                "memory_gib",
+                "bf16_tflops",
+                "fp8_tflops",
+                "memory_gb_per_s",
+                "nvlink_gb_per_s",
+                "network_gb_per_s",
+            ):
+                value = getattr(self, name)
+                need(value is None or value > 0, name, value, "a number above 0")
+            share = self.matmul_efficiency
+            need(share is None or 0 < share <= 1, "matmul_efficiency", share, "a number above 0, up to 1")
+            granularity = self.recompute_granularity
+            need(
+                self.recompute_modules is None or granularity == "selective",
+                "recompute_granularity",
+                granularity,
+                "selective with recompute_modules",
+            )
+            need(not self.fp8 or self.params_dtype == "bf16", "params_dtype", self.params_dtype, "bf16 with fp8")

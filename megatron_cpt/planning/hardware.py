@@ -62,7 +62,9 @@ def find_device(name: str, **changes: float | int | None) -> Device:
     """
     device = DEVICES.get(name.lower())
     if device is None:
-        raise InputError(f"device is {name!r}; use {', '.join(DEVICES)}, and change what differs, for example memory_gib")
+        raise InputError(
+            f"device is {name!r}; expected {', '.join(DEVICES)}, and change what differs, for example memory_gib"
+        )
     return dataclasses.replace(device, **{key: value for key, value in changes.items() if value is not None})  # type: ignore[arg-type]
 
 

@@ -45,7 +45,7 @@ def find_model(name: str) -> LlamaConfig:
     if name.upper() in MODELS:
         return MODELS[name.upper()]
     if not os.path.isdir(name):
-        raise InputError(f"model is {name!r}; use {', '.join(MODELS)}, or a Hugging Face or Megatron checkpoint folder")
+        raise InputError(f"model is {name!r}; expected {', '.join(MODELS)}, or a Hugging Face or Megatron checkpoint folder")
     for folder in (name, os.path.join(name, "hf"), os.path.join(name, "release", "hf")):
         if os.path.exists(os.path.join(folder, "config.json")):
             llama = read_llama_config(folder)

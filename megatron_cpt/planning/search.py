@@ -100,7 +100,7 @@ def make_cluster(config: PlanConfig) -> Cluster:
         matmul_efficiency=config.matmul_efficiency,
     )
     if config.fp8 and not (device.fp8_tflops and device.fp8_efficiency):
-        raise InputError(f"fp8 is true but device {device.name} has no FP8 units; use h100, h200 or b200")
+        raise InputError(f"fp8 is true but device {device.name} has no FP8 units; expected h100, h200 or b200")
     return Cluster(device, config.devices)
 
 

@@ -59,7 +59,7 @@ def simulate(job: Job, layout: Layout, rank: int) -> Simulation:
         InputError: no such rank
     """
     if not 0 <= rank < layout.devices:
-        raise InputError(f"simulate is {rank}; use a rank from 0 to {layout.devices - 1}")
+        raise InputError(f"simulate is {rank}; expected a rank from 0 to {layout.devices - 1}")
     dtype = torch.bfloat16 if job.params_dtype == "bf16" else torch.float32
     with warnings.catch_warnings(), fake_rank(layout.parallel, rank, layout.devices) as ranks:
         warnings.simplefilter("ignore")

@@ -29,7 +29,7 @@ def current_platform() -> Platform:
         from megatron_cpt.platforms.cuda import CudaPlatform
 
         return CudaPlatform()
-    raise InputError(f"MEGATRON_CPT_PLATFORM is {name!r}; use 'cpu' or 'cuda'")
+    raise InputError(f"MEGATRON_CPT_PLATFORM is {name!r}; expected 'cpu' or 'cuda'")
 
 
 @functools.cache

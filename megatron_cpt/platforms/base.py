@@ -35,7 +35,7 @@ def needs_transformer_engine(parallel: ParallelConfig, training: TrainingConfig,
     }
     for name, (value, without) in settings.items():
         if value != without:
-            return f"{name} is {value}, which needs a GPU and Transformer Engine, and {here}; use {without}"
+            return f"{name} is {value}, which needs a GPU and Transformer Engine, and {here}; expected {without}"
     return None
 
 

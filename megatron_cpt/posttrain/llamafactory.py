@@ -62,7 +62,7 @@ def check_loss(config: SftConfig | DpoConfig) -> None:
     """Raise InputError unless LLaMA-Factory has DPO's loss."""
     loss = getattr(config, "loss_type", LOSSES[0])
     if loss not in LOSSES:
-        raise InputError(f"loss_type is {loss}, which LLaMA-Factory does not have; use one of {', '.join(LOSSES)}")
+        raise InputError(f"loss_type is {loss}, which LLaMA-Factory does not have; expected one of {', '.join(LOSSES)}")
 
 
 def check_messages(origin: Conversation | Preference) -> None:

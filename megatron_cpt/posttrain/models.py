@@ -147,7 +147,7 @@ def lora(settings: LoraSettings | None, model: Any) -> Any:
     for target in [targets] if isinstance(targets, str) else targets:
         pattern = target if isinstance(targets, str) else rf"(.*\.)?{re.escape(target)}"  # as PEFT reads them
         if target != "all-linear" and not any(re.fullmatch(pattern, name) for name in layers):
-            raise InputError(f"lora.target_modules has {target}, and the model no such layer; use names such as q_proj")
+            raise InputError(f"lora.target_modules has {target}, and the model no such layer; expected names such as q_proj")
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_cpt.config.require import require, require_at_least
+from megatron_cpt.config.require import Requirements, require_at_least
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.language_codes import check_language
 
@@ -36,11 +36,11 @@ class TrainingSettings:
     seed: int = 1234
     """Of the order of the data, of the rows that are picked, and of the first values of adapters."""
 
-    def check(self) -> None:
-        """Raise InputError unless this can be done."""
-        require_at_least(self, max_steps=1, micro_batch_size=1, global_batch_size=1)
-        require(0 < self.epochs < math.inf, "training.epochs", self.epochs, "a number above 0")
-        require(0 <= self.seed < 1 << 32, "training.seed", self.seed, "a whole number from 0 to 2^32 - 1")
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need.at_least(self, max_steps=1, micro_batch_size=1, global_batch_size=1)
+            need(0 < self.epochs < math.inf, "training.epochs", self.epochs, "a number above 0")
+            need(0 <= self.seed < 1 << 32, "training.seed", self.seed, "a whole number from 0 to 2^32 - 1")
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,12 @@ class OptimizerSettings:
     adam_eps: float = 1e-8
     """Added to the root of the second moment."""
 
-    def check(self) -> None:
-        """Raise InputError unless these are settings of AdamW."""
-        require(0 < self.lr < 1, "optimizer.lr", self.lr, "a number above 0 and below 1")
-        require(0 <= self.warmup_fraction < 1, "optimizer.warmup_fraction", self.warmup_fraction, "0 or more, below 1")
-        require_at_least(self, weight_decay=0, clip_grad=0, adam_eps=0)
-        for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "0 or more, below 1")
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need(0 < self.lr < 1, "optimizer.lr", self.lr, "a number above 0 and below 1")
+            need.at_least(self, weight_decay=0, clip_grad=0, adam_eps=0)
+            for name in ("warmup_fraction", "adam_beta1", "adam_beta2"):
+                need(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "0 or more, below 1")
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,9 @@ class LoraSettings:
     """Write a model with the adapters merged into its weights; false: the adapters alone."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, r=1, alpha=1)
-        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 or more, below 1")
+        with Requirements() as need:
+            need.at_least(self, r=1, alpha=1)
+            need(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 or more, below 1")
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,7 @@ class RunSettings:
     report_to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Beside metrics.jsonl."""
 
-    def check(self) -> None:
-        """Raise InputError unless these are numbers of steps."""
+    def __post_init__(self) -> None:
         require_at_least(self, save_interval=1, keep_last=1, eval_interval=1, log_interval=1)
 
 
@@ -175,12 +174,14 @@ class SourceConfig:
     max_rows: int | None = None
     """Use so many of its rows, picked at random; of `validation`, the first."""
 
-    def check(self) -> None:
-        """Raise InputError unless it can be one."""
-        require(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
-        named = re.fullmatch(r"[\w-]+", self.language) is not None  # it names files and metrics
-        require(named, "language", repr(self.language), "a code such as en or zh")
-        check_language(self.language)
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
+            if re.fullmatch(r"[\w-]+", self.language):  # it names files and metrics
+                with need.noted():
+                    check_language(self.language)
+            else:
+                need(False, "language", repr(self.language), "a code such as en or zh")
 
 
 @dataclass(frozen=True)
@@ -218,14 +219,12 @@ class DataConfig:
         refusals.raise_any()
         return paths
 
-    def check(self) -> None:
-        """Raise InputError unless this can be done."""
-        require_at_least(self, max_length=8)
-        require(bool(self.sources), "data.sources", self.sources, "one file or more")
-        require(0 <= self.validation_share < 1, "validation_share", self.validation_share, "0 or more, below 1")
-        require(self.almr is None or 0 <= self.almr <= 1, "almr", self.almr, "a number from 0 to 1")
-        for source in (*self.sources, *self.validation):
-            source.check()
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need.at_least(self, max_length=8)
+            need(bool(self.sources), "data.sources", self.sources, "one file or more")
+            need(0 <= self.validation_share < 1, "validation_share", self.validation_share, "0 or more, below 1")
+            need(self.almr is None or 0 <= self.almr <= 1, "almr", self.almr, "a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -250,10 +249,6 @@ class SftConfig:
     """See RunSettings."""
     export_to: str | None = None
     """Write data and settings for LLaMA-Factory into this folder, instead of training."""
-
-    def __post_init__(self) -> None:
-        for section in (self.data, self.training, self.optimizer, self.run):
-            section.check()
 
 
 SMOOTHED = ("sigmoid", "robust")  # losses that label_smoothing is defined for
@@ -288,14 +283,13 @@ class DpoConfig:
     """Write data and settings for LLaMA-Factory into this folder, instead of training."""
 
     def __post_init__(self) -> None:
-        require(0 < self.beta < math.inf, "beta", self.beta, "a number above 0")
-        require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "0 or more, below 0.5")
-        known = self.label_smoothing == 0 or self.loss_type in SMOOTHED
-        require(
-            known, "label_smoothing", self.label_smoothing, f"0 with loss_type {self.loss_type}, or {' or '.join(SMOOTHED)}"
-        )
-        for section in (self.data, self.training, self.optimizer, self.run):
-            section.check()
+        with Requirements() as need:
+            need(0 < self.beta < math.inf, "beta", self.beta, "a number above 0")
+            if not 0 <= self.label_smoothing < 0.5:
+                need(False, "label_smoothing", self.label_smoothing, "0 or more, below 0.5")
+            elif self.label_smoothing and self.loss_type not in SMOOTHED:
+                wanted = f"0 with loss_type {self.loss_type}, or {' or '.join(SMOOTHED)}"
+                need(False, "label_smoothing", self.label_smoothing, wanted)
 
 
 @dataclass(frozen=True)
@@ -324,6 +318,7 @@ class ChatConfig:
     """In which the model is run. Default: as it was saved."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, max_new_tokens=1, temperature=0)
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
-        require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")
+        with Requirements() as need:
+            need.at_least(self, max_new_tokens=1, temperature=0)
+            need(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
+            need(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")

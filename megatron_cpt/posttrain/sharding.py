@@ -31,11 +31,13 @@ def check_sharding(lora: LoraSettings | None) -> None:
     """Raise InputError unless a run can be sharded as accelerate's configuration says."""
     version = os.environ.get("FSDP_VERSION", "1")
     if is_sharded() and version != "2":
-        raise InputError(f"accelerate's fsdp_version is {version}; use 2")
+        raise InputError(f"accelerate's fsdp_version is {version}; expected 2")
     if recomputes() and lora is not None and lora.dropout > 0:
         # Its second forward pass draws other random numbers
         wanted = "0, or fsdp_activation_checkpointing: false with training.gradient_checkpointing"
-        raise InputError(f"lora.dropout is {lora.dropout} with accelerate's fsdp_activation_checkpointing; use {wanted}")
+        raise InputError(
+            f"lora.dropout is {lora.dropout} with accelerate's fsdp_activation_checkpointing; expected {wanted}"
+        )
 
 
 def receives_weights() -> bool:

@@ -256,7 +256,7 @@ def write_choice(folder: str, choice: Choice, target: str, max_general_rise: flo
     config = parse(fields, target)
     mixture_fields = load_yaml(config.mixture, "mixture file", plain_number)
     if "stages" in mixture_fields:
-        raise InputError(f"{config.mixture}: a mixture with stages has more than one almr; use one without")
+        raise InputError(f"{config.mixture}: a mixture with stages has more than one almr; expected one without")
     mixture = absolute(mixture_fields, os.path.dirname(os.path.abspath(config.mixture))) | {"almr": round(choice.almr, 4)}
     lr = float(f"{choice.lr:.3g}")
     ratio = config.optimizer.min_lr / config.optimizer.lr

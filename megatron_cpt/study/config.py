@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_cpt.config.require import require, require_at_least
+from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.errors import InputError
 
 MOST_RATES = 1000
@@ -25,11 +25,11 @@ class LogRange:
     number: int
     """How many, with these two."""
 
-    def check(self) -> None:
-        """Raise InputError unless this is a range."""
-        require(0 < self.max < math.inf, "lr.max", self.max, "a number above 0")
-        require(0 < self.min < self.max, "lr.min", self.min, f"a number above 0 and below lr.max {self.max}")
-        require(2 <= self.number <= MOST_RATES, "lr.number", self.number, f"2 to {MOST_RATES}")
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need(0 < self.max < math.inf, "lr.max", self.max, "a number above 0")
+            need(0 < self.min < self.max, "lr.min", self.min, f"a number above 0 and below lr.max {self.max}")
+            need(2 <= self.number <= MOST_RATES, "lr.number", self.number, f"2 to {MOST_RATES}")
         if len(set(self.values())) < self.number:
             raise InputError(
                 f"lr.number is {self.number}; so many learning rates from {self.min:g} to {self.max:g} are not all "
@@ -52,8 +52,7 @@ class ScoresConfig:
     mean_of: list[str] | None = None
     """Scores whose mean is the mean metric. Default: all."""
 
-    def check(self) -> None:
-        """Raise InputError unless the command can measure. (See LogRange.check.)"""
+    def __post_init__(self) -> None:
         for part in ("{hf}", "{output}"):
             require(any(part in word for word in self.command), "scores.command", self.command, f"words with {part} in them")
 
@@ -71,11 +70,11 @@ class LimitsConfig:
     hours: float | None = None
     """Time in all, where it can be estimated."""
 
-    def check(self) -> None:
-        """Raise InputError for a limit below zero."""
-        for name in ("runs", "tokens", "disk_gb", "hours"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, f"limits.{name}", value, "0 or more")
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            for name in ("runs", "tokens", "disk_gb", "hours"):
+                value = getattr(self, name)
+                need(value is None or value >= 0, f"limits.{name}", value, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -131,23 +130,19 @@ class StudyConfig:
     """Device type for estimates of time, as plan_run.py knows it (a100-80g, h100). Default: they come from finished runs."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, train_tokens=1, processes=1, parallel_runs=1)
-        require(bool(self.folder), "folder", repr(self.folder), "a path")
-        self.limits.check()
-        if isinstance(self.lr, LogRange):
-            self.lr.check()
-        if self.scores is not None:
-            self.scores.check()
-        require(self.divergence_factor > 1, "divergence_factor", self.divergence_factor, "a number above 1")
-        for name, values in (("almr", self.almr), ("lr", self.rates), ("seeds", self.seeds)):
-            if not values or len(set(values)) < len(values):
-                raise InputError(f"{name} is {list(values)}; use one or more different values")
-        for share in self.almr:
-            require(0 <= share <= 1, "almr", share, "numbers from 0 to 1")
-        for rate in self.rates:
-            require(0 < rate < math.inf, "lr", rate, "numbers above 0")
-        for seed in self.seeds:
-            require(0 <= seed < 2**63, "seeds", seed, "0 to 2**63 - 1")
+        with Requirements() as need:
+            need.at_least(self, train_tokens=1, processes=1, parallel_runs=1)
+            need(bool(self.folder), "folder", repr(self.folder), "a path")
+            need(self.divergence_factor > 1, "divergence_factor", self.divergence_factor, "a number above 1")
+            for name, values in (("almr", self.almr), ("lr", self.rates), ("seeds", self.seeds)):
+                different = bool(values) and len(set(values)) == len(values)
+                need(different, name, list(values), "one or more different values")
+            for share in self.almr:
+                need(0 <= share <= 1, "almr", share, "numbers from 0 to 1")
+            for rate in self.rates:
+                need(0 < rate < math.inf, "lr", rate, "numbers above 0")
+            for seed in self.seeds:
+                need(0 <= seed < 2**63, "seeds", seed, "0 to 2**63 - 1")
         whole = len(self.almr) * len(self.rates)
         runs = whole * len(self.seeds)
         require(runs <= MOST_RUNS, "almr x lr x seeds", f"a grid of {runs} runs", f"at most {MOST_RUNS}")

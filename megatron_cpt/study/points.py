@@ -135,7 +135,9 @@ def read_base(study: StudyConfig) -> Base:
     config = parse(fields, study.base)
     mixture = load_yaml(config.mixture, "mixture file", plain_number)
     if "stages" in mixture or not isinstance(mixture.get("almr"), (int, float)):
-        raise InputError(f"{config.mixture}: a study varies one almr; use a mixture without stages whose almr is a number")
+        raise InputError(
+            f"{config.mixture}: a study varies one almr; expected a mixture without stages whose almr is a number"
+        )
     return Base(fields, absolute(mixture, os.path.dirname(os.path.abspath(config.mixture))), config)
 
 

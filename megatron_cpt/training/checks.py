@@ -193,7 +193,7 @@ def find_start(config: RunConfig, damaged: Mapping[str, str] | None = None) -> t
         return folder, None
     if not is_of_a_run(folder):
         raise InputError(
-            f"checkpoint.load_state is all but {folder} holds converted weights, no checkpoint of a run; use weights"
+            f"checkpoint.load_state is all but {folder} holds converted weights, no checkpoint of a run; expected weights"
         )
     return folder, resumed_from(read_checkpoint_manifest(folder))
 
@@ -291,7 +291,7 @@ def check_machine(config: RunConfig) -> None:
     if refusal is not None:
         raise InputError(refusal)
     if config.parallel.context_parallel_size > 1 and config.data.reset_attention_mask:
-        raise InputError("data.reset_attention_mask is true with context_parallel_size above 1; use one of them")
+        raise InputError("data.reset_attention_mask is true with context_parallel_size above 1; expected one of them")
 
 
 def check_engine(config: RunConfig, llama: LlamaConfig) -> None:

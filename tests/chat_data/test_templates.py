@@ -103,7 +103,7 @@ def test_templates_that_cannot_be_used(chat_tokenizer_dir: str, tmp_path: Path, 
 
 
 def test_missing_templates(tiny_tokenizer_dir: str, chat_tokenizer_dir: str) -> None:
-    with pytest.raises(InputError, match="has no chat template; use chat_template: llama3, chatml or a file"):
+    with pytest.raises(InputError, match="has no chat template; expected llama3, chatml or a file"):
         load_template(chat_tokenizer_dir, None)
     with pytest.raises(InputError, match=r"chat_template is llama3, but the tokenizer .* has no token <\|begin_of_text\|>"):
         load_template(tiny_tokenizer_dir, "llama3")

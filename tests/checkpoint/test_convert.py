@@ -321,7 +321,7 @@ def test_what_old_versions_saved_though_it_is_computed_is_left_out(tmp_path: Pat
 @pytest.mark.parametrize("size", ["", "5", "5GiB", "0GB", "-1GB", "nanGB", "many"])
 def test_sizes_of_shards(size: str, hf: Path, tmp_path: Path) -> None:
     hf_to_megatron(HfToMegatron(str(hf), str(tmp_path / "megatron")))
-    with pytest.raises(InputError, match=f"max_shard_size is '{size}'; use a size above 0 in KB, MB, GB or TB"):
+    with pytest.raises(InputError, match=f"max_shard_size is '{size}'; expected a size above 0 in KB, MB, GB or TB"):
         megatron_to_hf(MegatronToHf(str(tmp_path / "megatron"), str(tmp_path / "back"), max_shard_size=size))
 
 

@@ -58,11 +58,11 @@ def test_what_transformers_cannot_load(hf: Path) -> None:
     ("options", "message"),
     [
         ({"tensors": False}, "there is nothing to compare"),
-        ({"tolerance": -1.0}, "tolerance is -1.0; use a number that is not negative"),
+        ({"tolerance": -1.0}, "tolerance is -1.0; expected a number that is not negative"),
         ({"tolerance": float("nan")}, "tolerance is nan"),
-        ({"max_tokens": 1}, "max_tokens is 1; use 2 or more"),
+        ({"max_tokens": 1}, "max_tokens is 1; expected 2 or more"),
         ({"text": "latin.txt"}, r"latin\.txt is not UTF-8"),
-        ({"text": "short.txt"}, r"short\.txt has 1 tokens; use 2 or more"),
+        ({"text": "short.txt"}, r"short\.txt has 1 tokens; expected 2 or more"),
         ({"b": "nowhere"}, "nowhere: no such folder"),
     ],
 )

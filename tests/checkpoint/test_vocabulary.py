@@ -135,7 +135,7 @@ def test_what_is_no_extension_is_refused(untied: Path, added: str, tmp_path: Pat
         ({"extend_tokenizer": "nowhere"}, "tokenizer nowhere: no such folder"),
         ({"added_tokens": str(empty)}, "holds no token"),
         ({"added_tokens": "nowhere.txt"}, "added_tokens nowhere.txt cannot be read"),
-        ({"added_tokens": added, "extend_tokenizer": str(first)}, "are both given; use one"),
+        ({"added_tokens": added, "extend_tokenizer": str(first)}, "are both given; expected one"),
     ):
         with pytest.raises(InputError, match=message):
             hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), **options))  # type: ignore[arg-type]
@@ -199,7 +199,7 @@ def test_a_tokenizer_that_cannot_be_read(name: str, content: str, untied: Path, 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 63])
 def test_seeds(seed: int, untied: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"seed is {seed}; use a whole number from 0"):
+    with pytest.raises(InputError, match=f"seed is {seed}; expected a whole number from 0"):
         hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), seed=seed))
 
 

@@ -31,7 +31,7 @@ class Inner:
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
-            raise InputError(f"inner.lr is {self.lr}; use a number above 0")
+            raise InputError(f"inner.lr is {self.lr}; expected a number above 0")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
         (["--output_prefix", "p", "--overwrite", "maybe"], ["overwrite", "maybe"]),
         (["--config", "/not/there.yaml"], ["config", "/not/there.yaml"]),
         (["stray", "--output_prefix", "p"], ["stray"]),
-        (["--output_prefix", "p", "--inner.lr", "-1"], ["inner.lr is -1.0; use a number above 0"]),
+        (["--output_prefix", "p", "--inner.lr", "-1"], ["inner.lr is -1.0; expected a number above 0"]),
     ],
 )
 def test_mistakes_are_one_line_and_exit_status_2(
@@ -346,7 +346,7 @@ class Add:
 
     def __post_init__(self) -> None:
         if self.amount < 0:
-            raise InputError(f"amount is {self.amount}; use 0 or more")
+            raise InputError(f"amount is {self.amount}; expected 0 or more")
 
 
 def subcommand(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,7 +366,7 @@ def test_subcommands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
         (["add"], ["add", "add-up", "other"]),
         (["add-up"], ["amount is missing; expected a whole number"]),
         (["add-up", "--amount", "much"], ["amount", "much"]),
-        (["add-up", "--amount", "-1"], ["amount is -1; use 0 or more"]),
+        (["add-up", "--amount", "-1"], ["amount is -1; expected 0 or more"]),
         (["add-up", "--amount", "1", "--nonsense", "2"], ["--nonsense is unknown"]),
     ],
 )

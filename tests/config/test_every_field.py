@@ -192,3 +192,59 @@ def test_a_command_is_imported_after_its_options_are_read(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", ["tool", "verify", "--c", "3"])
     with pytest.raises(SystemExit, match="2"):
         run_subcommands({"verify": ("no.such.module:verify", "megatron_cpt.config.conversion:Verify")}, "")
+
+
+SOURCE = {"path": "x", "language": "zh"}
+# Wrong values, and as many lines; fields that must be given are missing in most
+WRONG: dict[str, tuple[dict[str, Any], int]] = {
+    "posttrain.settings:SftConfig": (
+        {
+            "data": {"sources": [{"path": "x", "language": "zh zh", "max_rows": 0}], "almr": 2, "max_length": 3},
+            "training": {"epochs": 0, "seed": -1},
+            "optimizer": {"lr": 0, "weight_decay": -1, "adam_beta2": 1},
+            "lora": {"r": 0, "dropout": 1},
+            "run": {"keep_last": 0},
+        },
+        10,  # without almr and max_length: there are no sources that they could be for
+    ),
+    "posttrain.settings:DpoConfig": (
+        {"model": "x", "save": "y", "data": {"sources": [SOURCE]}, "beta": 0, "label_smoothing": 0.7},
+        2,
+    ),
+    "posttrain.settings:ChatConfig": ({"model": "x", "max_new_tokens": 0, "top_p": 2, "repetition_penalty": 0}, 3),
+    "planning.config:PlanConfig": (
+        {
+            "model": "8B",
+            "devices": 8,
+            "seq_length": 0,
+            "top": 0,
+            "overhead_gib": -1,
+            "memory_gib": 0,
+            "matmul_efficiency": 2,
+        },
+        5,
+    ),
+    "study.settings:Plan": ({"lr": {"min": 2, "max": 1, "number": 1}, "limits": {"runs": -1, "hours": -1}}, 4),
+    "evaluation.config:EvaluateConfig": ({"output": "x", "limit": 0, "window": 1, "models": {}}, 3),
+    "config.run:RunConfig": (
+        {
+            "parallel": {"tensor_model_parallel_size": 0, "recompute_method": "block"},
+            "trouble": {"spike_window": 0, "heartbeat_seconds": 1},
+            "data": {"num_workers": 100_000, "prefetch": 0},
+            "logging": {"log_interval": 0, "peak_tflops": 0},
+            "training": {"train_iters": 5},
+        },
+        8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_values_are_named_all_at_once(name: str, tmp_path: Path) -> None:
+    (wrong, number), path = WRONG[name], tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(wrong))
+    with pytest.raises(InputErrors) as caught:
+        read_arguments(load(name), ["--config", str(path)], "")
+    lines = [str(error) for error in caught.value.errors if "is missing" not in str(error)]
+    assert len(lines) == number, "\n".join(lines)
+    assert all(line.startswith(f"{path}: ") for line in lines), "\n".join(lines)

@@ -77,7 +77,7 @@ def test_bounds_of_single_fields(config_class: type, field: str, bad: list[Any],
         with pytest.raises(InputError) as caught:
             make(config_class, **{field: value})
         message = str(caught.value)
-        assert f"{field} is {value}; use " in message
+        assert f"{field} is {value}; expected " in message
         assert "\n" not in message
     for value in good:
         assert getattr(make(config_class, **{field: value}), field) == value
@@ -97,7 +97,7 @@ def test_sequence_parallel_needs_tensor_parallel() -> None:
 
 def test_layers_in_the_first_stage() -> None:
     for bad in (0, -1):
-        with pytest.raises(InputError, match=f"num_layers_in_first_pipeline_stage is {bad}; use 1 or more"):
+        with pytest.raises(InputError, match=f"num_layers_in_first_pipeline_stage is {bad}; expected 1 or more"):
             ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=bad)
     with pytest.raises(InputError, match="num_layers_in_first_pipeline_stage is 3 with pipeline_model_parallel_size 1"):
         ParallelConfig(num_layers_in_first_pipeline_stage=3)
@@ -111,14 +111,14 @@ def test_layers_in_the_first_stage() -> None:
         (
             TrainingConfig,
             {"train_iters": None},
-            r"length of the run is not given; use training\.train_iters, train_samples or",
+            r"length of the run is not given; expected training\.train_iters, train_samples or",
         ),
         (
             TrainingConfig,
             {"train_tokens": 5},
-            r"training\.train_iters and training\.train_tokens are both given; use one of train_iters, train_samples",
+            r"training\.train_iters and training\.train_tokens are both given; expected one of train_iters, train_samples",
         ),
-        (TrainingConfig, {"fp8": "hybrid"}, r"training\.params_dtype is fp32; use bf16 with fp8"),
+        (TrainingConfig, {"fp8": "hybrid"}, r"training\.params_dtype is fp32; expected bf16 with fp8"),
         (LrConfig, {"warmup_iters": 1, "warmup_tokens": 1}, r"lr\.warmup_iters and lr\.warmup_tokens are both given"),
         (LrConfig, {"wsd_decay_iters": 1}, "wsd_decay_iters is given with decay_style linear; it needs WSD"),
         (CheckpointConfig, {"keep_every": 10}, "keep_every is given without keep_last"),

@@ -357,19 +357,19 @@ def test_arguments_are_checked(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"document_index": np.array([0, 2], np.int32)}, r"document_index\[1\] is 2; use documents from 0 to 1"),
+        ({"document_index": np.array([0, 2], np.int32)}, r"document_index\[1\] is 2; expected documents from 0 to 1"),
         ({"document_index": np.array([-1, 0], np.int32)}, r"document_index\[0\] is -1"),
         ({"document_index": np.array([], np.int32)}, "document_index is not"),
         ({"document_index": np.zeros((2, 1), np.int32)}, "document_index is not"),
         ({"lengths": np.array([5, -1], np.int32)}, r"document_index\[1\] is 1; .* of length 0 or more"),
         ({"lengths": np.frombuffer(bytes(10), np.int32, offset=2)}, "lengths is not an aligned vector"),
         ({"lengths": np.array([0, 0], np.int32), "num_samples": 0}, "the documents have 0 tokens"),
-        ({"num_samples": 5}, "num_samples is 5; use 0 to 4"),
+        ({"num_samples": 5}, "num_samples is 5; expected 0 to 4"),
         ({"num_samples": -1}, "num_samples is -1"),
         ({"num_samples": 2**62}, "num_samples is 4611686018427387904"),
         ({"seq_length": 0}, "seq_length is 0"),
         ({"seq_length": 2**62}, "seq_length is 4611686018427387904"),
-        ({"threads": 0}, "threads is 0; use 1 to 1024"),
+        ({"threads": 0}, "threads is 0; expected 1 to 1024"),
     ],
 )
 @pytest.mark.parametrize("threads", [1, 2])
@@ -397,7 +397,7 @@ def test_the_fallback_refuses_them_too(documents: list[int], num_samples: int) -
         ([0.5, 0.0], 1, r"weights\[1\] is 0.0"),
         ([float("nan")], 1, r"weights\[0\] is nan"),
         ([float("inf")], 1, r"weights\[0\] is inf"),
-        ([1.0] * 32767, 1, "number of weights is 32767; use 1 to 32766"),
+        ([1.0] * 32767, 1, "number of weights is 32767; expected 1 to 32766"),
         ([1.0], -1, "num_samples is -1"),
         ([1.0], 2**60, "num_samples is"),
     ],

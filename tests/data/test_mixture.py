@@ -141,7 +141,7 @@ def test_one_group_is_enough_when_it_has_all_the_share(folder: Path) -> None:
 @pytest.mark.parametrize("almr", [-0.1, 1.5, float("nan"), float("inf"), True, "a third", None, [0.3], MISSING])
 def test_almr(folder: Path, almr: Any) -> None:
     found = None if almr is MISSING else almr
-    assert f"mixture.yaml: almr is {as_read(found)}; use a number from 0 to 1" in refusal(folder, almr=almr)
+    assert f"mixture.yaml: almr is {as_read(found)}; expected a number from 0 to 1" in refusal(folder, almr=almr)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_almr(folder: Path, almr: Any) -> None:
 )
 def test_whole_numbers(folder: Path, field: str, value: Any, minimum: int) -> None:
     found = None if value is MISSING else value
-    wanted = f"mixture.yaml: {field} is {as_read(found)}; use a whole number, {minimum} or more"
+    wanted = f"mixture.yaml: {field} is {as_read(found)}; expected a whole number, {minimum} or more"
     assert wanted in refusal(folder, **{field: value})
 
 
@@ -178,12 +178,14 @@ def test_unknown_fields(folder: Path) -> None:
 @pytest.mark.parametrize("entry", [{"name": "en"}, {"prefix": [3]}, {"prefix": None}, "en", None])
 @pytest.mark.parametrize("group", ["general", "additional", "validation"])
 def test_an_entry_without_prefix(folder: Path, group: str, entry: Any) -> None:
-    assert f"mixture.yaml: {group}[0] is {as_read(entry)}; use an entry with a prefix" in refusal(folder, **{group: [entry]})
+    assert f"mixture.yaml: {group}[0] is {as_read(entry)}; expected an entry with a prefix" in refusal(
+        folder, **{group: [entry]}
+    )
 
 
 @pytest.mark.parametrize("entries", ["en", {"prefix": "en"}, 3])
 def test_a_group_that_is_not_a_list(folder: Path, entries: Any) -> None:
-    assert f"mixture.yaml: general is {as_read(entries)}; use a list" in refusal(folder, general=entries)
+    assert f"mixture.yaml: general is {as_read(entries)}; expected a list" in refusal(folder, general=entries)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,9 @@ def test_a_share_without_corpus(folder: Path, almr: float, group: str, share: st
 @pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), True, "two", None])
 def test_weights(folder: Path, weight: Any) -> None:
     general = [{"prefix": "en", "weight": 1}, {"prefix": "code", "weight": weight}]
-    assert f"mixture.yaml: general[1].weight is {as_read(weight)}; use a number above 0" in refusal(folder, general=general)
+    assert f"mixture.yaml: general[1].weight is {as_read(weight)}; expected a number above 0" in refusal(
+        folder, general=general
+    )
 
 
 def test_weights_partly_given(folder: Path) -> None:
@@ -398,7 +402,7 @@ def test_budgets(folder: Path, written: Any, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [0, -1, "2X", "B", "1.5", True, None, "0.3", [1]])
 def test_bad_budgets(folder: Path, tokens: Any) -> None:
-    assert f"stages[0].tokens is {as_read(tokens)}; use a number of tokens" in refusal(
+    assert f"stages[0].tokens is {as_read(tokens)}; expected a number of tokens" in refusal(
         folder, stages=[{"tokens": tokens}, {}]
     )
 
@@ -409,7 +413,7 @@ def test_fractions_of_the_run(folder: Path) -> None:
     assert mixture.schedule(10).counts(10)[2] == 7
     for fraction in (0, 1.5, "half", True):
         message = refusal(folder, stages=[{"fraction": fraction}, {}])
-        assert f"stages[0].fraction is {as_read(fraction)}; use a part of the run" in message
+        assert f"stages[0].fraction is {as_read(fraction)}; expected a part of the run" in message
     assert "stages[0].tokens and stages[0].fraction are both" in refusal(folder, stages=[{"fraction": 0.5, "tokens": 5}, {}])
     assert "stages[0].tokens is missing; only the last" in refusal(folder, stages=[{}, {}])
 
@@ -448,12 +452,12 @@ def test_schedules_of_almr(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("almr", "message"),
     [
-        ({"from": 0.1}, "almr is {'from': 0.1}; use a number, {from, to} or"),
-        ({"from": 0.1, "to": 2}, "almr.to is 2; use a number from 0 to 1"),
-        ({"steps": []}, "almr.steps is []; use [[0, almr]"),
-        ({"steps": [[5, 0.1]]}, "almr.steps is [[5, 0.1]]; use [[0, almr]"),
+        ({"from": 0.1}, "almr is {'from': 0.1}; expected a number, {from, to} or"),
+        ({"from": 0.1, "to": 2}, "almr.to is 2; expected a number from 0 to 1"),
+        ({"steps": []}, "almr.steps is []; expected [[0, almr]"),
+        ({"steps": [[5, 0.1]]}, "almr.steps is [[5, 0.1]]; expected [[0, almr]"),
         ({"steps": [[0, 0.1], [9, 0.2], [9, 0.3]]}, "with rising tokens"),
-        ({"steps": [[0, 0.1], [9, "x"]]}, "almr.steps[1] is 'x'; use a number"),
+        ({"steps": [[0, 0.1], [9, "x"]]}, "almr.steps[1] is 'x'; expected a number"),
     ],
 )
 def test_bad_schedules_of_almr(folder: Path, almr: Any, message: str) -> None:
@@ -469,7 +473,7 @@ def test_sub_groups(folder: Path) -> None:
     assert mixture.schedule(400).counts(400) == [100, 300, 0]
     both = {"group": "all", "corpora": [{"prefix": "en"}, {"prefix": "code"}]}
     assert load(folder, general=[both]).stages[0].general is not None
-    assert "general[0] is {'corpora': []}; use a sub-group with a name" in refusal(folder, general=[{"corpora": []}])
+    assert "general[0] is {'corpora': []}; expected a sub-group with a name" in refusal(folder, general=[{"corpora": []}])
     assert "a sub-group inside a sub-group" in refusal(folder, general=[{"group": "a", "corpora": [both]}])
     assert "two training corpora are named 'en'" in refusal(folder, general=[both, {"prefix": "en"}])
     again = {"group": "all", "corpora": [{"prefix": "zh_valid"}]}
@@ -487,7 +491,7 @@ def test_a_corpus_is_one_in_all_stages(folder: Path) -> None:
     assert "en is in both groups" in refusal(folder, stages=mixed)
     for epochs in (0, -1, "many"):
         message = refusal(folder, general=[{"prefix": "en", "max_epochs": epochs}])
-        assert f"general[0].max_epochs is {as_read(epochs)}; use a number above 0" in message
+        assert f"general[0].max_epochs is {as_read(epochs)}; expected a number above 0" in message
 
 
 @pytest.mark.parametrize("stages", [[], "en", {"tokens": 3}, [3], [{"budget": 3}]])
@@ -572,7 +576,7 @@ def test_scalars_that_cannot_be(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("value", [0, {}, "", False])
 @pytest.mark.parametrize("group", ["general", "additional", "validation"])
 def test_nothing_is_no_list(folder: Path, group: str, value: Any) -> None:
-    assert f"mixture.yaml: {group} is {as_read(value)}; use a list" in refusal(folder, **{group: value})
+    assert f"mixture.yaml: {group} is {as_read(value)}; expected a list" in refusal(folder, **{group: value})
 
 
 def test_almr_at_the_top_is_looked_at_in_any_case(folder: Path) -> None:
@@ -600,7 +604,7 @@ def test_a_pilot_run_may_end_before_the_last_stage_begins(folder: Path) -> None:
 def test_names_and_sizes_of_stages(folder: Path) -> None:
     assert "two stages are named 'a'" in refusal(folder, stages=[{"name": "a", "tokens": 320}, {"name": "a"}])
     assert "two stages are named '2'" in refusal(folder, stages=[{"name": 2, "tokens": 320}, {}])
-    assert "the stages have 1e+25 tokens; use at most 2**62" in refusal(folder, stages=[{"tokens": "1e25"}, {}])
+    assert "the stages have 1e+25 tokens; expected at most 2**62" in refusal(folder, stages=[{"tokens": "1e25"}, {}])
 
 
 def test_megatrons_order_of_a_mixture(folder: Path) -> None:
@@ -655,15 +659,15 @@ def test_all_mistakes_of_a_file_at_once(folder: Path) -> None:
         load_mixture(path)
     expected = [
         "unknown field 'alrm'",
-        "seq_length is '2k'; use a whole number without a unit, 1 or more",
-        "seed is -1; use",
+        "seq_length is '2k'; expected a whole number without a unit, 1 or more",
+        "seed is -1; expected",
         "stages[2] has unknown field 'sead'",
         f"{folder}/nowhere.json: no such file",
         f"{folder}/code.bin",
         "general[2].max_epochs is 0",
         "general[0] has no weight but others in the group do",
         "general[1].weight is 0",
-        "additional is 'zh'; use a list",
+        "additional is 'zh'; expected a list",
         ": almr is 1.5",
         "stages[0].tokens is 'some'",
         "stages[1].fraction is 2",

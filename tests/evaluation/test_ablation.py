@@ -46,7 +46,7 @@ def test_differences_are_to_the_full_variant() -> None:
 @pytest.mark.parametrize(
     ("variants", "message"),
     [
-        ([VariantConfig("other", True, True)], "ablation has the model 'other'; use one of plain, SFT, C-SFT, en only"),
+        ([VariantConfig("other", True, True)], "ablation has the model 'other'; expected one of plain, SFT, C-SFT, en only"),
         ([VariantConfig("SFT", False, True)], "ablation has no model with cpt: true and additional_data: true"),
         ([VARIANTS[1], VariantConfig("SFT", True, True)], "ablation has two models with the same cpt"),
     ],

@@ -389,7 +389,7 @@ def test_the_tool(config: EvaluateConfig, tmp_path: Path) -> None:
         ({"text": [TextConfig("nowhere.jsonl", "en")]}, r"nowhere\.jsonl: no such file"),
         (
             {"models": {"a|b": "x"}},
-            r"models has the name 'a\|b'; use one that can be the name of a file",
+            r"models has the name 'a\|b'; expected one that can be the name of a file",
         ),
         ({"limit": 0}, "limit is 0"),
         ({"data_folder": "nowhere"}, "nowhere: no such folder"),

@@ -88,7 +88,7 @@ def test_a_server_that_never_answers_is_waited_for_once(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("timeout", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_wrong_timeout(timeout: float) -> None:
-    with pytest.raises(InputError, match=r"timeout is .*; use a number of seconds above 0"):
+    with pytest.raises(InputError, match=r"timeout is .*; expected a number of seconds above 0"):
         JudgeConfig(url="http://localhost:1/v1", model="wise", timeout=timeout)
 
 

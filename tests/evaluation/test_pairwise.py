@@ -201,8 +201,8 @@ def test_wrong_comparisons(tmp_path: Path) -> None:
         JudgeConfig(url="http://localhost:1/v1")
     with pytest.raises(InputError, match=r"pairwise\.prompts is empty"):
         PairwiseConfig(judge)
-    with pytest.raises(InputError, match="models has 1; use two or more"):
+    with pytest.raises(InputError, match="models has 1; expected two or more"):
         config(tmp_path, judge, ("x",))
     for pair in (["x"], ["x", "x"], ["x", "w"]):
-        with pytest.raises(InputError, match=r"pairwise\.pairs has .*; use two names of x, y"):
+        with pytest.raises(InputError, match=r"pairwise\.pairs has .*; expected two names of x, y"):
             config(tmp_path, judge, ("x", "y"), [pair])

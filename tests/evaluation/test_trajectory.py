@@ -187,7 +187,7 @@ def test_wrong_trajectories(config: EvaluateConfig, model: str, tmp_path: Path) 
         TrajectoryConfig("nowhere")
     with pytest.raises(InputError, match="every is 0"):
         TrajectoryConfig(str(tmp_path), 0)
-    with pytest.raises(InputError, match=r"iterations \[1, 1\]; use each once"):
+    with pytest.raises(InputError, match=r"iterations \[1, 1\]; expected each once"):
         TrajectoryConfig(checkpoints=[CheckpointConfig(1, model), CheckpointConfig(1, model)])
     with pytest.raises(InputError, match="there is nothing to measure"):
         replace(config, text=[])

@@ -125,7 +125,7 @@ def test_biases(tmp_path: Path) -> None:
     assert read(tmp_path, OLD | {"attention_bias": True, "mlp_bias": True}) == replace(
         LLAMA_3_1_8B, attention_bias=True, mlp_bias=True
     )
-    with pytest.raises(InputError, match="mlp_bias is 'yes'; use true or false"):
+    with pytest.raises(InputError, match="mlp_bias is 'yes'; expected true or false"):
         read(tmp_path, OLD | {"mlp_bias": "yes"})
 
 
@@ -136,7 +136,7 @@ def test_biases(tmp_path: Path) -> None:
 def test_sizes_are_whole_numbers(tmp_path: Path, field: str, value: Any) -> None:
     with pytest.raises(InputError) as caught:
         read(tmp_path, without(OLD, field) if value is None else OLD | {field: value})
-    assert str(caught.value) == f"{tmp_path}/config.json: {field} is {value!r}; use a whole number above 0"
+    assert str(caught.value) == f"{tmp_path}/config.json: {field} is {value!r}; expected a whole number above 0"
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "longrope"])
@@ -158,26 +158,26 @@ LLAMA3 = SCALING | {"rope_type": "llama3"}
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"head_dim": "16"}, "head_dim is '16'; use a whole number above 0"),
-        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'; use a whole number"),
-        ({"max_position_embeddings": None}, "max_position_embeddings is None; use a whole number"),
-        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; use a number above 0"),
-        ({"rms_norm_eps": None}, "rms_norm_eps is None; use a number above 0"),
-        ({"rms_norm_eps": -1}, "rms_norm_eps is -1; use a number above 0"),
-        ({"tie_word_embeddings": None}, "tie_word_embeddings is None; use true or false"),
-        ({"torch_dtype": 16}, "dtype is 16; use float32, bfloat16 or float16"),
-        ({"torch_dtype": "float99"}, "dtype is 'float99'; use float32, bfloat16 or float16"),
-        ({"dtype": ["float32"]}, r"dtype is \['float32'\]; use float32"),
-        ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 1000+\.\.\.0+; use a number above 0, at most 1e\+15"),
-        ({"vocab_size": 10**400}, r"vocab_size is 1000+\.\.\.0+; use at most 2147483648"),
-        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; use at most 10000"),
-        ({"rope_theta": "abc"}, "rope_theta is 'abc'; use a number above 0"),
-        ({"rope_theta": -5}, "rope_theta is -5; use a number above 0"),
-        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; use an object"),
-        ({"rope_parameters": [8]}, r"rope_parameters is \[8\]; use an object"),
+        ({"head_dim": "16"}, "head_dim is '16'; expected a whole number above 0"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'; expected a whole number"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None; expected a whole number"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; expected a number above 0"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None; expected a number above 0"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1; expected a number above 0"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings is None; expected true or false"),
+        ({"torch_dtype": 16}, "dtype is 16; expected float32, bfloat16 or float16"),
+        ({"torch_dtype": "float99"}, "dtype is 'float99'; expected float32, bfloat16 or float16"),
+        ({"dtype": ["float32"]}, r"dtype is \['float32'\]; expected float32"),
+        ({"rms_norm_eps": 10**400}, r"rms_norm_eps is 1000+\.\.\.0+; expected a number above 0, at most 1e\+15"),
+        ({"vocab_size": 10**400}, r"vocab_size is 1000+\.\.\.0+; expected at most 2147483648"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; expected at most 10000"),
+        ({"rope_theta": "abc"}, "rope_theta is 'abc'; expected a number above 0"),
+        ({"rope_theta": -5}, "rope_theta is -5; expected a number above 0"),
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; expected an object"),
+        ({"rope_parameters": [8]}, r"rope_parameters is \[8\]; expected an object"),
         ({"rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5; supported is 1.0"),
-        ({"rope_scaling": LLAMA3 | {"factor": None}}, "factor is None; use a number above 0"),
-        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 1.5}}, "embeddings is 1.5; use a whole number"),
+        ({"rope_scaling": LLAMA3 | {"factor": None}}, "factor is None; expected a number above 0"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 1.5}}, "embeddings is 1.5; expected a whole number"),
         (
             {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
             "rope_parameters and rope_scaling are both there and say different things",

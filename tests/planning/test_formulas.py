@@ -171,5 +171,5 @@ def test_a_real_job_in_memory(dtype: torch.dtype) -> None:
 
 
 def test_what_cannot_be_simulated_is_refused() -> None:
-    with pytest.raises(InputError, match="simulate is 4; use a rank from 0 to 3"):
+    with pytest.raises(InputError, match="simulate is 4; expected a rank from 0 to 3"):
         simulate(Job(TINY, 40, 96), make_layout(4), 4)

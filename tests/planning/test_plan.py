@@ -243,15 +243,18 @@ def test_the_command(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["9B", "--devices", "8"], "model is '9B'; use 1B, 3B, 8B, 70B, 405B, or a Hugging Face or Megatron"),
-        (["8B", "--devices", "8", "--device", "v100"], "device is 'v100'; use a100-40g, a100-80g, h100, h200, b200"),
+        (["9B", "--devices", "8"], "model is '9B'; expected 1B, 3B, 8B, 70B, 405B, or a Hugging Face or Megatron"),
+        (["8B", "--devices", "8", "--device", "v100"], "device is 'v100'; expected a100-40g, a100-80g, h100, h200, b200"),
         (["8B", "--devices", "8", "--device", "a100-80g", "--fp8"], "fp8 is true but device a100-80g has no FP8 units"),
-        (["8B", "--devices", "0"], "devices is 0; use 1 or more"),
+        (["8B", "--devices", "0"], "devices is 0; expected 1 or more"),
         (
             ["8B", "--devices", "1", "--seq_length", "200000"],
             "seq_length is 200000; expected at most 131072, the model's max_position",
         ),
-        (["8B", "--devices", "1", "--matmul_efficiency", "2"], "matmul_efficiency is 2.0; use a number above 0, up to 1"),
+        (
+            ["8B", "--devices", "1", "--matmul_efficiency", "2"],
+            "matmul_efficiency is 2.0; expected a number above 0, up to 1",
+        ),
         (["8B", "--devices", "12", "--simulate", "0", "--tensor_model_parallel_size", "8"], "12 devices are not divisible"),
     ],
 )
@@ -305,7 +308,7 @@ def test_the_plan_of_a_run(tmp_path: Path, length: dict[str, int | None]) -> Non
             "parallel.pipeline_model_parallel_layout is Et*16|t*16L, which",
         ),
         ({"tensor_parallel": 2}, 32, "parallel.tensor_parallel is unknown; expected tensor_model_parallel_size"),
-        ({"tensor_model_parallel_size": 0}, 32, "parallel.tensor_model_parallel_size is 0; use 1 or more"),
+        ({"tensor_model_parallel_size": 0}, 32, "parallel.tensor_model_parallel_size is 0; expected 1 or more"),
         ({}, 33, "33 devices are not divisible by tensor x pipeline size 4 x 2 = 8"),
         ({"num_layers_in_first_pipeline_stage": 40}, 32, "num_layers_in_first_pipeline_stage 40 leave -8 of 32 layers"),
     ],
@@ -334,7 +337,7 @@ def test_a_plan_needs_no_torch() -> None:
 def test_models_and_devices_by_any_case() -> None:
     assert find_model("70b") is MODELS["70B"]
     assert find_device("H100", memory_gib=64).memory_gib == 64
-    with pytest.raises(InputError, match="recompute_granularity is None; use selective with recompute_modules"):
+    with pytest.raises(InputError, match="recompute_granularity is None; expected selective with recompute_modules"):
         PlanConfig("8B", 8, recompute_modules=["mlp"])
 
 

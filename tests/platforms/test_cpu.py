@@ -327,7 +327,7 @@ def test_an_unknown_platform_is_refused() -> None:
         "from megatron_cpt.platforms import current_platform\n"
         "try:\n    current_platform()\nexcept ValueError as error:\n    print(error)"
     )
-    assert python(code) == "MEGATRON_CPT_PLATFORM is 'tpu'; use 'cpu' or 'cuda'"
+    assert python(code) == "MEGATRON_CPT_PLATFORM is 'tpu'; expected 'cpu' or 'cuda'"
 
 
 def test_recomputing_norms_does_not_ask_transformer_engine() -> None:

@@ -53,7 +53,7 @@ def test_pairs(chat_model: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", ["apo_zero", "robust"])
 def test_losses_that_only_one_knows(chat_model: str, tmp_path: Path, loss: str) -> None:
-    with pytest.raises(InputError, match=f"loss_type is {loss}, which LLaMA-Factory does not have; use one of sigmoid"):
+    with pytest.raises(InputError, match=f"loss_type is {loss}, which LLaMA-Factory does not have; expected one of sigmoid"):
         finetune_dpo(dpo_config(chat_model, tmp_path, export_to=str(tmp_path / "lf"), loss_type=loss))
     assert not (tmp_path / "lf").exists()
 

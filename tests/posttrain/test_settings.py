@@ -329,7 +329,9 @@ def test_export_to_writes_instead_of_training(tool: str, chat_model: str, tmp_pa
 def test_smoothing_is_refused_where_the_loss_has_none(chat_model: str, tmp_path: Path) -> None:
     data = DataConfig([SourceConfig("x.json", "en")])
     for kind in ("hinge", "ipo", "sppo_hard", "apo_zero"):
-        with pytest.raises(InputError, match=rf"label_smoothing is 0\.1; use 0 with loss_type {kind}, or sigmoid or robust"):
+        with pytest.raises(
+            InputError, match=rf"label_smoothing is 0\.1; expected 0 with loss_type {kind}, or sigmoid or robust"
+        ):
             DpoConfig(chat_model, str(tmp_path), data, loss_type=kind, label_smoothing=0.1)  # type: ignore[arg-type]
 
 

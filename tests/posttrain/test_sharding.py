@@ -132,12 +132,12 @@ def test_what_cannot_be_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sharding, "is_sharded", lambda: True)
     monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(InputError, match="fsdp_version is 1; use 2"):
+    with pytest.raises(InputError, match="fsdp_version is 1; expected 2"):
         check_sharding(None)
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     check_sharding(LoraSettings())
-    with pytest.raises(InputError, match=r"lora\.dropout is 0\.1 with accelerate's fsdp_act.*; use 0, or"):
+    with pytest.raises(InputError, match=r"lora\.dropout is 0\.1 with accelerate's fsdp_act.*; expected 0, or"):
         check_sharding(LoraSettings(dropout=0.1))
 
 

@@ -235,7 +235,9 @@ def test_wrong_studies_are_refused(runs: Runs) -> None:
         assert result.stderr.count("error: ") == 1
         return result.stderr
 
-    assert "lr.min is 0.1; use a number above 0 and below lr.max 0.01" in refused("--lr", "{min: 0.1, max: 0.01, number: 3}")
+    assert "lr.min is 0.1; expected a number above 0 and below lr.max 0.01" in refused(
+        "--lr", "{min: 0.1, max: 0.01, number: 3}"
+    )
     assert "configuration nowhere.yaml: No such file" in refused("--base", "nowhere.yaml")
     assert not (runs.folder / "wrong" / "runs").exists()
 

@@ -302,13 +302,13 @@ def test_a_wrong_setting_does_not_hide_wrong_files(
     assert stopped.value.code == 2
     expected = [
         "checkpoint.load is 'nowhere'; expected the folder of a checkpoint or a run",
-        "data.num_workers is -1; use 0 or more",
+        "data.num_workers is -1; expected 0 or more",
         "mixture.yaml: seed is -1",
-        "optimizer.adam_beta1 is 1.0; use",
-        "optimizer.clip_grad is -1.0; use 0 or more",
-        "optimizer.lr is -1.0; use a number above 0",
-        "training.micro_batch_size is 0; use 1 or more",
-        "training.seed is -1; use",
+        "optimizer.adam_beta1 is 1.0; expected",
+        "optimizer.clip_grad is -1.0; expected 0 or more",
+        "optimizer.lr is -1.0; expected a number above 0",
+        "training.micro_batch_size is 0; expected 1 or more",
+        "training.seed is -1; expected",
         "zh.json: no such file",
     ]
     lines = capsys.readouterr().err.splitlines()
