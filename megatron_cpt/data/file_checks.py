@@ -77,18 +77,26 @@ class FileChecks:
         now = time.monotonic()
         if now - self._looked > SECONDS_BETWEEN_LOOKS and not self._thread.is_alive():
             self._looked = now
-            if self._problem is None and any(self._outdated(file) for file in self._files):
-                self._thread = threading.Thread(target=self._compare_all, name="file-checks", daemon=True)
-                self._thread.start()
+            self._look_again()
         if self._problem is not None:
             raise RunError(self._problem)
 
     def finish(self, seconds: float) -> list[str]:
         """Wait for what is left to compare, but not longer; returns the paths that were not. RunError: as `poll`."""
+        end = time.monotonic() + seconds
         self._thread.join(seconds)
+        if not self._thread.is_alive():  # files may have been written to since they were compared
+            self._look_again()
+            self._thread.join(max(0.0, end - time.monotonic()))
         if self._problem is not None:
             raise RunError(self._problem)
         return [file.path for file in self._files if self._outdated(file)]
+
+    def _look_again(self) -> None:
+        """Compare the files that were not, or not as they are now."""
+        if self._problem is None and any(self._outdated(file) for file in self._files):
+            self._thread = threading.Thread(target=self._compare_all, name="file-checks", daemon=True)
+            self._thread.start()
 
     def _outdated(self, file: ExpectedFile) -> bool:
         """Whether this version of a file was not compared."""

@@ -59,7 +59,7 @@ class RunLog:
         self.sinks: Sinks | None = None
         self.new: frozenset[str] = frozenset()
         self.stack = ExitStack()
-        self._position: tuple[int, int] | None = None  # (iteration, train_iters) while the run is under way
+        self._position: tuple[int, int | None] | None = None  # (iteration, train_iters) while the run is under way
         self._said_status = 0.0
 
     def __enter__(self) -> RunLog:
@@ -174,8 +174,8 @@ class RunLog:
         """Replace ledger.json."""
         self._replace("ledger.json", ledger_json)
 
-    def status(self, state: State, iteration: int, train_iters: int, reason: str | None = None) -> None:
-        """Replace status.json, by which a launcher knows what to do with this run."""
+    def status(self, state: State, iteration: int, train_iters: int | None, reason: str | None = None) -> None:
+        """Replace status.json, by which a launcher knows what to do with this run; train_iters None: not known yet."""
         self._position, self._said_status = (iteration, train_iters) if state == "running" else None, time.monotonic()
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         status = {"state": state, "iteration": iteration, "train_iters": train_iters, "reason": reason, "time": now}
@@ -194,9 +194,9 @@ class RunLog:
 
     def stopped_early(self, reason: str | None) -> None:
         """The run was asked to stop before it did anything: status.json says so, with the steps that it had."""
-        earlier = self._status()
-        if earlier is not None:
-            self.status("stopped", earlier["iteration"], earlier["train_iters"], reason)
+        os.makedirs(self._path(""), exist_ok=True)
+        earlier = self._status() or {"iteration": 0, "train_iters": None}
+        self.status("stopped", earlier["iteration"], earlier["train_iters"], reason)
 
     def ended_before(self, iteration: int, train_iters: int) -> None:
         """The run has nothing left to do: what a kill after its last checkpoint has left out is made up for."""

@@ -21,7 +21,6 @@ from megatron_cpt.data.mixture_inspection import ledger_table
 from megatron_cpt.errors import RunError, SharedInputError
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import job_store, launched_world_size, process_groups
-from megatron_cpt.screen import counted
 from megatron_cpt.training.baseline import extended, incomparable, measurements
 from megatron_cpt.training.building import build, unwrap, whole_parameters
 from megatron_cpt.training.checks import CheckedRun, check_run
@@ -222,7 +221,8 @@ def fit(context: RunContext, state: TrainState) -> None:
             files.poll()
             last = state.progress.iteration == run.length.train_iters
             if last and (left := files.finish(SECONDS_FOR_LAST_CHECKS)):
-                log.say(f"{counted(len(left), 'file')} of the corpora not compared with the checksums: there was no time")
+                more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+                log.say(f"not compared with the checksums within {SECONDS_FOR_LAST_CHECKS:g} s: {left[0]}{more}")
             give_up_if_too_many(context, state, result)
             finish_step(context, state, shape, result)
             profiler.step(state.progress.iteration)

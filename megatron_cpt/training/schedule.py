@@ -122,9 +122,13 @@ def make_schedule(config: RunConfig, seq_length: int, length: RunLength, start: 
         decay = _in_samples(lr.wsd_decay_iters, lr.wsd_decay_samples, lr.wsd_decay_tokens, batch, seq_length)
         decay = math.ceil(available / 10) if decay is None else decay
     if warmup and warmup >= available + (lr.decay_style == "constant"):
+        anew = (
+            f"; the schedule warms up and decays anew from sample {start:,}, where it had ended: expected a later end "
+            "(training.extend_to), a shorter warm-up, or lr.on_continue continue"
+        )
         raise InputError(
             f"lr.warmup_{_unit(config)} leaves nothing to decay in: warm-up takes {warmup} samples, the schedule "
-            f"{available} (global_batch_size {batch})"
+            f"{available} (global_batch_size {batch}){anew if start else ''}"
         )
     if decay and warmup + decay > available:
         raise InputError(

@@ -279,3 +279,6 @@ def test_status_says_how_a_run_ended(tmp_path: Path) -> None:
     log.status("running", 4, 10)
     log.ended_before(10, 10)
     assert state() == ("finished", 10, None)
+    RunLog(str(tmp_path / "new"), LoggingConfig(), 0).stopped_early("time limit")  # before its folder was made
+    status = json.loads((tmp_path / "new" / "status.json").read_text())
+    assert (status["state"], status["iteration"], status["train_iters"]) == ("stopped", 0, None)

@@ -293,3 +293,14 @@ def test_extending_a_run_changes_nothing_else() -> None:
         resumed(before, now, 10)
     with pytest.raises(InputError, match=r"training\.extend_to is 10; .*more than training\.train_iters, 10"):
         TrainingConfig(train_iters=10, extend_to=10)
+
+
+def test_a_run_that_is_made_longer_by_less_than_its_warmup() -> None:
+    """It has decayed, so it warms up anew: the message says so, and what to do."""
+    before = run_config(10, 4, warmup_iters=3)
+    now = dataclasses.replace(before, training=dataclasses.replace(before.training, extend_to=12))
+    wanted = (
+        r"the schedule warms up and decays anew from sample 40, .*: expected a later end \(training\.extend_to\), a shorter"
+    )
+    with pytest.raises(InputError, match=wanted):
+        resumed(before, now, iteration=10)
