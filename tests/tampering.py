@@ -117,9 +117,9 @@ def slow_start(wish: dict[str, Any]) -> None:
 
 def slow_loading(wish: dict[str, Any]) -> None:
     """While the tensors of a checkpoint are read."""
-    from megatron_cpt.checkpoint.save_load import _Tensors
+    from megatron_cpt.checkpoint import save_load
 
-    slow(_Tensors, "load", Pause(**wish))
+    slow(save_load, "load_state", Pause(**wish))
 
 
 def slow_microbatches(wish: dict[str, Any]) -> None:

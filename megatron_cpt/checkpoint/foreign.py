@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_cpt.checkpoint.common_state import find_common_state
 from megatron_cpt.checkpoint.restricted import Opaque, load_settings
 from megatron_cpt.errors import InputError, brief
 from megatron_cpt.input_files import load_yaml, plain_number
@@ -90,12 +91,13 @@ def foreign_config(folder: str, vocab_size: int | None) -> dict[str, Any]:
     Raises:
         InputError: the checkpoint does not describe its model, or it is no Llama model
     """
-    bridge, common = os.path.join(folder, "run_config.yaml"), os.path.join(folder, "common.pt")
+    bridge = os.path.join(folder, "run_config.yaml")
     if os.path.exists(bridge):
         return llama_fields(bridge, bridge_settings(bridge), BRIDGE, vocab_size)
-    args = load_settings(common).get("args")
+    common, place = find_common_state(folder)
+    args = load_settings(common, place).get("args")
     if args is None:
-        places = "hf/config.json, run_config.yaml and args in common.pt are all missing"
+        places = f"hf/config.json, run_config.yaml and args in {os.path.basename(common)} are all missing"
         raise InputError(f"{folder} does not describe its model: {places}")
     if not isinstance(args, Namespace):
         raise InputError(f"{common}: args is a {type(args).__name__}; expected the namespace that Megatron-LM saves")

@@ -126,7 +126,8 @@ def check_complete(folder: str) -> None:
     check_folder(folder)
     if os.path.isdir(os.path.join(folder, "hf")):
         check_folder(os.path.join(folder, "hf"), links=False)
-    for name in ("metadata.json", ".metadata", "common.pt", *(["hf/config.json"] if ours else [])):
+    # Since megatron-core 0.19 that of other software may have no common.pt (see common_state.py)
+    for name in ("metadata.json", ".metadata", *(["common.pt", "hf/config.json"] if ours else [])):
         if not os.path.exists(os.path.join(folder, name)):
             raise InputError(f"checkpoint {folder} is not complete: {name} is missing")
     if not ours:

@@ -158,10 +158,11 @@ def load_metadata(path: str) -> Description:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def load_settings(path: str) -> dict[str, Any]:
+def load_settings(path: str, place: Place | None = None) -> dict[str, Any]:
     """The dictionary in a common.pt: its numbers, texts and settings.
 
-    Functions and classes are their names as text; tensors and objects of unknown classes are `Opaque`.
+    Functions and classes are their names as text; tensors and objects of unknown classes are `Opaque`. `place`: of the
+    dictionary in a file that holds other things, too (`find_common_state`).
 
     Raises:
         InputError: it cannot be read
@@ -174,23 +175,30 @@ def load_settings(path: str) -> dict[str, Any]:
             return space
         return value if type(value) is torch.dtype else str(value) if type(value) is Name else Opaque(shown(value))
 
-    return _dictionary(path, lambda content: plain(_Archive(content, 0, len(content)).described(None), convert))
+    return _dictionary(path, place, lambda *archive: plain(_Archive(*archive).described(None), convert))
 
 
-def load_common(path: str) -> dict[str, Any]:
+def load_common(path: str, place: Place | None = None) -> dict[str, Any]:
     """The dictionary in a common.pt, tensors included, for a run that resumes from it; objects of any class are `Opaque`.
+
+    `place`: see `load_settings`.
 
     Raises:
         InputError: it cannot be read
     """
-    return _dictionary(path, lambda content: read_object(content, 0, len(content), None))
+    return _dictionary(path, place, lambda *archive: read_object(*archive, None))
 
 
-def _dictionary(path: str, read: Callable[[Content], Any]) -> dict[str, Any]:
+def _dictionary(path: str, place: Place | None, read: Callable[[Content, int, int], Any]) -> dict[str, Any]:
+    """What lies at a place of a file, or is all of it. What is in .metadata lies in a list."""
+    content = open_mapped(path)
+    offset, length = (0, len(content)) if place is None else (place.offset, place.length)
     try:
-        found = read(open_mapped(path))
+        found = read(content, offset, length)
     except DAMAGE as error:
         raise InputError(f"{path} cannot be read: {error}") from error
+    if place is not None and type(found) is list and len(found) == 1:
+        found = found[0]
     if type(found) is not dict:
         raise InputError(f"{path} holds a {type(found).__name__}; expected a dictionary")
     return found

@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.strategies.base import LoadCommonStrategy, LoadShardedStrategy
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import (
+    StrictHandling,
+    determine_global_metadata,
+    validate_integrity_and_strict_load,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.checkpoint.attempt import CheckpointError, save_checkpoint
+from megatron_cpt.checkpoint.common_state import find_common_state
+from megatron_cpt.checkpoint.layout import check_format
 from megatron_cpt.checkpoint.restricted import Opaque, load_common
 from megatron_cpt.checkpoint.safe_pickle import plain
 from megatron_cpt.checkpoint.state import Progress, chunk_names, restore_rng, state_to_load
@@ -46,8 +52,7 @@ def load_checkpoint(folder: str, chunks: Sequence[GPTModel], optimizer: Megatron
     """
     common = on_all_ranks(folder, lambda: run_settings(folder))
     state = state_to_load(chunks, optimizer, common.get("rng_name"))
-    strategies = _Tensors(on_all_ranks(folder, lambda: TorchDistReader(folder))), _Common(common)
-    loaded = dist_checkpointing.load(state, folder, *strategies)
+    loaded = load_state(state, common, on_all_ranks(folder, lambda: TorchDistReader(folder)))
     for name, chunk in zip(chunk_names(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     if optimizer is not None:
@@ -55,6 +60,46 @@ def load_checkpoint(folder: str, chunks: Sequence[GPTModel], optimizer: Megatron
     if "rng_state" in loaded:
         restore_rng(loaded["rng_state"])
     return Progress(common.get("iteration", 0), common.get("consumed_samples", 0))
+
+
+def load_state(wanted: dict[str, Any], common: dict[str, Any], reader: TorchDistReader) -> dict[str, Any]:
+    """A state dict with what is in a checkpoint, as `dist_checkpointing.load` makes it; on all ranks together.
+
+    By our own reader: megatron-core's unpickles what it finds and compares no checksums.
+
+    Args:
+        wanted: the state dict of the model and the optimizer, with a ShardedTensor or ShardedObject for each part
+        common: what the checkpoint says beside these (`run_settings`)
+        reader: of the checkpoint
+    """
+    force_all_tensors_to_non_fp8(wanted)  # those of Transformer Engine, into which no numbers can be copied
+    sharded, local, factories = load_preprocess(wanted)
+    sharded, _ = extract_sharded_base(sharded)
+    validate_integrity_and_strict_load(
+        sharded, StrictHandling.ASSUME_OK_UNEXPECTED, True, *determine_global_metadata(sharded)
+    )
+    loaded = on_all_ranks(reader.folder, lambda: dict_list_map_outplace(partial(load_part, reader), sharded))
+    state = dict_list_map_outplace(lambda value: value, common)
+    merge(state, local)
+    merge(state, loaded)
+    return cast(dict[str, Any], apply_factory_merges(state, factories))
+
+
+def load_part(reader: TorchDistReader, wanted: ShardedTensor | ShardedObject) -> Any:
+    """The numbers or the object that a checkpoint has for a part of the state.
+
+    Raises:
+        InputError: it is missing or damaged
+    """
+    if isinstance(wanted, ShardedTensor):
+        return load_tensor(reader, wanted)
+    if "_extra_state" in wanted.key:
+        # Transformer Engine unpickles these bytes; they hold the history of FP8's scaling factors, which begins anew
+        return None
+    values = reader.object(wanted.unique_key)
+    if not isinstance(values, list) or len(values) != 1:
+        raise InputError(f"{reader.folder}: {wanted.unique_key} is a {type(values).__name__}; expected a list")
+    return values[0]
 
 
 def on_all_ranks(folder: str, read: Callable[[], T]) -> T:
@@ -78,8 +123,9 @@ def run_settings(folder: str) -> dict[str, Any]:
     Raises:
         InputError: it is damaged, or has a value of another kind
     """
-    path = os.path.join(folder, "common.pt")
-    common = {name: value for name, value in load_common(path).items() if name in COMMON_KEYS}
+    check_format(os.path.join(folder, "metadata.json"))
+    path, place = find_common_state(folder)
+    common = {name: value for name, value in load_common(path, place).items() if name in COMMON_KEYS}
     for name in ("iteration", "consumed_samples"):
         value = common.get(name, 0)
         if type(value) is not int or not 0 <= value < 1 << 62:
@@ -94,63 +140,6 @@ def refuse_objects(path: str, value: Any, _: Callable[[Any], Any]) -> Any:
     if isinstance(value, Opaque):
         raise InputError(f"{path} holds a {value.kind}; expected numbers, texts and tensors")
     return value
-
-
-class _Strategy:
-    """Which checkpoints megatron-core may give to our readers."""
-
-    can_handle_sharded_objects = True
-
-    def check_backend_compatibility(self, loaded_backend: Any) -> None:
-        """InputError for other formats."""
-        if loaded_backend not in ("torch_dist", "torch"):
-            raise InputError(f"the checkpoint's metadata.json names the format {loaded_backend!r:.50}; expected torch_dist")
-
-    def check_version_compatibility(self, loaded_version: Any) -> None:
-        """InputError for other versions."""
-        if loaded_version != 1:
-            raise InputError(f"the checkpoint's metadata.json names version {loaded_version!r:.50}; expected 1")
-
-
-class _Tensors(_Strategy, LoadShardedStrategy):
-    """Tensors and objects, by our own reader: megatron-core's unpickles what it finds and compares no checksums."""
-
-    def __init__(self, reader: TorchDistReader) -> None:
-        self._reader = reader
-
-    def load(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> dict[str, Any]:
-        """The same dictionary with what is in the checkpoint; on all ranks together."""
-        return on_all_ranks(self._reader.folder, lambda: dict_list_map_outplace(self._load, sharded_state_dict))
-
-    def load_tensors_metadata(self, checkpoint_dir: str | Path) -> Any:
-        """For other ways of loading than ours."""
-        raise NotImplementedError
-
-    def _load(self, wanted: ShardedTensor | ShardedObject) -> Any:
-        if isinstance(wanted, ShardedTensor):
-            return load_tensor(self._reader, wanted)
-        if "_extra_state" in wanted.key:
-            # Transformer Engine unpickles these bytes; they hold the history of FP8's scaling factors, which begins anew
-            return None
-        values = self._reader.object(wanted.unique_key)
-        if not isinstance(values, list) or len(values) != 1:
-            raise InputError(f"{self._reader.folder}: {wanted.unique_key} is a {type(values).__name__}; expected a list")
-        return values[0]
-
-
-class _Common(_Strategy, LoadCommonStrategy):
-    """What common.pt holds, read before."""
-
-    def __init__(self, common: dict[str, Any]) -> None:
-        self._common = common
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        """A copy that may be added to."""
-        return dict_list_map_outplace(lambda value: value, self._common)
-
-    def load_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: str | Path) -> Any:
-        """None: they are beside the tensors."""
-        raise NotImplementedError
 
 
 def load_tensor(reader: TorchDistReader, wanted: ShardedTensor) -> torch.Tensor:

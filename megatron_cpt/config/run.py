@@ -74,8 +74,8 @@ class TrainingConfig:
     """Torch's setting; "medium" lets fp32 products use bf16 units (AMX, tensor cores)."""
     fp8: Literal["e4m3", "hybrid"] | None = None
     """Matrix products in FP8; needs a GPU, Transformer Engine and params_dtype bf16."""
-    fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "delayed"
-    """Scaling recipe of Transformer Engine."""
+    fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] = "tensorwise"
+    """Scaling recipe of Transformer Engine. The history that delayed keeps begins anew when a run resumes."""
     seed: int = 1234
     """Of everything random but the data order, which has its own in the mixture."""
     deterministic: bool = False

@@ -44,7 +44,7 @@ class Arithmetic:
     """Settings of TransformerConfig that change how it computes, with its names."""
 
     fp8: str | None = None
-    fp8_recipe: str = "delayed"
+    fp8_recipe: str = "tensorwise"
     deterministic_mode: bool = False
 
 
@@ -182,10 +182,12 @@ def leave_out_biases(spec: TransformerBlockSubmodules, llama: LlamaConfig) -> No
         return
     for layer in spec.layer_specs:
         part = layer.submodules.mlp if llama.attention_bias else layer.submodules.self_attention
+        # A ModuleSpec up to megatron-core 0.17, a functools.partial since
+        submodules = part.keywords["submodules"] if isinstance(part, functools.partial) else part.submodules
         for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
-            linear = getattr(part.submodules, name, None)
+            linear = getattr(submodules, name, None)
             if linear is not None:
-                setattr(part.submodules, name, without_bias(linear))
+                setattr(submodules, name, without_bias(linear))
 
 
 @functools.cache

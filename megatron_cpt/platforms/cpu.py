@@ -60,8 +60,12 @@ class CpuPlatform:
     backend = "gloo"
 
     def prepare(self) -> None:
-        from megatron_cpt.platforms.everywhere import save_without_queue_server, withheld
+        from megatron_cpt.platforms.everywhere import hide, save_without_queue_server, withheld
 
+        # Megatron-core takes their kernels where they are installed, as in containers, and these want tensors on a GPU.
+        # Without a GPU their own libraries may not even load, which ends the import of megatron-core.
+        for package in ("transformer_engine", "apex"):
+            hide(package)
         with withheld("wandb"):
             import_without_compiler()
         redirect_factories()
@@ -179,10 +183,21 @@ def answer_for_cuda_runtime() -> None:
     """The few CUDA runtime calls on the training path: the current device, waiting for it, moving there, its generator."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: NoStream()  # type: ignore[assignment,return-value]
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda new_state, device=None: torch.set_rng_state(new_state)
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+class NoStream:
+    """Stands for a CUDA stream: on a CPU everything before has been computed already."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def wait_event(self, event: Any) -> None:
+        """Nothing to wait for."""
 
 
 def name_tensor_types_as_on_cuda() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -57,12 +58,46 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def leave_out_broken_transformer_engine() -> None:
+    """Go on without a Transformer Engine that cannot be imported: megatron-core would end with its error.
+
+    Its core without the extension for torch, or one that was built for another torch, is such a one.
+    """
+    from megatron_cpt.platforms.everywhere import hide
+
+    if not has_transformer_engine():
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError) as error:
+        hide("transformer_engine")
+        if os.environ.get("RANK", "0") == "0":
+            reason = " ".join(str(error).split())
+            print(f"note: Transformer Engine cannot be imported ({reason}): torch's layers are used", file=sys.stderr)
+
+
 def has_weight_gradient_kernel() -> bool:
     """Whether Apex was built with the kernel of `gradient_accumulation_fusion`.
 
     megatron-core's own linear layers refuse the setting without it, and with Transformer Engine the output layer is one.
     """
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def unlike_transformer_engine(parallel: ParallelConfig, training: TrainingConfig) -> str | None:
+    """The first setting that cannot be done with Transformer Engine's layers, or does nothing with them."""
+    if parallel.context_parallel_size > 1 and training.params_dtype == "fp32":
+        size = parallel.context_parallel_size
+        return (
+            f"parallel.context_parallel_size is {size} with training.params_dtype fp32, for which Transformer Engine has no "
+            "attention over several devices; expected bf16"
+        )
+    if "layernorm" in (parallel.recompute_modules or []):
+        return (
+            "parallel.recompute_modules has layernorm, which is a part of Transformer Engine's linear layers, and not "
+            "computed again; expected core_attn or mlp"
+        )
+    return None
 
 
 class CudaPlatform:
@@ -74,6 +109,7 @@ class CudaPlatform:
     def prepare(self) -> None:
         from megatron_cpt.platforms.everywhere import save_without_queue_server, withheld
 
+        leave_out_broken_transformer_engine()
         with withheld("wandb"):
             import megatron.core  # noqa: F401 (with most of its modules)
         save_without_queue_server()
@@ -113,7 +149,7 @@ class CudaPlatform:
 
     def refuses(self, parallel: ParallelConfig, training: TrainingConfig) -> str | None:
         if has_transformer_engine():
-            return None
+            return unlike_transformer_engine(parallel, training)
         return needs_transformer_engine(parallel, training, "Transformer Engine is not installed")
 
     def fusions(self, params_dtype: torch.dtype) -> dict[str, bool]:

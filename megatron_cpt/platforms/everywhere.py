@@ -25,6 +25,11 @@ def withheld(package: str) -> Iterator[None]:
         del sys.modules[package]
 
 
+def hide(package: str) -> None:
+    """Let a package seem not to be installed from now on, to everything in this process."""
+    sys.modules[package] = None  # type: ignore[assignment]
+
+
 def save_without_queue_server() -> None:
     """megatron-core's checkpoint writer starts a manager process per rank, which imports torch, to hand back its results.
 

@@ -24,9 +24,10 @@ class FusedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         bias_correction: bool = True,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
-        if not (bias_correction and adam_w_mode):
-            raise ValueError("FusedAdam implements AdamW with bias correction only")
+        if not (bias_correction and adam_w_mode) or capturable:
+            raise ValueError("FusedAdam implements AdamW with bias correction only, outside of CUDA graphs")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction}
         super().__init__(params, defaults)
 

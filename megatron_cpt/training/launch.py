@@ -83,4 +83,5 @@ def prepare_arithmetic(training: TrainingConfig) -> None:
     if training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         os.environ.setdefault("NCCL_ALGO", "Ring")  # the order of a sum depends on the algorithm
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # Transformer Engine reads it when it is built
         torch.use_deterministic_algorithms(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections import Counter
@@ -151,7 +152,7 @@ class Microbatches:
         mask = torch.from_numpy(batch.loss_mask).to(device, non_blocking=True)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         if self.ranks.context_size > 1:
-            inputs, targets, mask = get_batch_on_this_cp_rank({"i": inputs, "t": targets, "m": mask}).values()
+            inputs, targets, mask = of_this_context_rank({"i": inputs, "t": targets, "m": mask}).values()
         labels = targets if chunk.post_process else None
         if self.shape.packed:
             inputs, labels = inputs.view(1, -1), None if labels is None else labels.view(1, -1)
@@ -163,6 +164,14 @@ class Microbatches:
             return value, mask.sum().int(), {"report": report}
 
         return output, loss
+
+
+def of_this_context_rank(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The part of each sequence that this context-parallel rank computes."""
+    # Asked for since megatron-core 0.18
+    new = {"is_hybrid_cp": False} if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters else {}
+    part: dict[str, torch.Tensor] = get_batch_on_this_cp_rank(batch, **new)
+    return part
 
 
 def never() -> bool:

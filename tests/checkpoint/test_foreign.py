@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -13,6 +15,8 @@ import torch
 import yaml
 from test_torch_dist import Bomb
 from tiny_models import VARIANTS, make_tiny_llama
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from megatron_cpt.checkpoint.convert import hf_to_megatron, megatron_to_hf
 from megatron_cpt.checkpoint.hf_files import HfTensors
@@ -110,6 +114,21 @@ def foreign(converted: Path, args: dict[str, Any] | None = None, config: dict[st
     return folder
 
 
+def without_common_pt(folder: Path) -> Path:
+    """Put common.pt where megatron-core 0.19 has it: a list with the dictionary, among the objects that .metadata names."""
+    state = torch.load(folder / "common.pt", weights_only=False)
+    (folder / "common.pt").unlink()
+    archive = io.BytesIO()
+    torch.save([state], archive)
+    (folder / "__9_0.distcp").write_bytes(b"another tensor" + archive.getvalue())
+    described = pickle.loads((folder / ".metadata").read_bytes())
+    described.state_dict_metadata["common_state/shard_0_1"] = BytesStorageMetadata()
+    place = _StorageInfo("__9_0.distcp", len(b"another tensor"), len(archive.getvalue()))
+    described.storage_data[MetadataIndex("common_state/shard_0_1")] = place
+    (folder / ".metadata").write_bytes(pickle.dumps(described))
+    return folder
+
+
 @pytest.fixture
 def hf(tmp_path: Path, tiny_tokenizer_dir: str) -> Path:
     return Path(make_tiny_llama(tmp_path / "hf", tiny_tokenizer_dir, **VARIANTS["untied"]))
@@ -131,10 +150,13 @@ def converted(hf: Path, tmp_path: Path) -> Path:
     return Path(hf_to_megatron(HfToMegatron(str(padded), str(tmp_path / "megatron"))))
 
 
+@pytest.mark.parametrize("common", ["common.pt", "common_state"])
 @pytest.mark.parametrize("kind", ["Megatron-LM", "Megatron-Bridge"])
-def test_weights_and_configuration_come_out(kind: str, hf: Path, converted: Path, tmp_path: Path) -> None:
+def test_weights_and_configuration_come_out(kind: str, common: str, hf: Path, converted: Path, tmp_path: Path) -> None:
     lm = kind == "Megatron-LM"
     folder = foreign(converted, megatron_lm_args() if lm else None, None if lm else bridge_config())
+    if common == "common_state":
+        without_common_pt(folder)
     options = {"tokenizer": str(hf), **({"vocab_size": 400} if lm else {})}
     back = megatron_to_hf(MegatronToHf(str(folder), str(tmp_path / "back"), **options))
     assert "tensors equal" in verify(Verify(str(hf), back))
@@ -225,6 +247,11 @@ def test_no_description_and_wrong_options(hf: Path, converted: Path, tmp_path: P
         (folder / "run_config.yaml").write_text(content)
         with pytest.raises(InputError, match=r"run_config\.yaml"):
             megatron_to_hf(MegatronToHf(str(folder), str(tmp_path / "back")))
+    shutil.rmtree(folder)
+    folder = foreign(converted, megatron_lm_args())
+    (folder / "common.pt").unlink()
+    with pytest.raises(InputError, match=r"is not complete: common\.pt is missing, and \.metadata names no common_state"):
+        megatron_to_hf(MegatronToHf(str(folder), str(tmp_path / "back")))
     shutil.rmtree(folder)
     folder = foreign(converted)
     with pytest.raises(InputError, match=r"does not describe its model: hf/config\.json, run_config\.yaml and args"):

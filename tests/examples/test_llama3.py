@@ -126,7 +126,7 @@ def test_recipes_differ_in_what_their_first_lines_say(size: str) -> None:
     folder = f"examples/llama3_{size}"
     fp8, bf16 = fields(f"{folder}/cpt_8k_fp8.yaml"), fields(f"{folder}/cpt_8k.yaml")
     assert fp8["training"].pop("fp8") == "hybrid"
-    assert fp8["training"].pop("fp8_recipe") == "delayed"
+    assert fp8["training"].pop("fp8_recipe") == "tensorwise"
     assert fp8["checkpoint"].pop("save") == bf16["checkpoint"].pop("save") + "-fp8"
     assert fp8 == bf16
     assert fields(f"{folder}/mixture_8k.yaml") == fields(f"{folder}/mixture.yaml") | {"seq_length": 8192}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import subprocess
 import sys
@@ -22,9 +23,10 @@ from megatron_cpt.platforms.process_groups import process_groups
 pytestmark = pytest.mark.skipif(current_platform().name != "cpu", reason="adaptations are applied on CPU only")
 
 
-def python(code: str) -> str:
+def python(code: str, **environment: str) -> str:
     """What a fresh interpreter prints."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    environ = os.environ | environment
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environ)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -288,6 +290,27 @@ def test_the_compiler_is_not_imported() -> None:
     code = "import sys, megatron_cpt.training.pretrain; print('torch._inductor' in sys.modules)"
     assert python(code) == "False"
     assert python("import sys, megatron.core; print('torch._inductor' in sys.modules)") == "True", "no longer needed"
+
+
+def broken_packages(folder: Path) -> None:
+    """A Transformer Engine whose extension for torch is missing, and an Apex of another torch."""
+    for name, error in (("transformer_engine", "FileNotFoundError"), ("apex", "ImportError"), ("amp_C", "ImportError")):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(f"raise {error}('no shared object file')\n")
+
+
+def test_kernels_that_want_a_gpu_are_not_taken(tmp_path: Path) -> None:
+    """In a container on a login node: with Transformer Engine or Apex that cannot load, or would compute on a GPU."""
+    broken_packages(tmp_path)
+    code = """if True:
+        import megatron_cpt.training.pretrain
+        from megatron.core.optimizer import optimizer
+        from megatron.core.utils import local_multi_tensor_scale, local_multi_tensor_applier
+        assert optimizer.multi_tensor_applier is local_multi_tensor_applier
+        from megatron_cpt.platforms.cuda import has_transformer_engine
+        print(has_transformer_engine())
+    """
+    assert python(code, PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}") == "False"
 
 
 def test_wandb_is_imported_by_those_who_log_to_it() -> None:

@@ -350,7 +350,7 @@ ON_GPUS = {
     "parallel.context_parallel_size": (2, "context_parallel_size"),
     "parallel.tp_comm_overlap": (True, "tp_comm_overlap"),
     "training.fp8": ("hybrid", "fp8"),
-    "training.fp8_recipe": ("tensorwise", "fp8_recipe"),
+    "training.fp8_recipe": ("mxfp8", "fp8_recipe"),
 }
 
 
