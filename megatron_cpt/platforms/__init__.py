@@ -8,6 +8,7 @@ call it at the top of their `__init__`, and `model/build.py` imports `prepared`,
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import warnings
 
@@ -39,6 +40,8 @@ def prepare_platform() -> Platform:
     # uses torch interfaces that warn of their future; a user can act on neither.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    # Since 0.19 every GPTModel says that it is deprecated; docs/platforms.md has what that means here
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     platform = current_platform()
     platform.prepare()
     return platform

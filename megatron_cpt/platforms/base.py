@@ -51,6 +51,9 @@ class Platform(Protocol):
     def device(self, local_rank: int) -> torch.device:
         """Select and return the device of the process with this local rank."""
 
+    def before_layers(self, parallel: ParallelConfig, training: TrainingConfig, seq_length: int, hidden_size: int) -> None:
+        """Start what the layers of a training run will share; on all ranks, after the process groups."""
+
     def block_spec(self, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         """The transformer layers of this pipeline stage, as megatron-core wants them described."""
 

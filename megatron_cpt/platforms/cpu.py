@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import logging
 import math
 import os
 import platform
@@ -66,6 +67,8 @@ class CpuPlatform:
         # Without a GPU their own libraries may not even load, which ends the import of megatron-core.
         for package in ("transformer_engine", "apex"):
             hide(package)
+        # On a login node with CUDA's compiler: "No CUDA runtime is found", before everything that a tool has to say
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         with withheld("wandb"):
             import_without_compiler()
         redirect_factories()
@@ -89,6 +92,9 @@ class CpuPlatform:
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
+
+    def before_layers(self, parallel: ParallelConfig, training: TrainingConfig, seq_length: int, hidden_size: int) -> None:
+        pass
 
     def block_spec(self, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         from megatron_cpt.platforms.torch_layers import torch_block_spec

@@ -136,6 +136,21 @@ class CudaPlatform:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
 
+    def before_layers(self, parallel: ParallelConfig, training: TrainingConfig, seq_length: int, hidden_size: int) -> None:
+        if not parallel.tp_comm_overlap:
+            return
+        # Transformer Engine's layers overlap through these buffers, and do not build without them.
+        from transformer_engine.pytorch.module.base import UserBufferQuantizationMode, initialize_ub
+
+        tokens = seq_length * training.micro_batch_size // parallel.context_parallel_size
+        initialize_ub(
+            [tokens, hidden_size],
+            parallel.tensor_model_parallel_size,
+            quantization_modes=[UserBufferQuantizationMode.NONE if training.fp8 is None else UserBufferQuantizationMode.FP8],
+            dtype=torch.float32 if training.params_dtype == "fp32" else torch.bfloat16,
+            bootstrap_backend=self.backend,
+        )
+
     def block_spec(self, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         if not has_transformer_engine():
             from megatron_cpt.platforms.torch_layers import torch_block_spec

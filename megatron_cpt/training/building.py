@@ -31,6 +31,7 @@ def build(
     """Model chunks (one, unless the pipeline is interleaved) with uninitialised weights, and their optimizer."""
     params_dtype, parallel = dtype_of(config.training.params_dtype), config.parallel
     engine = transformer_config(llama, parallel, params_dtype, arithmetic_of(config.training))
+    current_platform().before_layers(parallel, config.training, seq_length, llama.hidden_size)
     chunks = in_ddp(build_chunks(llama, engine, seq_length, current_platform(), ranks), engine, parallel)
     optimizer = get_megatron_optimizer(
         optimizer_config(config.optimizer, params_dtype, parallel.overlap_param_gather), chunks

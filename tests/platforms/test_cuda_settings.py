@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import importlib
 import os
 import re
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import TrainingConfig
@@ -16,6 +21,7 @@ from megatron_cpt.platforms.cuda import CudaPlatform, leave_out_broken_transform
 from megatron_cpt.training.launch import prepare_arithmetic
 
 BF16 = TrainingConfig(global_batch_size=8, train_iters=1, params_dtype="bf16")
+FP8 = TrainingConfig(global_batch_size=8, train_iters=1, params_dtype="bf16", fp8="hybrid")
 FP32 = TrainingConfig(global_batch_size=8, train_iters=1)
 
 
@@ -71,8 +77,6 @@ def test_a_transformer_engine_that_cannot_be_imported(
 
 def test_deterministic_runs_tell_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads the variable when its attention is built, and refuses to be built without."""
-    import torch
-
     for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NVTE_ALLOW_NONDETERMINISTIC_ALGO"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -81,3 +85,25 @@ def test_deterministic_runs_tell_transformer_engine(monkeypatch: pytest.MonkeyPa
         assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(("training", "mode", "dtype"), [(BF16, "none", torch.bfloat16), (FP8, "fp8", torch.bfloat16)])
+def test_buffers_of_overlapped_communication(
+    training: TrainingConfig, mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that overlap do not build before somebody has called Transformer Engine's initialize_ub."""
+    seen: list[tuple[Any, ...]] = []
+
+    def initialize_ub(shape: list[int], tp_size: int, **more: Any) -> None:
+        seen.append((shape, tp_size, [mode.value for mode in more.pop("quantization_modes")], more))
+
+    modes = enum.Enum("UserBufferQuantizationMode", {"NONE": "none", "FP8": "fp8"})
+    base = SimpleNamespace(initialize_ub=initialize_ub, UserBufferQuantizationMode=modes)
+    for name in ("", ".pytorch", ".pytorch.module", ".pytorch.module.base"):
+        monkeypatch.setitem(sys.modules, f"transformer_engine{name}", base)
+    plain = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)
+    CudaPlatform().before_layers(plain, training, 4096, 512)
+    assert not seen
+    parallel = dataclasses.replace(plain, tp_comm_overlap=True, context_parallel_size=2)
+    CudaPlatform().before_layers(parallel, dataclasses.replace(training, micro_batch_size=3), 4096, 512)
+    assert seen == [([4096 * 3 // 2, 512], 4, [mode], {"dtype": dtype, "bootstrap_backend": "nccl"})]
