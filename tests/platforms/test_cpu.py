@@ -270,11 +270,12 @@ def test_rng_tracker_forks_torchs_generator() -> None:
 def test_saving_starts_no_queue_server(monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
 
-    assert filesystem_async._get_write_results_queue() is filesystem_async._results_queue
+    queue_of = getattr(filesystem_async, "_get_write_results_queue", None) or filesystem_async.get_write_results_queue
+    assert queue_of() is filesystem_async._results_queue
     started: list[str] = []
     monkeypatch.setattr(filesystem_async, "_results_queue", None)
     monkeypatch.setattr(filesystem_async.mp, "get_context", lambda method: started.append(method) or _NoManager())
-    filesystem_async._get_write_results_queue()
+    queue_of()
     assert started == ["spawn"], "megatron-core starts no manager process any more: drop the adaptation"
 
 
