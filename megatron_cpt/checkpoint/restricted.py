@@ -175,7 +175,9 @@ def load_settings(path: str, place: Place | None = None) -> dict[str, Any]:
             return space
         return value if type(value) is torch.dtype else str(value) if type(value) is Name else Opaque(shown(value))
 
-    return _dictionary(path, place, lambda *archive: plain(_Archive(*archive).described(None), convert))
+    return _dictionary(
+        path, place, lambda content, offset, length: plain(_Archive(content, offset, length).described(None), convert)
+    )
 
 
 def load_common(path: str, place: Place | None = None) -> dict[str, Any]:
@@ -186,7 +188,7 @@ def load_common(path: str, place: Place | None = None) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read
     """
-    return _dictionary(path, place, lambda *archive: read_object(*archive, None))
+    return _dictionary(path, place, lambda content, offset, length: read_object(content, offset, length, None))
 
 
 def _dictionary(path: str, place: Place | None, read: Callable[[Content, int, int], Any]) -> dict[str, Any]:
