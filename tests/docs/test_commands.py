@@ -103,6 +103,7 @@ OTHERS = {
     "num_machines",
     "nproc_per_node",
     "append_eod",  # Megatron-LM
+    "no_build_isolation",  # pip
     "NAME",  # of the message that says what an option looks like
     "split_sentences",
     "requeue",  # sbatch
