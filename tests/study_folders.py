@@ -47,7 +47,9 @@ def write_run(folder: Path, rows: list[dict[str, Any]]) -> None:
     """The files of one run from its rows of results."""
     languages = {"general": "en", "additional": "zh"}
     corpora = [{"group": group, "language": language} for group, language in languages.items()]
-    write_json(folder / "ledger.json", {"planned": {"samples": TOKENS // 100, "seq_length": 100, "rows": corpora}})
+    planned = {"samples": TOKENS // 100, "seq_length": 100, "rows": corpora}
+    segment = {"mixture": {"corpora": {language: {"bin_sha256": "0" * 64} for language in languages.values()}}}
+    write_json(folder / "ledger.json", {"planned": planned, "segments": [segment]})
     write_json(folder / "outcome.json", {"kind": "finished", "reason": None, "seconds": 1.0, "wall_seconds": 2.0})
     write_json(folder / "status.json", {"state": "finished", "train_iters": rows[-1]["iteration"]})
     lines: list[dict[str, Any]] = []

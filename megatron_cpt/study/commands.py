@@ -18,9 +18,10 @@ from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.critical import predict_critical_ratios
 from megatron_cpt.study.fit import Fit, equation, fit, grouped_notes, write_fit
+from megatron_cpt.study.inputs import check_inputs, record_inputs
 from megatron_cpt.study.local import alone_in, device_shares, environment, run_locally
 from megatron_cpt.study.outcome import read_outcome
-from megatron_cpt.study.page import critical_words, interval, write_page
+from megatron_cpt.study.page import critical_words, interval, noise_words, write_page
 from megatron_cpt.study.plan import make_plan, plan_table
 from megatron_cpt.study.points import Base, Point, points, read_base, read_proposed, run_folder, write_proposed
 from megatron_cpt.study.results import Results, collect, write_results
@@ -80,6 +81,8 @@ def run(study: Run) -> str:
 
 def run_only(study: StudyConfig, base: Base, name: str) -> str:
     """One run of the study, or the scores of its start: a task of the job array. Results are for `fit` to collect."""
+    check_inputs(study, base)
+    record_inputs(study, base)
     if name == START:
         measure_start(study, base)
         return scores_path(study.folder, START, 0)
@@ -168,7 +171,7 @@ def fit_table(found: Fit) -> Table:
         table.add_column(name, justify="left" if name in ("", "supported") else "right")
     for name, fitted_surface in found.surfaces.items():
         runs = str(len(fitted_surface.surface.values))
-        figures = f"{fitted_surface.noise:.3g}", f"{fitted_surface.error:.3g}", f"{fitted_surface.explained:.1%}"
+        figures = noise_words(fitted_surface), f"{fitted_surface.error:.3g}", f"{fitted_surface.explained:.1%}"
         table.add_row(name, runs, *figures, "no" if fitted_surface.refused else "yes")
     return table
 

@@ -39,14 +39,14 @@ class FittedSurface:
 
     Attributes:
         error: root mean square of the errors on the runs of left-out pairs
-        noise: of seeds, at the run in the middle if these are in order of their noise
+        noise: of seeds, at the run in the middle if these are in order of their noise; None: there are too few second seeds
         explained: share of the runs' variance that predictions of left-out pairs explain; below 0: the mean is better
         refused: why nothing should be concluded from it
     """
 
     surface: Surface
     error: float
-    noise: float
+    noise: float | None
     explained: float
     refused: str | None
 
@@ -193,7 +193,7 @@ def fitted_surface(results: Results, quantity: str) -> FittedSurface:
     surface = fit_surface(almr, lr, values, loss=quantity != MEAN_METRIC)
     errors = surface.left_out_errors()
     explained = 1 - float((errors**2).sum() / max(((values - values.mean()) ** 2).sum(), 1e-300))
-    noise = float(np.median(surface.noise(surface.points)))
+    noise = float(np.median(surface.noise(surface.points))) if seed_note(results) is None else None
     return FittedSurface(surface, float(np.sqrt((errors**2).mean())), noise, explained, refusal(surface, explained))
 
 

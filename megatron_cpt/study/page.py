@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.study.critical import CriticalRatio
-from megatron_cpt.study.fit import Fit, equation, grouped_notes
+from megatron_cpt.study.fit import Fit, FittedSurface, equation, grouped_notes
 from megatron_cpt.study.frontier import Line
 from megatron_cpt.study.results import MEAN_METRIC, Results
 
@@ -115,7 +115,7 @@ def surfaces_table(fit: Fit) -> str:
             [
                 name,
                 str(len(found.surface.values)),
-                f"{found.noise:.3g}",
+                noise_words(found),
                 f"{found.error:.3g}",
                 f"{found.explained:.1%}",
                 "no (see the notes)" if found.refused else "yes",
@@ -123,6 +123,11 @@ def surfaces_table(fit: Fit) -> str:
             for name, found in fit.surfaces.items()
         ),
     )
+
+
+def noise_words(found: FittedSurface) -> str:
+    """The noise between seeds, or that the runs do not say it."""
+    return "-" if found.noise is None else f"{found.noise:.3g}"
 
 
 def d_cpt_table(fit: Fit) -> str:

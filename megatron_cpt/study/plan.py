@@ -18,8 +18,18 @@ from megatron_cpt.planning.layouts import Job, Layout
 from megatron_cpt.planning.timing import throughput
 from megatron_cpt.screen import counted
 from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.inputs import check_inputs, record_inputs
 from megatron_cpt.study.outcome import Outcome, read_outcome
-from megatron_cpt.study.points import Base, Point, parse, points, run_fields, run_folder, write_configuration
+from megatron_cpt.study.points import (
+    Base,
+    Point,
+    check_same_study,
+    parse,
+    points,
+    run_fields,
+    run_folder,
+    write_configuration,
+)
 from megatron_cpt.training.checks import check_run
 from megatron_cpt.training.progress_line import duration
 
@@ -64,10 +74,14 @@ def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, fl
     """Write the configurations of all runs, check one of each ALMR as the run itself will, and estimate.
 
     Raises:
-        InputError: a run would refuse its configuration, or the study is above its limits
+        InputError: a run would refuse its configuration, what the runs read was replaced since the study began, or the study
+            is above its limits
     """
     outcomes = {point: read_outcome(run_folder(study.folder, point)) for point in points(study, proposed)}
     checked: dict[float, Point] = {}
+    for point in outcomes:
+        check_same_study(study, base, point)
+    check_inputs(study, base)
     for point in outcomes:
         write_configuration(study, base, point)
         checked.setdefault(point.almr, point)
@@ -88,6 +102,7 @@ def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, fl
         estimate, source = None, "unknown until a run has finished, or device is given"
     plan = Plan(study, outcomes, steps, steps * batch, estimate, source, disk_bytes(base, run.llama, steps))
     check_limits(plan)
+    record_inputs(study, base)
     return plan
 
 
@@ -165,7 +180,7 @@ def plan_table(plan: Plan, proposed: Sequence[tuple[float, float]]) -> Table:
             size(plan.disk),
         )
     how = "kept" if study.keep_checkpoints else f"removed once measured, {study.parallel_runs} at a time"
-    table.caption = f"time: {plan.seconds_from}; {study.parallel_runs} runs at a time. Checkpoints: {how}."
+    table.caption = f"time: {plan.seconds_from}; {counted(study.parallel_runs, 'run')} at a time. Checkpoints: {how}."
     table.caption += " *: proposed." if proposed else ""
     table.caption_justify = "left"
     return table

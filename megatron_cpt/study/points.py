@@ -16,7 +16,7 @@ from megatron_cpt.checkpoint.layout import write_json, write_text
 from megatron_cpt.config.fields import config_from
 from megatron_cpt.config.require import require
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.input_files import load_yaml, plain_number, shown
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.records import has_begun, number, of_kind, read_json
@@ -49,7 +49,7 @@ def points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = 
     """
     pairs = grid(study)
     beside = read_proposed(study.folder) if proposed is None else proposed
-    pairs += [pair for pair in beside if pair not in pairs and study.covers(pair)]
+    pairs = list(dict.fromkeys([*pairs, *(pair for pair in beside if study.covers(pair))]))  # each once
     found = [Point(seed, almr, lr) for seed in study.seeds for almr, lr in pairs]
     names = [point.name for point in found]
     for name in names:
@@ -123,9 +123,14 @@ def read_base(study: StudyConfig) -> Base:
     """Read and check what every run follows.
 
     Raises:
-        InputError: the configuration or the mixture is not one that a study can vary
+        InputError: the configuration or the mixture is not one that a study can vary, or the study's folder can be none
     """
-    fields = read_fields(study.base)
+    refusals = Refusals()
+    with refusals.noted():
+        check_folder(study.folder)
+    with refusals.noted():
+        fields = read_fields(study.base)
+    refusals.raise_any()
     checkpoint, training = fields.setdefault("checkpoint", {}), fields.setdefault("training", {})
     for name, section in (("checkpoint", checkpoint), ("training", training)):
         require(isinstance(section, dict), f"{study.base}: {name}", shown(section), "a section with fields")
@@ -139,6 +144,14 @@ def read_base(study: StudyConfig) -> Base:
             f"{config.mixture}: a study varies one almr; expected a mixture without stages whose almr is a number"
         )
     return Base(fields, absolute(mixture, os.path.dirname(os.path.abspath(config.mixture))), config)
+
+
+def check_folder(folder: str) -> None:
+    """Raise InputError unless the study's folder is one or can become one."""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    require(os.path.isdir(place), "folder", folder, f"a folder, or a name for a new one ({place} is none)")
 
 
 def read_fields(path: str) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from optuna.trial import create_trial
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.points import points
+from megatron_cpt.study.points import Point, points
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import fit_surface
 
+MOST_DRAWS = 1000  # in search of a pair that is not there yet
 FEWEST = 4  # pairs with results: below, points are spread over the ranges
 
 
@@ -27,7 +28,7 @@ def propose(study: StudyConfig, results: Results, number: int, seed: int = 0) ->
     are pairs that are to be run, as when a study was stopped before it had run what was proposed last.
 
     Raises:
-        InputError: an axis has no range
+        InputError: an axis has no range, or no pair is left in it
     """
     for name, values in (("almr", study.almr), ("lr", study.rates)):
         if min(values) == max(values):
@@ -65,19 +66,31 @@ def propose(study: StudyConfig, results: Results, number: int, seed: int = 0) ->
         trial = search.ask(space)
         almr, lr = rounded(study, trial.params["almr"], trial.params["lr"])
         search.tell(trial, expected(almr, lr))
-        if (almr, lr) in known | set(found):
-            almr, lr = nudged(study, almr, lr, len(found) + seed)
-        found.append((almr, lr))
+        found.append(new_pair(study, almr, lr, known | set(found), seed))
     return found
 
 
-def nudged(study: StudyConfig, almr: float, lr: float, seed: int) -> tuple[float, float]:
-    """A pair nearby, for one that is there already: the sampler would like it measured again."""
-    random = np.random.default_rng(seed)
+def new_pair(study: StudyConfig, almr: float, lr: float, taken: set[tuple[float, float]], seed: int) -> tuple[float, float]:
+    """This pair or, if its runs are there already (the sampler would like it measured again), another one nearby: farther
+    away each time that what was drawn is taken, too.
+
+    Raises:
+        InputError: the ranges have no other pair, in three digits
+    """
+    names, random = {Point(0, *pair).name for pair in taken}, np.random.default_rng([seed, len(taken)])
     low, high = min(study.almr), max(study.almr)
     width = np.log(max(study.rates) / min(study.rates))
-    almr, lr = almr + 0.05 * (high - low) * random.uniform(-1, 1), lr * np.exp(0.05 * width * random.uniform(-1, 1))
-    return rounded(study, almr, lr)
+    pair = almr, lr
+    for attempt in range(MOST_DRAWS):
+        if Point(0, *pair).name not in names:
+            return pair
+        reach = min(1.0, 0.05 * 1.1**attempt)  # of the ranges
+        share, factor = reach * random.uniform(-1, 1), reach * random.uniform(-1, 1)
+        pair = rounded(study, almr + (high - low) * share, lr * np.exp(width * factor))
+    raise InputError(
+        f"almr from {low:g} to {high:g} and lr from {min(study.rates):g} to {max(study.rates):g} have {len(taken)} pairs "
+        "already and hardly another one that differs in three digits; use fewer than that, or wider ranges"
+    )
 
 
 def rounded(study: StudyConfig, almr: float, lr: float) -> tuple[float, float]:

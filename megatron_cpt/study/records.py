@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_cpt.errors import InputError
@@ -91,6 +92,22 @@ def read_ledger(folder: str) -> dict[str, Any]:
 def general_languages(ledger: dict[str, Any]) -> set[str]:
     """Languages of the general corpora that a run reads."""
     return {row["language"] for row in ledger["planned"]["rows"] if row["group"] == "general"}
+
+
+def ledger_corpora(ledger: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
+    """Name and bin_sha256 of each corpus that a run was given, in each part of it; none of a run of an early version.
+
+    Raises:
+        InputError: `path`, the ledger, has something else there
+    """
+    for i, segment in enumerate(of_kind(ledger.get("segments", []), list, f"{path}: segments", "a list")):
+        where = f"{path}: segments.{i}"
+        of_kind(segment, dict, where, "a mapping with a mixture")
+        mixture = of_kind(segment.get("mixture"), dict, f"{where}.mixture", "a mapping with corpora")
+        for name, corpus in of_kind(mixture.get("corpora"), dict, f"{where}.mixture.corpora", "corpora by name").items():
+            at = f"{where}.mixture.corpora.{name}"
+            of_kind(corpus, dict, at, "a mapping with bin_sha256")
+            yield name, of_kind(corpus.get("bin_sha256"), str, f"{at}.bin_sha256", "a text")
 
 
 def planned_tokens(ledger: dict[str, Any]) -> int:

@@ -14,6 +14,7 @@ import pyarrow.parquet
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.inputs import check_inputs
 from megatron_cpt.study.outcome import OUTCOME, Outcome, read_outcome
 from megatron_cpt.study.points import Base, Point, check_same_study, points, run_folder
 from megatron_cpt.study.records import LEDGER, general_languages, planned_tokens, read_ledger, read_run_metrics
@@ -53,16 +54,16 @@ def collect(study: StudyConfig, base: Base) -> Results:
     """Read what the runs have written.
 
     Raises:
-        InputError: no run has begun, one is of another study, a file is damaged or missing, or the mixture has no validation
-            set of one of the two groups
+        InputError: no run has begun, one is of another study, a file is damaged or missing, runs have read different
+            things, or the mixture has no validation set of one of the two groups
     """
     rows: list[dict[str, Any]] = []
     names: set[str] = set()
-    measured: dict[str, dict[str, Any]] = {}
     ledgers = {point: ledger for point in points(study) if (ledger := ledger_of(study, base, point)) is not None}
+    check_inputs(study, base)
     general = set().union(*map(general_languages, ledgers.values()))
     for point, ledger in ledgers.items():
-        of_run = run_rows(study, point, general, planned_tokens(ledger), measured)
+        of_run = run_rows(study, point, general, planned_tokens(ledger))
         for row in of_run:
             names |= row["scores"].keys()
         rows += of_run
@@ -96,10 +97,8 @@ def ledger_of(study: StudyConfig, base: Base, point: Point) -> dict[str, Any] | 
     return read_ledger(folder) if begun else None
 
 
-def run_rows(
-    study: StudyConfig, point: Point, general: set[str], length: int, measured: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The evaluations of one run of `length` tokens; `measured`: see `check_measurements`."""
+def run_rows(study: StudyConfig, point: Point, general: set[str], length: int) -> list[dict[str, Any]]:
+    """The evaluations of one run of `length` tokens."""
     folder = run_folder(study.folder, point)
     outcome = read_outcome(folder)
     metrics = read_run_metrics(folder)
@@ -116,7 +115,6 @@ def run_rows(
                 f"{os.path.join(folder, METRICS)}: step {evaluation['iteration']} has validation sets {sets}; expected "
                 f"those of step {evaluations[0]['iteration']}: {', '.join(groups)}"
             )
-        check_measurements(folder, evaluation, measured)
     scores = read_all_scores(study.folder, START) | read_all_scores(study.folder, point.name)
     rows = []
     for evaluation in evaluations:
@@ -138,27 +136,6 @@ def run_rows(
     for row in rows:
         row["balanced"] = balanced(row, rows[0])
     return rows
-
-
-def check_measurements(folder: str, evaluation: dict[str, Any], measured: dict[str, dict[str, Any]]) -> None:
-    """Raise InputError where a set was measured on another text, or in another way, than in the runs before: its losses do
-    not compare.
-
-    `measured`: by set, how it was measured so far; sets that are new are added. Older runs do not say.
-    """
-    for name, figures in evaluation["validation"].items():
-        how = figures.get("measurement")
-        if not isinstance(how, dict):
-            continue
-        known = measured.setdefault(name, how)
-        different = [field for field in known if known[field] != how.get(field)]
-        if different:
-            field = different[0]
-            raise InputError(
-                f"{os.path.join(folder, METRICS)}: step {evaluation['iteration']}: {field} of validation set {name} is "
-                f"{how.get(field)}; expected {known[field]}, as in other runs, or losses do not "
-                f"compare; remove {folder} to repeat it"
-            )
 
 
 def check_evaluations(folder: str, outcome: Outcome | None, tokens: list[int | None], length: int) -> None:

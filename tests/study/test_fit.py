@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from study_results import make_results, tilted_metric
 
+from megatron_cpt.study.commands import fit_table
 from megatron_cpt.study.fit import Fit, chance_of_flat, fit, write_fit
+from megatron_cpt.study.page import surfaces_table
 from megatron_cpt.study.results import Results
 
 
@@ -47,6 +50,20 @@ def test_a_flat_metric_is_refused() -> None:
     assert "flat within the noise" in str(flat.surfaces["mean_metric"].refused)
     assert flat.surfaces["additional"].refused is None
     assert any(note.startswith("mean_metric: the surface is flat") for note in flat.notes)
+
+
+def test_noise_between_seeds_needs_second_seeds(fitted: Fit, tmp_path: Path) -> None:
+    """On screen, in the report and in fit.json, as the note says: one seed tells nothing of it."""
+    one = fit(make_results(seeds=1), laws=False)
+    for found, known in ((one, False), (fitted, True)):
+        written = json.loads(Path(write_fit(str(tmp_path), found)).read_text())
+        cells = [
+            list(fit_table(found).columns[2].cells),
+            re.findall(r"<tr><td>\w+</td><td>\d+</td><td>(.*?)<", surfaces_table(found)),
+        ]
+        for name, *shown in zip(found.surfaces, *cells, strict=True):
+            assert all((text != "-") == known for text in shown), (name, shown)
+            assert (written["surfaces"][name]["seed_noise"] is not None) == known
 
 
 def test_too_few_runs_are_refused() -> None:

@@ -13,7 +13,7 @@ import pytest
 from study_folders import TOKENS, write_base, write_folder
 from study_results import make_results
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, InputErrors
 from megatron_cpt.study.choose import read_choice
 from megatron_cpt.study.commands import choose_command, fit_command, plot
 from megatron_cpt.study.config import StudyConfig
@@ -223,5 +223,16 @@ def test_runs_that_measured_another_text_are_not_compared(study: StudyConfig) ->
             for name, figures in row.get("validation", {}).items():
                 figures["measurement"] = {"name": name, "samples": 8, "bin_sha256": "b" if number or name == "en" else "a"}
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=r"metrics\.jsonl: step \d+: bin_sha256 of validation set zh is b; expected a"):
+    wanted = rf"bin_sha256 of validation set zh is b in .*; expected a, as in .*{NAME}: .*Remove these runs"
+    with pytest.raises(InputError, match=wanted):
         collect(study, read_base(study))
+
+
+def test_a_missing_base_and_a_file_as_folder_are_named_together(study: StudyConfig) -> None:
+    wrong = dataclasses.replace(study, base="nowhere.yaml", folder=study.base)
+    with pytest.raises(InputErrors) as caught:
+        read_base(wrong)
+    assert [str(error).split(";")[0] for error in caught.value.errors] == [
+        f"folder is {study.base}",
+        "configuration nowhere.yaml: No such file or directory",
+    ]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from study_results import ALMRS, RATES, make_results
 
+from megatron_cpt.errors import InputError
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.points import grid, points, write_proposed
 from megatron_cpt.study.propose import propose
@@ -82,3 +83,28 @@ def test_without_any_results_proposals_are_spread(tmp_path: Path) -> None:
     found = places(propose(make_study(tmp_path, 4), Results([], []), 4))
     distances = np.linalg.norm(found[:, None] - found[None], axis=-1) + 10 * np.eye(4)
     assert distances.min() > 0.1
+
+
+def test_every_call_adds_as_many_new_pairs_as_asked_for(tmp_path: Path) -> None:
+    """Without runs in between, where the sampler would like a corner of the grid again, and the same corner each time."""
+    study = StudyConfig("base.yaml", str(tmp_path), [0.0, 0.5, 1.0], [1e-4, 1e-3, 1e-2], 1000)
+    proposed: list[tuple[float, float]] = []
+    for number in (3, 3, 2, 1):
+        proposed += propose(study, Results([], []), number)
+        write_proposed(study.folder, proposed)
+        names = {point.name for point in points(study)}
+        assert len(names) == len(points(study)) == 9 + len(proposed)
+        assert all(study.covers(pair) for pair in proposed)
+
+
+def test_a_range_without_another_pair_is_refused(tmp_path: Path) -> None:
+    study = StudyConfig("base.yaml", str(tmp_path), [0.0, 0.001], [1.0e-4, 1.001e-4], 1000)
+    with pytest.raises(InputError, match=r"almr from 0 to 0\.001 and lr from 0\.0001 to 0\.0001001 have 4 pairs already"):
+        propose(study, Results([], []), 1)
+
+
+def test_a_pair_that_was_proposed_twice_is_run_once(tmp_path: Path) -> None:
+    """As an earlier version wrote it."""
+    study = make_study(tmp_path, 4)
+    write_proposed(study.folder, [(0.3, 2e-4), (0.3, 2e-4), (1.0, 1e-2)])
+    assert len(points(study)) == 5
