@@ -95,5 +95,5 @@ def new_pair(study: StudyConfig, almr: float, lr: float, taken: set[tuple[float,
 
 def rounded(study: StudyConfig, almr: float, lr: float) -> tuple[float, float]:
     """To three digits, within the studied ranges."""
-    almr, lr = round(almr, 3), float(f"{lr:.3g}")
+    almr, lr = round(almr, 3) + 0.0, float(f"{lr:.3g}")  # -0.0 would be another name of 0
     return float(np.clip(almr, min(study.almr), max(study.almr))), float(np.clip(lr, min(study.rates), max(study.rates)))
