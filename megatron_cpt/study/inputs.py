@@ -49,9 +49,9 @@ def check_inputs(study: StudyConfig, base: Base) -> None:
     for what, found in facts_now(base).items():
         wanted, where = known.get(what, (found, ""))
         if differ(wanted, found):
-            place = f" ({base.config.checkpoint.load})" if what == START_CHECKPOINT else ""
+            which = f"{what} ({base.config.checkpoint.load})" if what == START_CHECKPOINT else what
             raise InputError(
-                f"study {study.folder}: {what}{place} is {short(found)}; expected {short(wanted)}, as in {where}: results "
+                f"study {study.folder}: {which} is {short(found)}; expected {short(wanted)}, as in {where}: results "
                 "would not belong together. Put back what was there, or use another folder for another study"
             )
     for what, (wanted, where) in known.items():
