@@ -132,7 +132,12 @@ def check_complete(folder: str) -> None:
             raise InputError(f"checkpoint {folder} is not complete: {name} is missing")
     if not ours:
         return  # of other software
-    files = read_manifest(manifest).get("files", {})
+    check_sizes(folder, read_manifest(manifest))
+
+
+def check_sizes(folder: str, manifest: Mapping[str, Any]) -> None:
+    """Raise InputError if a file that a checkpoint's manifest names is missing, or is not as long as it was."""
+    files = manifest.get("files", {})
     if not isinstance(files, dict) or any(type(size) is not int or size < 0 for size in files.values()):
         raise InputError(f"checkpoint {folder} is not complete: manifest.json names no files with sizes")
     for name, size in files.items():

@@ -18,6 +18,7 @@ from trl import DPOTrainer
 from megatron_cpt.chat_data.languages import language_identifier
 from megatron_cpt.chat_data.templates import PairExample, load_template
 from megatron_cpt.platforms.devices import device_type
+from megatron_cpt.posttrain.checkpoints import find_checkpoint
 from megatron_cpt.posttrain.data import prepare_dpo
 from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
@@ -159,13 +160,14 @@ def finetune_dpo(config: DpoConfig) -> str:
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
+    checkpoint = find_checkpoint(config.save)
     template = load_template(config.model, config.data.chat_template)
     facts = facts_of(settings, files, config.model, template)
-    check_resumes(config.save, facts)
+    check_resumes(checkpoint, facts)
     identify = language_identifier() if process.is_main_process else None  # which writes the report
     prepared = prepare_dpo(config.data, template, config.training.seed, identify)
     facts |= facts_of_examples(prepared)
-    check_resumes(config.save, facts)  # such as other rows that an older version would have left out
+    check_resumes(checkpoint, facts)  # such as other rows that an older version would have left out
     check_fit(config.model, prepared)
     folder = os.path.join(config.save, "data")
     if process.is_main_process:
@@ -204,7 +206,7 @@ def finetune_dpo(config: DpoConfig) -> str:
         peft_config=lora(config.lora, model),
     )
     merge = config.lora is None or config.lora.merge
-    return train(trainer, config.save, template.tokenizer, settings, facts, merge, saved_dtype(config.model))
+    return train(trainer, config.save, checkpoint, template.tokenizer, settings, facts, merge, saved_dtype(config.model))
 
 
 def loss_of(config: DpoConfig) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -24,6 +22,7 @@ from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
 from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.posttrain.checkpoints import set_aside
 from megatron_cpt.posttrain.identity import check_same
 from megatron_cpt.posttrain.settings import DataConfig
 from megatron_cpt.posttrain.sharding import sum_in_fp32
@@ -31,18 +30,6 @@ from megatron_cpt.training.metrics_file import MetricsFile
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 RESULT, REPORT, STATUS, RUN = "hf", "data_report.json", "status.json", "run.json"
-
-
-def newest_checkpoint(folder: str) -> str | None:
-    """The newest complete checkpoint of a run: the trainer writes trainer_state.json last."""
-    found = {}
-    for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        match = re.fullmatch(r"checkpoint-(\d+)", name)
-        if match:
-            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, name, "trainer_state.json")) as file:
-                json.load(file)
-                found[int(match[1])] = os.path.join(folder, name)
-    return found[max(found)] if found else None
 
 
 def check_folder(folder: str, model: str) -> None:
@@ -71,15 +58,18 @@ def check_files(folder: str, model: str, data: DataConfig) -> list[str]:
     return files
 
 
-def check_resumes(folder: str, facts: dict[str, Any]) -> None:
-    """Raise InputError if the run in a folder would resume with something else than it began with."""
-    if newest_checkpoint(folder):
-        check_same(os.path.join(folder, RUN), facts)
+def check_resumes(checkpoint: str | None, facts: dict[str, Any]) -> None:
+    """Raise InputError if the run that a checkpoint is of would resume with something else than it began with."""
+    if checkpoint is not None:
+        check_same(os.path.join(os.path.dirname(checkpoint), RUN), facts)
 
 
-def write_run(folder: str, facts: dict[str, Any]) -> None:
-    """Write run.json, unless the run resumes. By the first process."""
-    if newest_checkpoint(folder) is None:
+def begin(folder: str, checkpoint: str | None, facts: dict[str, Any]) -> None:
+    """Put aside what the run does not resume from, and write run.json, unless it resumes. By the first process."""
+    step = -1 if checkpoint is None else int(os.path.basename(checkpoint).removeprefix("checkpoint-"))
+    for name in set_aside(folder, step):
+        print(f"set aside: {name}", file=sys.stderr)
+    if checkpoint is None:
         write_json(os.path.join(folder, RUN), facts | {"versions": versions()})
 
 
@@ -188,6 +178,7 @@ class Stop(TrainerCallback):
 def train(
     trainer: Any,
     folder: str,
+    checkpoint: str | None,
     tokenizer: Any,
     settings: dict[str, Any],
     facts: dict[str, Any],
@@ -197,6 +188,7 @@ def train(
     """Evaluate, train, evaluate, and write the result; goes on where an earlier attempt has saved.
 
     Args:
+        checkpoint: where the run resumes; None: it begins
         tokenizer: goes along with the model
         settings: for the manifest
         facts: for run.json, which is written once nothing is found wrong any more
@@ -205,7 +197,7 @@ def train(
 
     Returns the folder of the result, or, when it was told to stop, that of the run.
     """
-    checkpoint, stop = newest_checkpoint(folder), Stop()
+    stop = Stop()
     resumed = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
     trainer.remove_callback(PrinterCallback)
     for callback in (Record(folder, resumed), stop):
@@ -221,7 +213,7 @@ def train(
     sum_in_fp32(trainer.accelerator)
     if first:
         rehearse(trainer, folder, tokenizer, dtype)
-        write_run(folder, facts)
+        begin(folder, checkpoint, facts)
     trainer.accelerator.wait_for_everyone()
     with stop.listening():
         trainer.train(resume_from_checkpoint=checkpoint)

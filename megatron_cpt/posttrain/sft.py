@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from megatron_cpt.chat_data.languages import language_identifier
 from megatron_cpt.chat_data.templates import IGNORED, Example, load_template
 from megatron_cpt.platforms.devices import device_type
+from megatron_cpt.posttrain.checkpoints import find_checkpoint
 from megatron_cpt.posttrain.data import prepare_sft
 from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
@@ -102,13 +103,14 @@ def finetune_sft(config: SftConfig) -> str:
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
+    checkpoint = find_checkpoint(config.save)
     template = load_template(config.model, config.data.chat_template)
     facts = facts_of(settings, files, config.model, template)
-    check_resumes(config.save, facts)
+    check_resumes(checkpoint, facts)
     identify = language_identifier() if process.is_main_process else None  # which writes the report
     prepared = prepare_sft(config.data, template, config.training.seed, identify)
     facts |= facts_of_examples(prepared)
-    check_resumes(config.save, facts)  # such as other rows that an older version would have left out
+    check_resumes(checkpoint, facts)  # such as other rows that an older version would have left out
     check_fit(config.model, prepared)
     if process.is_main_process:
         write_report(config.save, prepared)
@@ -132,7 +134,7 @@ def finetune_sft(config: SftConfig) -> str:
         peft_config=lora(config.lora, model),
     )
     merge = config.lora is None or config.lora.merge
-    return train(trainer, config.save, template.tokenizer, settings, facts, merge, saved_dtype(config.model))
+    return train(trainer, config.save, checkpoint, template.tokenizer, settings, facts, merge, saved_dtype(config.model))
 
 
 def as_dataset(examples: list[Example]) -> Dataset:

@@ -178,7 +178,7 @@ def test_a_run_goes_on_where_it_was_ended(whole: tuple[SftConfig, Path], tmp_pat
     config = write_config(replace(whole[0], save=str(folder)), tmp_path / "sft.yaml")
     process = start(config)
     deadline = time.monotonic() + 120
-    while not (folder / "checkpoint-2" / "trainer_state.json").exists():
+    while not (folder / "checkpoint-2" / "manifest.json").exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)
