@@ -5,8 +5,8 @@
     OpenAI     {"messages": [{"role": "user" | "assistant" | "system" | "tool", "content"}, ...]}
 
 A turn of the assistant may say that it is not to be learned: {"weight": 0} (OpenAI, Mistral), {"train": false} (Axolotl) or
-{"loss": false} (ms-swift). It may have a reasoning beside its answer ("reasoning_content", "reasoning", "thinking"), which
-is given to the chat template under its name.
+{"loss": false} (ms-swift); a row may say so of all its answers. A turn may have a reasoning beside its answer
+("reasoning_content", "reasoning", "thinking"), which is given to the chat template under its name.
 
 A preference pair has "chosen" and "rejected" beside a prompt in one of these styles (or "prompt", as TRL has it): texts, one
 message, or lists of messages of which the last is the answer.
@@ -37,6 +37,9 @@ SWITCHES = ("weight", "train", "loss", "trainable")  # fields of a turn that say
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Fields of a turn that are read, or say nothing that a model could learn
 READ = {"role", "from", "content", "value", "tool_calls", "function_call", "id", *SWITCHES, *REASONING}
+# Fields of a row, the same
+READ_OF_ROWS = {"messages", "conversations", "prompt", "chosen", "rejected", "instruction", "input", "output", "history"}
+READ_OF_ROWS |= {"system", "tools", "id", *SWITCHES}
 # What a model of texts cannot be shown: a row whose text speaks of it would teach to make things up
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
@@ -91,6 +94,7 @@ def parse_conversation(row: Any) -> Conversation:
     Raises:
         RowError: it is in none of the styles, or no conversation that something can be learned from
     """
+    check_learned(row)
     messages = messages_of(row)
     check_turns(messages)
     if messages[-1].role != "assistant":
@@ -107,6 +111,7 @@ def parse_preference(row: Any) -> Preference:
         RowError: it is in none of the styles, an answer is empty, or both are the same
     """
     fields = as_mapping(row)
+    check_learned(row)
     for name in ("chosen", "rejected"):
         if name not in fields:
             raise RowError("not a preference pair", f"it has no {name!r}; its fields are {names_of(fields)}")
@@ -129,21 +134,28 @@ def parse_preference(row: Any) -> Preference:
     return Preference(prompt, chosen, rejected)
 
 
+def check_learned(row: Any) -> None:
+    """Raise RowError if a row says beside its messages that nothing of it is to be learned."""
+    if not learned(as_mapping(row), "row", "it"):
+        raise RowError("nothing to learn", "it says that it is not to be learned (weight, train or loss)")
+
+
 def describes_tools(row: Any) -> bool:
     """Whether a row has descriptions of tools."""
     return as_mapping(row).get("tools") not in EMPTY
 
 
 def unused_fields(row: Any) -> tuple[str, ...]:
-    """Names of fields in the turns of a row that hold something and are not used."""
+    """Names of fields of a row, and of its turns, that hold something and are not used."""
     fields = as_mapping(row)
+    beside = {str(name) for name in fields if fields[name] not in EMPTY} - READ_OF_ROWS
     found: set[str] = set()
     for place in ("messages", "conversations", "prompt", "chosen", "rejected"):
         value = fields.get(place)
         for turn in [value] if isinstance(value, Mapping) else value if is_list(value) else []:
             if isinstance(turn, Mapping):
                 found |= {str(name) for name in turn if turn[name] not in EMPTY}
-    return tuple(sorted(found - READ))
+    return tuple(sorted(beside | (found - READ)))
 
 
 def as_mapping(row: Any) -> Mapping[str, Any]:
@@ -253,15 +265,16 @@ def message_of(item: Any, name: str) -> Message:
     for medium in MEDIA:
         if item.get(medium) not in EMPTY:
             raise RowError("images, videos or sounds", f"a message of {name} has {medium}; expected text alone")
-    return Message(ROLES[role], text_of(content, name), reasoning_of(item, name), learned(item, name))
+    counts = learned(item, "turn", f"a message of {name}")
+    return Message(ROLES[role], text_of(content, name), reasoning_of(item, name), counts)
 
 
-def learned(item: Mapping[str, Any], name: str) -> bool:
-    """Whether none of the fields of a turn says that it is not to be learned."""
+def learned(item: Mapping[str, Any], kind: str, what: str) -> bool:
+    """Whether none of the fields of a turn, or of a row (`kind`), says that it is not to be learned."""
     for switch in SWITCHES:
         value = item.get(switch)
         if value is not None and (not isinstance(value, (int, float)) or value not in (0, 1)):
-            raise RowError("weight of a turn", f"a message of {name} has {switch} {shortened(value)}; expected 0 or 1")
+            raise RowError(f"weight of a {kind}", f"{what} has {switch} {shortened(value)}; expected 0 or 1")
     return all(item.get(switch) is None or item[switch] == 1 for switch in SWITCHES)
 
 

@@ -42,7 +42,7 @@ class Counts:
         left_out: for the sake of ALMR or max_rows
         lengths: tokens of the examples before they were truncated
         not_learned: answers that say that they are not to be learned (weight, train, loss)
-        unused: field of a turn that nothing uses -> rows that have it
+        unused: field of a row or of its turns that nothing uses -> rows that have it
         languages: of the answers of rows that could be read, by identification; None: not identified
     """
 

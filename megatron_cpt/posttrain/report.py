@@ -76,7 +76,7 @@ def show_report(prepared: Prepared[Any]) -> None:
             print(f"{counts.source.path}: {counted(counts.not_learned, 'answer')} not learned, as they say", file=sys.stderr)
         for name, number in counts.unused.most_common():
             rows = counted(number, "row")
-            print(f"{counts.source.path}: {rows} with {name} in the messages, which is not used", file=sys.stderr)
+            print(f"{counts.source.path}: {rows} with {name}, which is not used", file=sys.stderr)
         if counts.with_tools:
             print(
                 f"{counts.source.path}: {counted(counts.with_tools, 'row')} with tools, which the model is not shown",

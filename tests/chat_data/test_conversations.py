@@ -286,6 +286,7 @@ def test_a_second_style_has_to_say_the_same() -> None:
 def test_fields_of_turns_that_nothing_uses_are_named() -> None:
     assert unused_fields(spoken(name="bot", weight=1, refusal=None, id="3")) == ("name",)
     assert unused_fields({"prompt": "a", "chosen": {"content": "b", "score": 3}, "rejected": 5}) == ("score",)
+    assert unused_fields({"instruction": "a", "output": "b", "topic": "c", "source": "", "weight": 1}) == ("topic",)
 
 
 def test_the_better_answer_may_stand_in_the_conversation_too() -> None:

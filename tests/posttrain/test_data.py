@@ -127,7 +127,36 @@ def test_what_rows_say_of_themselves_is_heeded_or_counted(
     show_report(found)
     said = capfd.readouterr().err
     assert "rows.jsonl: 1 answer not learned, as they say" in said
-    assert "rows.jsonl: 1 row with name in the messages, which is not used" in said
+    assert "rows.jsonl: 1 row with name, which is not used" in said
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": False}, {"trainable": 0}])
+@pytest.mark.parametrize("prepare", [prepare_sft, prepare_dpo])
+def test_rows_that_are_not_to_be_learned_are_left_out_and_counted(
+    template: Template, tmp_path: Path, capfd: pytest.CaptureFixture[str], flag: dict[str, Any], prepare: Any
+) -> None:
+    """Said beside the messages, of all answers. Fields there that nothing uses are counted, too."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    row = {"messages": messages} if prepare is prepare_sft else {"prompt": "Hi", "chosen": "a", "rejected": "b"}
+    used = row | {"source": "web", "weight": 1, "train": True, "id": 3, "system": "", "tools": []}
+    source = SourceConfig(write(tmp_path / "rows.jsonl", [used, row | flag, row]), "en")
+    found = prepare(DataConfig([source], validation_share=0, broken="skip"), template, 1)
+    assert len(found.train) == 2
+    (counts,) = json.loads(Path(write_report(str(tmp_path), found)).read_text())["sources"]
+    assert {kind: facts["first"] for kind, facts in counts["broken"].items()} == {"nothing to learn": [2]}
+    assert (counts["used"], counts["unused_fields"]) == (2, {"source": 1})
+    show_report(found)
+    said = capfd.readouterr().err
+    assert "rows.jsonl: 1 row left out (nothing to learn): 2; it says that it is not to be learned" in said
+    assert "rows.jsonl: 1 row with source, which is not used" in said
+
+
+@pytest.mark.parametrize(("field", "value"), [("weight", 0.5), ("train", "no"), ("loss", 2)])
+def test_a_row_that_is_to_be_learned_a_little_is_refused(template: Template, tmp_path: Path, field: str, value: Any) -> None:
+    row = {"instruction": "Hi", "output": "Hello"}
+    source = SourceConfig(write(tmp_path / "rows.jsonl", [row, row | {field: value}]), "en")
+    with pytest.raises(InputError, match=rf"rows\.jsonl, row 2: it has {field} {value!r}; expected 0 or 1"):
+        prepare_sft(DataConfig([source]), template, 1)
 
 
 def test_texts_that_the_template_leaves_out_are_named(chat_tokenizer_dir: str, tmp_path: Path) -> None:
