@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from megatron_cpt.chat_data.conversations import Conversation, Message, Preference, RowError
@@ -18,6 +19,7 @@ from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
 
 MOST_CHARACTERS = 1_000_000  # of a template
+CLOCK = "strftime_now"  # the function by which templates ask for the date
 IGNORED = -100  # label of a token that the loss does not count
 LLAMA3 = (
     "{{ '<|begin_of_text|>' }}{% for message in messages %}"
@@ -48,6 +50,7 @@ class Example:
     input_ids: list[int]
     labels: list[int]
     origin: Conversation
+    row: str = field(default="", compare=False)  # file and number, for messages
 
     def sequences(self) -> list[list[int]]:
         """What the model reads."""
@@ -62,6 +65,7 @@ class PairExample:
     chosen_ids: list[int]
     rejected_ids: list[int]
     origin: Preference
+    row: str = field(default="", compare=False)
 
     def sequences(self) -> list[list[int]]:
         """What the model reads."""
@@ -73,16 +77,20 @@ class PromptTemplate:
 
     Attributes:
         tokenizer: transformers' tokenizer
+        date: ISO 8601, of what the template takes for now, wherever it asks; None: it does not ask, or gets the clock's
     """
 
-    def __init__(self, tokenizer: Any, name: str | None) -> None:
-        """`name`: llama3, chatml, a file with a Jinja template; None: the tokenizer's own.
+    def __init__(self, tokenizer: Any, name: str | None, now: datetime | None = None) -> None:
+        """`name`: llama3, chatml, a file with a Jinja template; None: the tokenizer's own. `now`: None is the clock's.
 
         Raises:
             InputError: there is none, or its tokens are not the tokenizer's
         """
         self.tokenizer = tokenizer
         tokenizer.chat_template = template_text(tokenizer, name)
+        dated = now is not None and CLOCK in tokenizer.chat_template
+        self.date = now.isoformat() if now is not None and dated else None
+        self._clock = {CLOCK: now.strftime} if now is not None and dated else {}  # instead of transformers' own
         if name in TEMPLATES:
             _, wanted, _ = TEMPLATES[name]
             missing = [token for token in wanted if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
@@ -101,7 +109,9 @@ class PromptTemplate:
         ]
         with limited(self.tokenizer):
             try:
-                text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+                text: str = self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=ask, **self._clock
+                )
             except REFUSALS as error:
                 raise RowError("template", f"the chat template refuses it: {error}") from error
         return text
@@ -114,13 +124,13 @@ class Template(PromptTemplate):
         end_of_turn: id of the token at which a model that answers has to stop
     """
 
-    def __init__(self, tokenizer: Any, name: str | None) -> None:
+    def __init__(self, tokenizer: Any, name: str | None, now: datetime | None = None) -> None:
         """As PromptTemplate.
 
         Raises:
             InputError: as PromptTemplate, or it does not let answers be told from the rest
         """
-        super().__init__(tokenizer, name)
+        super().__init__(tokenizer, name, now)
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = special | set(tokenizer.all_special_tokens)
         self._find_special = re.compile("|".join(map(re.escape, sorted(self._special)))).search
@@ -208,21 +218,21 @@ def check_all_texts(messages: Sequence[Message], rendered: str) -> None:
         texts = [("content", message.content)]
         if message.reasoning is not None:
             texts.insert(0, message.reasoning)
-        for field, text in texts:
+        for part, text in texts:
             found = rendered.find(text.strip(), place)
             if found < 0:
-                what = f"the {field} of message {number}, the {message.role}'s"
+                what = f"the {part} of message {number}, the {message.role}'s"
                 raise RowError("left out by the template", f"the chat template leaves out {what}, or changes it")
             place = found + len(text.strip())
 
 
-def load_template(folder: str, name: str | None) -> Template:
-    """The tokenizer with a chat template.
+def load_template(folder: str, name: str | None, now: datetime | None = None) -> Template:
+    """The tokenizer with a chat template, for which it is always `now` (None: what the clock says).
 
     Raises:
         InputError: see Template
     """
-    return Template(load(folder), name)
+    return Template(load(folder), name, now)
 
 
 def template_text(tokenizer: Any, name: str | None) -> str:

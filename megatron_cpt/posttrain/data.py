@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -218,7 +218,7 @@ def _prepare(
                 counts.add_broken(number, error)
                 continue
             counts.lengths.append(length)
-            items.append(item)
+            items.append(replace(item, row=f"{source.path}, row {number}"))
         return items, counts
 
     chooser = random.Random(seed)

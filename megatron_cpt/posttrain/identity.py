@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from megatron_cpt.chat_data.templates import Template
 from megatron_cpt.checkpoint.hf_files import weight_files
@@ -50,8 +54,22 @@ def facts_of(settings: Mapping[str, Any], files: Sequence[str], model: str, temp
         "settings": flat(settings),
         "data": {path: digest(path) for path in files},
         "model": {name: digest(os.path.join(model, name)) for name in names},
-        "template": {"chat_template": hashlib.sha256(template.tokenizer.chat_template.encode()).hexdigest()},
+        "template": {"chat_template": hashlib.sha256(template.tokenizer.chat_template.encode()).hexdigest()}
+        | ({} if template.date is None else {"date": template.date}),
     }
+
+
+def first_start(path: str | None) -> datetime:
+    """When a run began: now, or what its run.json says where it resumes; the first process's answer on all.
+
+    A chat template may write the date into each conversation: the day after, its tokens would be others.
+    """
+    answer = [datetime.now().replace(microsecond=0)]
+    if path is not None and PartialState().is_main_process:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError), open(path, encoding="utf-8") as file:
+            answer[0] = datetime.fromisoformat(json.load(file)["template"]["date"])
+    broadcast_object_list(answer)
+    return answer[0]
 
 
 def facts_of_examples(prepared: Prepared[Any]) -> dict[str, Any]:

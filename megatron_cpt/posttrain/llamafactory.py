@@ -41,7 +41,7 @@ def export(folder: str, config: SftConfig | DpoConfig, prepared: Prepared[Any], 
     if os.path.isdir(folder) and os.listdir(folder):
         raise InputError(f"export_to is {folder}, which is not empty; use another folder")
     for item in [*prepared.train, *(item for items in prepared.validation.values() for item in items)]:
-        check_messages(item.origin)
+        check_messages(item.origin, item.row)
     stage = "dpo" if hasattr(config, "beta") else "sft"
     sets = {"train": prepared.train, "validation": [item for items in prepared.validation.values() for item in items]}
     with appearing_folder(folder) as temporary:
@@ -65,18 +65,20 @@ def check_loss(config: SftConfig | DpoConfig) -> None:
         raise InputError(f"loss_type is {loss}, which LLaMA-Factory does not have; expected one of {', '.join(LOSSES)}")
 
 
-def check_messages(origin: Conversation | Preference) -> None:
-    """Raise InputError where LLaMA-Factory would learn something else, as its rows are texts only."""
+def check_messages(origin: Conversation | Preference, row: str) -> None:
+    """Raise InputError, naming the row, where LLaMA-Factory would learn something else, as its rows are texts only."""
     if isinstance(origin, Preference):
         messages: tuple[Message, ...] = (*origin.prompt, origin.chosen, origin.rejected)
     else:
         messages = origin.messages
         if not all(message.learned for message in messages):
-            raise InputError("an answer is not to be learned, which LLaMA-Factory's rows cannot say; leave such rows out")
+            raise InputError(
+                f"{row}: an answer is not to be learned, which LLaMA-Factory's rows cannot say; leave such rows out"
+            )
     for message in messages:
         if message.reasoning is not None:
             raise InputError(
-                f"a message has {message.reasoning[0]}, for which LLaMA-Factory's rows have no field; leave it out"
+                f"{row}: a message has {message.reasoning[0]}, for which LLaMA-Factory's rows have no field; leave it out"
             )
 
 

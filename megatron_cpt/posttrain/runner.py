@@ -17,13 +17,14 @@ import torch.distributed as dist
 from accelerate import PartialState, init_empty_weights
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from megatron_cpt.chat_data.templates import load_template
+from megatron_cpt.chat_data.templates import Template, load_template
 from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.hf_files import check_model
 from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.posttrain.checkpoints import set_aside
-from megatron_cpt.posttrain.identity import check_same
+from megatron_cpt.posttrain.identity import check_same, first_start
+from megatron_cpt.posttrain.run_files import check_template_file
 from megatron_cpt.posttrain.settings import DataConfig
 from megatron_cpt.posttrain.sharding import sum_in_fp32
 from megatron_cpt.training.metrics_file import MetricsFile
@@ -54,6 +55,8 @@ def check_files(folder: str, model: str, data: DataConfig) -> list[str]:
         check_folder(folder, model)
     with refusals.noted():
         files = data.files()
+    with refusals.noted():
+        check_template_file(data.chat_template)
     refusals.raise_any()
     return files
 
@@ -62,6 +65,17 @@ def check_resumes(checkpoint: str | None, facts: dict[str, Any]) -> None:
     """Raise InputError if the run that a checkpoint is of would resume with something else than it began with."""
     if checkpoint is not None:
         check_same(os.path.join(os.path.dirname(checkpoint), RUN), facts)
+
+
+def load_dated_template(model: str, name: str | None, checkpoint: str | None) -> Template:
+    """The chat template of a run, for which it is always the time of the run's first start; a line says so if it asks."""
+    path = None if checkpoint is None else os.path.join(os.path.dirname(checkpoint), RUN)
+    template = load_template(model, name, first_start(path))
+    if template.date is not None and PartialState().is_main_process:
+        day = template.date.split("T")[0]
+        said = f"the chat template writes the date into conversations: all have {day}, the day of the run's first start"
+        print(f"note: {said}; chat and evaluation have the day on which they run", file=sys.stderr)
+    return template
 
 
 def begin(folder: str, checkpoint: str | None, facts: dict[str, Any]) -> None:

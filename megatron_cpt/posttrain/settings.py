@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_cpt.config.require import Requirements, require_at_least
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.errors import InputError
 from megatron_cpt.language_codes import check_language
+from megatron_cpt.posttrain.run_files import check_data
 
 Group = Literal["general", "additional"]
 
@@ -210,14 +210,11 @@ class DataConfig:
         """All paths.
 
         Raises:
-            InputError: one is missing; InputErrors: several are
+            InputError: see `check_data`
         """
-        paths, refusals = [source.path for source in (*self.sources, *self.validation)], Refusals()
-        for path in paths:
-            if not os.path.isfile(path):
-                refusals.add(InputError(f"{path}: no such file"))
-        refusals.raise_any()
-        return paths
+        sources, validation = ([source.path for source in group] for group in (self.sources, self.validation))
+        check_data(sources, validation, self.validation_share > 0)
+        return sources + validation
 
     def __post_init__(self) -> None:
         with Requirements() as need:

@@ -21,7 +21,7 @@ from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit, lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.runner import check_files, check_resumes, train
+from megatron_cpt.posttrain.runner import check_files, check_resumes, load_dated_template, train
 from megatron_cpt.posttrain.settings import SftConfig, trainer_arguments
 from megatron_cpt.posttrain.sharding import check_sharding, recomputes
 from megatron_cpt.posttrain.trainers import FILLER_TOKENS, StepTrainer, own_batches
@@ -104,7 +104,7 @@ def finetune_sft(config: SftConfig) -> str:
         return export(config.export_to, config, prepared, process.num_processes)
     settings = dataclasses.asdict(config)
     checkpoint = find_checkpoint(config.save)
-    template = load_template(config.model, config.data.chat_template)
+    template = load_dated_template(config.model, config.data.chat_template, checkpoint)
     facts = facts_of(settings, files, config.model, template)
     check_resumes(checkpoint, facts)
     identify = language_identifier() if process.is_main_process else None  # which writes the report

@@ -8,19 +8,24 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chats import read_metrics, sft_config
+from chats import dpo_config, read_metrics, sft_config
 from safetensors.torch import load_file, save_file
+from transformers.utils import chat_template_utils
 
-from megatron_cpt.chat_data.templates import CHATML
+from megatron_cpt.chat_data.conversations import Message
+from megatron_cpt.chat_data.templates import CHATML, PromptTemplate
+from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain import identity, runner
+from megatron_cpt.posttrain.dpo import finetune_dpo
 from megatron_cpt.posttrain.identity import digest
-from megatron_cpt.posttrain.settings import RunSettings
+from megatron_cpt.posttrain.settings import RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
 
 
@@ -176,3 +181,42 @@ def test_large_files_are_known_by_pieces_from_all_over(tmp_path: Path, monkeypat
     small = digest(str(path))
     path.write_bytes(bytes(49) + b"\x01")
     assert digest(str(path)) != small
+
+
+DATED = "{{ '<|im_start|>system\\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}" + CHATML
+
+
+@pytest.mark.parametrize("tool", ["sft", "dpo"])
+def test_a_template_with_the_date_resumes_after_midnight(
+    chat_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tool: str
+) -> None:
+    """With the date of the first start, as Llama-3.2's template; a line says so."""
+    (tmp_path / "dated.jinja").write_text(DATED)
+    make, finetune = {"sft": (sft_config, finetune_sft), "dpo": (dpo_config, finetune_dpo)}[tool]
+    training = TrainingSettings(max_steps=1, micro_batch_size=1, global_batch_size=2)
+    config: Any = make(chat_model, tmp_path, training=training, run=RunSettings(save_interval=1))
+    config = replace(config, data=replace(config.data, chat_template=str(tmp_path / "dated.jinja")))
+    result = Path(finetune(config))  # type: ignore[operator]
+    began = json.loads((tmp_path / tool / "run.json").read_text())["template"]["date"]
+    first = f"all have {began[:10]}, the day of the run's first start"
+    assert first in capsys.readouterr().err
+    shutil.rmtree(result)
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime(2071, 3, 4, 5, 6)
+
+    monkeypatch.setattr(identity, "datetime", Later)
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    finetune(config)  # type: ignore[operator]
+    said = capsys.readouterr().err
+    assert first in said
+    assert "resuming from" in said
+    today = PromptTemplate(load(str(result)), None).prompt([Message("user", "a")])
+    assert "04 Mar 2071" in today, "chat has the day on which it runs"
+
+
+def test_a_template_without_the_date_has_none(stopped: tuple[SftConfig, SftConfig]) -> None:
+    facts = json.loads((Path(stopped[0].save) / "run.json").read_text())
+    assert list(facts["template"]) == ["chat_template"]

@@ -68,10 +68,10 @@ def test_losses_that_only_one_knows(chat_model: str, tmp_path: Path, loss: str) 
 def test_answers_that_its_rows_have_no_place_for(changes: dict[str, Any], message: str) -> None:
     answer = Message("assistant", "b", **changes)
     with pytest.raises(InputError, match=message):
-        check_messages(Conversation((Message("user", "a"), answer)))
+        check_messages(Conversation((Message("user", "a"), answer)), "a.json, row 3")
     if answer.reasoning is not None:
         with pytest.raises(InputError, match=message):
-            check_messages(Preference((Message("user", "a"),), Message("assistant", "c"), answer))
+            check_messages(Preference((Message("user", "a"),), Message("assistant", "c"), answer), "a.json, row 3")
 
 
 def test_the_optimizer_is_the_same(chat_model: str, tmp_path: Path) -> None:
@@ -112,3 +112,16 @@ def test_llamafactory_reads_it(chat_model: str, tmp_path: Path, stage: str) -> N
         answers = [ours["chosen"]["value"], ours["rejected"]["value"]] if stage == "dpo" else turns[-1:]
         assert [turn["content"] for turn in theirs["_prompt"]] == (turns if stage == "dpo" else turns[:-1])
         assert [turn["content"] for turn in theirs["_response"]] == answers
+
+
+def test_the_row_that_cannot_be_written_is_named(chat_model: str, tmp_path: Path) -> None:
+    """Truncated ones as well; with its file and number."""
+    config = sft_config(chat_model, tmp_path, export_to=str(tmp_path / "lf"))
+    path = Path(config.data.sources[1].path)
+    rows = json.loads(path.read_text())
+    rows[4]["messages"] = [*rows[4]["messages"], {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows[4]["messages"][1] |= {"weight": 0, "content": "dog"}
+    rows[4]["messages"][-1]["content"] = "dog " * 300
+    path.write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=rf"^{path}, row 5: an answer is not to be learned, which LLaMA-Factory's rows"):
+        finetune_sft(config)

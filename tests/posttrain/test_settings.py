@@ -61,7 +61,7 @@ def arrive(tool: str, folder: Path, settings: dict[str, Any]) -> Arrived:
     path.write_text(yaml.safe_dump(settings))
     found: list[Arrived] = []
 
-    def train(trainer: Any, save: str, tokenizer: Any, config: dict[str, Any], facts: Any, merge: bool, *_: Any) -> str:
+    def train(trainer: Any, save: str, point: Any, tokenizer: Any, config: Any, facts: Any, merge: bool, *_: Any) -> str:
         found.append(Arrived(trainer, save, merge, config, torch.get_float32_matmul_precision()))
         return save
 

@@ -376,3 +376,21 @@ def test_errors_are_one_line(whole: tuple[SftConfig, Path], tmp_path: Path) -> N
     assert f"error: {broken}, row 1: message 2 is empty; data.broken: skip goes on" in result.stderr
     assert not (tmp_path / "run").exists()
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_is_trained_on_is_not_evaluated_on(chat_model: str, tmp_path: Path, copied: bool) -> None:
+    """By content, before anything is loaded; nor where a file of which rows are held out is named twice."""
+    config = sft_config(chat_model, tmp_path)
+    first = config.data.sources[0]
+    again = replace(first, path=str(tmp_path / "again.json"), language="fr")
+    if copied:
+        shutil.copy(first.path, again.path)
+    else:
+        os.symlink(first.path, again.path)
+    are = f"{again.path} and {first.path} are {'equal' if copied else 'one file'}"
+    with pytest.raises(InputError, match=f"data.sources and data.validation have rows in common: {are}; use different"):
+        finetune_sft(replace(config, data=replace(config.data, validation=[again])))
+    with pytest.raises(InputError, match=f"two of data.sources have rows in common: {are}; name it once"):
+        finetune_sft(replace(config, data=replace(config.data, sources=[*config.data.sources, again])))
+    assert not Path(config.save).exists()

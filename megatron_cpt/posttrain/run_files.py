@@ -1,0 +1,87 @@
+"""Whether the files are there that SFT or DPO names, and none is both trained on and evaluated on. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_cpt.errors import InputError, Refusals
+
+BUILT_IN = ("llama3", "chatml")  # chat templates that are no files
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check the model, data and chat template that settings (by dotted name) of an SftConfig or a DpoConfig name.
+
+    Raises:
+        InputError: naming the file; InputErrors: several are wrong
+    """
+    refusals = Refusals()
+    with refusals.noted():
+        if "model" in settings:
+            check_model_folder(settings["model"])
+    sources, validation = (
+        [source["path"] for source in settings.get(f"data.{name}", ()) if "path" in source]
+        for name in ("sources", "validation")
+    )
+    with refusals.noted():
+        check_data(sources, validation, settings.get("data.validation_share", 1) > 0)
+    with refusals.noted():
+        check_template_file(settings.get("data.chat_template"))
+    refusals.raise_any()
+
+
+def check_model_folder(path: str) -> None:
+    """Raise InputError unless a model is a folder with a config.json."""
+    if not os.path.exists(os.path.join(path, "config.json")):
+        wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
+        raise InputError(f"model is {path}, which has no config.json; expected {wanted}")
+
+
+def check_template_file(name: str | None) -> None:
+    """Raise InputError unless a chat template is one that is built in, or a file."""
+    if name is not None and name not in BUILT_IN and not os.path.isfile(name):
+        raise InputError(f"chat_template is {name}, no file; expected llama3, chatml, or a file with a Jinja template")
+
+
+def check_data(sources: Sequence[str], validation: Sequence[str], holds_out: bool) -> None:
+    """Check that all files are there, and that rows to evaluate on are not those to train on.
+
+    `holds_out`: without `validation`, a part of each source is evaluated on.
+
+    Raises:
+        InputError: one is missing, or there twice; InputErrors: several are
+    """
+    refusals = Refusals()
+    for path in (*sources, *validation):
+        if not os.path.isfile(path):
+            refusals.add(InputError(f"{path}: no such file"))
+    refusals.raise_any()
+    pairs = itertools.product(sources, validation)
+    advice = "use different files, or leave data.validation out: data.validation_share holds out of each source"
+    what = "data.sources and data.validation"
+    if holds_out and not validation:
+        pairs = itertools.combinations(sources, 2)  # type: ignore[assignment]
+        advice = "name it once, or use validation files: what is held out of one is trained on in the other"
+        what = "two of data.sources"
+    for first, second in pairs:
+        if same_content(first, second):
+            both = f"{second} and {first} are " + ("one file" if os.path.samefile(first, second) else "equal")
+            refusals.add(InputError(f"{what} have rows in common: {both}; {advice}"))
+    refusals.raise_any()
+
+
+def same_content(first: str, second: str) -> bool:
+    """Whether two files have the same bytes, and any."""
+    if os.path.samefile(first, second):
+        return True
+    if os.path.getsize(first) != os.path.getsize(second) or os.path.getsize(first) == 0:
+        return False
+    digests = []
+    for path in (first, second):
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").digest())
+    return digests[0] == digests[1]
