@@ -99,6 +99,10 @@ class Record(TrainerCallback):
             for problem in problems:
                 print(problem, file=sys.stderr)
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save, evaluate and log as often as this start says: transformers would do so as the checkpoint says."""
+        state.compute_steps(args, state.max_steps)
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:

@@ -153,3 +153,11 @@ def test_a_run_that_was_ended_in_its_first_save_begins_anew(
     assert manifest["files"] == {name: size for name, size in files.items() if name != "manifest.json"}
     assert "stray" not in files
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_resumed_run_saves_as_often_as_it_is_told_now(finished: SftConfig, tmp_path: Path) -> None:
+    config = killed_at_the_end(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    finetune_sft(replace(config, run=RunSettings(save_interval=1, keep_last=3)))
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
