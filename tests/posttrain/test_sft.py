@@ -177,7 +177,7 @@ def test_a_run_goes_on_where_it_was_ended(whole: tuple[SftConfig, Path], tmp_pat
     folder = tmp_path / "run"
     config = write_config(replace(whole[0], save=str(folder)), tmp_path / "sft.yaml")
     process = start(config)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "checkpoint-2" / "manifest.json").exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
