@@ -6,11 +6,13 @@ answer. Both are tokenized apart, so a token never spans the border, and trainin
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_cpt.chat_data.conversations import Conversation, Message, Preference, RowError
@@ -88,9 +90,8 @@ class PromptTemplate:
         """
         self.tokenizer = tokenizer
         tokenizer.chat_template = template_text(tokenizer, name)
-        dated = now is not None and CLOCK in tokenizer.chat_template
-        self.date = now.isoformat() if now is not None and dated else None
-        self._clock = {CLOCK: now.strftime} if now is not None and dated else {}  # instead of transformers' own
+        self._now = now if CLOCK in tokenizer.chat_template else None
+        self.date = None if self._now is None else self._now.isoformat()
         if name in TEMPLATES:
             _, wanted, _ = TEMPLATES[name]
             missing = [token for token in wanted if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
@@ -107,14 +108,26 @@ class PromptTemplate:
             {"role": message.role, "content": message.content, **dict([message.reasoning] if message.reasoning else [])}
             for message in messages
         ]
-        with limited(self.tokenizer):
+        with limited(self.tokenizer), clock_at(self._now):
             try:
-                text: str = self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=ask, **self._clock
-                )
+                text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
             except REFUSALS as error:
                 raise RowError("template", f"the chat template refuses it: {error}") from error
         return text
+
+
+@contextlib.contextmanager
+def clock_at(now: datetime | None) -> Iterator[None]:
+    """For the block, let it be `now` for chat templates (None: the clock's); transformers hands no function to them."""
+    from transformers.utils import chat_template_utils as utils
+
+    before = utils.datetime
+    if now is not None:
+        utils.datetime = SimpleNamespace(now=lambda: now)
+    try:
+        yield
+    finally:
+        utils.datetime = before
 
 
 class Template(PromptTemplate):
