@@ -206,12 +206,11 @@ class EvaluateConfig:
         with Requirements() as need:
             need(bool(self.models or self.trajectory), "models", self.models, "a name and a folder for each")
             need.at_least(self, limit=1, max_new_tokens=1, window=8, batch_size=1)
-            for name in self.models:
-                usable = name and name.isprintable() and not set(name) & set("/|") and name not in ("report", "trajectory")
-                wanted = "one that can be the name of a file and stand in a table, other than report and trajectory"
-                if not usable:
-                    need.add(InputError(f"models has the name {name!r}; expected {wanted}"))
             missing_paths(self, need)
+        for name in self.models:
+            if not name or not name.isprintable() or set(name) & set("/|") or name in ("report", "trajectory"):
+                wanted = "one that can be the name of a file and stand in a table, other than report and trajectory"
+                raise InputError(f"models has the name {name!r}; expected {wanted}")
         parts = self.suite or self.tasks or self.text or self.prompts
         if not parts and (self.trajectory is not None or self.pairwise is None):
             raise InputError("there is nothing to measure: suite, tasks, text and prompts are all empty")
