@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_cpt.config.require import Requirements, require, require_at_least
-from megatron_cpt.errors import InputError, if_on_the_hub
+from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.language_codes import check_language
 from megatron_cpt.redaction import redacted
 
@@ -206,7 +205,6 @@ class EvaluateConfig:
         with Requirements() as need:
             need(bool(self.models or self.trajectory), "models", self.models, "a name and a folder for each")
             need.at_least(self, limit=1, max_new_tokens=1, window=8, batch_size=1)
-            missing_paths(self, need)
         for name in self.models:
             if not name or not name.isprintable() or set(name) & set("/|") or name in ("report", "trajectory"):
                 wanted = "one that can be the name of a file and stand in a table, other than report and trajectory"
@@ -214,32 +212,19 @@ class EvaluateConfig:
         parts = self.suite or self.tasks or self.text or self.prompts
         if not parts and (self.trajectory is not None or self.pairwise is None):
             raise InputError("there is nothing to measure: suite, tasks, text and prompts are all empty")
+        compared = self.pairwise.prompts if self.pairwise is not None else []
+        refusals = Refusals()
+        for path in [*(text.path for text in self.text), *(prompts.path for prompts in [*self.prompts, *compared])]:
+            if not os.path.isfile(path):
+                refusals.add(InputError(f"{path}: no such file"))
+        for folder in (self.tasks_folder, self.data_folder):
+            if folder is not None and not os.path.isdir(folder):
+                refusals.add(InputError(f"{folder}: no such folder"))
+        refusals.raise_any()
         if self.pairwise is not None:
             check_pairs(self.pairwise, list(self.models))
         if self.ablation:
             check_ablation(self.ablation, list(self.models))
-
-
-def missing_paths(config: EvaluateConfig, need: Requirements) -> None:
-    """Note every folder and file that is named and is not there."""
-    points = config.trajectory.checkpoints if config.trajectory is not None else []
-    folders = {f"models.{name}": folder for name, folder in config.models.items()}
-    folders |= {f"trajectory.checkpoints[{i}].model": point.model for i, point in enumerate(points)}
-    for name, folder in folders.items():
-        wanted = f"the folder of a Hugging Face model (no such folder){if_on_the_hub(folder)}"
-        need(os.path.isdir(folder), name, folder or "''", wanted)
-    for name in ("tasks_folder", "data_folder"):
-        folder = getattr(config, name)
-        need(folder is None or os.path.isdir(folder), name, folder or "''", "a folder (no such folder)")
-    compared = config.pairwise.prompts if config.pairwise is not None else []
-    asked: dict[str, Sequence[TextConfig | PromptsConfig]] = {
-        "text": config.text,
-        "prompts": config.prompts,
-        "pairwise.prompts": compared,
-    }
-    files = {f"{name}[{i}].path": source.path for name, sources in asked.items() for i, source in enumerate(sources)}
-    for name, path in files.items():
-        need(os.path.isfile(path), name, path or "''", "a file (no such file)")
 
 
 def check_pairs(pairwise: PairwiseConfig, models: list[str]) -> None:

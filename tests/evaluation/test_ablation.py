@@ -52,6 +52,6 @@ def test_differences_are_to_the_full_variant() -> None:
     ],
 )
 def test_wrong_ablations(variants: list[VariantConfig], message: str) -> None:
-    models = dict.fromkeys(("plain", "SFT", "C-SFT", "en only"), ".")
+    models = dict.fromkeys(("plain", "SFT", "C-SFT", "en only"), "nowhere")
     with pytest.raises(InputError, match=message):
         EvaluateConfig(output="out", models=models, text=[TextConfig(__file__, "en")], ablation=variants)

@@ -35,7 +35,7 @@ def config(tmp_path: Path) -> EvaluateConfig:
     prompts = [PromptsConfig(str(tmp_path / "en.json"), "en"), PromptsConfig(str(tmp_path / "zh.json"), "zh")]
     return EvaluateConfig(
         output=str(tmp_path / "out"),
-        models=dict.fromkeys(("a", "b"), str(tmp_path)),
+        models={"a": "a", "b": "b"},
         text=[TextConfig(str(tmp_path / "en.jsonl"), "en"), TextConfig(str(tmp_path / "zh.jsonl"), "zh")],
         prompts=prompts,
         pairwise=PairwiseConfig(JudgeConfig(url="http://localhost:1/v1", model="wise"), prompts),

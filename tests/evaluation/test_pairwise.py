@@ -45,7 +45,7 @@ def config(
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"instruction": f"狗 {i}？", "output": "好"} for i in range(3)]))
     pairwise = PairwiseConfig(judge, [PromptsConfig(str(prompts), "zh")] if judge.url else [], pairs)
-    return EvaluateConfig(output=str(tmp_path), models=dict.fromkeys(models, str(tmp_path)), pairwise=pairwise)
+    return EvaluateConfig(output=str(tmp_path), models=dict.fromkeys(models, "nowhere"), pairwise=pairwise)
 
 
 def longer(prompt: str) -> str:
