@@ -86,7 +86,7 @@ def check_memory(run: SftConfig | DpoConfig, own: argparse.Namespace) -> None:
     facts += f" take {needed:.1f} GiB"
     facts += f" of {device.memory_gib:.1f} GiB of each {device.name}"
     if needed > device.memory_gib:
-        wanted = "use more GPUs, or adapters (lora)" if sharded else "shard it: FSDP or ZeRO-3, through accelerate"
+        wanted = "expected more GPUs, or adapters (lora)" if sharded else "shard it: FSDP or ZeRO-3, through accelerate"
         raise InputError(f"{facts}; {wanted}")
     print(f"memory: {facts}; activations and logits come on top and are not estimated")
 
