@@ -11,7 +11,7 @@ from study_results import ALMRS, RATES, make_results
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.points import grid, points, write_proposed
-from megatron_cpt.study.propose import propose
+from megatron_cpt.study.propose import new_pair, propose
 from megatron_cpt.study.results import Results
 
 
@@ -95,6 +95,16 @@ def test_every_call_adds_as_many_new_pairs_as_asked_for(tmp_path: Path) -> None:
         names = {point.name for point in points(study)}
         assert len(names) == len(points(study)) == 9 + len(proposed)
         assert all(study.covers(pair) for pair in proposed)
+
+
+def test_a_pair_in_a_corner_is_moved_until_it_is_another(tmp_path: Path) -> None:
+    """What is drawn beyond both borders is the corner again."""
+    study = StudyConfig("base.yaml", str(tmp_path), [0.0, 1.0], [1e-4, 1e-2], 1000)
+    taken = {(point.almr, point.lr) for point in points(study)}
+    for seed in range(20):
+        pair = new_pair(study, 1.0, 1e-2, taken, seed)
+        assert pair not in taken
+        assert study.covers(pair)
 
 
 def test_a_range_without_another_pair_is_refused(tmp_path: Path) -> None:
