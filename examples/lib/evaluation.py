@@ -8,7 +8,6 @@ OPTION...: as tools/evaluate.py takes them. `--inputs given`: the models need no
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 import yaml
@@ -16,6 +15,7 @@ import yaml
 from megatron_cpt.config.cli import collect_arguments, exit_on_input_error, normalise, read_arguments
 from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.config import EvaluateConfig
+from megatron_cpt.evaluation.run_files import check_given, check_settings
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.memory import GIB
 from megatron_cpt.planning.presets import find_model
@@ -36,10 +36,7 @@ def main() -> None:
     if own.inputs == "none":
         collect_arguments(EvaluateConfig, normalise(words)).refusals.raise_any()
     else:
-        config = read_arguments(EvaluateConfig, words)
-        for folder in config.models.values() if own.inputs == "all" else ():
-            if not os.path.isdir(folder):
-                raise InputError(f"{folder}: no such folder; expected a model")
+        read_arguments(EvaluateConfig, words, files=check_settings if own.inputs == "all" else check_given, files_first=True)
     with open(own.config, encoding="utf-8") as file:
         spread = yaml.safe_load(file).get("device_map") is not None
     if own.device and own.gpus:

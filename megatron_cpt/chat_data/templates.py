@@ -7,7 +7,6 @@ answer. Both are tokenized apart, so a token never spans the border, and trainin
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,26 +16,12 @@ from typing import Any
 
 from megatron_cpt.chat_data.conversations import Conversation, Message, Preference, RowError
 from megatron_cpt.chat_data.limits import REFUSALS, limited
+from megatron_cpt.chat_data.template_files import TEMPLATES, read_template
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
 
-MOST_CHARACTERS = 1_000_000  # of a template
 CLOCK = "strftime_now"  # the function by which templates ask for the date
 IGNORED = -100  # label of a token that the loss does not count
-LLAMA3 = (
-    "{{ '<|begin_of_text|>' }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# name -> (template, special tokens in it, the one that ends a turn)
-TEMPLATES = {
-    "llama3": (LLAMA3, ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), "<|eot_id|>"),
-    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"), "<|im_end|>"),
-}
 PROBE = (
     Message("user", "probe one"),
     Message("assistant", "probe two"),
@@ -258,17 +243,4 @@ def template_text(tokenizer: Any, name: str | None) -> str:
                 f"the tokenizer {tokenizer.name_or_path} has no chat template; expected llama3, chatml or a file"
             )
         return own
-    if name in TEMPLATES:
-        return TEMPLATES[name][0]
-    if not os.path.isfile(name):
-        raise InputError(f"chat_template is {name}, no file; expected llama3, chatml, or a file with a Jinja template")
-    with open(name, encoding="utf-8") as file:
-        try:
-            text = file.read(MOST_CHARACTERS + 1)
-            if len(text) > MOST_CHARACTERS:
-                raise InputError(
-                    f"chat_template is {name}, which has more than {MOST_CHARACTERS:,} characters; expected fewer"
-                )
-            return text
-        except UnicodeDecodeError as error:
-            raise InputError(f"chat_template is {name}, which is no text in UTF-8: {error}") from error
+    return read_template(name)

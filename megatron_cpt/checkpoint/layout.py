@@ -22,6 +22,7 @@ from megatron_cpt.checkpoint.checksums import FIELD as CHECKSUMS
 from megatron_cpt.checkpoint.checksums import check_seal, check_small_files
 from megatron_cpt.errors import InputError, brief
 from megatron_cpt.input_files import CHAT_TEMPLATES, check_folder, load_json, shown
+from megatron_cpt.model.hf_folder import ADAPTER_CONFIG
 from megatron_cpt.version import __version__
 
 MOST_SAMPLES = 1 << 60  # of a run
@@ -31,7 +32,6 @@ WEIGHT_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json"
 # Endings of files with weights, in the formats of several libraries. All else makes a HF folder more than its weights, and
 # has to survive the trip through Megatron.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
-ADAPTER_CONFIG = "adapter_config.json"
 # Files that tell a reader to do something to the weights beside them: to apply an adapter, which makes weights of other
 # names, or to take them for quantized. Whole weights that have gone through Megatron need neither.
 ABOUT_OTHER_WEIGHTS = (ADAPTER_CONFIG, "quantize_config.json", "quant_config.json", "hf_quant_config.json")

@@ -93,12 +93,16 @@ def is_value(word: str) -> bool:
 
 
 def read_arguments(
-    config_class: type[Config], words: Sequence[str], description: str = "", files: Loaded | None = None
+    config_class: type[Config],
+    words: Sequence[str],
+    description: str = "",
+    files: Loaded | None = None,
+    files_first: bool = False,
 ) -> Config:
     """The configuration that the words of a command line ask for, `--config FILE` among them; later ones win.
 
     `files`: where a setting is wrong, gets those that are not, by dotted name, to raise InputError for what is wrong with
-    the files they name, so that this is known at once, too.
+    the files they name, so that this is known at once, too. `files_first`: it gets them also where none is wrong.
 
     Raises:
         InputError: naming every field that is wrong or missing, the value found and the value expected
@@ -112,16 +116,13 @@ def read_arguments(
     if "--print_config" in words:
         print(yaml.safe_dump(reader.plain(), sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
-    try:
+    refusals = Refusals()
+    with refusals.noted():
         config: Config = reader.config()
-    except InputError as error:
-        refusals = Refusals()
-        refusals.add(error)
-        with refusals.noted():
-            if files is not None:
-                load(files)(reader.usable())
-        refusals.raise_any()
-        raise
+    if files is not None and (refusals.errors or files_first):
+        with refusals.noted(), reader.located():
+            load(files)(reader.usable())
+    refusals.raise_any()
     return config
 
 
@@ -274,18 +275,20 @@ def run_tool(
     positional: str | None = None,
     joins: bool = False,
     files: Loaded | None = None,
+    files_first: bool = False,
 ) -> None:
     """Parse the command line, call `main(config)` and keep the contract of exit statuses.
 
     `positional`: the option that words before any option belong to. `joins`: the tool joins the processes that a launcher
-    has started, unless it is told `check_only`. `files`: see `read_arguments`.
+    has started, unless it is told `check_only`. `files`, `files_first`: see `read_arguments`; first is for a `main` that
+    takes seconds to import, and would refuse the same.
     """
 
     def call() -> Any:
         words = list(sys.argv[1:] if argv is None else argv)
         if positional and words and is_value(words[0]):
             words.insert(0, f"--{positional}")
-        config = read_arguments(load(config_class), words, description, files)
+        config = read_arguments(load(config_class), words, description, files, files_first)
         if joins and not getattr(config, "check_only", False):
             check_rendezvous(os.environ)
         return load(main)(config)

@@ -5,6 +5,7 @@ A section is a dataclass; its fields are numbers, text, switches, choices, lists
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
@@ -46,6 +47,7 @@ class ConfigReader:
         """Take `--NAME TEXT`; the name is dotted. None: there is no text, which is wrong."""
         with self.refusals.noted():
             _set(self.given, name, text, Converter("", self.refusals))
+        self._origin = {known: file for known, file in self._origin.items() if not known.startswith(f"{name}.")}
         self._origin[name] = ""
 
     def config(self) -> Any:
@@ -63,6 +65,23 @@ class ConfigReader:
     def usable(self) -> dict[str, Any]:
         """What is given and not wrong by itself, by dotted name; no sections."""
         return dict(_values(self.given, ""))
+
+    @contextlib.contextmanager
+    def located(self) -> Iterator[None]:
+        """Put the file that gave a setting in front of the messages ("FIELD is VALUE; ...") of a check of `usable` ones."""
+        refusals, placed = Refusals(), Refusals()
+        with refusals.noted():
+            yield
+        for error in refusals.errors:
+            found = re.match(r"([\w.]+)[^:]* is ", str(error))
+            placed.add(InputError(self._nearest_origin(found[1] if found else "") + str(error)))
+        placed.raise_any()
+
+    def _nearest_origin(self, field: str) -> str:
+        """What gave a field, or the section or table that it is in."""
+        while field and field not in self._origin:
+            field = field.rpartition(".")[0]
+        return self._origin.get(field, "")
 
     def plain(self) -> dict[str, Any]:
         """All settings as plain values, those not given with their defaults; null for those that must be given.
@@ -133,6 +152,18 @@ def config_from(config_class: type[Config], fields: Mapping[Any, Any], where: st
     reader.fields(fields, f"{where}: ")
     config: Config = reader.config()
     return config
+
+
+def settings_of(config: Any, section: str = "") -> dict[str, Any]:
+    """The settings of a configuration by dotted name, sections in lists as fields, as `ConfigReader.usable` gives them."""
+    settings: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        name, value = f"{section}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            settings |= settings_of(value, f"{name}.")
+        else:
+            settings[name] = _plain(value)
+    return settings
 
 
 def _has_wrong(value: Any) -> bool:

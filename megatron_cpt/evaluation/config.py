@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_cpt.config.require import Requirements, require, require_at_least
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.errors import InputError
 from megatron_cpt.language_codes import check_language
 from megatron_cpt.redaction import redacted
 
@@ -140,8 +139,6 @@ class TrajectoryConfig:
         iterations = [checkpoint.iteration for checkpoint in self.checkpoints]
         if len(set(iterations)) < len(iterations):
             raise InputError(f"trajectory.checkpoints has the iterations {iterations}; expected each once")
-        if self.run is not None and not os.path.isdir(self.run):
-            raise InputError(f"trajectory.run is {self.run}; no such folder")
 
 
 @dataclass(frozen=True)
@@ -205,26 +202,23 @@ class EvaluateConfig:
         with Requirements() as need:
             need(bool(self.models or self.trajectory), "models", self.models, "a name and a folder for each")
             need.at_least(self, limit=1, max_new_tokens=1, window=8, batch_size=1)
-        for name in self.models:
-            if not name or not name.isprintable() or set(name) & set("/|") or name in ("report", "trajectory"):
-                wanted = "one that can be the name of a file and stand in a table, other than report and trajectory"
-                raise InputError(f"models has the name {name!r}; expected {wanted}")
+            for name in self.models:
+                with need.noted():
+                    check_name(name)
         parts = self.suite or self.tasks or self.text or self.prompts
         if not parts and (self.trajectory is not None or self.pairwise is None):
             raise InputError("there is nothing to measure: suite, tasks, text and prompts are all empty")
-        compared = self.pairwise.prompts if self.pairwise is not None else []
-        refusals = Refusals()
-        for path in [*(text.path for text in self.text), *(prompts.path for prompts in [*self.prompts, *compared])]:
-            if not os.path.isfile(path):
-                refusals.add(InputError(f"{path}: no such file"))
-        for folder in (self.tasks_folder, self.data_folder):
-            if folder is not None and not os.path.isdir(folder):
-                refusals.add(InputError(f"{folder}: no such folder"))
-        refusals.raise_any()
         if self.pairwise is not None:
             check_pairs(self.pairwise, list(self.models))
         if self.ablation:
             check_ablation(self.ablation, list(self.models))
+
+
+def check_name(model: str) -> None:
+    """Raise InputError unless the name of a model can be that of a file and of a row in a table."""
+    if not model or not model.isprintable() or set(model) & set("/|") or model in ("report", "trajectory"):
+        wanted = "one that can be the name of a file and stand in a table, other than report and trajectory"
+        raise InputError(f"models has the name {model!r}; expected {wanted}")
 
 
 def check_pairs(pairwise: PairwiseConfig, models: list[str]) -> None:

@@ -9,8 +9,9 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from megatron_cpt.checkpoint.hf_files import check_model, say_notes
+from megatron_cpt.checkpoint.hf_files import say_notes
 from megatron_cpt.checkpoint.layout import versions, write_json, write_text
+from megatron_cpt.config.fields import settings_of
 from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.evaluation import figures
 from megatron_cpt.evaluation.ablation import ablation_table
@@ -20,6 +21,7 @@ from megatron_cpt.evaluation.harness import Catalog
 from megatron_cpt.evaluation.identity import folder_identity
 from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparisons_table
 from megatron_cpt.evaluation.run import benchmarks_of, check_files, measure, wanted_parts
+from megatron_cpt.evaluation.run_files import check_settings
 from megatron_cpt.evaluation.table import markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
 from megatron_cpt.locking import open_lock
@@ -34,9 +36,9 @@ def evaluate(config: EvaluateConfig) -> str:
         InputError: a model, file or setting is wrong
         RunError: a judge gave no answers; all else is in the report
     """
+    check_settings(settings_of(config))
     along = config.trajectory.checkpoints if config.trajectory is not None else []
     for folder in [*config.models.values(), *(checkpoint.model for checkpoint in along)]:
-        check_model(folder)
         say_notes(folder)
     check_files(config)
     referee = Referee(config, config.pairwise) if config.pairwise is not None else None

@@ -16,10 +16,11 @@ from megatron_cpt.chat_data.conversations import Message, RowError
 from megatron_cpt.chat_data.templates import PromptTemplate
 from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.damage import reading_hf_model
-from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, check_model
+from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
+from megatron_cpt.model.hf_folder import check_model
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.generate import complete
 from megatron_cpt.posttrain.settings import ChatConfig

@@ -7,8 +7,9 @@ from typing import Any
 
 from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.damage import reading_hf_model
-from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS, check_model
+from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.hf_tokenizer import load
+from megatron_cpt.model.hf_folder import check_model
 
 
 def load_model(folder: str) -> tuple[Any, Any]:

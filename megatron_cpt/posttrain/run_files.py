@@ -8,9 +8,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_cpt.chat_data.template_files import read_template
 from megatron_cpt.errors import InputError, Refusals
-
-BUILT_IN = ("llama3", "chatml")  # chat templates that are no files
+from megatron_cpt.model.hf_folder import check_model
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -22,7 +22,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     refusals = Refusals()
     with refusals.noted():
         if "model" in settings:
-            check_model_folder(settings["model"])
+            check_model(settings["model"])
     sources, validation = (
         [source["path"] for source in settings.get(f"data.{name}", ()) if "path" in source]
         for name in ("sources", "validation")
@@ -30,21 +30,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     with refusals.noted():
         check_data(sources, validation, settings.get("data.validation_share", 1) > 0)
     with refusals.noted():
-        check_template_file(settings.get("data.chat_template"))
+        if settings.get("data.chat_template") is not None:
+            read_template(settings["data.chat_template"])
     refusals.raise_any()
-
-
-def check_model_folder(path: str) -> None:
-    """Raise InputError unless a model is a folder with a config.json."""
-    if not os.path.exists(os.path.join(path, "config.json")):
-        wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
-        raise InputError(f"model is {path}, which has no config.json; expected {wanted}")
-
-
-def check_template_file(name: str | None) -> None:
-    """Raise InputError unless a chat template is one that is built in, or a file."""
-    if name is not None and name not in BUILT_IN and not os.path.isfile(name):
-        raise InputError(f"chat_template is {name}, no file; expected llama3, chatml, or a file with a Jinja template")
 
 
 def check_data(sources: Sequence[str], validation: Sequence[str], holds_out: bool) -> None:

@@ -177,11 +177,11 @@ class SourceConfig:
     def __post_init__(self) -> None:
         with Requirements() as need:
             need(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
-            if re.fullmatch(r"[\w-]+", self.language):  # it names files and metrics
+            can_name = re.fullmatch(r"[\w-]+", self.language) is not None  # files and metrics
+            need(can_name, "language", repr(self.language), "a code such as en or zh")
+            if can_name:
                 with need.noted():
                     check_language(self.language)
-            else:
-                need(False, "language", repr(self.language), "a code such as en or zh")
 
 
 @dataclass(frozen=True)
@@ -282,11 +282,10 @@ class DpoConfig:
     def __post_init__(self) -> None:
         with Requirements() as need:
             need(0 < self.beta < math.inf, "beta", self.beta, "a number above 0")
-            if not 0 <= self.label_smoothing < 0.5:
-                need(False, "label_smoothing", self.label_smoothing, "0 or more, below 0.5")
-            elif self.label_smoothing and self.loss_type not in SMOOTHED:
-                wanted = f"0 with loss_type {self.loss_type}, or {' or '.join(SMOOTHED)}"
-                need(False, "label_smoothing", self.label_smoothing, wanted)
+            need(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "0 or more, below 0.5")
+            smooths = 0 < self.label_smoothing < 0.5
+            wanted = f"0 with loss_type {self.loss_type}, or {' or '.join(SMOOTHED)}"
+            need(self.loss_type in SMOOTHED or not smooths, "label_smoothing", self.label_smoothing, wanted)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ START_CHECKPOINT = "checksum of checkpoint.load"
 SAME_LOSS = 0.005  # relative: how far layouts and devices move the loss of one checkpoint on one text
 PIECE_BYTES = 1 << 20  # read in the middle of each file with tensors that has no checksum
 
+Known = Mapping[str, tuple[Any, str]]
+"""what -> (its value, the file or run that says so)"""
+
 
 def check_inputs(study: StudyConfig, base: Base) -> None:
     """Compare what lies there with what the study has begun with, and its runs with each other. What is missing now is not
@@ -46,14 +49,24 @@ def check_inputs(study: StudyConfig, base: Base) -> None:
     for name, facts in of_runs.items():
         for what, value in facts:
             known.setdefault(what, (value, os.path.join(study.folder, "runs", name)))
+    check_replaced(study.folder, base, known)
+    check_runs(study.folder, of_runs, known)
+
+
+def check_replaced(folder: str, base: Base, known: Known) -> None:
+    """Raise InputError if what lies there now is not what the study in a folder has begun with."""
     for what, found in facts_now(base).items():
         wanted, where = known.get(what, (found, ""))
         if differ(wanted, found):
             which = f"{what} ({base.config.checkpoint.load})" if what == START_CHECKPOINT else what
             raise InputError(
-                f"study {study.folder}: {which} is {short(found)}; expected {short(wanted)}, as in {where}: results "
+                f"study {folder}: {which} is {short(found)}; expected {short(wanted)}, as in {where}: results "
                 "would not belong together. Put back what was there, or use another folder for another study"
             )
+
+
+def check_runs(folder: str, of_runs: Mapping[str, Sequence[tuple[str, Any]]], known: Known) -> None:
+    """Raise InputError if runs, of which each says (what, value), have not read what the study in a folder began with."""
     for what, (wanted, where) in known.items():
         odd = {
             name: value for name, facts in of_runs.items() for own, value in facts if own == what and differ(wanted, value)
@@ -61,8 +74,8 @@ def check_inputs(study: StudyConfig, base: Base) -> None:
         if odd:
             names, found = ", ".join(odd), short(next(iter(odd.values())))
             raise InputError(
-                f"study {study.folder}: {what} is {found} in {names}; expected {short(wanted)}, as in {where}: results do "
-                f"not belong together. Remove these runs from {os.path.join(study.folder, 'runs')} and scores to repeat them"
+                f"study {folder}: {what} is {found} in {names}; expected {short(wanted)}, as in {where}: results do "
+                f"not belong together. Remove these runs from {os.path.join(folder, 'runs')} and scores to repeat them"
             )
 
 

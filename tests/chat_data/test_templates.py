@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_cpt.chat_data.conversations import Conversation, Message, Preference, RowError
-from megatron_cpt.chat_data.templates import CHATML, IGNORED, Template, load_template
+from megatron_cpt.chat_data.template_files import CHATML
+from megatron_cpt.chat_data.templates import IGNORED, Template, load_template
 from megatron_cpt.errors import InputError
 
 TEXTS = ("The dog runs.", "狗在跑。", "And the fox?", "狐狸睡了。")

@@ -183,8 +183,8 @@ def test_damaged_measurements_are_named(config: EvaluateConfig, run: Path, conte
 def test_wrong_trajectories(config: EvaluateConfig, model: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="trajectory has neither run nor checkpoints"):
         TrajectoryConfig()
-    with pytest.raises(InputError, match=r"trajectory\.run is nowhere; no such folder"):
-        TrajectoryConfig("nowhere")
+    with pytest.raises(InputError, match=r"trajectory\.run is nowhere; expected the folder of a run"):
+        evaluate(replace(config, trajectory=TrajectoryConfig("nowhere")))
     with pytest.raises(InputError, match="every is 0"):
         TrajectoryConfig(str(tmp_path), 0)
     with pytest.raises(InputError, match=r"iterations \[1, 1\]; expected each once"):
@@ -194,5 +194,5 @@ def test_wrong_trajectories(config: EvaluateConfig, model: str, tmp_path: Path) 
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="has no complete checkpoint"):
         evaluate(replace(config, trajectory=TrajectoryConfig(str(tmp_path / "empty"))))
-    with pytest.raises(InputError, match="model is nowhere, which has no config"):
+    with pytest.raises(InputError, match=r"checkpoints\[0\]\.model is nowhere, which has no config"):
         evaluate(replace(config, trajectory=TrajectoryConfig(checkpoints=[CheckpointConfig(1, "nowhere")])))

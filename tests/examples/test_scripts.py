@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from dry_runs import assert_refused, start
-from tiny_models import ROOT
+from tiny_models import ROOT, write_yaml
 
 EXAMPLES = ROOT / "examples"
 STAGES = ["preprocess", "merge", "convert", "cpt", "export", "evaluate", "sft", "dpo", "evaluate_chat"]
@@ -176,7 +176,7 @@ def test_one_process_is_shown_as_it_will_be_started(name: str, variables: dict[s
         ("8b/export", {"CHECK": "1", "MEGATRON": "examples"}, "examples"),
         ("8b/convert", {"CHECK": "1", "WAITING": "yes"}, "WAITING is 'yes'; expected 0 or 1"),
         ("8b/sft", {"CHECK": "1", "WAITING": "1"}, "data/sft_general_en.jsonl: no such file"),
-        ("8b/evaluate_chat", {"CHECK": "1", "WAITING": "1"}, "raw/valid/sft_zh.jsonl: no such file"),
+        ("8b/evaluate_chat", {"CHECK": "1", "WAITING": "1"}, "raw/valid/sft_zh.jsonl; expected a file (no such file)"),
         ("8b/evaluate", {"RUN": "runs/it's"}, "models"),
         ("8b/preprocess", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml'; expected a YAML file"),
         (
@@ -187,7 +187,7 @@ def test_one_process_is_shown_as_it_will_be_started(name: str, variables: dict[s
         ("8b/sft", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml' of RECIPE cpt; expected a YAML file"),
         ("8b/evaluate", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml' of RECIPE cpt; expected a YAML file"),
         ("8b/pipeline", {"HF": "runs/x"}, "HF is 'runs/x', which is of one stage"),
-        ("8b/evaluate", {"CHECK": "1"}, "raw/valid/zh.jsonl: no such file"),
+        ("8b/evaluate", {"CHECK": "1"}, "raw/valid/zh.jsonl; expected a file (no such file)"),
         (
             "70b/evaluate",
             {"GPUS_PER_NODE": "1"},
@@ -211,6 +211,14 @@ def test_what_other_jobs_make_is_not_looked_for() -> None:
     for name in ("cpt", "export"):
         done = start(script("8b", name), CHECK="1", WAITING="1", DEVICE="")
         assert done.returncode == 0, done.stderr
+
+
+def test_models_that_other_jobs_make_are_not_looked_for(tmp_path: Path) -> None:
+    """What they are measured on has to be there."""
+    path = write_yaml(tmp_path / "evaluate.yaml", {"text": [{"path": __file__, "language": "en"}]})
+    waiting, now = (start(script("8b", "evaluate"), CONFIG=path, CHECK="1", WAITING=waits) for waits in "10")
+    assert waiting.returncode == 0, waiting.stderr
+    assert_refused(now, "which has no config.json; expected a Hugging Face folder")
 
 
 @pytest.mark.parametrize("name", ["export", "pipeline"])

@@ -13,7 +13,7 @@ from rigged_models import make_reciter, set_json, tokens_of
 from tiny_models import ROOT, make_tiny_llama
 
 from megatron_cpt.chat_data.conversations import Message
-from megatron_cpt.chat_data.templates import CHATML
+from megatron_cpt.chat_data.template_files import CHATML
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.chat import Chat, Speaker, chat
 from megatron_cpt.posttrain.settings import ChatConfig

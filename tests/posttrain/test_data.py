@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from megatron_cpt.chat_data.templates import CHATML, IGNORED, Example, Template, load_template
+from megatron_cpt.chat_data.template_files import CHATML
+from megatron_cpt.chat_data.templates import IGNORED, Example, Template, load_template
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import DataConfig, Prepared, SourceConfig, prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.models import check_fit

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import chat_template_utils
 
 from megatron_cpt.chat_data.conversations import Message
-from megatron_cpt.chat_data.templates import CHATML, PromptTemplate
+from megatron_cpt.chat_data.template_files import CHATML
+from megatron_cpt.chat_data.templates import PromptTemplate
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain import identity, runner

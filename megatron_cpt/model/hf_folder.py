@@ -1,0 +1,68 @@
+"""What has to be in the folder of a Hugging Face model before anything reads its weights. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from megatron_cpt.errors import InputError, if_on_the_hub
+from megatron_cpt.input_files import check_folder, load_json, shown
+from megatron_cpt.model.llama import check_size
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+
+
+def check_model(model: str, field: str = "model") -> None:
+    """Raise InputError unless a folder holds a Hugging Face model with weights that no adapter has to be applied to.
+
+    `field`: of the configuration, which names the folder.
+    """
+    if os.path.isdir(model):
+        check_folder(model)
+    adapter_note(model)
+    if not model or not os.path.exists(os.path.join(model, "config.json")):
+        wanted = "a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
+        advice = "" if os.path.exists(model) else if_on_the_hub(model)
+        found = model or "''"
+        raise InputError(f"{field} is {found}, which has no config.json; expected {wanted}{advice}")
+    for name in sorted(os.listdir(model)):
+        if name.endswith(".json"):  # transformers reads them without limits
+            fields = load_json(os.path.join(model, name))
+            if name == "config.json":
+                check_sizes(os.path.join(model, name), fields)
+
+
+def check_sizes(path: str, fields: Any) -> None:
+    """Raise InputError unless the value of a config.json is an object without numbers that are too large for any model."""
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} is {shown(fields)}; expected a JSON object")
+    for name, value in fields.items():
+        check_size(path, name, value)
+
+
+def adapter_note(folder: str) -> str | None:
+    """What to tell people of a PEFT adapter in a model's folder: None where there is none.
+
+    transformers applies an adapter that lies beside whole weights. Where these name another model as their base, they are
+    what merging left, and have to be read with `WITHOUT_ADAPTERS` (checkpoint/hf_files.py).
+
+    Raises:
+        InputError: the folder holds an adapter and no weights, or the weights that the adapter is meant for
+    """
+    path = os.path.join(folder, ADAPTER_CONFIG)
+    if not os.path.exists(path):
+        return None
+    fields = load_json(path)
+    if not isinstance(fields, dict) or "base_model_name_or_path" not in fields:
+        raise InputError(f"{path} names no base_model_name_or_path; expected PEFT's configuration, or no such file")
+    base = fields["base_model_name_or_path"]
+    merge = "a folder of merged weights (PEFT's merge_and_unload)"
+    if not any(name.endswith((".safetensors", ".bin")) for name in os.listdir(folder) if name not in ADAPTER_FILES):
+        raise InputError(f"{folder} holds an adapter of {base} and no weights of its own; expected {merge}")
+    if isinstance(base, str) and base.isprintable() and os.path.realpath(base) == os.path.realpath(folder):
+        expected = f"{merge}, or no {ADAPTER_CONFIG}"
+        raise InputError(
+            f"{path}: base_model_name_or_path is {base}, so that the weights beside it lack it; expected {expected}"
+        )
+    return f"{folder}: its weights are used as they are; {ADAPTER_CONFIG} beside them (of {base}) is not applied again"
