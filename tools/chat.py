@@ -11,4 +11,6 @@ if __name__ == "__main__":
         "megatron_cpt.posttrain.settings:ChatConfig",
         "Talk to a Hugging Face checkpoint.",
         positional="model",
+        files="megatron_cpt.posttrain.run_files:check_chat",
+        files_first=True,
     )

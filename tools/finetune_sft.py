@@ -13,4 +13,5 @@ if __name__ == "__main__":
         "Supervised fine-tuning of a Hugging Face checkpoint.",
         joins=True,
         files="megatron_cpt.posttrain.run_files:check_settings",
+        files_first=True,
     )

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_cpt.config.cli import exit_on_input_error, read_arguments
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.memory import GIB
 from megatron_cpt.planning.presets import find_model
@@ -50,12 +50,16 @@ def main() -> None:
     print(f"token budget: {length}, of at most {most:,} tokens in a step")
     if own.device:
         check_memory(run, own)
+    refusals = Refusals()
+    if own.inputs != "none":
+        with refusals.noted():
+            run.data.files()
     if own.inputs == "all":
         from megatron_cpt.posttrain.runner import check_folder  # which takes some seconds to import
 
-        check_folder(run.save, run.model)
-    if own.inputs != "none":
-        check_data(run)
+        with refusals.noted():
+            check_folder(run.save, run.model)
+    refusals.raise_any()
 
 
 def is_sharded(accelerate: str) -> bool:
@@ -89,13 +93,6 @@ def check_memory(run: SftConfig | DpoConfig, own: argparse.Namespace) -> None:
         wanted = "expected more GPUs, or adapters (lora)" if sharded else "shard it: FSDP or ZeRO-3, through accelerate"
         raise InputError(f"{facts}; {wanted}")
     print(f"memory: {facts}; activations and logits come on top and are not estimated")
-
-
-def check_data(run: SftConfig | DpoConfig) -> None:
-    """Raise InputError unless all files of data are there."""
-    for source in [*run.data.sources, *run.data.validation]:
-        if not os.path.isfile(source.path):
-            raise InputError(f"{source.path}: no such file")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_cpt.chat_data.template_files import read_template
+from megatron_cpt.config.require import Requirements
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.model.hf_folder import check_model
 
@@ -24,8 +25,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if "model" in settings:
             check_model(settings["model"])
     sources, validation = (
-        [source["path"] for source in settings.get(f"data.{name}", ()) if "path" in source]
-        for name in ("sources", "validation")
+        {f"{name}[{i}].path": source["path"] for i, source in enumerate(settings.get(name, ())) if "path" in source}
+        for name in ("data.sources", "data.validation")
     )
     with refusals.noted():
         check_data(sources, validation, settings.get("data.validation_share", 1) > 0)
@@ -35,24 +36,35 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     refusals.raise_any()
 
 
-def check_data(sources: Sequence[str], validation: Sequence[str], holds_out: bool) -> None:
-    """Check that all files are there, and that rows to evaluate on are not those to train on.
+def check_chat(settings: Mapping[str, Any]) -> None:
+    """Check the model and chat template that settings of a ChatConfig name. InputError: what is wrong with them."""
+    refusals = Refusals()
+    with refusals.noted():
+        if "model" in settings:
+            check_model(settings["model"])
+    with refusals.noted():
+        if settings.get("chat_template") is not None:
+            read_template(settings["chat_template"])
+    refusals.raise_any()
+
+
+def check_data(sources: Mapping[str, str], validation: Mapping[str, str], holds_out: bool) -> None:
+    """Check that all files ({setting: path}) are there, and that rows to evaluate on are not those to train on.
 
     `holds_out`: without `validation`, a part of each source is evaluated on.
 
     Raises:
         InputError: one is missing, or there twice; InputErrors: several are
     """
+    with Requirements() as need:
+        for name, path in (*sources.items(), *validation.items()):
+            need(os.path.isfile(path), name, path or "''", "a file (no such file)")
     refusals = Refusals()
-    for path in (*sources, *validation):
-        if not os.path.isfile(path):
-            refusals.add(InputError(f"{path}: no such file"))
-    refusals.raise_any()
-    pairs = itertools.product(sources, validation)
+    pairs = itertools.product(sources.values(), validation.values())
     advice = "use different files, or leave data.validation out: data.validation_share holds out of each source"
     what = "data.sources and data.validation"
     if holds_out and not validation:
-        pairs = itertools.combinations(sources, 2)  # type: ignore[assignment]
+        pairs = itertools.combinations(sources.values(), 2)  # type: ignore[assignment]
         advice = "name it once, or use validation files: what is held out of one is trained on in the other"
         what = "two of data.sources"
     for first, second in pairs:

@@ -212,9 +212,12 @@ class DataConfig:
         Raises:
             InputError: see `check_data`
         """
-        sources, validation = ([source.path for source in group] for group in (self.sources, self.validation))
+        groups = {"data.sources": self.sources, "data.validation": self.validation}
+        sources, validation = (
+            {f"{name}[{i}].path": source.path for i, source in enumerate(group)} for name, group in groups.items()
+        )
         check_data(sources, validation, self.validation_share > 0)
-        return sources + validation
+        return [*sources.values(), *validation.values()]
 
     def __post_init__(self) -> None:
         with Requirements() as need:

@@ -175,7 +175,11 @@ def test_one_process_is_shown_as_it_will_be_started(name: str, variables: dict[s
         ("70b/export", {"CHECK": "1"}, "runs/llama3-70b/cpt"),
         ("8b/export", {"CHECK": "1", "MEGATRON": "examples"}, "examples"),
         ("8b/convert", {"CHECK": "1", "WAITING": "yes"}, "WAITING is 'yes'; expected 0 or 1"),
-        ("8b/sft", {"CHECK": "1", "WAITING": "1"}, "data/sft_general_en.jsonl: no such file"),
+        (
+            "8b/sft",
+            {"CHECK": "1", "WAITING": "1"},
+            "data/sft_emotional_intelligence_zh.jsonl; expected a file (no such file)",
+        ),
         ("8b/evaluate_chat", {"CHECK": "1", "WAITING": "1"}, "raw/valid/sft_zh.jsonl; expected a file (no such file)"),
         ("8b/evaluate", {"RUN": "runs/it's"}, "models"),
         ("8b/preprocess", {"CONFIG": "nowhere.yaml"}, "CONFIG is 'nowhere.yaml'; expected a YAML file"),

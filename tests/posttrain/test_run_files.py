@@ -8,36 +8,64 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import ROOT
+from tiny_models import ROOT, write_yaml
 
 from megatron_cpt.posttrain.run_files import check_data
+
+MISSING = ["--model", "nothere", "--data.chat_template", "nofile"]
+SAID = [
+    "model is nothere, which has no config.json",
+    "run.yaml: data.sources[1].path is nothing.jsonl",
+    "run.yaml: data.validation[0].path is lost.jsonl",
+    "chat_template is nofile, no file",
+]
+
+
+def errors_of(command: list[str]) -> list[str]:
+    """What a tool says that has not imported torch."""
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.returncode == 2, result.stderr[-2000:]
+    imported = set(re.findall(r"\|\s+([\w.]+)$", result.stderr, re.MULTILINE))
+    assert "megatron_cpt.posttrain.run_files" in imported
+    assert "torch" not in imported
+    return [line.removeprefix("error: ") for line in result.stderr.splitlines() if line.startswith("error: ")]
+
+
+def refused(folder: Path, tool: str, *options: str) -> list[str]:
+    """What the tool says of a configuration file run.yaml with a source that is there and others that are not."""
+    sources = [{"path": path, "language": "en"} for path in (__file__, "nothing.jsonl", "lost.jsonl")]
+    path = write_yaml(folder / "run.yaml", {"data": {"sources": sources[:2], "validation": sources[2:]}})
+    command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / tool), "--config", path]
+    return [line.replace(path, "run.yaml") for line in errors_of([*command, "--save", str(folder / "run"), *options])]
 
 
 @pytest.mark.parametrize("tool", ["finetune_sft.py", "finetune_dpo.py"])
 def test_missing_files_and_wrong_settings_at_once(tmp_path: Path, tool: str) -> None:
     """At once: torch is not imported."""
-    (tmp_path / "run.yaml").write_text("data: {sources: [{path: nothing.jsonl, language: en}]}\n")
-    wrong = ["--model", "nothere", "--data.chat_template", "nofile", "--optimizer.lr", "-1", "--training.epochs", "0"]
-    command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / tool), "--config", str(tmp_path / "run.yaml")]
-    result = subprocess.run([*command, "--save", str(tmp_path / "run"), *wrong], capture_output=True, text=True)
-    assert result.returncode == 2
-    said = [line.removeprefix("error: ") for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert [line.split(";")[0] for line in said] == [
-        "training.epochs is 0.0",
-        "optimizer.lr is -1.0",
-        "model is nothere, which has no config.json",
-        "nothing.jsonl: no such file",
-        "chat_template is nofile, no file",
-    ]
-    imported = set(re.findall(r"\|\s+([\w.]+)$", result.stderr, re.MULTILINE))
-    assert "megatron_cpt.posttrain.run_files" in imported
-    assert "torch" not in imported
+    said = refused(tmp_path, tool, *MISSING, "--optimizer.lr", "-1", "--training.epochs", "0")
+    assert [line.split(";")[0] for line in said] == ["training.epochs is 0.0", "optimizer.lr is -1.0", *SAID]
+
+
+@pytest.mark.parametrize("tool", ["finetune_sft.py", "finetune_dpo.py"])
+def test_missing_files_alone(tmp_path: Path, tool: str) -> None:
+    said = refused(tmp_path, tool, *MISSING)
+    assert [line.split(";")[0] for line in said] == SAID
+
+
+def test_what_chat_does_not_find(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / "chat.py"), "my-org/model"]
+    said = errors_of([*command, "--chat_template", str(tmp_path / "latin")])
+    assert said[0].startswith("model is my-org/model, which has no config.json; expected a Hugging Face folder")
+    assert said[0].endswith("get it first: hf download my-org/model --local-dir model")
+    assert said[1].startswith(f"chat_template is {tmp_path / 'latin'}, which is no text in UTF-8")
+    assert len(said) == 2
 
 
 def test_other_files_of_the_same_size_are_two(tmp_path: Path) -> None:
     for name, text in (("a", "[1]"), ("b", "[2]"), ("c", "")):
         (tmp_path / name).write_text(text)
     a, b, c = (str(tmp_path / name) for name in "abc")
-    check_data([a, c], [b], True)
-    check_data([a, a], [b], True)
-    check_data([a, a], [], False)
+    check_data({"0": a, "1": c}, {"2": b}, True)
+    check_data({"0": a, "1": a}, {"2": b}, True)
+    check_data({"0": a, "1": a}, {}, False)

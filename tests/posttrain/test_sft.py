@@ -327,7 +327,9 @@ def test_all_missing_files_at_once(chat_model: str, tmp_path: Path) -> None:
         finetune_sft(replace(config, model="nowhere", data=replace(config.data, sources=sources)))
     model, *files = map(str, caught.value.errors)
     assert model.startswith("model is nowhere, which has no config.json")
-    assert files == ["a.jsonl: no such file", "b.jsonl: no such file"]
+    assert files == [
+        f"data.sources[{i}].path is {name}.jsonl; expected a file (no such file)" for i, name in enumerate("ab")
+    ]
 
 
 def test_batches_that_cannot_be_divided() -> None:
