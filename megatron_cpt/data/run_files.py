@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +22,14 @@ def check_files(settings: Mapping[str, Any]) -> None:
         if "mixture" in settings:
             load_mixture(settings["mixture"])
     with refusals.noted():
-        if "checkpoint.load" in settings:
+        if "checkpoint.load" in settings and not has_checkpoints(settings.get("checkpoint.save", "")):
             check_checkpoint_folder(settings["checkpoint.load"])
     refusals.raise_any()
+
+
+def has_checkpoints(folder: str) -> bool:
+    """Whether a run has saved there: it resumes from that, and what it began with need not be there any more."""
+    return os.path.isdir(folder) and any(re.fullmatch(r"iter_\d{7,}", name, re.ASCII) for name in os.listdir(folder))
 
 
 def check_checkpoint_folder(path: str) -> None:

@@ -288,6 +288,19 @@ def test_one_line_and_no_process_group(
     assert sorted(folder.rglob("*")) == before  # nothing was left behind
 
 
+def test_what_a_resumed_run_began_with_is_not_asked_for(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "out" / "iter_0000002").mkdir(parents=True)
+    wrong = ["--optimizer.lr", "-1", "--checkpoint.load", "nowhere"]
+    monkeypatch.setattr(sys, "argv", ["pretrain_cpt.py", *options(folder, *wrong)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.strip()
+    assert line == "error: optimizer.lr is -1.0; expected a number above 0"
+
+
 def test_a_wrong_setting_does_not_hide_wrong_files(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
