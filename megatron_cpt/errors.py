@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,13 @@ def if_on_the_hub(path: str) -> str:
         return ""
     folder = path.split("/")[1]
     return f"; if it is a model on the Hugging Face hub, get it first: hf download {path} --local-dir {folder}"
+
+
+def said_by_system(error: Exception) -> str:
+    """The file that an OSError is about, and what is wrong with it; of other errors their text."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 class InputError(ValueError):
@@ -46,11 +54,13 @@ class Refusals:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Note an InputError of the block, and go on behind it."""
+        """Note an InputError of the block, and go on behind it; so with what the system says of a file (no rights to it)."""
         try:
             yield
         except InputError as error:
             self.add(error)
+        except OSError as error:
+            self.add(InputError(said_by_system(error)))
 
     def raise_any(self) -> None:
         """Raise what was noted, if anything was."""

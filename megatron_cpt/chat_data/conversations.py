@@ -4,9 +4,9 @@
     ShareGPT   {"conversations": [{"from": "human" | "gpt" | "system" | "function_call" | "observation", "value"}, ...]}
     OpenAI     {"messages": [{"role": "user" | "assistant" | "system" | "tool", "content"}, ...]}
 
-A turn of the assistant may say that it is not to be learned: {"weight": 0} (OpenAI, Mistral), {"train": false} (Axolotl) or
-{"loss": false} (ms-swift); a row may say so of all its answers. A turn may have a reasoning beside its answer
-("reasoning_content", "reasoning", "thinking"), which is given to the chat template under its name.
+A turn of the assistant may say that it is not to be learned: {"weight": 0} (OpenAI, Mistral), {"train": false} (Axolotl),
+{"loss": false} (ms-swift) or {"masked": true} (torchtune); a row may say so of all its answers. A turn may have a reasoning
+beside its answer ("reasoning_content", "reasoning", "thinking"), which is given to the chat template under its name.
 
 A preference pair has "chosen" and "rejected" beside a prompt in one of these styles (or "prompt", as TRL has it): texts, one
 message, or lists of messages of which the last is the answer.
@@ -15,7 +15,7 @@ message, or lists of messages of which the last is the answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeGuard
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -33,13 +33,16 @@ ROLES: dict[str, Role] = {
 
 
 EMPTY: tuple[Any, ...] = (None, "", "[]", [], (), {})  # what files have in a column that a row does not use
-SWITCHES = ("weight", "train", "loss", "trainable")  # fields of a turn that say whether it is learned, 0 or 1
+SWITCHES = ("weight", "train", "loss", "trainable", "training")  # fields of a turn that say whether it is learned, 0 or 1
+MASKS = ("mask", "masked")  # that say the contrary
+PARTS = ("train_detail", "training_detail")  # that say so of pieces of its text
+ABOUT_LEARNING = (*SWITCHES, *MASKS, *PARTS)
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Fields of a turn that are read, or say nothing that a model could learn
-READ = {"role", "from", "content", "value", "tool_calls", "function_call", "id", *SWITCHES, *REASONING}
+READ = {"role", "from", "content", "value", "tool_calls", "function_call", "id", *ABOUT_LEARNING, *REASONING}
 # Fields of a row, the same
 READ_OF_ROWS = {"messages", "conversations", "prompt", "chosen", "rejected", "instruction", "input", "output", "history"}
-READ_OF_ROWS |= {"system", "tools", "id", *SWITCHES}
+READ_OF_ROWS |= {"system", "tools", "id", *ABOUT_LEARNING}
 # What a model of texts cannot be shown: a row whose text speaks of it would teach to make things up
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
@@ -100,7 +103,7 @@ def parse_conversation(row: Any) -> Conversation:
     if messages[-1].role != "assistant":
         raise RowError("no answer at the end", f"the last message is the {messages[-1].role}'s; expected the assistant's")
     if not any(message.learned for message in messages if message.role == "assistant"):
-        raise RowError("nothing to learn", "each answer says that it is not to be learned (weight, train or loss)")
+        raise RowError("nothing to learn", "each answer says that it is not to be learned (weight, train, loss or mask)")
     return Conversation(messages, describes_tools(row))
 
 
@@ -117,9 +120,10 @@ def parse_preference(row: Any) -> Preference:
             raise RowError("not a preference pair", f"it has no {name!r}; its fields are {names_of(fields)}")
     sides = {name: answer_of(fields[name], name) for name in ("chosen", "rejected")}
     (before, chosen), (other, rejected) = sides["chosen"], sides["rejected"]
+    before, other = read_only(before), read_only(other)
     if before != other:
         raise RowError("two prompts", "chosen and rejected begin with different messages")
-    own = messages_of(fields, prompt_only=True, answer=chosen) if has_prompt(fields) else ()
+    own = read_only(messages_of(fields, prompt_only=True, answer=chosen)) if has_prompt(fields) else ()
     if own and before and own not in (before, tuple(message for message in before if message.role != "system")):
         raise RowError("two prompts", "chosen begins with other messages than the prompt beside it")
     prompt = before or own
@@ -128,16 +132,21 @@ def parse_preference(row: Any) -> Preference:
     check_turns((*prompt, chosen))
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer.learned:
-            raise RowError("nothing to learn", f"{name} says that it is not to be learned (weight, train or loss)")
+            raise RowError("nothing to learn", f"{name} says that it is not to be learned (weight, train, loss or mask)")
     if (chosen.content, chosen.reasoning) == (rejected.content, rejected.reasoning):
         raise RowError("identical answers", "chosen and rejected are the same")
     return Preference(prompt, chosen, rejected)
 
 
+def read_only(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Turns of a prompt, whatever they say about learning: none of them is learned."""
+    return tuple(replace(message, learned=True) for message in messages)
+
+
 def check_learned(row: Any) -> None:
     """Raise RowError if a row says beside its messages that nothing of it is to be learned."""
     if not learned(as_mapping(row), "row", "it"):
-        raise RowError("nothing to learn", "it says that it is not to be learned (weight, train or loss)")
+        raise RowError("nothing to learn", "it says that it is not to be learned (weight, train, loss or mask)")
 
 
 def describes_tools(row: Any) -> bool:
@@ -271,11 +280,36 @@ def message_of(item: Any, name: str) -> Message:
 
 def learned(item: Mapping[str, Any], kind: str, what: str) -> bool:
     """Whether none of the fields of a turn, or of a row (`kind`), says that it is not to be learned."""
-    for switch in SWITCHES:
+    for switch in (*SWITCHES, *MASKS):
         value = item.get(switch)
+        if switch in MASKS and is_default_mask(value):
+            continue
         if value is not None and (not isinstance(value, (int, float)) or value not in (0, 1)):
             raise RowError(f"weight of a {kind}", f"{what} has {switch} {shortened(value)}; expected 0 or 1")
-    return all(item.get(switch) is None or item[switch] == 1 for switch in SWITCHES)
+    for part in PARTS:
+        if item.get(part) not in EMPTY:
+            raise RowError(f"weight of a {kind}", f"{what} has {part}; expected answers that are learned as a whole or not")
+    return all(item.get(switch) is None or item[switch] == 1 for switch in SWITCHES) and not any(
+        item.get(mask) == 1 for mask in MASKS
+    )
+
+
+def is_default_mask(value: Any) -> bool:
+    """Whether a mask says, as in NeMo's rows, that the turns of the user are not learned: they never are."""
+    return isinstance(value, str) and ROLES.get(value.lower()) == "user"
+
+
+def for_asking(row: Any) -> Any:
+    """A row without what it says about learning, which is nothing to whoever asks its question."""
+    if not isinstance(row, Mapping):
+        return row
+
+    def bare(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {name: field for name, field in value.items() if name not in ABOUT_LEARNING}
+
+    return {name: [bare(turn) for turn in value] if is_list(value) else bare(value) for name, value in bare(row).items()}
 
 
 def reasoning_of(item: Mapping[str, Any], name: str) -> tuple[str, str] | None:

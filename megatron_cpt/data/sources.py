@@ -21,7 +21,7 @@ from typing import IO, Any, Literal
 
 import orjson
 
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.errors import InputError, Refusals, said_by_system
 from megatron_cpt.screen import counted
 
 Format = Literal["jsonl", "text", "parquet", "arrow"]
@@ -145,11 +145,13 @@ def _match(pattern: str, file_format: Format | Literal["auto"]) -> tuple[list[So
                     continue
                 if kind is None:
                     _refuse_table(file)
+                if _is_local(fs) and not os.access(file, os.R_OK):
+                    raise InputError(f"input {printable(file)}: Permission denied; expected a file that you may read")
                 found.append(_source(fs, file, kind or "text"))
     except InputError:
         raise
     except (OSError, ValueError, ImportError) as error:  # ValueError: protocol not known; ImportError: s3fs not installed
-        raise InputError(f"input {pattern}: {error}") from None
+        raise InputError(f"input {pattern}: {said_by_system(error)}") from None
     if not found:
         other = f" (only {', '.join(unknown[:3])}, of unknown kind; give file_format to read them)" if unknown else ""
         raise InputError(f"input {pattern}: found no files{other}; expected a file, a folder with files or a glob")
@@ -184,9 +186,16 @@ def _files_at(fs: Any, path: str) -> tuple[bool, list[str]]:
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """All files below a local folder, also those behind links to folders; none twice by going in circles."""
+    """All files below a local folder, also those behind links to folders; none twice by going in circles.
+
+    OSError: a folder cannot be listed, whose files would be left out without a word.
+    """
     visited = set()
-    for path, folders, files in os.walk(folder, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for path, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         visited.add(os.path.realpath(path))
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(path, name)) not in visited]
         yield from (os.path.join(path, name) for name in files)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.chat_data.conversations import RowError, check_turns, messages_of, parse_preference
+from megatron_cpt.chat_data.conversations import RowError, check_turns, for_asking, messages_of, parse_preference
 from megatron_cpt.chat_data.rows import read_rows
 from megatron_cpt.chat_data.templates import PromptTemplate
 from megatron_cpt.chat_data.turn_end import TurnEnd, turn_end
@@ -344,6 +344,7 @@ def questions_of(prompts: PromptsConfig) -> list[str]:
         try:
             if isinstance(row, RowError):
                 raise row
+            row = for_asking(row)
             preference = isinstance(row, dict) and "chosen" in row
             turns = parse_preference(row).prompt if preference else messages_of(row, prompt_only=True)
             check_turns(turns)

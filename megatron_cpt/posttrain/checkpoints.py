@@ -1,15 +1,19 @@
 """Checkpoints of SFT and DPO: checkpoint-N folders of transformers' trainer. The last file of each is a manifest.json with
-sizes and checksums of all others, so that a run resumes from nothing but what was written."""
+sizes and checksums of all others, so that a run resumes from nothing but what was written. Only one run at a time is in a
+folder."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import os
 import re
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -17,16 +21,86 @@ from accelerate.utils import broadcast_object_list
 from megatron_cpt.checkpoint.checksums import MANIFEST, MOST_THREADS, check_file, checksums_in, checksums_of, sealed
 from megatron_cpt.checkpoint.layout import check_sizes, read_manifest, sync_files, versions, write_json
 from megatron_cpt.errors import InputError
+from megatron_cpt.locking import open_lock
 
-NAME = re.compile(r"checkpoint-(\d{1,18})", re.ASCII)
+Answer = TypeVar("Answer")
+
+# As the trainer writes it: a copy of another name, such as checkpoint-500-good, is none of its own
+NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})", re.ASCII)
 STATE = "trainer_state.json"  # what the trainer writes last
+LOCK = "run.lock"
+RESULT = "hf"  # folder of a run's result
+
+
+def checkpoint_names(root: str) -> dict[int, str]:
+    """Step -> path of all that has the name of a checkpoint, files and dead links, too; the newest first."""
+    names = os.listdir(root) if os.path.isdir(root) else []
+    found = {int(match[1]): os.path.join(root, match[0]) for name in names if (match := NAME.fullmatch(name))}
+    return dict(sorted(found.items(), reverse=True))
 
 
 def step_folders(root: str) -> dict[int, str]:
     """Step -> folder of the checkpoints of a run, complete or not, the newest first."""
-    names = os.listdir(root) if os.path.isdir(root) else []
-    found = {int(match[1]): os.path.join(root, match[0]) for name in names if (match := NAME.fullmatch(name))}
-    return dict(sorted(found.items(), reverse=True))
+    return {step: path for step, path in checkpoint_names(root).items() if os.path.isdir(path)}
+
+
+def is_sealed(folder: str) -> bool:
+    """Whether a checkpoint has a manifest, without a look at what it says."""
+    return os.path.isfile(os.path.join(folder, MANIFEST))
+
+
+def sealed_steps(root: str) -> list[int]:
+    """Steps of the checkpoints that have a manifest."""
+    return [step for step, folder in step_folders(root).items() if is_sealed(folder)]
+
+
+def from_first(call: Callable[[], Answer]) -> Answer:
+    """What a call returns on the first process, on all.
+
+    Raises:
+        InputError: the call did so; on all
+    """
+    answer: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            answer[0] = call()
+        except InputError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise InputError(answer[1])
+    found: Answer = answer[0]
+    return found
+
+
+@contextlib.contextmanager
+def only_run(root: str, seen: list[int]) -> Iterator[None]:
+    """Keep other runs out of a run's folder, which is made, while the block runs.
+
+    Args:
+        root: the folder
+        seen: `sealed_steps` when the run looked where it resumes
+
+    Raises:
+        InputError: another run is under way in it, or has been meanwhile; on all processes
+    """
+
+    def take() -> None:
+        os.makedirs(root, exist_ok=True)
+        path = os.path.join(root, LOCK)
+        file = stack.enter_context(open_lock(path))
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        except OSError as error:
+            raise InputError(f"another run is under way in {root} (it holds {path}); use another folder as save") from error
+        if os.path.exists(os.path.join(root, RESULT)):
+            raise InputError(f"another run has just finished in {root}; use another folder as save")
+        if sealed_steps(root) != seen:
+            raise InputError(f"another run has just saved a checkpoint in {root}; start again to resume from it")
+
+    with contextlib.ExitStack() as stack:
+        from_first(take)
+        yield
 
 
 def seal(folder: str, step: int) -> None:
@@ -39,27 +113,44 @@ def seal(folder: str, step: int) -> None:
 
 
 def check_sealed(folder: str) -> None:
-    """Raise InputError, naming the file, unless all files of a checkpoint are as they were written."""
+    """Raise InputError, naming the file, unless all files of a checkpoint are as they were written, under this name."""
     manifest = read_manifest(os.path.join(folder, MANIFEST))
     checksums = checksums_in(manifest)
     check_sizes(folder, manifest)
-    if checksums.keys() != {MANIFEST, *manifest["files"]}:
+    if checksums.keys() != {MANIFEST, *manifest.get("files", ())}:
         raise InputError(f"checkpoint {folder} is damaged: manifest.json has not one checksum for each file")
+    name = f"checkpoint-{manifest.get('iteration')}"
+    if name != os.path.basename(folder):
+        raise InputError(f"checkpoint {folder} has another name than it was saved under; expected {name}")
     with ThreadPoolExecutor(MOST_THREADS) as pool:
         files = {name: wanted for name, wanted in checksums.items() if name != MANIFEST}
         for result in [pool.submit(check_file, folder, name, wanted) for name, wanted in files.items()]:
             result.result()
 
 
+def check_readable(folder: str) -> None:
+    """Raise InputError if a folder, or a file in it, is not this user's to read."""
+    paths = (
+        [folder, *(entry.path for entry in os.scandir(folder) if entry.is_file())]
+        if os.access(folder, os.R_OK)
+        else [folder]
+    )
+    for path in paths:
+        if not os.access(path, os.R_OK):
+            raise InputError(f"{path} cannot be read: Permission denied; expected a checkpoint of the user who resumes it")
+
+
 def newest_checkpoint(root: str) -> tuple[str | None, list[str]]:
     """The newest checkpoint of a run with all that was written (None: there is none), and a sentence for each passed over.
 
     Raises:
-        InputError: there were complete ones, and all are damaged: the run would begin anew without a word
+        InputError: there were complete ones, and all are damaged: the run would begin anew without a word; or one is not
+            this user's to read, which is no damage
     """
     passed_over, damaged = list[str](), list[str]()
     for folder in step_folders(root).values():
-        if not os.path.isfile(os.path.join(folder, MANIFEST)):
+        check_readable(folder)
+        if not is_sealed(folder):
             because = "manifest.json is missing (the run was ended while it saved, or an earlier version has saved it)"
             passed_over.append(f"checkpoint {folder} is not complete: {because}")
             continue
@@ -81,33 +172,43 @@ def find_checkpoint(root: str) -> str | None:
     Raises:
         InputError: as `newest_checkpoint`, on all
     """
-    answer: list[Any] = [None, None]
-    if PartialState().is_main_process:
-        try:
-            answer[0], passed_over = newest_checkpoint(root)
-        except InputError as error:
-            answer[1] = str(error)
-        else:
-            for sentence in passed_over:
-                print(f"passed over: {sentence}", file=sys.stderr)
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise InputError(answer[1])
-    found: str | None = answer[0]
-    return found
+
+    def look() -> str | None:
+        found, passed_over = newest_checkpoint(root)
+        for sentence in passed_over:
+            print(f"passed over: {sentence}", file=sys.stderr)
+        return found
+
+    return from_first(look)
+
+
+def remove_older(root: str, keep: int) -> None:
+    """Remove the checkpoints of steps before the newest `keep` complete ones.
+
+    transformers would count, keep and remove all that begins with the name of a checkpoint, such as a copy that somebody has
+    put aside as checkpoint-500-good.
+    """
+    kept = sealed_steps(root)[:keep]
+    for step, folder in step_folders(root).items():
+        if kept and step < kept[-1]:
+            if os.path.islink(folder):
+                os.remove(folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_aside(root: str, newer_than: int) -> list[str]:
-    """Rename the checkpoints after a step, which a run that goes on from there has passed over; returns their new names.
+    """Rename what has the name of a checkpoint after a step, which a run that goes on from there has passed over; returns
+    the new names.
 
     Under their old names the trainer would keep them, as the newest, instead of those that it saves from now on, or would
     write into them. What a kill has left of one is removed.
     """
     renamed = []
-    for step, folder in step_folders(root).items():
+    for step, folder in checkpoint_names(root).items():
         if step <= newer_than:
             continue
-        if not any(os.path.exists(os.path.join(folder, name)) for name in (MANIFEST, STATE)):
+        if left_by_a_kill(folder):
             shutil.rmtree(folder)
             continue
         wanted = os.path.join(root, f"damaged_{os.path.basename(folder)}")
@@ -115,3 +216,10 @@ def set_aside(root: str, newer_than: int) -> list[str]:
         renamed.append(next(name for name in names if not os.path.lexists(name)))
         os.rename(folder, renamed[-1])
     return renamed
+
+
+def left_by_a_kill(folder: str) -> bool:
+    """Whether this is a checkpoint that was being written: its last files are missing."""
+    if os.path.islink(folder) or not os.path.isdir(folder):
+        return False
+    return not any(os.path.exists(os.path.join(folder, name)) for name in (MANIFEST, STATE))

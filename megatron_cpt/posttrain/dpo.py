@@ -16,10 +16,10 @@ from trl import DPOConfig as TrlConfig
 from trl import DPOTrainer
 
 from megatron_cpt.chat_data.languages import language_identifier
-from megatron_cpt.chat_data.templates import PairExample, load_template
+from megatron_cpt.chat_data.templates import PairExample, Template, load_template
 from megatron_cpt.platforms.devices import device_type
-from megatron_cpt.posttrain.checkpoints import find_checkpoint
-from megatron_cpt.posttrain.data import prepare_dpo
+from megatron_cpt.posttrain.checkpoints import find_checkpoint, only_run, sealed_steps
+from megatron_cpt.posttrain.data import Prepared, prepare_dpo
 from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit, load_model, lora, model_to_train, saved_dtype
@@ -159,16 +159,39 @@ def finetune_dpo(config: DpoConfig) -> str:
         prepared = prepare_dpo(config.data, template, config.training.seed, language_identifier())
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
-    settings = dataclasses.asdict(config)
+    seen = sealed_steps(config.save)
     checkpoint = find_checkpoint(config.save)
     template = load_dated_template(config.model, config.data.chat_template, checkpoint)
-    facts = facts_of(settings, files, config.model, template)
+    facts = facts_of(dataclasses.asdict(config), files, config.model, template)
     check_resumes(checkpoint, facts)
     identify = language_identifier() if process.is_main_process else None  # which writes the report
     prepared = prepare_dpo(config.data, template, config.training.seed, identify)
     facts |= facts_of_examples(prepared)
     check_resumes(checkpoint, facts)  # such as other rows that an older version would have left out
     check_fit(config.model, prepared)
+    with only_run(config.save, seen):
+        return run_dpo(config, arguments, template, prepared, checkpoint, facts)
+
+
+def run_dpo(
+    config: DpoConfig,
+    arguments: dict[str, Any],
+    template: Template,
+    prepared: Prepared[PairExample],
+    checkpoint: str | None,
+    facts: dict[str, Any],
+) -> str:
+    """Train on what was prepared; returns the folder of the result.
+
+    Args:
+        config: of the run
+        arguments: of transformers' trainer
+        template: with the tokenizer
+        prepared: the data
+        checkpoint: where the run resumes
+        facts: for run.json
+    """
+    process, settings = PartialState(), dataclasses.asdict(config)
     folder = os.path.join(config.save, "data")
     if process.is_main_process:
         write_report(config.save, prepared)

@@ -1,10 +1,13 @@
-"""Whether the files are there that SFT or DPO names, and none is both trained on and evaluated on. Imports no torch."""
+"""Whether the files are there that SFT or DPO names, none is both trained on and evaluated on, and a run can be saved where
+it is to be. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import os
+import re
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,14 +16,20 @@ from megatron_cpt.config.require import Requirements
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.model.hf_folder import check_model
 
+# What checkpoint/layout.py, which imports torch, has in a folder of Megatron checkpoints
+MEGATRON = re.compile(r"latest_checkpointed_iteration\.txt|iter_\d{7,}|release", re.ASCII)
+
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check the model, data and chat template that settings (by dotted name) of an SftConfig or a DpoConfig name.
+    """Check the folders, data and chat template that settings (by dotted name) of an SftConfig or a DpoConfig name.
 
     Raises:
         InputError: naming the file; InputErrors: several are wrong
     """
     refusals = Refusals()
+    with refusals.noted():
+        if "save" in settings:
+            check_save(settings["save"])
     with refusals.noted():
         if "model" in settings:
             check_model(settings["model"])
@@ -48,17 +57,50 @@ def check_chat(settings: Mapping[str, Any]) -> None:
     refusals.raise_any()
 
 
+def check_save(folder: str) -> None:
+    """Raise InputError unless a run may begin, or resume, in a folder: it can be written to, and has nothing else in it."""
+    if not folder:
+        raise InputError("save is empty; use the name of a folder")
+    if os.path.exists(os.path.join(folder, "hf")):
+        raise InputError(f"{folder} holds a finished run; use another folder as save, or remove it")
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise InputError(f"save is {folder}, and {place} is no folder; use another name as save")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"save is {folder}, and {place} cannot be written to (Permission denied); use another name as save")
+    if os.path.exists(os.path.join(folder, "config.json")):
+        raise InputError(f"save is {folder}, which holds a model; expected a folder of its own for the run")
+    if any(MEGATRON.fullmatch(name) for name in (os.listdir(folder) if os.access(folder, os.R_OK) else ())):
+        raise InputError(f"save is {folder}, which holds Megatron checkpoints; expected a folder of its own for the run")
+
+
+def why_unreadable(path: str) -> str | None:
+    """Why a path is no file that this user may read; None: it is one."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return error.strerror
+    if not stat.S_ISREG(mode):
+        return "it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or a device"
+    return None if os.access(path, os.R_OK) else "Permission denied"
+
+
 def check_data(sources: Mapping[str, str], validation: Mapping[str, str], holds_out: bool) -> None:
     """Check that all files ({setting: path}) are there, and that rows to evaluate on are not those to train on.
 
     `holds_out`: without `validation`, a part of each source is evaluated on.
 
     Raises:
-        InputError: one is missing, or there twice; InputErrors: several are
+        InputError: one is missing, not to be read, or there twice; InputErrors: several are
     """
     with Requirements() as need:
         for name, path in (*sources.items(), *validation.items()):
-            need(os.path.isfile(path), name, path or "''", "a file (no such file)")
+            why = why_unreadable(path)
+            need(why is None, name, path or "''", f"a file ({why})")
     refusals = Refusals()
     pairs = itertools.product(sources.values(), validation.values())
     advice = "use different files, or leave data.validation out: data.validation_share holds out of each source"

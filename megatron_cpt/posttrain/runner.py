@@ -23,36 +23,28 @@ from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.model.hf_folder import check_model
-from megatron_cpt.posttrain.checkpoints import set_aside
+from megatron_cpt.posttrain.checkpoints import RESULT, set_aside
 from megatron_cpt.posttrain.identity import check_same, first_start
+from megatron_cpt.posttrain.run_files import check_save
 from megatron_cpt.posttrain.settings import DataConfig
 from megatron_cpt.posttrain.sharding import sum_in_fp32
 from megatron_cpt.training.metrics_file import MetricsFile
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-RESULT, REPORT, STATUS, RUN = "hf", "data_report.json", "status.json", "run.json"
-
-
-def check_folder(folder: str, model: str) -> None:
-    """Raise InputError unless a run may go on, or begin, in a folder."""
-    if not folder:
-        raise InputError("save is empty; use the name of a folder")
-    if os.path.exists(os.path.join(folder, RESULT)):
-        raise InputError(f"{folder} holds a finished run; use another folder as save, or remove it")
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise InputError(f"{folder} is no folder; use another name as save")
-    check_model(model)
+REPORT, STATUS, RUN = "data_report.json", "status.json", "run.json"
 
 
 def check_files(folder: str, model: str, data: DataConfig) -> list[str]:
-    """The paths of the data, when they are there and `check_folder` has nothing to say.
+    """The paths of the data, when they are there, and the run may begin, or resume, in its folder.
 
     Raises:
         InputError: something is wrong with one of them; InputErrors: with several
     """
     refusals, files = Refusals(), list[str]()
     with refusals.noted():
-        check_folder(folder, model)
+        check_save(folder)
+    with refusals.noted():
+        check_model(model)
     with refusals.noted():
         files = data.files()
     with refusals.noted():

@@ -13,10 +13,10 @@ from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
 from megatron_cpt.chat_data.languages import language_identifier
-from megatron_cpt.chat_data.templates import IGNORED, Example, load_template
+from megatron_cpt.chat_data.templates import IGNORED, Example, Template, load_template
 from megatron_cpt.platforms.devices import device_type
-from megatron_cpt.posttrain.checkpoints import find_checkpoint
-from megatron_cpt.posttrain.data import prepare_sft
+from megatron_cpt.posttrain.checkpoints import find_checkpoint, only_run, sealed_steps
+from megatron_cpt.posttrain.data import Prepared, prepare_sft
 from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit, lora, model_to_train, saved_dtype
@@ -102,16 +102,39 @@ def finetune_sft(config: SftConfig) -> str:
         prepared = prepare_sft(config.data, template, config.training.seed, language_identifier())
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
-    settings = dataclasses.asdict(config)
+    seen = sealed_steps(config.save)
     checkpoint = find_checkpoint(config.save)
     template = load_dated_template(config.model, config.data.chat_template, checkpoint)
-    facts = facts_of(settings, files, config.model, template)
+    facts = facts_of(dataclasses.asdict(config), files, config.model, template)
     check_resumes(checkpoint, facts)
     identify = language_identifier() if process.is_main_process else None  # which writes the report
     prepared = prepare_sft(config.data, template, config.training.seed, identify)
     facts |= facts_of_examples(prepared)
     check_resumes(checkpoint, facts)  # such as other rows that an older version would have left out
     check_fit(config.model, prepared)
+    with only_run(config.save, seen):
+        return run_sft(config, arguments, template, prepared, checkpoint, facts)
+
+
+def run_sft(
+    config: SftConfig,
+    arguments: dict[str, Any],
+    template: Template,
+    prepared: Prepared[Example],
+    checkpoint: str | None,
+    facts: dict[str, Any],
+) -> str:
+    """Train on what was prepared; returns the folder of the result.
+
+    Args:
+        config: of the run
+        arguments: of transformers' trainer
+        template: with the tokenizer
+        prepared: the data
+        checkpoint: where the run resumes
+        facts: for run.json
+    """
+    process, settings = PartialState(), dataclasses.asdict(config)
     if process.is_main_process:
         write_report(config.save, prepared)
         show_report(prepared)

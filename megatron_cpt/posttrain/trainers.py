@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
-from megatron_cpt.posttrain.checkpoints import seal
+from megatron_cpt.posttrain.checkpoints import remove_older, seal
 from megatron_cpt.training.schedule import remaining
 
 FILLER_TOKENS = 2  # of an example that counts nothing: one to predict from, one to predict
@@ -77,10 +76,7 @@ class StepTrainer(Trainer):
         return self.lr_scheduler
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Checkpoints get their manifest when all processes have written, and older ones are removed after that only.
-
-        By number: by their times, which transformers compares first, a copied folder may be older than it is.
-        """
+        """Checkpoints get their manifest when all processes have written, and older ones are removed after that only."""
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -90,7 +86,7 @@ class StepTrainer(Trainer):
         if self.args.should_save:
             step = int(self.state.global_step)
             seal(os.path.join(self.args.output_dir, f"checkpoint-{step}"), step)
-            rotate_checkpoints(self.args.output_dir, keep)
+            remove_older(self.args.output_dir, keep)
 
     def take_out(self, tokens: int) -> None:
         """Of TRL's count, the tokens of this process's fillers in a batch."""

@@ -8,6 +8,7 @@ Checksums that the files beside them state are taken: no corpus and no tensor is
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -21,12 +22,13 @@ from megatron_cpt.checkpoint.checksums import TENSORS, checksums_in
 from megatron_cpt.checkpoint.layout import find_checkpoint, read_manifest, write_json
 from megatron_cpt.data.mixture_file import load_mixture
 from megatron_cpt.errors import InputError
+from megatron_cpt.locking import open_lock
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.points import Base
 from megatron_cpt.study.records import LEDGER, has_begun, ledger_corpora, of_kind, read_json, read_ledger, read_run_metrics
 from megatron_cpt.training.baseline import measurements
 
-INPUTS = "inputs.json"
+INPUTS, LOCK = "inputs.json", ".inputs.lock"
 START_CHECKPOINT = "checksum of checkpoint.load"
 SAME_LOSS = 0.005  # relative: how far layouts and devices move the loss of one checkpoint on one text
 PIECE_BYTES = 1 << 20  # read in the middle of each file with tensors that has no checksum
@@ -80,12 +82,16 @@ def check_runs(folder: str, of_runs: Mapping[str, Sequence[tuple[str, Any]]], kn
 
 
 def record_inputs(study: StudyConfig, base: Base) -> None:
-    """Write down what lies there now, which `check_inputs` has seen, unless the study is under way and has done so."""
-    path = os.path.join(study.folder, INPUTS)
-    if is_under_way(study.folder) and os.path.exists(path):
-        return
+    """Write down what lies there now, which `check_inputs` has seen. Of a study that is under way, what it has not recorded
+    yet: something may have been missing. The tasks of a job array, which begin at once, do so one after the other.
+    """
     os.makedirs(study.folder, exist_ok=True)
-    write_json(path, facts_now(base))
+    with open_lock(os.path.join(study.folder, LOCK)) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        known = read_record(study.folder) if is_under_way(study.folder) else {}
+        now = facts_now(base) | known
+        if now != known:
+            write_json(os.path.join(study.folder, INPUTS), now)
 
 
 def read_record(folder: str) -> dict[str, str]:
@@ -97,8 +103,9 @@ def read_record(folder: str) -> dict[str, str]:
     path = os.path.join(folder, INPUTS)
     if not os.path.exists(path):
         return {}
-    found = read_json(path, dict, "checksums of what the study's runs read")
-    return {what: of_kind(value, str, f"{path}: {what}", "a text") for what, value in found.items()}
+    repeat = "remove the file to have it made anew of what lies there now"
+    found = read_json(path, dict, f"checksums of what the study's runs read; {repeat}")
+    return {what: of_kind(value, str, f"{path}: {what}", f"a text; {repeat}") for what, value in found.items()}
 
 
 def begun_runs(folder: str) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import check_plain_file
 from megatron_cpt.training.metrics_file import METRICS, read_metrics
 
 LEDGER = "ledger.json"
@@ -21,6 +22,7 @@ def read_json(path: str, kind: type, what: str) -> Any:
     Raises:
         InputError: it cannot be read, or holds something else; `what` says what it should be
     """
+    check_plain_file(path, path)
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)

@@ -218,13 +218,54 @@ def spoken(**fields: Any) -> dict[str, Any]:
 LAST = [{"role": "user", "content": "你好？"}, {"role": "assistant", "content": "你好。"}]
 
 
-@pytest.mark.parametrize("field", ["weight", "train", "loss", "trainable"])
+@pytest.mark.parametrize("field", ["weight", "train", "loss", "trainable", "training"])
 @pytest.mark.parametrize(
     ("value", "learned"), [(0, False), (0.0, False), (False, False), (1, True), (1.0, True), (True, True), (None, True)]
 )
 def test_a_turn_says_whether_it_is_learned(field: str, value: Any, learned: bool) -> None:
     found = parse_conversation(spoken(**{field: value})).messages
     assert [message.learned for message in found] == [True, learned, True, True]
+
+
+@pytest.mark.parametrize("field", ["mask", "masked"])
+def test_a_turn_says_whether_it_is_masked(field: str) -> None:
+    """The contrary: torchtune has `masked`; NeMo's rows name the role that is not learned."""
+    for value, learned in ((True, False), (1, False), (0, True), (False, True), (None, True), ("User", True)):
+        found = parse_conversation(spoken(**{field: value})).messages
+        assert [message.learned for message in found] == [True, learned, True, True]
+        assert unused_fields(spoken(**{field: value})) == ()
+    row = {"instruction": "a", "output": "b"}
+    assert parse_conversation(row | {field: "User"}) == parse_conversation(row)
+    with pytest.raises(RowError, match="it says that it is not to be learned"):
+        parse_conversation(row | {field: True})
+    for odd in ("Assistant", [1, 0], 0.5):
+        with pytest.raises(RowError, match=rf"{field} .*; expected 0 or 1"):
+            parse_conversation(spoken(**{field: odd}))
+
+
+@pytest.mark.parametrize("field", ["train_detail", "training_detail"])
+def test_a_turn_that_is_to_be_learned_in_pieces_is_refused(field: str) -> None:
+    """As Axolotl has it: all of it would be learned."""
+    pieces = [{"begin_offset": 0, "end_offset": 2, "train": False}]
+    with pytest.raises(RowError, match=f"has {field}; expected answers that are learned as a whole or not") as caught:
+        parse_conversation(spoken(**{field: pieces}))
+    assert caught.value.kind == "weight of a turn"
+    assert parse_conversation(spoken(**{field: []})) == parse_conversation(spoken())
+
+
+def test_turns_of_a_prompt_are_the_same_whatever_they_say_about_learning() -> None:
+    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    silent = [before[0], before[1] | {"weight": 0}, before[2]]
+    answers = {side: {"role": "assistant", "content": side} for side in ("chosen", "rejected")}
+    expected = parse_preference({"prompt": before} | answers)
+    whole = {side: [*before, answer] for side, answer in answers.items()}
+    rows: list[dict[str, Any]] = [
+        whole | {"chosen": [*silent, answers["chosen"]]},
+        {"prompt": silent} | whole,
+        {"messages": silent} | answers,
+    ]
+    for row in rows:
+        assert parse_preference(row) == expected
 
 
 def test_turns_that_say_it_in_no_known_way_are_refused() -> None:

@@ -7,6 +7,8 @@ import gzip
 import json
 import lzma
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from tiny_corpora import content, json_lines, read_lines, run, small_units, texts, write_lines
+from tiny_models import ROOT
+from without_rights import LAUNCHER, lock, needs_somebody
 
 from megatron_cpt.data import partial as partial_module
 from megatron_cpt.data.manifest import read_manifest
@@ -323,3 +327,27 @@ def test_folders_behind_links(tmp_path: Path) -> None:
     (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "in")
     assert names(tmp_path, "in") == ["in/a.jsonl", "in/link/b.jsonl", "in/link/deep/c.jsonl"]
+
+
+@needs_somebody
+def test_what_may_not_be_read_is_named_with_all_else(tmp_path: Path) -> None:
+    """A folder that cannot be listed was passed over without a word, an unreadable tokenizer hid all other mistakes."""
+    for name in ("a/in.jsonl", "a/deep/in.jsonl", "locked.jsonl", "tokenizer.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    for name in ("a/deep", "locked.jsonl", "tokenizer.json"):
+        lock(tmp_path / name)
+    words = ["--input", "a", "locked.jsonl", "--tokenizer", "tokenizer.json", "--output_prefix", "out/x", "--language", "xx"]
+    command = [*LAUNCHER, sys.executable, "-B", str(ROOT / "tools" / "preprocess_data.py"), *words]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    finally:
+        (tmp_path / "a" / "deep").chmod(0o755)
+    assert result.returncode == 2
+    first, *others = result.stderr.splitlines()
+    assert first.startswith("error: language is 'xx'")
+    assert others == [
+        f"error: input a: {tmp_path}/a/deep: Permission denied",
+        f"error: input {tmp_path}/locked.jsonl: Permission denied; expected a file that you may read",
+        "error: tokenizer.json: Permission denied",
+    ]

@@ -435,9 +435,11 @@ def test_questions_need_no_answers(tmp_path: Path) -> None:
         {"messages": asked},
         {"messages": [*asked, {"role": "assistant", "content": "x"}]},
         {"prompt": "d", "chosen": "x", "rejected": "y"},
+        {"prompt": "e", "chosen": "x", "rejected": "y", "weight": 0},  # what is learned of a row is nothing to the question
+        {"messages": [*asked, {"role": "assistant", "content": "x", "weight": 0.5, "mask": "no"}], "train": "no"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert questions_of(PromptsConfig(str(path), "en")) == ["a", "b", "c", "c", "d"]
+    assert questions_of(PromptsConfig(str(path), "en")) == ["a", "b", "c", "c", "d", "e", "c"]
 
 
 @pytest.mark.parametrize("file", ["text.jsonl", "model/tokenizer_config.json"])

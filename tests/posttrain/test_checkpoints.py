@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +19,7 @@ from safetensors.torch import load_file
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain import trainers
-from megatron_cpt.posttrain.checkpoints import check_sealed
+from megatron_cpt.posttrain.checkpoints import check_sealed, only_run, sealed_steps
 from megatron_cpt.posttrain.dpo import finetune_dpo
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
@@ -64,7 +67,7 @@ def flip(name: str) -> Callable[[Path], None]:
     return change
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no optimizer": (remove("optimizer.pt", "scheduler.pt"), "is not complete: optimizer.pt is missing"),
     "no scheduler": (remove("scheduler.pt"), "is not complete: scheduler.pt is missing"),
     "no random numbers": (remove("rng_state.pth"), "is not complete: rng_state.pth is missing"),
@@ -74,11 +77,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "half an optimizer": (truncate("optimizer.pt"), "is not complete: optimizer.pt has "),
     "half the weights": (truncate("model.safetensors"), "is not complete: model.safetensors has "),
     "no manifest": (remove("manifest.json"), "is not complete: manifest.json is missing (the run was ended while it saved"),
+    "a manifest of nothing": (lambda folder: (folder / "manifest.json").write_text("{}"), "has not one checksum for each"),
     "half a manifest": (truncate("manifest.json"), "manifest.json cannot be read"),
 }
 
 
-FAST = ("no optimizer", "a bit of the weights", "half an optimizer", "no manifest")
+FAST = ("a manifest of nothing", "no optimizer", "a bit of the weights", "half an optimizer", "no manifest")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in DAMAGES])
@@ -161,3 +165,83 @@ def test_a_resumed_run_saves_as_often_as_it_is_told_now(finished: SftConfig, tmp
     finetune_sft(replace(config, run=RunSettings(save_interval=1, keep_last=3)))
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert names == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+
+def test_copies_under_other_names_are_left_alone(finished: SftConfig, tmp_path: Path) -> None:
+    """They are neither counted, nor kept instead of a new checkpoint, nor removed."""
+    config = replace(killed_at_the_end(finished, tmp_path / "run"), run=RunSettings(save_interval=1, keep_last=1))
+    run = tmp_path / "run"
+    shutil.move(run / "checkpoint-4", run / "checkpoint-9-good")
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-1.bak")
+    finetune_sft(config)
+    assert sorted(path.name for path in run.glob("*checkpoint-*")) == [
+        "checkpoint-1.bak",
+        "checkpoint-4",
+        "checkpoint-9-good",
+    ]
+    check_sealed(str(run / "checkpoint-4"))
+
+
+def test_a_renamed_checkpoint_is_of_another_step(
+    finished: SftConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the newest it would be kept instead of those that the run saves."""
+    config = replace(killed_at_the_end(finished, tmp_path / "run"), run=RunSettings(save_interval=1, keep_last=1))
+    run = tmp_path / "run"
+    (run / "checkpoint-4").rename(run / "checkpoint-10")
+    finetune_sft(config)
+    assert "passed over: checkpoint " in (said := capsys.readouterr().err)
+    assert "checkpoint-10 has another name than it was saved under; expected checkpoint-4\n" in said
+    assert sorted(path.name for path in run.glob("*checkpoint-*")) == ["checkpoint-4", "damaged_checkpoint-10"]
+
+
+@pytest.mark.parametrize("kind", ["file", "dead link", "link"])
+def test_what_is_no_checkpoint_but_has_the_name_of_one_is_set_aside(finished: SftConfig, tmp_path: Path, kind: str) -> None:
+    """Before the step at which the trainer would find it in its way."""
+    config, run = killed_at_the_end(finished, tmp_path / "run"), tmp_path / "run"
+    shutil.rmtree(run / "checkpoint-4")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine").write_text("notes")
+    if kind == "file":
+        (run / "checkpoint-4").write_text("notes")
+    else:
+        (run / "checkpoint-4").symlink_to(tmp_path / ("elsewhere" if kind == "link" else "nothing"))
+    finetune_sft(config)
+    assert (run / "damaged_checkpoint-4").is_symlink() == (kind != "file")
+    check_sealed(str(run / "checkpoint-4"))
+    assert (tmp_path / "elsewhere" / "mine").read_text() == "notes"
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_damage(
+    finished: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that root has saved: the run does not resume from an older one."""
+    config = killed_at_the_end(finished, tmp_path / "run")
+    locked, may = str(tmp_path / "run" / "checkpoint-4" / "optimizer.pt"), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked and may(path, mode))  # tests may run as root
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(InputError, match=r"checkpoint-4/optimizer\.pt cannot be read: Permission denied; expected"):
+        finetune_sft(config)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_folder_has_one_run_at_a_time(finished: SftConfig, tmp_path: Path) -> None:
+    config, run = killed_at_the_end(finished, tmp_path / "run"), tmp_path / "run"
+    code = f"import fcntl, sys; f = open({str(run / 'run.lock')!r}, 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', "
+    code += "flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+        with pytest.raises(InputError, match=r"another run is under way in .*run \(it holds .*run\.lock\); use another"):
+            finetune_sft(config)
+        assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
+        assert other.stdin is not None
+        other.stdin.close()
+    seen = sealed_steps(str(run))
+    shutil.rmtree(run / "checkpoint-4")
+    with pytest.raises(InputError, match="another run has just saved a checkpoint"), only_run(str(run), seen):
+        pass
+    (run / "hf").mkdir()
+    with pytest.raises(InputError, match="another run has just finished"), only_run(str(run), sealed_steps(str(run))):
+        pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tiny_models import ROOT, write_yaml
+from without_rights import LAUNCHER, lock, needs_somebody
 
 from megatron_cpt.posttrain.run_files import check_data
 
@@ -69,3 +72,69 @@ def test_other_files_of_the_same_size_are_two(tmp_path: Path) -> None:
     check_data({"0": a, "1": c}, {"2": b}, True)
     check_data({"0": a, "1": a}, {"2": b}, True)
     check_data({"0": a, "1": a}, {}, False)
+
+
+def wrong_files(folder: Path, save: str, data: str, *launcher: str) -> list[str]:
+    """What the tool says of them, beside a wrong setting."""
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text("{}")
+    words = ["--model", "model", "--save", save, "--optimizer.lr", "5"]
+    words += ["--data.sources", json.dumps([{"path": data, "language": "en"}])]
+    command = [*launcher, sys.executable, "-B", str(ROOT / "tools" / "finetune_sft.py"), *words]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert result.returncode == 2
+    first, *others = result.stderr.splitlines()
+    assert first.startswith("error: optimizer.lr is 5.0")
+    return [line.removeprefix("error: ") for line in others]
+
+
+def test_a_place_where_no_run_can_be_saved_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mit Leer 狗.json").write_text("[]")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dead").symlink_to("nothing")
+    (tmp_path / "cpt" / "iter_0000004").mkdir(parents=True)
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "latest_checkpointed_iteration.txt").write_text("release")
+    expected = {
+        "file/run": f"save is file/run, and {tmp_path}/file is no folder; use another name as save",
+        "dead": f"save is dead, and {tmp_path}/dead is no folder; use another name as save",
+        "cpt": "save is cpt, which holds Megatron checkpoints; expected a folder of its own for the run",
+        "converted": "save is converted, which holds Megatron checkpoints; expected a folder of its own for the run",
+        "model": "save is model, which holds a model; expected a folder of its own for the run",
+        "new/run": None,
+    }
+    found = {save: wrong_files(tmp_path, save, "mit Leer 狗.json") for save in expected}
+    assert found == {save: [] if said is None else [said] for save, said in expected.items()}
+
+
+def test_data_that_are_no_files_are_called_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dead").symlink_to("nothing")
+    expected = {
+        "folder": "it is a folder",
+        "pipe": "it is a pipe or a device",
+        "dead": "no such file",
+    }
+    found = {name: wrong_files(tmp_path, "run", name) for name in expected}
+    assert found == {name: [f"data.sources[0].path is {name}; expected a file ({why})"] for name, why in expected.items()}
+
+
+@needs_somebody
+def test_what_may_not_be_read_or_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "locked.json").write_text("[]")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "in.json").write_text("[]")
+    (tmp_path / "readonly").mkdir()
+    for name in ("locked.json", "folder"):
+        lock(tmp_path / name)
+    (tmp_path / "readonly").chmod(0o555)
+    place = f"save is readonly/run, and {tmp_path}/readonly cannot be written to (Permission denied)"
+    try:
+        for data in ("locked.json", "folder/in.json"):
+            assert wrong_files(tmp_path, "readonly/run", data, *LAUNCHER) == [
+                f"{place}; use another name as save",
+                f"data.sources[0].path is {data}; expected a file (Permission denied)",
+            ]
+    finally:
+        (tmp_path / "folder").chmod(0o755)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.commands import choose_command, fit_command, plan, plot, run
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.inputs import checkpoint_checksum
+from megatron_cpt.study.inputs import checkpoint_checksum, record_inputs
 from megatron_cpt.study.points import read_base
 from megatron_cpt.study.settings import Choose, FitOptions, Plan, Plot, Run
 from megatron_cpt.training.baseline import measurements
@@ -183,6 +184,68 @@ def test_runs_that_differ_are_named(study: Study) -> None:
     (last / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match=rf"loss of validation set zh before step 1 is 5\.25 in {last.name}; expected 5,"):
         study.do("fit")
+
+
+def test_tasks_of_a_job_array_record_it_one_after_the_other(study: Study) -> None:
+    """They begin at once, and each found the other's half-written file."""
+    study.do("plan")
+    config, record = study.config(StudyConfig), study.folder / "study" / "inputs.json"
+    expected, base = record.read_text(), read_base(config)
+
+    def task(ready: Any) -> None:
+        ready.wait()
+        for _ in range(25):
+            record.unlink(missing_ok=True)  # as the first of them finds it
+            record_inputs(config, base)
+
+    context = multiprocessing.get_context("fork")
+    ready = context.Barrier(4)
+    tasks = [context.Process(target=task, args=(ready,)) for _ in range(4)]
+    for process in tasks:
+        process.start()
+    for process in tasks:
+        process.join(120)
+    assert [process.exitcode for process in tasks] == [0] * len(tasks)
+    record_inputs(config, base)
+    assert record.read_text() == expected
+    assert sorted(path.name for path in record.parent.glob("*inputs*")) == [".inputs.lock", "inputs.json"]
+
+
+def test_what_was_missing_is_recorded_when_it_is_there(study: Study) -> None:
+    """As where an older study was looked at on a machine without its checkpoint."""
+    study.begin(planned=False)
+    config, record = study.config(StudyConfig), study.folder / "study" / "inputs.json"
+    (study.folder / "megatron").rename(study.folder / "away")
+    record_inputs(config, read_base(config))
+    assert REPLACED["megatron"] not in json.loads(record.read_text())
+    (study.folder / "away").rename(study.folder / "megatron")
+    study.do("plan")
+    study.replace("megatron")
+    with pytest.raises(InputError, match=REPLACED["megatron"]):
+        study.do("plan")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"inputs\.json is not JSON .*; remove the file to have it made anew"),
+        ("\x00\xff", r"inputs\.json is not JSON .*; remove the file"),
+        ("[]", r"inputs\.json is \[\]; expected checksums .*; remove the file"),
+        ('{"a": 1}', r"inputs\.json: a is 1; expected a text; remove the file"),
+        (None, r"inputs\.json is a pipe or a device"),
+    ],
+)
+def test_a_damaged_record_is_named(study: Study, content: str | None, message: str) -> None:
+    study.begin()
+    record = study.folder / "study" / "inputs.json"
+    record.unlink()
+    if content is None:
+        os.mkfifo(record)
+    else:
+        record.write_text(content)
+    for command in ("plan", "fit"):
+        with pytest.raises(InputError, match=message):
+            study.do(command)
 
 
 def test_until_a_run_has_begun_all_may_be_replaced(study: Study) -> None:
