@@ -59,10 +59,15 @@ def limited(tokenizer: Any) -> Iterator[None]:
 
 def has_powers(template: Any) -> bool:
     """Whether a template's text uses the operator `**`."""
-    if not isinstance(template, str) or "**" not in template:
+    return has_word(template, "operator", "**")
+
+
+def has_word(template: Any, kind: str, word: str) -> bool:
+    """Whether a template's text has an operator or a name outside of its comments and of what it writes as it is."""
+    if not isinstance(template, str) or word not in template:
         return False
     try:
-        return any((kind, word) == ("operator", "**") for _, kind, word in Environment().lex(template))
+        return any((found, text) == (kind, word) for _, found, text in Environment().lex(template))
     except TemplateError:  # it will be refused where it is rendered
         return False
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_cpt.chat_data.conversations import Conversation, Message, Preference, RowError
-from megatron_cpt.chat_data.limits import REFUSALS, limited
+from megatron_cpt.chat_data.limits import REFUSALS, has_word, limited
 from megatron_cpt.chat_data.template_files import TEMPLATES, read_template
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
@@ -75,7 +75,7 @@ class PromptTemplate:
         """
         self.tokenizer = tokenizer
         tokenizer.chat_template = template_text(tokenizer, name)
-        self._now = now if CLOCK in tokenizer.chat_template else None
+        self._now = now if has_word(tokenizer.chat_template, "name", CLOCK) else None
         self.date = None if self._now is None else self._now.isoformat()
         if name in TEMPLATES:
             _, wanted, _ = TEMPLATES[name]

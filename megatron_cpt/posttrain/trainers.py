@@ -3,8 +3,10 @@ count once on any number of processes, counts of tokens that survive a resume.""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sized
 from typing import Any
 
@@ -12,9 +14,11 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer
 
+from megatron_cpt.errors import RunError
 from megatron_cpt.posttrain.checkpoints import remove_older, seal
 from megatron_cpt.training.schedule import remaining
 
+LEAST_FREE = 1 << 16  # bytes; a disk with less is full
 FILLER_TOKENS = 2  # of an example that counts nothing: one to predict from, one to predict
 
 
@@ -80,6 +84,9 @@ class StepTrainer(Trainer):
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+        except Exception as error:  # each library that writes has one of its own
+            check_room(self.args.output_dir, int(self.state.global_step), error)
+            raise
         finally:
             self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
@@ -102,6 +109,20 @@ class StepTrainer(Trainer):
     @_total_train_tokens.setter
     def _total_train_tokens(self, tokens: int) -> None:
         self.state.num_input_tokens_seen = tokens
+
+
+def check_room(folder: str, step: int, error: Exception) -> None:
+    """Raise RunError if a checkpoint could not be saved because the disk is full.
+
+    Args:
+        folder: of the run
+        step: of the checkpoint
+        error: what the save ended with; torch and safetensors do not say why
+    """
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or shutil.disk_usage(folder).free < LEAST_FREE:
+        path = os.path.join(folder, f"checkpoint-{step}")
+        raise RunError(f"{path} could not be saved: the disk is full; make room, the same command resumes") from error
 
 
 def share_of_rate(style: str, step: int, warmup: int, steps: int) -> float:

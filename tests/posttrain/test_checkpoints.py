@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ import torch
 from chats import dpo_config, read_metrics, sft_config
 from safetensors.torch import load_file
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.posttrain import trainers
 from megatron_cpt.posttrain.checkpoints import check_sealed, only_run, sealed_steps
 from megatron_cpt.posttrain.dpo import finetune_dpo
@@ -245,3 +247,39 @@ def test_a_folder_has_one_run_at_a_time(finished: SftConfig, tmp_path: Path) -> 
     (run / "hf").mkdir()
     with pytest.raises(InputError, match="another run has just finished"), only_run(str(run), sealed_steps(str(run))):
         pass
+
+
+@pytest.mark.parametrize("said", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 53 vs 52")])
+def test_a_full_disk_ends_the_run_with_one_line(
+    finished: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Exception
+) -> None:
+    """Also where the library that writes has another word for it. What was saved before is resumed from."""
+    config = killed_at_the_end(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+
+    def full(*_: Any, **__: Any) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+        raise said
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RunError, match=r"run/checkpoint-4 could not be saved: the disk is full; make room, the same"):
+            finetune_sft(config)
+    monkeypatch.undo()
+    finetune_sft(config)
+    check_sealed(str(tmp_path / "run" / "checkpoint-4"))
+
+
+def test_a_save_that_fails_otherwise_is_no_full_disk(
+    finished: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = killed_at_the_end(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        finetune_sft(config)
+    assert not isinstance(caught.value, RunError)

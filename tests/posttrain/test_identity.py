@@ -221,3 +221,21 @@ def test_a_template_with_the_date_resumes_after_midnight(
 def test_a_template_without_the_date_has_none(stopped: tuple[SftConfig, SftConfig]) -> None:
     facts = json.loads((Path(stopped[0].save) / "run.json").read_text())
     assert list(facts["template"]) == ["chat_template"]
+
+
+@pytest.mark.parametrize(
+    ("text", "asks"),
+    [
+        ("{# no strftime_now here #}", False),
+        ("strftime_now", False),
+        ("{%- if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}", True),
+        ("{% set day = strftime_now %}{{ day('%d') }}", True),
+    ],
+)
+def test_a_template_asks_for_the_date_only_in_its_code(
+    chat_tokenizer_dir: str, tmp_path: Path, text: str, asks: bool
+) -> None:
+    (tmp_path / "mine.jinja").write_text("{% if false %}" + text + "{% endif %}" + CHATML)
+    now = datetime(2071, 3, 4)
+    template = PromptTemplate(load(chat_tokenizer_dir), str(tmp_path / "mine.jinja"), now)
+    assert template.date == (now.isoformat() if asks else None)
