@@ -17,11 +17,13 @@ from typing import Any
 import yaml
 
 from megatron_cpt.config.cli import exit_on_input_error, read_arguments
+from megatron_cpt.config.fields import settings_of
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.memory import GIB
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.weights import number_of_parameters
+from megatron_cpt.posttrain.run_files import check_settings
 from megatron_cpt.posttrain.settings import DpoConfig, SftConfig, accumulation
 
 WEIGHTS, TRAINED = 4, 16  # bytes of a parameter: in fp32; with its gradient and AdamW's moments, in fp32 too
@@ -55,10 +57,8 @@ def main() -> None:
         with refusals.noted():
             run.data.files()
     if own.inputs == "all":
-        from megatron_cpt.posttrain.runner import check_folder  # which takes some seconds to import
-
         with refusals.noted():
-            check_folder(run.save, run.model)
+            check_settings(settings_of(run))
     refusals.raise_any()
 
 
