@@ -326,6 +326,19 @@ def _in_hub_cache(path: str) -> bool:
     return os.path.basename(blobs) == "blobs" and here.startswith(os.path.join(os.path.dirname(blobs), "snapshots") + os.sep)
 
 
+def why_unreadable(path: str) -> str | None:
+    """Why a path is no file that this user may read; None: it is one."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "no such file"
+    except OSError as error:
+        return error.strerror
+    if not stat.S_ISREG(mode):
+        return "it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or a device"
+    return None if os.access(path, os.R_OK) else "Permission denied"
+
+
 def check_plain_file(path: str | os.PathLike[str], where: str) -> None:
     """Raise InputError if a path is a pipe, a device or a socket, which may have no end; what is missing is passed over."""
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_cpt.chat_data.template_files import read_template
 from megatron_cpt.config.require import Requirements
 from megatron_cpt.errors import Refusals
+from megatron_cpt.input_files import why_unreadable
 from megatron_cpt.model.hf_folder import check_model
 
 
@@ -47,7 +48,8 @@ def check_given(settings: Mapping[str, Any]) -> None:
             folder = settings.get(name)
             need(folder is None or os.path.isdir(folder), name, folder or "''", "a folder (no such folder)")
         for name, path in files_of(settings):
-            need(os.path.isfile(path), name, path or "''", "a file (no such file)")
+            why = why_unreadable(path)
+            need(why is None, name, path or "''", f"a file ({why})")
         if template is not None:
             with need.noted():
                 read_template(template)

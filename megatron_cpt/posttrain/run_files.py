@@ -7,13 +7,13 @@ import hashlib
 import itertools
 import os
 import re
-import stat
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_cpt.chat_data.template_files import read_template
 from megatron_cpt.config.require import Requirements
 from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.input_files import why_unreadable
 from megatron_cpt.model.hf_folder import check_model
 
 # What checkpoint/layout.py, which imports torch, has in a folder of Megatron checkpoints
@@ -74,19 +74,6 @@ def check_save(folder: str) -> None:
         raise InputError(f"save is {folder}, which holds a model; expected a folder of its own for the run")
     if any(MEGATRON.fullmatch(name) for name in (os.listdir(folder) if os.access(folder, os.R_OK) else ())):
         raise InputError(f"save is {folder}, which holds Megatron checkpoints; expected a folder of its own for the run")
-
-
-def why_unreadable(path: str) -> str | None:
-    """Why a path is no file that this user may read; None: it is one."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return "no such file"
-    except OSError as error:
-        return error.strerror
-    if not stat.S_ISREG(mode):
-        return "it is a folder" if stat.S_ISDIR(mode) else "it is a pipe or a device"
-    return None if os.access(path, os.R_OK) else "Permission denied"
 
 
 def check_data(sources: Mapping[str, str], validation: Mapping[str, str], holds_out: bool) -> None:

@@ -60,6 +60,11 @@ def test_all_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
     assert said == [*in_file[:4], *folders, *in_file[4:]]
 
 
+def test_folders_are_no_files(tmp_path: Path) -> None:
+    fields = {"models": {"base": "nothere"}, "text": [{"path": str(tmp_path), "language": "en"}]}
+    assert refused(tmp_path, fields)[1:] == [f"run.yaml: text[0].path is {tmp_path}; expected a file (it is a folder)"]
+
+
 def test_with_wrong_settings_as_well(tmp_path: Path) -> None:
     """A wrong name of a model and a missing folder are two things."""
     fields = {"models": {"a/b": "nothere", "report": "."}, "text": [{"path": __file__, "language": "en"}], "limit": 0}
