@@ -78,6 +78,9 @@ class TrainingConfig:
     """Scaling recipe of Transformer Engine. The history that delayed keeps begins anew when a run resumes."""
     seed: int = 1234
     """Of everything random but the data order, which has its own in the mixture."""
+    transformer_impl: Literal["transformer_engine", "local"] | None = None
+    """Whose layers: Transformer Engine's, or torch's ("local"). Default: Transformer Engine's for bf16 on a GPU where it is
+    installed, else torch's: in fp32 Transformer Engine rounds products to TF32 and keeps whole score matrices."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time, also on a GPU, where they are slower."""
     exit_duration_in_mins: float | None = None

@@ -46,17 +46,21 @@ class Arithmetic:
     fp8: str | None = None
     fp8_recipe: str = "tensorwise"
     deterministic_mode: bool = False
+    transformer_impl: str | None = None
+    """Whose layers; None: the platform's choice."""
 
 
 def arithmetic_of(training: TrainingConfig) -> Arithmetic:
     """As a run's configuration asks for."""
-    return Arithmetic(training.fp8, training.fp8_recipe, training.deterministic)
+    return Arithmetic(training.fp8, training.fp8_recipe, training.deterministic, training.transformer_impl)
 
 
 def transformer_config(
     llama: LlamaConfig, parallel: ParallelConfig, params_dtype: torch.dtype, arithmetic: Arithmetic = Arithmetic()
 ) -> TransformerConfig:
     """What megatron-core needs to know to build and train this architecture; no dropout anywhere, as in Llama."""
+    platform = current_platform()
+    transformer_impl = arithmetic.transformer_impl or platform.transformer_impl(params_dtype)
     return TransformerConfig(
         num_layers=llama.num_hidden_layers,
         hidden_size=llama.hidden_size,
@@ -88,13 +92,13 @@ def transformer_config(
         overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
         batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         **recompute(parallel),
-        **dataclasses.asdict(arithmetic),
+        **dataclasses.asdict(arithmetic) | {"transformer_impl": transformer_impl},
         # Losses are sums; the gradient is divided once, by the targets that count in the whole global batch.
         calculate_per_token_loss=True,
         use_cpu_initialization=True,
         perform_initialization=False,  # the weights always come from a checkpoint
         masked_softmax_fusion=False,  # of the unfused attention, which is not used
-        **current_platform().fusions(params_dtype),
+        **platform.fusions(params_dtype, transformer_impl),
     )
 
 

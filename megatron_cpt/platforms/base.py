@@ -35,7 +35,7 @@ def needs_transformer_engine(parallel: ParallelConfig, training: TrainingConfig,
     }
     for name, (value, without) in settings.items():
         if value != without:
-            return f"{name} is {value}, which needs a GPU and Transformer Engine, and {here}; expected {without}"
+            return f"{name} is {value}, which needs a GPU and Transformer Engine's layers, and {here}; expected {without}"
     return None
 
 
@@ -54,14 +54,17 @@ class Platform(Protocol):
     def before_layers(self, parallel: ParallelConfig, training: TrainingConfig, seq_length: int, hidden_size: int) -> None:
         """Start what the layers of a training run will share; on all ranks, after the process groups."""
 
+    def transformer_impl(self, params_dtype: torch.dtype) -> str:
+        """Whose layers a model of this type gets unless it is told: "transformer_engine" or "local" (torch's)."""
+
     def block_spec(self, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         """The transformer layers of this pipeline stage, as megatron-core wants them described."""
 
     def refuses(self, parallel: ParallelConfig, training: TrainingConfig) -> str | None:
         """Which setting this platform cannot do, and why; None: it can do them all."""
 
-    def fusions(self, params_dtype: torch.dtype) -> dict[str, bool]:
-        """Which of TransformerConfig's fused computations to use for parameters of this type, by its names."""
+    def fusions(self, params_dtype: torch.dtype, transformer_impl: str) -> dict[str, bool]:
+        """Which of TransformerConfig's fused computations to use for parameters of this type in such layers."""
 
     def monitored(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Gives what is to be called after each step, for a monitor outside the process that ends it when it hangs."""

@@ -96,15 +96,22 @@ class CpuPlatform:
     def before_layers(self, parallel: ParallelConfig, training: TrainingConfig, seq_length: int, hidden_size: int) -> None:
         pass
 
+    def transformer_impl(self, params_dtype: torch.dtype) -> str:
+        return "local"
+
     def block_spec(self, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         from megatron_cpt.platforms.torch_layers import torch_block_spec
 
         return torch_block_spec(config, vp_stage)
 
     def refuses(self, parallel: ParallelConfig, training: TrainingConfig) -> str | None:
+        if training.transformer_impl == "transformer_engine":
+            return (
+                "training.transformer_impl is transformer_engine, which needs a GPU, and this run is on CPU; expected local"
+            )
         return needs_transformer_engine(parallel, training, "this run is on CPU")
 
-    def fusions(self, params_dtype: torch.dtype) -> dict[str, bool]:
+    def fusions(self, params_dtype: torch.dtype, transformer_impl: str) -> dict[str, bool]:
         return {name: name in ("gradient_accumulation_fusion", "bias_activation_fusion") for name in FUSIONS}
 
     def monitored(self) -> contextlib.AbstractContextManager[Callable[[], None]]:

@@ -6,10 +6,12 @@ megatron-core takes FusedAdam from Transformer Engine or Apex by itself; only wh
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +60,29 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
+def import_transformer_engine() -> None:
+    """Import it with the cuDNN that torch was built with.
+
+    It takes that of the system first, where there is one. With two versions in one process torch refuses cuDNN, and cuDNN
+    its own parts.
+    """
+    folder = Path(torch.__file__).parent.parent / "nvidia" / "cudnn"  # where torch's wheels from PyPI get it from
+    libraries = sorted((folder / "lib").glob("libcudnn*.so*"))
+    if libraries:
+        os.environ.setdefault("CUDNN_HOME", str(folder))
+        for library in libraries:
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    importlib.import_module("transformer_engine.pytorch")
+
+
+def cudnn_version() -> str:
+    """Of torch's cuDNN; where torch refuses it, why."""
+    try:
+        return str(torch.backends.cudnn.version())
+    except RuntimeError as error:  # another version than torch was built with
+        return f"refused by torch: {' '.join(str(error).split())}"
+
+
 def leave_out_broken_transformer_engine() -> None:
     """Go on without a Transformer Engine that cannot be imported: megatron-core would end with its error.
 
@@ -68,7 +93,7 @@ def leave_out_broken_transformer_engine() -> None:
     if not has_transformer_engine():
         return
     try:
-        importlib.import_module("transformer_engine.pytorch")
+        import_transformer_engine()
     except (ImportError, OSError) as error:
         hide("transformer_engine")
         if os.environ.get("RANK", "0") == "0":
@@ -95,7 +120,7 @@ def unlike_transformer_engine(parallel: ParallelConfig, training: TrainingConfig
     if "layernorm" in (parallel.recompute_modules or []):
         return (
             "parallel.recompute_modules has layernorm, which is a part of Transformer Engine's linear layers, and not "
-            "computed again; expected core_attn or mlp"
+            "computed again; expected core_attn or mlp, or training.transformer_impl local"
         )
     return None
 
@@ -117,12 +142,12 @@ class CudaPlatform:
             from megatron_cpt.platforms.torch_fusions import add_weight_gradients_where_they_are_summed
 
             add_weight_gradients_where_they_are_summed()
-        if not has_transformer_engine():
-            from megatron_cpt.platforms.torch_fusions import rotate_in_one_function
-            from megatron_cpt.platforms.torch_layers import recompute_norms_without_fp8
+        # Of torch's layers, which a run can have beside an installed Transformer Engine
+        from megatron_cpt.platforms.torch_fusions import rotate_in_one_function
+        from megatron_cpt.platforms.torch_layers import recompute_norms_without_fp8
 
-            rotate_in_one_function()
-            recompute_norms_without_fp8()
+        rotate_in_one_function()
+        recompute_norms_without_fp8()
         if not (has_transformer_engine() or importlib.util.find_spec("apex")):
             from megatron_cpt.platforms.fused_adam import install_fused_adam
             from megatron_cpt.platforms.torch_fusions import scale_gradients_in_place
@@ -151,8 +176,11 @@ class CudaPlatform:
             bootstrap_backend=self.backend,
         )
 
+    def transformer_impl(self, params_dtype: torch.dtype) -> str:
+        return "transformer_engine" if has_transformer_engine() and params_dtype != torch.float32 else "local"
+
     def block_spec(self, config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        if not has_transformer_engine():
+        if config.transformer_impl == "local":
             from megatron_cpt.platforms.torch_layers import torch_block_spec
 
             return torch_block_spec(config, vp_stage)
@@ -163,13 +191,20 @@ class CudaPlatform:
         )
 
     def refuses(self, parallel: ParallelConfig, training: TrainingConfig) -> str | None:
-        if has_transformer_engine():
-            return unlike_transformer_engine(parallel, training)
-        return needs_transformer_engine(parallel, training, "Transformer Engine is not installed")
+        wanted = training.transformer_impl
+        if not has_transformer_engine():
+            if wanted == "transformer_engine":
+                return f"training.transformer_impl is {wanted}, which is not installed; expected local"
+            return needs_transformer_engine(parallel, training, "Transformer Engine is not installed")
+        if wanted is None and training.params_dtype == "fp32":
+            return needs_transformer_engine(parallel, training, "fp32 is computed by torch's (training.params_dtype)")
+        if wanted == "local":
+            return needs_transformer_engine(parallel, training, "training.transformer_impl is local")
+        return unlike_transformer_engine(parallel, training)
 
-    def fusions(self, params_dtype: torch.dtype) -> dict[str, bool]:
+    def fusions(self, params_dtype: torch.dtype, transformer_impl: str) -> dict[str, bool]:
         here = {
-            "apply_rope_fusion": has_transformer_engine(),
+            "apply_rope_fusion": transformer_impl == "transformer_engine",
             # It rounds the gradient of the logits to bf16, whatever they are
             "cross_entropy_loss_fusion": params_dtype == torch.bfloat16,
         }
@@ -205,7 +240,7 @@ class CudaPlatform:
         return known_peak_tflops(self.device_name())
 
     def library_versions(self) -> dict[str, str]:
-        found = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        found = {"cuda": torch.version.cuda, "cudnn": cudnn_version()}
         if torch.distributed.is_nccl_available():
             found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
         return {name: str(version) for name, version in found.items() if version}

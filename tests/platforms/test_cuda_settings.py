@@ -31,7 +31,17 @@ FP32 = TrainingConfig(global_batch_size=8, train_iters=1)
         (
             ParallelConfig(context_parallel_size=2),
             FP32,
+            r"parallel.context_parallel_size is 2, .* and fp32 is computed by torch's \(training.params_dtype\); expected 1",
+        ),
+        (
+            ParallelConfig(context_parallel_size=2),
+            dataclasses.replace(FP32, transformer_impl="transformer_engine"),
             "parallel.context_parallel_size is 2 with .*params_dtype fp32",
+        ),
+        (
+            ParallelConfig(),
+            dataclasses.replace(FP8, transformer_impl="local"),
+            "training.fp8 is hybrid, .* and training.transformer_impl is local; expected None",
         ),
         (ParallelConfig(context_parallel_size=2), BF16, None),
         (
@@ -40,6 +50,7 @@ FP32 = TrainingConfig(global_batch_size=8, train_iters=1)
             "parallel.recompute_modules has layernorm, .*; expected core_attn or mlp",
         ),
         (ParallelConfig(recompute_granularity="selective", recompute_modules=["mlp"]), BF16, None),
+        (ParallelConfig(recompute_granularity="selective", recompute_modules=["layernorm"]), FP32, None),
         (ParallelConfig(), FP32, None),
     ],
 )
@@ -53,6 +64,17 @@ def test_what_cannot_be_done_with_transformer_engine(
     else:
         assert refusal is not None
         assert re.match(expected, refusal)
+
+
+def test_fp32_takes_torchs_layers_unless_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "has_transformer_engine", lambda: True)
+    assert CudaPlatform().transformer_impl(torch.float32) == "local"
+    assert CudaPlatform().transformer_impl(torch.bfloat16) == "transformer_engine"
+    monkeypatch.setattr(cuda, "has_transformer_engine", lambda: False)
+    assert CudaPlatform().transformer_impl(torch.bfloat16) == "local"
+    wanted = dataclasses.replace(BF16, transformer_impl="transformer_engine")
+    refusal = CudaPlatform().refuses(ParallelConfig(), wanted)
+    assert refusal == "training.transformer_impl is transformer_engine, which is not installed; expected local"
 
 
 def test_a_transformer_engine_that_cannot_be_imported(

@@ -52,5 +52,5 @@ def test_a_cpu_has_a_name_and_no_peak(tmp_path: Path) -> None:
 def test_only_bf16_takes_the_loss_that_rounds_its_gradient_to_bf16() -> None:
     source = inspect.getsource(importlib.import_module("megatron.core.fusions.fused_cross_entropy"))
     assert "grad_input.to(torch.bfloat16)" in source, "another way now: see whether fp32 can have it"
-    assert CudaPlatform().fusions(torch.bfloat16)["cross_entropy_loss_fusion"]
-    assert not CudaPlatform().fusions(torch.float32)["cross_entropy_loss_fusion"]
+    assert CudaPlatform().fusions(torch.bfloat16, "local")["cross_entropy_loss_fusion"]
+    assert not CudaPlatform().fusions(torch.float32, "local")["cross_entropy_loss_fusion"]

@@ -351,6 +351,7 @@ ON_GPUS = {
     "parallel.tp_comm_overlap": (True, "tp_comm_overlap"),
     "training.fp8": ("hybrid", "fp8"),
     "training.fp8_recipe": ("mxfp8", "fp8_recipe"),
+    "training.transformer_impl": ("transformer_engine", "transformer_impl"),
 }
 
 

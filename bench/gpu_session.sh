@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# One GPU for a quarter of an hour: tools/check_cluster.py, and the speed of Llama-3.2-1B's shape. Results: gpu_session.json.
+#
+#   bench/gpu_session.sh FOLDER [MINUTES_OF_THE_CHECK]
+#
+# PYTHON: the interpreter. Without a GPU it goes through the same steps with small layers (a dry run).
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+folder=${1:?expected a folder for the results}
+minutes=${2:-8}
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+mkdir -p "$folder"
+status=0
+"$python" tools/check_cluster.py --folder "$folder" --minutes "$minutes" || status=$?
+
+# speed NAME JSON: train such layers; a step's seconds are in speed_NAME.json
+speed() {
+  "$python" -m megatron_cpt.cluster.measure_steps "$folder/speed_$1.json" "$2" >"$folder/speed_$1.log" 2>&1 ||
+    { status=1; echo "failed: speed $1: $(tail -n 1 "$folder/speed_$1.log")" >&2; }
+}
+batch='"seq_length": 4096, "micro_batch_size": 2, "microbatches": 8, "params_dtype": "bf16"'
+if nvidia-smi >/dev/null 2>&1; then
+  speed 1b_local "{\"model\": \"1B\", \"layers\": 16, $batch, \"transformer_impl\": \"local\"}"
+  if "$python" -c 'import transformer_engine.pytorch' >/dev/null 2>&1; then
+    speed 1b_te "{\"model\": \"1B\", \"layers\": 16, $batch}"
+    speed 1b_fp8 "{\"model\": \"1B\", \"layers\": 16, $batch, \"fp8\": \"hybrid\"}"
+  fi
+else
+  speed dry_run "{\"model\": \"$folder/check_cluster/hf\", \"layers\": 2, ${batch//4096/64}}"
+fi
+"$python" - "$folder" <<'END'
+import json, pathlib, sys
+
+folder = pathlib.Path(sys.argv[1])
+found = {"check_cluster": json.loads((folder / "check_cluster.json").read_text())}
+found |= {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("speed_*.json"))}
+(folder / "gpu_session.json").write_text(json.dumps(found, indent=1) + "\n")
+print(folder / "gpu_session.json")
+END
+exit "$status"
