@@ -199,8 +199,9 @@ def _set(given: Given, name: str, text: str | None, converter: Converter) -> Non
         if inner is None:
             known = [field.name for field in dataclasses.fields(place.kind)] if isinstance(place, Given) else []
             dotted = ".".join(sections[: i + 1])
-            problem = "has no settings within it" if part in known else "is unknown"
-            raise InputError(f"--{name}: {dotted} {problem}; expected {nearest(part, known)}")
+            if part in known:
+                raise InputError(f"--{name}: {dotted} has no settings within it; expected --{dotted} VALUE")
+            raise InputError(f"--{name}: {dotted} is unknown; expected {nearest(part, known)}")
         empty: Any = Given(inner) if isinstance(inner, type) and dataclasses.is_dataclass(inner) else {}
         if not isinstance(place.get(part), dict):
             place[part] = empty

@@ -1,8 +1,9 @@
 """What all runs of a study read and begin with: one text of each corpus and validation set, one start checkpoint.
 
-Configurations name paths, and what lies there can be replaced. So a study records it in FOLDER/inputs.json when it begins;
-that, and what its runs say of themselves, is compared with what lies there now before anything is computed or fitted.
-Checksums that the files beside them state are taken: no corpus and no tensor is read.
+Configurations name paths, and what lies there can be replaced. So a study records it in FOLDER/inputs.json when it begins,
+and each run its start checkpoint in an inputs.json of its own. These, and what runs say of themselves, are compared with
+what lies there now before anything is computed or fitted. Checksums that the files beside them state are taken: no corpus
+and no tensor is read.
 """
 
 from __future__ import annotations
@@ -94,8 +95,19 @@ def record_inputs(study: StudyConfig, base: Base) -> None:
             write_json(os.path.join(study.folder, INPUTS), now)
 
 
+def record_start(study: StudyConfig, base: Base, run: str) -> None:
+    """Have a run that begins now know its start checkpoint: its own records tell nothing of it but losses, and others may
+    have begun with another one before the study knew of either.
+    """
+    folder = os.path.join(study.folder, "runs", run)
+    if has_begun(folder):
+        return
+    now = facts_now(base)
+    write_json(os.path.join(folder, INPUTS), {what: now[what] for what in (START_CHECKPOINT,) if what in now})
+
+
 def read_record(folder: str) -> dict[str, str]:
-    """What inputs.json says; empty: an earlier version has begun the study.
+    """What the inputs.json of a study, or of one of its runs, says; empty: an earlier version has begun it.
 
     Raises:
         InputError: it is damaged
@@ -123,6 +135,7 @@ def is_under_way(folder: str) -> bool:
 def facts_of_run(folder: str, name: str) -> Iterator[tuple[str, Any]]:
     """(what, value) of one run: of its corpora, of each evaluation, and the losses that it began with."""
     run = os.path.join(folder, "runs", name)
+    yield from read_record(run).items()
     if os.path.exists(os.path.join(run, LEDGER)):
         for corpus, sha256 in ledger_corpora(read_ledger(run), os.path.join(run, LEDGER)):
             yield of_corpus(corpus), sha256

@@ -23,7 +23,7 @@ from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.locking import open_lock
 from megatron_cpt.platforms.devices import visible_gpus
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.inputs import check_inputs
+from megatron_cpt.study.inputs import check_inputs, record_start
 from megatron_cpt.study.outcome import Outcome, StoppedError, divergence, read_outcome, write_outcome
 from megatron_cpt.study.points import Base, Point, run_folder, write_configuration
 from megatron_cpt.study.records import of_kind, read_json, read_run_metrics
@@ -178,6 +178,7 @@ def train(
     folder, log = run_folder(study.folder, point), log_path(study.folder, point)
     check_inputs(study, base)  # again: hours may have gone by since the study was started
     config = write_configuration(study, base, point)
+    record_start(study, base, point.name)
     diverged(study, base, folder)  # what is there can be read, before a process is started
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(folder, STOP_FILE))  # of a study that was killed after it had found a divergence

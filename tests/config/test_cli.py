@@ -381,6 +381,14 @@ def test_mistakes_with_subcommands(
     assert all(word in captured.err for word in words), captured.err
 
 
+def test_a_setting_within_one_that_has_none() -> None:
+    tool = Path(__file__).parents[2] / "tools" / "finetune_sft.py"
+    words = ["--data.sources.0.path", "a.json", "--model", "m", "--save", "s"]
+    result = subprocess.run([sys.executable, str(tool), *words], capture_output=True, text=True, timeout=120)
+    wanted = "error: --data.sources.0.path: data.sources has no settings within it; expected --data.sources VALUE"
+    assert wanted in result.stderr.splitlines()
+
+
 def test_a_tool_in_its_own_process() -> None:
     """`argv` is sys.argv by default, and the shell sees the exit status."""
     tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"

@@ -25,8 +25,8 @@ from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.commands import choose_command, fit_command, plan, plot, run
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.inputs import checkpoint_checksum, record_inputs
-from megatron_cpt.study.points import read_base
+from megatron_cpt.study.inputs import checkpoint_checksum, record_inputs, record_start
+from megatron_cpt.study.points import points, read_base
 from megatron_cpt.study.settings import Choose, FitOptions, Plan, Plot, Run
 from megatron_cpt.training.baseline import measurements
 
@@ -246,6 +246,37 @@ def test_a_damaged_record_is_named(study: Study, content: str | None, message: s
     for command in ("plan", "fit"):
         with pytest.raises(InputError, match=message):
             study.do(command)
+
+
+def test_runs_know_their_start_checkpoint(study: Study) -> None:
+    """Also where the study's own record is lost, or was made anew before the first of them said anything of itself."""
+    study.do("plan")
+    config = study.config(StudyConfig)
+    names = [point.name for point in points(config)]
+    for name in names[:3]:
+        (study.folder / "study" / "runs" / name).mkdir(parents=True)
+        record_start(config, read_base(config), name)
+    study.begin(planned=False)
+    record_start(config, read_base(config), names[3])  # has begun, so that nobody knows
+    assert not (study.folder / "study" / "runs" / names[3] / "inputs.json").exists()
+    (study.folder / "study" / "inputs.json").unlink()
+    kept = {path: path.read_bytes() for path in (study.folder / "megatron").rglob("*") if path.is_file()}
+    study.replace("megatron")
+    with pytest.raises(InputError, match=rf"{REPLACED['megatron']} .* is .*; expected .*, as in .*runs/{names[0]}: results"):
+        study.do("plan")
+    path = study.folder / "study" / "runs" / names[1] / "inputs.json"
+    before = path.read_text()
+    shutil.rmtree(path.parent)
+    path.parent.mkdir()
+    record_start(config, read_base(config), names[1])  # as a task that began beside the first
+    assert path.read_text() != before
+    shutil.rmtree(study.folder / "megatron")
+    for file, content in kept.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    (path.parent / "metrics.jsonl").write_text((study.runs()[0] / "metrics.jsonl").read_text())
+    with pytest.raises(InputError, match=rf"{REPLACED['megatron']} is .* in {names[1]}; .*Remove these runs"):
+        study.do("plan")
 
 
 def test_until_a_run_has_begun_all_may_be_replaced(study: Study) -> None:

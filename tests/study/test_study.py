@@ -18,6 +18,8 @@ import yaml
 from tiny_models import ROOT, read_rows, run_tool, write_yaml
 from tiny_runs import Layout, Runs
 
+from megatron_cpt.study.inputs import START_CHECKPOINT
+
 TOKENS = 24 * 8 * 64  # 24 steps
 # Something that depends on the weights: how far the embedding's mean is from zero.
 SCORE = """
@@ -91,6 +93,9 @@ def test_every_run_is_done_once(whole: Path, runs: Runs) -> None:
         if outcome["kind"] == "finished":
             assert iterations == list(range(1, 25))
     assert not list(folder.glob("runs/*/iter_*")), "checkpoints are not kept"
+    record = json.loads((folder / "inputs.json").read_text())
+    started = [json.loads(path.read_text()) for path in folder.glob("runs/*/inputs.json")]
+    assert started == [{START_CHECKPOINT: record[START_CHECKPOINT]}] * 6
     assert not list(folder.glob(".scores-*"))
     again = study("run", whole)
     assert "0 of 6 runs to do" in again.stderr
