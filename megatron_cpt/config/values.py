@@ -167,7 +167,7 @@ def _scalar(kind: Any, value: Any, name: str) -> Any:
     text = text_of(value)
     if text is None:
         raise _MismatchError
-    if kind is str:
+    if kind is str and "\0" not in text:  # no name of a file has one, and whoever opens it would end with a traceback
         return text
     if get_origin(kind) is Literal and text in get_args(kind):
         return text

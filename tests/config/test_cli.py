@@ -389,6 +389,16 @@ def test_a_setting_within_one_that_has_none() -> None:
     assert wanted in result.stderr.splitlines()
 
 
+def test_a_null_character_in_a_text(tmp_path: Path) -> None:
+    """As YAML writes it; a name of a file with one was a traceback."""
+    tool = Path(__file__).parents[2] / "tools" / "finetune_sft.py"
+    (tmp_path / "sft.yaml").write_text('model: m\nsave: s\ndata: {sources: [{path: "a\\0b", language: en}]}\n')
+    words = ["--config", "sft.yaml", "--optimizer.lr", "3"]
+    result = subprocess.run([sys.executable, str(tool), *words], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert result.returncode == 2
+    assert r"error: sft.yaml: data.sources[0].path is 'a\x00b'; expected text" in result.stderr.splitlines()
+
+
 def test_a_tool_in_its_own_process() -> None:
     """`argv` is sys.argv by default, and the shell sees the exit status."""
     tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
