@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import json
@@ -15,7 +14,7 @@ import torch
 from megatron_cpt.cluster.check import Check, FailedError, Figures, succeeded
 from megatron_cpt.cluster.job import Job
 from megatron_cpt.cluster.machines import read_measured
-from megatron_cpt.config.parallel import ParallelConfig
+from megatron_cpt.planning.measured import known_device, planned_rate
 
 # Largest difference of a logit as a share of their standard deviation; relative difference of the loss.
 ALLOWED = {"fp32": (1e-3, 1e-5), "bf16": (0.2, 5e-3)}
@@ -105,25 +104,8 @@ def judge_speed(job: Job, settings: dict[str, Any], found: Sequence[dict[str, An
 
 def plan(job: Job, settings: dict[str, Any]) -> float | None:
     """What the planner expects, tokens per second of each device; None: it does not know the device."""
-    from megatron_cpt.planning.hardware import DEVICES, Cluster
-    from megatron_cpt.planning.layouts import Job as PlannedJob
-    from megatron_cpt.planning.layouts import Layout
-    from megatron_cpt.planning.presets import find_model
-    from megatron_cpt.planning.timing import throughput
-
-    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
-    known = next((device for key, device in DEVICES.items() if key.split("-")[0] in name.replace("-", " ").split()), None)
-    if known is None:
-        return None
-    llama = dataclasses.replace(find_model(settings["model"]), num_hidden_layers=settings["layers"])
-    batch = settings["micro_batch_size"] * settings["microbatches"]
-    planned = PlannedJob(
-        llama, settings["seq_length"], batch * job.world_size, settings["params_dtype"], bool(settings.get("fp8"))
-    )
-    several = job.world_size > 1
-    parallel = ParallelConfig(overlap_grad_reduce=several, overlap_param_gather=several)
-    layout = Layout(parallel, job.world_size, settings["micro_batch_size"], settings["microbatches"])
-    return throughput(planned, layout, Cluster(known, job.world_size)).tokens_per_second_per_device
+    known = known_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return None if known is None else planned_rate(settings, known, job.world_size)
 
 
 def no_te(job: Job) -> str | None:

@@ -68,6 +68,11 @@ class PlanConfig:
     """Devices that NVLink joins."""
     matmul_efficiency: float | None = None
     """Share of the bf16 peak that matrix products reach."""
+    fp8_efficiency: float | None = None
+    """Share of the FP8 peak that matrix products reach."""
+    measured: str | None = None
+    """What tools/check_cluster.py has written (check_cluster.json): its device, memory, bandwidths and efficiencies take the
+    place of those known for the device type. What is given here stays."""
     overhead_gib: float = 4.0
     """Memory of a device for the CUDA context, NCCL's buffers and workspaces, GiB."""
     fragmentation: float = 0.05
@@ -96,8 +101,9 @@ class PlanConfig:
             ):
                 value = getattr(self, name)
                 need(value is None or value > 0, name, value, "a number above 0")
-            share = self.matmul_efficiency
-            need(share is None or 0 < share <= 1, "matmul_efficiency", share, "a number above 0, up to 1")
+            for name in ("matmul_efficiency", "fp8_efficiency"):
+                share = getattr(self, name)
+                need(share is None or 0 < share <= 1, name, share, "a number above 0, up to 1")
             granularity = self.recompute_granularity
             need(
                 self.recompute_modules is None or granularity == "selective",

@@ -107,12 +107,13 @@ def header(plan: Plan) -> list[str]:
         )
         if on
     ]
+    source = "Assumed" if config.measured is None else f"Measured ({config.measured}) or assumed"
     return [
         f"{config.model}: {sum(p.elements for p in parameters) / 1e9:.2f} B parameters in {job.params_dtype}; sequence "
         f"{job.seq_length:,}, global batch {job.global_batch_size:,}; {config.tokens / 1e9:,.6g} B tokens",
         f"{config.devices} x {device.name}: {device.memory_gib:g} GiB, {peak}; {device.devices_per_node} per node",
         f"NVLink {device.nvlink_gb_per_s:g} GB/s, network {device.network_gb_per_s:g} GB/s per device",
-        f"Assumed: matrix products reach {efficiency:.0%} of the peak, attention {ATTENTION_EFFICIENCY:.0%} of that, links "
+        f"{source}: matrix products reach {efficiency:.0%} of the peak, attention {ATTENTION_EFFICIENCY:.0%} of that, links "
         f"{LINK_EFFICIENCY:.0%}; overlapped: {', '.join(overlapped) or 'nothing'}; distributed optimizer, fp32 gradients; "
         f"{config.overhead_gib:g} GiB for CUDA and NCCL, {config.fragmentation:.0%} of activations for fragmentation",
     ]

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.planning.activations import chunk_bytes
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.layouts import Job, Layout, check, chunks_of_stage
+from megatron_cpt.planning.measured import with_measured
 from megatron_cpt.planning.one_run import plan_one, read_run
 from megatron_cpt.planning.report import show, to_json, write_json
 from megatron_cpt.planning.search import make_job, make_parallel, plan
@@ -25,10 +26,15 @@ if TYPE_CHECKING:
 
 
 def run(config: PlanConfig) -> str | None:
-    """Print a plan or a simulation; returns the path of the JSON file, if one is asked for."""
+    """Print a plan or a simulation; returns the path of the JSON file, if one is asked for.
+
+    Raises:
+        RunError: no layout fits; what is needed has been printed
+    """
     console = wide_console(sys.stdout)
     asked = read_run(config) if config.run is not None else None
-    config = asked.config if asked else config
+    config = with_measured(asked.config if asked else config)
+    asked = None if asked is None else dataclasses.replace(asked, config=config)
     if config.simulate is not None:
         content = run_simulation(config, config.simulate, console, asked.layout if asked else None)
     else:
@@ -37,6 +43,8 @@ def run(config: PlanConfig) -> str | None:
         content = to_json(result)
     if config.json is not None:
         write_json(config.json, content)
+    if config.simulate is None and not content["layouts"]:
+        raise RunError(f"no layout of {config.model} fits {config.devices} x {config.device}")
     return config.json
 
 

@@ -98,6 +98,7 @@ def make_cluster(config: PlanConfig) -> Cluster:
         network_gb_per_s=config.network_gb_per_s,
         devices_per_node=config.devices_per_node,
         matmul_efficiency=config.matmul_efficiency,
+        fp8_efficiency=config.fp8_efficiency,
     )
     if config.fp8 and not (device.fp8_tflops and device.fp8_efficiency):
         raise InputError(f"fp8 is true but device {device.name} has no FP8 units; expected h100, h200 or b200")

@@ -37,7 +37,7 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "overlap_grad_reduce": ("false", {"overlap_param_gather": "false"}),
     "overlap_param_gather": ("false", {}),
     "tp_comm_overlap": ("true", {}),
-    "memory_gib": ("20", {}),
+    "memory_gib": ("30", {}),
     "bf16_tflops": ("500", {}),
     "fp8_tflops": ("900", {"fp8": "true"}),
     "memory_gb_per_s": ("1000", {}),
@@ -45,11 +45,13 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "network_gb_per_s": ("10", NODES),
     "devices_per_node": ("2", {"tensor_model_parallel_size": "4"}),
     "matmul_efficiency": ("0.5", {}),
+    "fp8_efficiency": ("0.5", {"fp8": "true"}),
     "overhead_gib": ("8", {}),
     "fragmentation": ("0.5", {}),
 }
 # these have tests of what they do
 ELSEWHERE = {"run": "test_plan.py: plans of a run's configuration", "simulate": "test_plan.py: a rank of the real job"}
+ELSEWHERE |= {"measured": "test_measured.py"}
 
 
 def planned(folder: Path, options: dict[str, str]) -> dict[str, Any]:
