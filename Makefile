@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart quickstart-chat test test-runs test-matrix test-kills test-slow test-llamafactory test-gpu test-slurm mutants sanitize cuda bench lint type format docs clean
+.PHONY: setup quickstart quickstart-chat test test-runs test-matrix test-kills test-slow test-llamafactory test-te test-gpu test-slurm mutants sanitize cuda bench lint type format docs clean
 
 setup: $(READY)
 
@@ -54,6 +54,15 @@ test-llamafactory: setup
 	test -x $(LLAMAFACTORY)/bin/python || $(PYTHON) -m venv $(LLAMAFACTORY)
 	$(LLAMAFACTORY)/bin/python -m pip install --quiet llamafactory==0.9.5 torch==2.10.0 torchaudio==2.10.0
 	LLAMAFACTORY_PYTHON=$(CURDIR)/$(LLAMAFACTORY)/bin/python $(BIN)/python -m pytest tests/posttrain/test_llamafactory.py
+
+# Checkpoints in Transformer Engine's layers, without a GPU: its Python from PyPI, and a stand-in for its compiled extension.
+TE := build/transformer_engine
+TE_VERSION := 2.20.2
+test-te: setup
+	test -e $(TE)/ready || { $(BIN)/python -m pip install --quiet --target $(TE) --no-deps transformer_engine==$(TE_VERSION) \
+	  transformer_engine_cu13==$(TE_VERSION) onnxscript onnx onnx_ir ml_dtypes protobuf triton einops && \
+	  $(BIN)/python tests/transformer_engine/stand_in.py $(TE) && touch $(TE)/ready; }
+	TRANSFORMER_ENGINE=$(CURDIR)/$(TE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/transformer_engine
 
 # What needs a GPU, and what runs on whichever device there is. `make cuda` first, for the order of the data.
 GPU := tests/platforms/test_cuda_platform.py tests/data/sampling/test_cuda.py
