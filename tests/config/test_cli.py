@@ -282,7 +282,7 @@ def test_a_check_joins_nobody(launched: Callable[..., str]) -> None:
 def test_the_tools_that_join_others_say_so() -> None:
     tools = Path(__file__).parents[2] / "tools"
     joining = {path.stem for path in tools.glob("*.py") if "joins=True" in path.read_text()}
-    assert joining == {"pretrain_cpt", "finetune_sft", "finetune_dpo"}
+    assert joining == {"pretrain_cpt", "finetune_sft", "finetune_dpo", "check_cluster"}
 
 
 def test_other_errors_keep_their_traceback() -> None:
