@@ -37,10 +37,6 @@ def succeeded(ended: Ended | None, rank: int, advice: str = "see its log") -> No
         raise FailedError(found, f"{advice} ({ended.log})", waited=ended.status is None)
 
 
-class SkippedError(Exception):
-    """A check cannot be made here; the text says why."""
-
-
 @dataclass(frozen=True)
 class Outcome:
     """A row of the table.
@@ -66,7 +62,7 @@ class Check:
     Attributes:
         measure: what every rank does; ranks talk through the job alone, so that one may fail while others go on
         judge: what the first rank makes of what all ranks have measured, in the order of ranks: what to say of it, and its
-            figures. It raises FailedError where it is not as it should be, SkippedError where it could not be found out
+            figures. It raises FailedError where it is not as it should be
         needs: names of checks without which it cannot be made
         here: why it cannot be made on this job, or None
     """

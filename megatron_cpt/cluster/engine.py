@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from megatron_cpt.cluster.check import Check, FailedError, Figures, succeeded
 from megatron_cpt.cluster.job import Job
 from megatron_cpt.cluster.machines import read_measured
 from megatron_cpt.planning.measured import known_device, planned_rate
+from megatron_cpt.platforms.cuda import has_transformer_engine
 
 # Largest difference of a logit as a share of their standard deviation; relative difference of the loss.
 ALLOWED = {"fp32": (1e-3, 1e-5), "bf16": (0.2, 5e-3)}
@@ -24,7 +24,7 @@ GIB_OF_8_LAYERS, GIB_OF_4_LAYERS = 75, 60
 
 def has_te() -> bool:
     """Whether Transformer Engine is there for a GPU."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return torch.cuda.is_available() and has_transformer_engine()
 
 
 def logits(job: Job, name: str, dtype: str, transformer_impl: str) -> dict[str, Any] | None:

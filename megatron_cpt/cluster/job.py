@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,6 @@ class Job:
         command: Sequence[str],
         processes: int,
         seconds: float,
-        environment: Mapping[str, str] | None = None,
         meanwhile: Callable[[subprocess.Popen[bytes]], None] | None = None,
     ) -> Ended | None:
         """Run a command on the first `processes` ranks, joined as by torchrun; None on other ranks. All ranks call this.
@@ -119,7 +118,7 @@ class Job:
             return None
         log = self.folder / "logs" / f"{name}.{self.rank}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        surroundings = self.surroundings(processes, self.ask(f"{name}/port")) | dict(environment or {})
+        surroundings = self.surroundings(processes, self.ask(f"{name}/port"))
         begin = time.monotonic()
         with log.open("wb") as file:
             child = subprocess.Popen(

@@ -17,7 +17,7 @@ import torch
 
 from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.cluster import engine, file_system, inputs, links, machines, training_runs
-from megatron_cpt.cluster.check import Check, FailedError, Outcome, SkippedError
+from megatron_cpt.cluster.check import Check, FailedError, Outcome
 from megatron_cpt.cluster.config import CheckConfig
 from megatron_cpt.cluster.job import Job, join
 from megatron_cpt.errors import InputError, RunError
@@ -128,7 +128,7 @@ def outcome_of(job: Job, check: Check, number: int, begin: float) -> Outcome:
     """Of a check that is made."""
     try:
         measured: Any = check.measure(job)
-    except (FailedError, SkippedError) as error:
+    except FailedError as error:
         measured = error
     except Exception as error:
         measured = unexpected(error)
@@ -137,12 +137,10 @@ def outcome_of(job: Job, check: Check, number: int, begin: float) -> Outcome:
         return Outcome(check.name, "skipped", "the first rank speaks")
     measured = [measured, *(job.ask(f"measured/{number}/{rank}", LONGEST) for rank in range(1, job.world_size))]
     try:
-        errors = [one for one in measured if isinstance(one, (FailedError, SkippedError))]
+        errors = [one for one in measured if isinstance(one, FailedError)]
         if errors:
-            raise min(errors, key=lambda error: getattr(error, "waited", False))
+            raise min(errors, key=lambda error: error.waited)
         said, figures = check.judge(measured)
-    except SkippedError as error:
-        return Outcome(check.name, "skipped", str(error), time.monotonic() - begin)
     except FailedError as error:
         return Outcome(check.name, "failed", str(error), time.monotonic() - begin, error.advice, error.figures)
     except Exception as error:

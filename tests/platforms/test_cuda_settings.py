@@ -129,3 +129,14 @@ def test_buffers_of_overlapped_communication(
     parallel = dataclasses.replace(plain, tp_comm_overlap=True, context_parallel_size=2)
     CudaPlatform().before_layers(parallel, dataclasses.replace(training, micro_batch_size=3), 4096, 512)
     assert seen == [([4096 * 3 // 2, 512], 4, [mode], {"dtype": dtype, "bootstrap_backend": "nccl"})]
+
+
+def test_a_cudnn_that_torch_refuses_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a version among others in a run's records, which no run may end over."""
+
+    def refuses() -> int:
+        raise RuntimeError("cuDNN version incompatibility: PyTorch was compiled\nagainst (9, 19, 0)")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", refuses)
+    noted = cuda.cudnn_version()
+    assert noted == "refused by torch: cuDNN version incompatibility: PyTorch was compiled against (9, 19, 0)"
