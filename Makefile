@@ -61,8 +61,8 @@ TE_VERSION := 2.20.2
 test-te: setup
 	test -e $(TE)/ready || { $(BIN)/python -m pip install --quiet --target $(TE) --no-deps transformer_engine==$(TE_VERSION) \
 	  transformer_engine_cu13==$(TE_VERSION) onnxscript onnx onnx_ir ml_dtypes protobuf triton einops && \
-	  $(BIN)/python tests/transformer_engine/stand_in.py $(TE) && touch $(TE)/ready; }
-	TRANSFORMER_ENGINE=$(CURDIR)/$(TE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/transformer_engine
+	  $(BIN)/python tests/te_layers/stand_in.py $(TE) && touch $(TE)/ready; }
+	TRANSFORMER_ENGINE=$(CURDIR)/$(TE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/te_layers
 
 # What needs a GPU, and what runs on whichever device there is. `make cuda` first, for the order of the data.
 GPU := tests/platforms/test_cuda_platform.py tests/data/sampling/test_cuda.py
