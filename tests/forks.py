@@ -7,6 +7,7 @@ that was started by itself.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -132,10 +133,15 @@ def is_free(port: int) -> bool:
 def serve() -> None:
     """Answer questions until there are no more; runs as the server's main."""
 
+    import torch._dynamo  # noqa: F401  which the first optimizer imports: more than a second of each run
+
     import megatron_cpt.training.pretrain
-    import megatron_cpt.training.report  # noqa: F401
+    import megatron_cpt.training.report
+    import megatron_cpt.training.step  # noqa: F401
     from megatron_cpt.tokenizer import load_tokenizer  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # or each collection in a forked process writes to, and so copies, all that was imported
     codes: dict[int, int | None] = {}
     ports = free_ports()
     for line in sys.stdin:

@@ -17,7 +17,7 @@ from megatron_cpt.screen import counted, wide_console
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.critical import predict_critical_ratios
-from megatron_cpt.study.fit import Fit, equation, fit, grouped_notes, write_fit
+from megatron_cpt.study.fit import Fit, equation, fit, fit_for_choice, grouped_notes, write_fit
 from megatron_cpt.study.inputs import check_inputs, record_inputs
 from megatron_cpt.study.local import alone_in, device_shares, environment, run_locally
 from megatron_cpt.study.outcome import read_outcome
@@ -222,8 +222,7 @@ def choose_command(study: Choose) -> str:
     require(0.5 <= study.confidence < 1, "confidence", study.confidence, "0.5 or more, below 1")
     require(-1 < study.max_general_rise < math.inf, "max_general_rise", study.max_general_rise, "a number above -1")
     results = collect(study, read_base(study))
-    found = fit(results, study.frontier_axis, study.tolerance, laws=False)
-    choice = choose(results, found, study.max_general_rise, study.confidence, study.goal)
+    choice = choose(results, fit_for_choice(results, study.goal), study.max_general_rise, study.confidence, study.goal)
     path = write_choice(study.folder, choice, study.target or study.base, study.max_general_rise)
     show(choice)
     return path

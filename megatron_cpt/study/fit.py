@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,18 +100,8 @@ def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01, laws: bo
         InputError: fewer than four runs have finished, or they do not vary
     """
     notes = outcome_notes(results)
-    surfaces: dict[str, FittedSurface] = {}
-    runs = len(results.last("general"))
-    for name in (*LOSSES, *([MEAN_METRIC] if results.last(MEAN_METRIC) else [])):
-        having = len(results.last(name))
-        if having < runs:
-            notes.append(f"{name}: {having} of {runs} finished runs have it")
-        try:
-            surfaces[name] = fitted_surface(results, name)
-        except InputError as error:
-            if name in ("general", "additional", "mixed"):
-                raise
-            notes.append(f"{name}: {error}")
+    names = (*LOSSES, *([MEAN_METRIC] if results.last(MEAN_METRIC) else []))
+    surfaces = fitted_surfaces(results, names, notes)
     if (seeds := seed_note(results)) is not None:
         notes.append(seeds)
     notes += [f"{name}: {text}" for name, found in surfaces.items() for text in surface_notes(found)]
@@ -130,6 +120,41 @@ def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01, laws: bo
         notes += line_notes("loss line", line)
     d_cpt, cmr = fit_laws(results, tolerance, notes) if laws else ([], {})
     return Fit(surfaces, frontier, frontier_of, line, d_cpt, cmr, notes)
+
+
+def fit_for_choice(results: Results, goal: str | None) -> Fit:
+    """The surfaces that a choice looks at, of `fit`'s: of the general loss, and of the goal (None: of both it could be).
+
+    Raises:
+        InputError: as `fit`
+    """
+    notes: list[str] = []
+    goals = [goal] if goal else ["additional", MEAN_METRIC]
+    names = ["general", *(name for name in goals if results.last(name))]
+    surfaces = fitted_surfaces(results, names, notes)
+    notes += [f"{name}: {text}" for name, found in surfaces.items() for text in surface_notes(found)]
+    return Fit(surfaces, None, "", None, [], {}, notes)
+
+
+def fitted_surfaces(results: Results, names: Sequence[str], notes: list[str]) -> dict[str, FittedSurface]:
+    """The surfaces of these quantities by name; adds to `notes` what is missing.
+
+    Raises:
+        InputError: general, additional or mixed has no surface
+    """
+    surfaces: dict[str, FittedSurface] = {}
+    runs = len(results.last("general"))
+    for name in names:
+        having = len(results.last(name))
+        if having < runs:
+            notes.append(f"{name}: {having} of {runs} finished runs have it")
+        try:
+            surfaces[name] = fitted_surface(results, name)
+        except InputError as error:
+            if name in ("general", "additional", "mixed"):
+                raise
+            notes.append(f"{name}: {error}")
+    return surfaces
 
 
 def without_intervals(line: Line) -> Line:

@@ -44,7 +44,7 @@ class Plot(FitOptions):
 
 
 @dataclass(frozen=True)
-class Choose(FitOptions):
+class Choose(StudyConfig):
     """Choose ALMR and learning rate, and write the configuration of the run to start."""
 
     max_general_rise: float = 0.01

@@ -10,7 +10,7 @@ from study_results import START, additional_loss, general_loss, make_results, ti
 
 from megatron_cpt.errors import InputError
 from megatron_cpt.study.choose import choose
-from megatron_cpt.study.fit import Fit, fit, fitted_surface
+from megatron_cpt.study.fit import Fit, fit_for_choice
 from megatron_cpt.study.results import Results
 
 
@@ -21,7 +21,7 @@ def results() -> Results:
 
 @pytest.fixture(scope="module")
 def fitted(results: Results) -> Fit:
-    return fit(results, laws=False)
+    return fit_for_choice(results, None)
 
 
 def cliff(almr: float, lr: float, tokens: float) -> float:
@@ -40,8 +40,7 @@ def test_the_limit_is_kept_beside_a_cliff(general: Callable[[float, float, float
     rises = []
     for seed in range(6):
         results = make_results(general=general, seed=seed)
-        surfaces = {name: fitted_surface(results, name) for name in ("general", "additional")}
-        found = choose(results, Fit(surfaces, None, "balanced", None, [], {}, []), limit, 0.9, "additional")
+        found = choose(results, fit_for_choice(results, "additional"), limit, 0.9, "additional")
         assert found.chance is not None  # by surfaces
         rises.append(general(found.almr, found.lr, 1.0) / 3 - 1)
     assert sum(rise > limit for rise in rises) <= 2
@@ -56,8 +55,7 @@ def test_a_jump_between_pairs_is_said_to_be_possible() -> None:
         return 3 + tokens * (0.12 / (1 + np.exp(-(almr - 0.53) / 0.01)) + 0.0025 * (np.log10(lr) + 4))
 
     results = make_results(general=jump)
-    surfaces = {name: fitted_surface(results, name) for name in ("general", "additional")}
-    found = Fit(surfaces, None, "balanced", None, [], {}, [])
+    found = fit_for_choice(results, None)
     choice = choose(results, found, 0.02, 0.9, "additional")
     assert 0.5 < choice.almr < 0.75
     (note,) = (note for note in choice.notes if "broke the limit" in note)
@@ -77,20 +75,20 @@ def test_nothing_is_chosen_where_runs_have_diverged() -> None:
     """The metric rises towards them, so that a surface promises most there."""
     whole = make_results(lambda almr, lr: float(30 + 4 * almr + 2 * np.log10(lr)))
     results = diverged_at(whole, 0.75, 3e-3)
-    choice = choose(results, fit(results, laws=False), max_general_rise=0.5, confidence=0.9, goal=None)
+    choice = choose(results, fit_for_choice(results, None), max_general_rise=0.5, confidence=0.9, goal=None)
     assert choice.almr < 0.65 or choice.lr < 2e-3
     assert choice.almr_interval is not None
     assert any(note.startswith("4 pairs have diverged or have not finished; places nearest") for note in choice.notes)
     # So with those that have not begun
     rows = [row for row in whole.rows if not (row["almr"] >= 0.75 and row["lr"] >= 3e-3)]
     missing = Results(rows, whole.scores, sorted({(row["almr"], row["lr"]) for row in whole.rows}))
-    assert choose(missing, fit(missing, laws=False), 0.5, 0.9, None).almr == choice.almr
+    assert choose(missing, fit_for_choice(missing, None), 0.5, 0.9, None).almr == choice.almr
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_one_seed_is_not_asked_for_a_probability(seed: int) -> None:
     results = make_results(tilted_metric, seeds=1, seed=seed, noise=0.01)
-    choice = choose(results, fit(results, laws=False), max_general_rise=0.02, confidence=0.9, goal="additional")
+    choice = choose(results, fit_for_choice(results, "additional"), max_general_rise=0.02, confidence=0.9, goal="additional")
     assert choice.chance is None
     assert choice.almr_interval is None
     assert any("every pair was run with one seed" in note for note in choice.notes)
@@ -99,18 +97,20 @@ def test_one_seed_is_not_asked_for_a_probability(seed: int) -> None:
 
 def test_a_pair_with_a_diverged_seed_is_no_measured_choice() -> None:
     results = make_results(tilted_metric, seeds=2, almrs=(0.0, 0.5), rates=(1e-4, 1e-3))
-    best = choose(results, fit(results, laws=False), 0.5, 0.9, "additional")
+    best = choose(results, fit_for_choice(results, "additional"), 0.5, 0.9, "additional")
     name = f"almr{best.almr:g}_lr{best.lr:g}_seed2"
     rows = [row | {"outcome": "diverged", "last": False} if row["run"] == name else row for row in results.rows]
     other = Results(rows, results.scores)
-    again = choose(other, fit(other, laws=False), 0.5, 0.9, "additional")
+    again = choose(other, fit_for_choice(other, "additional"), 0.5, 0.9, "additional")
     assert (again.almr, again.lr) != (best.almr, best.lr)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_choice_is_in_its_intervals(seed: int) -> None:
     results = make_results(tilted_metric, seed=seed, noise=0.01)
-    choice = choose(results, fit(results, laws=False), max_general_rise=0.01, confidence=0.95, goal="additional")
+    choice = choose(
+        results, fit_for_choice(results, "additional"), max_general_rise=0.01, confidence=0.95, goal="additional"
+    )
     assert choice.almr_interval is not None
     assert choice.lr_interval is not None
     assert choice.almr_interval[0] <= choice.almr <= choice.almr_interval[1]
@@ -151,15 +151,15 @@ def test_a_limit_that_nothing_keeps(results: Results, fitted: Fit) -> None:
 
 def test_few_runs_are_compared_as_they_are() -> None:
     few = make_results(almrs=(0.0, 0.5, 1.0), rates=(1e-4, 1e-3))
-    choice = choose(few, fit(few, laws=False), max_general_rise=0.02, confidence=0.9, goal=None)
+    choice = choose(few, fit_for_choice(few, None), max_general_rise=0.02, confidence=0.9, goal=None)
     assert (choice.almr, choice.lr) == (1.0, 1e-4)  # 0.5 and 1.0 at 1e-3 forget 3 and 7 %
     assert choice.almr_interval is None
     assert any("Only measured pairs were compared" in note for note in choice.notes)
     assert any("learning rate is on the border" in note for note in choice.notes)
     with pytest.raises(InputError, match="no run kept the general loss below"):
-        choose(few, fit(few, laws=False), max_general_rise=-0.2, confidence=0.9, goal=None)
+        choose(few, fit_for_choice(few, None), max_general_rise=-0.2, confidence=0.9, goal=None)
     with pytest.raises(InputError, match="goal is mean_metric, which the runs do not have"):
-        choose(few, fit(few, laws=False), max_general_rise=0.1, confidence=0.9, goal="mean_metric")
+        choose(few, fit_for_choice(few, "mean_metric"), max_general_rise=0.1, confidence=0.9, goal="mean_metric")
 
 
 def test_only_places_between_finished_pairs_are_considered() -> None:
@@ -167,7 +167,7 @@ def test_only_places_between_finished_pairs_are_considered() -> None:
     whole = make_results(lambda almr, lr: float(30 + 4 * almr + 2 * np.log10(lr)))
     inside = [row for row in whole.rows if row["almr"] + (np.log10(row["lr"]) + 4) / 2 <= 1.01]
     part = Results(inside, whole.scores)
-    choice = choose(part, fit(part, laws=False), max_general_rise=0.5, confidence=0.9, goal=None)
+    choice = choose(part, fit_for_choice(part, None), max_general_rise=0.5, confidence=0.9, goal=None)
     assert choice.almr + (np.log10(choice.lr) + 4) / 2 <= 1.02
     assert any(note.startswith("Places that no finished pairs surround, 4") for note in choice.notes)
     # All on one line surround nothing
@@ -181,13 +181,13 @@ def test_only_places_between_finished_pairs_are_considered() -> None:
         if abs(row["almr"] - (np.log10(row["lr"]) + 4) / 2) < 1e-6
     ]
     diagonal = Results(line, whole.scores)
-    measured = choose(diagonal, fit(diagonal, laws=False), max_general_rise=0.5, confidence=0.9, goal=None)
+    measured = choose(diagonal, fit_for_choice(diagonal, None), max_general_rise=0.5, confidence=0.9, goal=None)
     assert measured.chance is None
     assert any("surround no place" in note for note in measured.notes)
 
 
 def test_diverged_pairs_far_away_cost_nothing() -> None:
     results = diverged_at(make_results(tilted_metric), 0.0, 1e-2)
-    choice = choose(results, fit(results, laws=False), max_general_rise=0.5, confidence=0.9, goal=None)
+    choice = choose(results, fit_for_choice(results, None), max_general_rise=0.5, confidence=0.9, goal=None)
     assert choice.lr < 3.2e-3
     assert any("none of the places that were considered is nearest" in note for note in choice.notes)

@@ -19,16 +19,14 @@ STUDY = ["--base=base.yaml", "--folder=FOLDER", "--almr=[0,1]", "--lr=[1e-4]", "
 ROWS: dict[tuple[str, str], tuple[str, Any]] = {
     ("Plan", "adaptive"): ("3", ("proposed", 3)),
     ("Run", "only"): ("name", ("only", "name")),
-    **{(command, "frontier_axis"): ("lr", ("axis", "lr")) for command in ("FitOptions", "Plot", "Choose")},
-    **{(command, "tolerance"): ("0.3", ("tolerance", 0.3)) for command in ("FitOptions", "Plot", "Choose")},
+    **{(command, "frontier_axis"): ("lr", ("axis", "lr")) for command in ("FitOptions", "Plot")},
+    **{(command, "tolerance"): ("0.3", ("tolerance", 0.3)) for command in ("FitOptions", "Plot")},
     **{(command, "token_budget"): ("77", ("budget", 77)) for command in ("FitOptions", "Plot")},
     ("Choose", "max_general_rise"): ("0.2", ("choice", (0.2, 0.9, None))),
     ("Choose", "confidence"): ("0.6", ("choice", (0.01, 0.6, None))),
     ("Choose", "goal"): ("additional", ("choice", (0.01, 0.9, "additional"))),
     ("Choose", "target"): ("large.yaml", ("target", "large.yaml")),
 }
-# a critical ratio is not chosen by
-NOT_USED = {("Choose", "token_budget")}
 COMMANDS = {
     "Plan": commands.plan,
     "Run": commands.run,
@@ -41,7 +39,7 @@ OPTIONS = sorted(
 )
 
 
-@pytest.mark.parametrize(("command", "option"), [pair for pair in OPTIONS if pair not in NOT_USED])
+@pytest.mark.parametrize(("command", "option"), OPTIONS)
 def test_an_option_arrives(command: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     value, (name, expected) = ROWS[command, option]
     seen: dict[str, Any] = {}
@@ -69,6 +67,7 @@ def stand_in(patch: pytest.MonkeyPatch, seen: dict[str, Any]) -> None:
     patch.setattr(commands, "write_proposed", lambda *_: None)
     patch.setattr(commands, "run_only", note("only", 2, "run"))
     patch.setattr(commands, "fit", fit)
+    patch.setattr(commands, "fit_for_choice", lambda *_: found)
     patch.setattr(commands, "predict_critical_ratios", note("budget", 3, []))
     patch.setattr(commands, "choose", lambda *given: seen.update(choice=given[2:]))
     patch.setattr(commands, "write_choice", note("target", 2, str(Path("run.yaml"))))

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from study_results import make_results, tilted_metric
 
+from megatron_cpt.study import frontier
 from megatron_cpt.study.commands import fit_table
 from megatron_cpt.study.fit import Fit, chance_of_flat, fit, write_fit
 from megatron_cpt.study.page import surfaces_table
 from megatron_cpt.study.results import Results
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_draws() -> Iterator[None]:
+    """Intervals of lines from 60 surfaces, not 300: nothing here is about their width (tests/study/test_frontier.py is)."""
+    with pytest.MonkeyPatch.context() as patch:
+        for line in ("loss_line", "metric_frontier"):
+            patch.setattr(f"megatron_cpt.study.fit.{line}", partial(getattr(frontier, line), replicates=60))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +103,12 @@ def test_a_score_that_few_runs_have_does_not_stop_the_rest(results: Results) -> 
 
 
 @pytest.mark.parametrize("value", [None, 0.0])
-def test_a_finished_run_with_no_proper_loss(results: Results, value: float | None) -> None:
+def test_a_finished_run_with_no_proper_loss(value: float | None) -> None:
+    results = make_results(rates=(1e-4, 1e-3, 1e-2), seeds=1)
     name = "almr0.5_lr0.001_seed1"
     lost = {"general": value, "mixed": value, "balanced": value}
     found = fit(Results([row | lost if row["run"] == name and row["last"] else row for row in results.rows], results.scores))
-    assert found.surfaces["general"].surface.values.shape == (74 if value is None else 75,)
+    assert found.surfaces["general"].surface.values.shape == (14 if value is None else 15,)
     if value is None:
         assert f"1 finished run without a number as a loss and left out: {name}" in found.notes
     else:
