@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import make_tiny_llama, write_yaml
@@ -13,6 +16,27 @@ QUESTIONS = [
     {"question": "The fox", "choices": ["知识", "sleeps", "split"], "answer": 1},
     {"question": "A language", "choices": ["model", "over", "散步"], "answer": 0},
 ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def index_read_once() -> Iterator[None]:
+    """lm-eval reads the YAML of its 14,000 tasks for each catalog, which takes ten seconds: here once."""
+    from lm_eval.tasks import _index
+
+    build = _index.TaskIndex.build
+    own = Path(_index.__file__).parent
+
+    @cache
+    def indexed() -> dict[str, _index.Entry]:
+        return build([own])
+
+    def build_once(paths: Iterable[Path], **options: Any) -> dict[str, _index.Entry]:
+        first, *others = paths
+        return indexed() | build(others, **options) if first == own else build([first, *others], **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_index.TaskIndex, "build", staticmethod(build_once))
+        yield
 
 
 @pytest.fixture(scope="session")
