@@ -36,6 +36,9 @@ class ParallelConfig:
     """Reduce gradients over data-parallel processes while the backward pass goes on."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass begins; needs overlap_grad_reduce."""
+    grad_reduce_in_bf16: bool = False
+    """With bf16 parameters: sum gradients over micro-batches and processes in bf16 instead of fp32. Half of their memory
+    and traffic, less exact."""
     tp_comm_overlap: bool = False
     """Overlap tensor-parallel communication with matrix products; needs a GPU, Transformer Engine and sequence_parallel."""
     recompute_granularity: Literal["full", "selective"] | None = None

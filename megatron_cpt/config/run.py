@@ -69,7 +69,7 @@ class TrainingConfig:
     global_batch_size: int = 1
     """Samples per optimizer step, over all replicas."""
     params_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Fp32, or bf16 with fp32 main weights and gradients."""
+    """Fp32, or bf16 with fp32 main weights and gradients (parallel.grad_reduce_in_bf16: bf16 gradients)."""
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """Torch's setting; "medium" lets fp32 products use bf16 units (AMX, tensor cores)."""
     fp8: Literal["e4m3", "hybrid"] | None = None
@@ -292,6 +292,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(self.world_size is None or self.world_size > 0, "world_size", self.world_size, "1 or more")
+        dtype = self.training.params_dtype
+        fits = dtype == "bf16" or not self.parallel.grad_reduce_in_bf16
+        require(fits, "training.params_dtype", dtype, "bf16 with parallel.grad_reduce_in_bf16")
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, for YAML and JSON."""

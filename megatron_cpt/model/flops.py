@@ -16,6 +16,19 @@ def flops_per_token(llama: LlamaConfig, seq_length: int, causal: bool) -> float:
     return 6.0 * matmul_weights(llama) + attention * (0.5 if causal else 1.0)
 
 
+def utilisation(tokens_per_second: float, flops: float, peak_tflops: float) -> float:
+    """MFU: the share of a device's dense bf16 peak that model FLOPs are, a part of 1.
+
+    Of the bf16 peak in every precision, so that figures of runs in fp32, bf16 and FP8 compare.
+
+    Args:
+        tokens_per_second: of one device
+        flops: operations per token (flops_per_token)
+        peak_tflops: dense bf16 peak of the device, 1e12 operations per second
+    """
+    return tokens_per_second * flops / (peak_tflops * 1e12)
+
+
 def matmul_weights(llama: LlamaConfig) -> int:
     """Weights that take part in matrix products."""
     heads, groups = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim

@@ -1,8 +1,9 @@
 """Bytes that one micro-batch leaves on a rank for its backward pass.
 
 The accounting is that of Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), for
-what megatron-core saves of a Llama layer with our settings: RMSNorm apart from the linear layers, fused rotary embedding and
-SwiGLU, flash attention, grouped queries, no dropout, no biases. Each storage counts once.
+what megatron-core saves of a Llama layer with our settings: fused rotary embedding and SwiGLU, flash attention, grouped
+queries, no dropout, no biases. Each storage counts once. torch's layers have their norms apart; of Transformer Engine's
+(2.20.2) the sources of each figure are named in `engine_layer_bytes`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ class Sizes:
     """What a layer's tensors are made of, on one rank.
 
     Attributes:
-        tokens: of a micro-batch
-        local_tokens: tokens that norms and residuals see: a share under sequence parallelism
+        tokens: of a micro-batch; under context parallelism this rank's share of them
+        local_tokens: tokens that norms and residuals see: a share of the former under sequence parallelism
         query, key, ffn, vocab: width of this rank's share of the query heads, of the key (or value) heads, of the MLP, of
             the vocabulary
     """
@@ -36,7 +37,7 @@ class Sizes:
 
 def sizes(job: Job, layout: Layout) -> Sizes:
     llama, tensor = job.llama, layout.tensor
-    tokens = layout.micro_batch_size * job.seq_length
+    tokens = layout.micro_batch_size * job.seq_length // layout.context
     return Sizes(
         tokens=tokens,
         local_tokens=tokens // tensor if layout.parallel.sequence_parallel else tokens,
@@ -51,6 +52,8 @@ def sizes(job: Job, layout: Layout) -> Sizes:
 
 def layer_bytes(job: Job, layout: Layout, recomputed: frozenset[str] = frozenset()) -> dict[str, int]:
     """Saved for the backward pass of one layer, by part; `recomputed`: of core_attn, mlp, layernorm."""
+    if job.has_transformer_engine(layout):
+        return engine_layer_bytes(job, layout, recomputed)
     n, element = sizes(job, layout), job.element_bytes
     residual = n.local_tokens * n.hidden * element
     norms = 2 * (residual + 4 * n.local_tokens)  # input, and fp32 reciprocal of the root mean square
@@ -62,6 +65,35 @@ def layer_bytes(job: Job, layout: Layout, recomputed: frozenset[str] = frozenset
     attention += 4 if "core_attn" in recomputed else 4 * n.tokens * n.heads
     # linear_fc1's gate and value, and what linear_fc2 reads.
     mlp = 0 if "mlp" in recomputed else 3 * n.tokens * n.ffn * element
+    return {"norms": norms, "attention": attention, "mlp": mlp}
+
+
+def engine_layer_bytes(job: Job, layout: Layout, recomputed: frozenset[str]) -> dict[str, int]:
+    """Saved by a layer of Transformer Engine 2.20.2 (its tensorwise FP8 recipe), by part.
+
+    norms: `_LayerNormLinear` (module/layernorm_linear.py) saves its input `inputmat`, the fp32 `rsigma` and the norm's
+        output `ln_out`, which is in FP8 where it computes in FP8: by rows if backward gathers it (sequence parallelism), by
+        columns if not (`update_usage(rowwise_usage=False)`), never both. A recomputed MLP includes its norm, and keeps the
+        input alone.
+    attention: query and key after rotation; of the values a copy, for they are no dense tensor (`get_qkv_layout` in
+        attention/dot_product_attention/utils.py: "not_supported", so `contiguous()`), which frees the output of linear_qkv;
+        the output, in bf16, which linear_proj does not quantize for keeps (`set_save_original_input` in megatron-core's
+        attention.py); the fp32 log of the sum of exponentials. Recomputed (core_attn), its inputs are kept, and with the
+        values the whole output of linear_qkv. Over several devices (`AttnFuncWithCPAndKVP2P`) as well: of a rank's share of
+        the tokens.
+    mlp: linear_fc1's gate and value in bf16 (megatron-core's `SwiGLUFunction`), and linear_fc2's input, which `_Linear`
+        (module/linear.py) saves quantized: one byte in FP8.
+    """
+    n, element = sizes(job, layout), job.element_bytes
+    product = 1 if job.fp8 else element  # of what a matrix product reads
+    residual = n.local_tokens * n.hidden * element
+    kept_norms = 1 if "mlp" in recomputed else 2
+    norms = 2 * residual + kept_norms * n.local_tokens * (n.hidden * product + 4)
+    if "core_attn" in recomputed:
+        attention = n.tokens * (2 * n.query + 3 * n.key + n.query) * element + 4
+    else:
+        attention = n.tokens * (2 * n.query + 2 * n.key) * element + 4 * n.tokens * n.heads
+    mlp = 0 if "mlp" in recomputed else n.tokens * n.ffn * (2 * element + product)
     return {"norms": norms, "attention": attention, "mlp": mlp}
 
 
@@ -89,7 +121,7 @@ def chunk_bytes(job: Job, layout: Layout, chunk: Chunk) -> dict[str, int]:
     saved = layer_bytes(job, layout, recomputed_modules(layout))
     parts = {name: (chunk.layers - recomputed) * size for name, size in saved.items()}
     parts["layer inputs"] = groups * n.local_tokens * n.hidden * element
-    parts["rotary angles"] = 4 * job.seq_length * job.llama.head_dim if chunk.layers else 0  # fp32, shared by the layers
+    parts["rotary angles"] = 4 * job.seq_length // layout.context * job.llama.head_dim if chunk.layers else 0  # fp32, shared
     # Token ids, and under tensor parallelism which of them this rank's part of the vocabulary does not have.
     parts["embedding"] = n.tokens * (8 + (layout.tensor > 1)) if chunk.has_embedding else 0
     parts["output"] = 0

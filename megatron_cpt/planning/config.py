@@ -18,7 +18,7 @@ class PlanConfig:
     devices: int
     """Devices in all."""
     device: str = "h100"
-    """Device type: a100-40g, a100-80g, h100, h200, b200."""
+    """Device type: a100-40g, a100-80g, h100, h200, b200, gb200, gb300."""
     run: str | None = None
     """Configuration of pretrain_cpt.py (YAML): plan that run and no other. Its layout, batch, precision and length, and its
     mixture's seq_length, take the place of the settings below; if it does not fit, that is an error."""
@@ -31,13 +31,18 @@ class PlanConfig:
     params_dtype: Literal["bf16", "fp32"] = "bf16"
     """Bf16 with fp32 main weights and gradients, or fp32 (matrix products in TF32)."""
     fp8: bool = False
-    """Matrix products in FP8."""
+    """Matrix products in FP8, with Transformer Engine's layers."""
+    transformer_impl: Literal["transformer_engine", "local"] | None = None
+    """Whose layers, as in the run's configuration: what they keep for the backward pass differs. Default: Transformer
+    Engine's with FP8 or context parallelism, which need them, else torch's ("local"), which keep more."""
     tensor_model_parallel_size: int | None = None
     """Only layouts with this size. Default: powers of two up to two nodes."""
     pipeline_model_parallel_size: int | None = None
     """Only layouts with this size. Default: all that divide the devices, up to the number of layers."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Only layouts with this many model chunks per stage; 1: no interleaving. Default: whichever is best."""
+    context_parallel_size: int | None = None
+    """Only layouts with this size. Default: powers of two that leave each device 8,192 tokens of a sample or more."""
     micro_batch_size: int | None = None
     """Only layouts with this size. Default: powers of two."""
     sequence_parallel: bool = True
@@ -49,6 +54,8 @@ class PlanConfig:
     overlap_grad_reduce: bool = True
     """As in the run's configuration."""
     overlap_param_gather: bool = True
+    """As in the run's configuration."""
+    grad_reduce_in_bf16: bool = False
     """As in the run's configuration."""
     tp_comm_overlap: bool = False
     """As in the run's configuration."""
@@ -81,6 +88,10 @@ class PlanConfig:
     """Layouts to show."""
     json: str | None = None
     """Write all layouts to this file, with memory and time by part."""
+    write: str | None = None
+    """Write a layout to this file (YAML): settings for `pretrain_cpt.py --config`, after the run's own."""
+    row: int = 1
+    """Which of the layouts shown `write` takes. Default: the first."""
     simulate: int | None = None
     """Build this rank of the real job under fake tensors, and compare it with the plan. The layout is that of
     tensor_model_parallel_size, pipeline_model_parallel_size and micro_batch_size (default 1 each)."""
@@ -89,7 +100,11 @@ class PlanConfig:
         with Requirements() as need:
             need.at_least(self, devices=1, seq_length=1, global_batch_size=1, tokens=1, top=1, simulate=0)
             sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
-            need.at_least(self, **dict.fromkeys(sizes, 1), micro_batch_size=1, devices_per_node=1)
+            need.at_least(self, **dict.fromkeys(sizes, 1), micro_batch_size=1, devices_per_node=1, context_parallel_size=1)
+            need.at_least(self, row=1)
+            need(self.row == 1 or self.write is not None, "write", self.write, f"a file for row {self.row}")
+            for name in ("run", "simulate"):
+                need(self.write is None or getattr(self, name) is None, name, getattr(self, name), "none with write")
             need.at_least(self, overhead_gib=0, fragmentation=0)
             for name in (
                 "memory_gib",
@@ -112,3 +127,5 @@ class PlanConfig:
                 "selective with recompute_modules",
             )
             need(not self.fp8 or self.params_dtype == "bf16", "params_dtype", self.params_dtype, "bf16 with fp8")
+            sums = self.grad_reduce_in_bf16 and self.params_dtype != "bf16"
+            need(not sums, "params_dtype", self.params_dtype, "bf16 with grad_reduce_in_bf16")

@@ -50,6 +50,9 @@ DEVICES = {
         Device("h100", 79.1, 989.4, 1978.9, 3350, 450, 50, 8, H100_BF16, H100_FP8),
         Device("h200", 139.8, 989.4, 1978.9, 4800, 450, 50, 8, H100_BF16, H100_FP8),
         Device("b200", 178.4, 2250.0, 4500.0, 8000, 900, 50, 8, H100_BF16, H100_FP8),
+        # Of an NVL72: NVLink joins 72, of which jobs in powers of two use 64. Data sheets; memory less what CUDA reserves.
+        Device("gb200", 184.3, 2500.0, 5000.0, 8000, 900, 50, 64, H100_BF16, H100_FP8),
+        Device("gb300", 276.0, 2500.0, 5000.0, 8000, 900, 100, 64, H100_BF16, H100_FP8),
     )
 }
 

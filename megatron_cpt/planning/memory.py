@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_cpt.planning.activations import stage_bytes, working_bytes
 from megatron_cpt.planning.layouts import Job, Layout
-from megatron_cpt.planning.weights import state_bytes
+from megatron_cpt.planning.weights import fp8_bytes, gathered_bytes, state_bytes
 
 GIB = 2**30
 
@@ -17,7 +17,7 @@ class Memory:
 
     Attributes:
         weights, gradients, optimizer: see StateBytes
-        fp8_weights: FP8 copies of the weights and of their transposes (an estimate: Transformer Engine keeps both on Hopper)
+        fp8_weights: FP8 copies of the weights (fp8_bytes)
         activations: of all micro-batches in flight, by part
         working: what is held for a moment
         overhead: CUDA context, NCCL, workspaces; and fragmentation
@@ -42,14 +42,14 @@ def memory_of_stage(job: Job, layout: Layout, stage: int, overhead_gib: float, f
     """See Memory; `fragmentation` is a share of activations and working memory."""
     state = state_bytes(job, layout, stage)
     activations = stage_bytes(job, layout, stage)
-    working = working_bytes(job, layout, stage)
+    working = working_bytes(job, layout, stage) + (gathered_bytes(job, layout) if layout.fully_sharded else 0)
     moving = sum(activations.values()) + working
     return Memory(
         stage=stage,
         weights=state.weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
-        fp8_weights=2 * state.parameters if job.fp8 else 0,
+        fp8_weights=fp8_bytes(job, layout, stage),
         activations=activations,
         working=working,
         overhead=int(overhead_gib * GIB + fragmentation * moving),

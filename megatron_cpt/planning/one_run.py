@@ -12,8 +12,7 @@ from megatron_cpt.errors import InputError
 from megatron_cpt.input_files import load_yaml
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.layouts import Layout, check
-from megatron_cpt.planning.memory import GIB
-from megatron_cpt.planning.search import Plan, make_candidate, make_cluster, make_job, too_big_because
+from megatron_cpt.planning.search import Plan, fits, make_candidate, make_cluster, make_job, too_big_because
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,21 @@ def spread(config: PlanConfig, run: RunConfig) -> PlannedRun:
         InputError: as read_run
     """
     path, parallel, training = str(config.run), run.parallel, run.training
-    for name, known in (("context_parallel_size", 1), ("pipeline_model_parallel_layout", None)):
-        value = getattr(parallel, name)
-        if value != known:
-            raise InputError(f"{path}: parallel.{name} is {value}, which the estimates do not know; plan it with {known}")
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    uneven = parallel.pipeline_model_parallel_layout
+    if uneven is not None:
+        name = "parallel.pipeline_model_parallel_layout"
+        raise InputError(f"{path}: {name} is {uneven}, which the estimates do not know; plan it with None")
+    tensor, pipeline, context = (
+        getattr(parallel, f"{name}_parallel_size") for name in ("tensor_model", "pipeline_model", "context")
+    )
+    ranks = tensor * pipeline * context
     if config.devices % ranks:
-        sizes = f"{parallel.tensor_model_parallel_size} x {parallel.pipeline_model_parallel_size}"
-        raise InputError(f"{path}: {config.devices} devices are not divisible by tensor x pipeline size {sizes} = {ranks}")
+        sizes = (
+            f"tensor x pipeline size {tensor} x {pipeline}"
+            if context == 1
+            else (f"tensor x pipeline x context size {tensor} x {pipeline} x {context}")
+        )
+        raise InputError(f"{path}: {config.devices} devices are not divisible by {sizes} = {ranks}")
     seq_length, data = read_seq_length(run.mixture), config.devices // ranks
     planned = dataclasses.replace(
         config,
@@ -57,15 +63,18 @@ def spread(config: PlanConfig, run: RunConfig) -> PlannedRun:
         tokens=tokens_of(training, seq_length),
         params_dtype=training.params_dtype,
         fp8=training.fp8 is not None,
+        transformer_impl=training.transformer_impl,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=context,
         micro_batch_size=training.micro_batch_size,
         sequence_parallel=parallel.sequence_parallel,
         recompute_granularity=parallel.recompute_granularity or "none",
         recompute_modules=parallel.recompute_modules,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        grad_reduce_in_bf16=parallel.grad_reduce_in_bf16,
         tp_comm_overlap=parallel.tp_comm_overlap,
     )
     micro_batch = training.micro_batch_size
@@ -104,7 +113,7 @@ def plan_one(run: PlannedRun) -> Plan:
     config = run.config
     job, cluster = make_job(config), make_cluster(config)
     candidate = make_candidate(config, job, cluster, run.layout)
-    if candidate.memory.total > cluster.device.memory_gib * GIB:
+    if not fits(candidate, cluster):
         reason = too_big_because([candidate], cluster)
         raise InputError(f"{config.run} does not fit into {config.devices} x {cluster.device.name}: {reason}")
     return Plan(config, job, cluster, [candidate], [])

@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.planning.hardware import ATTENTION_EFFICIENCY, LINK_EFFICIENCY
-from megatron_cpt.planning.layouts import Chunk
+from megatron_cpt.planning.layouts import Chunk, Layout
 from megatron_cpt.planning.memory import GIB
-from megatron_cpt.planning.search import Candidate, Plan, recomputation
+from megatron_cpt.planning.search import TIGHT, Candidate, Plan, recomputation
 from megatron_cpt.planning.weights import Parameter, parameters_of_chunk
 
 # Heading, what to print, from which width of the terminal on.
@@ -39,10 +40,11 @@ def pipeline_name(candidate: Candidate) -> str:
 COLUMNS: list[Column] = [
     ("TP", lambda c, p: str(c.layout.tensor), 0),
     ("PPxVP", lambda c, p: pipeline_name(c), 0),
+    ("CP", lambda c, p: str(c.layout.context), 0),
     ("DP", lambda c, p: str(c.layout.data_parallel_size), 0),
     ("MB", lambda c, p: str(c.layout.micro_batch_size), 0),
     ("again", lambda c, p: recomputation(c.layout).split()[0].replace("nothing", "-"), 0),
-    ("GiB", lambda c, p: gib(c.memory.total), 0),
+    ("GiB", lambda c, p: gib(c.memory.total) + ("!" if c.tight else ""), 0),
     ("weights", lambda c, p: gib(c.memory.weights + c.memory.fp8_weights), 120),
     ("grads", lambda c, p: gib(c.memory.gradients), 120),
     ("optim", lambda c, p: gib(c.memory.optimizer), 120),
@@ -53,6 +55,7 @@ COLUMNS: list[Column] = [
     ("step s", lambda c, p: seconds(c.throughput.step.total), 0),
     ("compute", lambda c, p: seconds(c.throughput.step.compute), 160),
     ("TP comm", lambda c, p: seconds(c.throughput.step.tensor_parallel), 160),
+    ("CP comm", lambda c, p: seconds(c.throughput.step.context_parallel), 160),
     ("PP comm", lambda c, p: seconds(c.throughput.step.pipeline), 160),
     ("DP comm", lambda c, p: seconds(c.throughput.step.data_parallel), 160),
     ("tok/s", lambda c, p: f"{c.throughput.tokens_per_second:,.0f}", 120),
@@ -63,31 +66,46 @@ COLUMNS: list[Column] = [
 ]
 
 
+DISPENSABLE = ("tok/s", "causal", "bubble", "step s", "again", "days")  # where long numbers make the table too wide
+
+
 def show(plan: Plan, console: Console) -> None:
     """Header, the fastest layouts, and why others do not do."""
     for line in header(plan):
         console.print(line, highlight=False)
     console.print()
     if plan.feasible:
-        console.print(feasible_table(plan, console.width))
+        console.print(layouts_table(plan, plan.feasible[: plan.config.top], console.width))
         rest = len(plan.feasible) - plan.config.top
         if rest > 0:
-            console.print(f"and {rest} slower layouts (--top {len(plan.feasible)} shows all)", highlight=False)
+            console.print(f"and {rest} more layouts (--top {len(plan.feasible)} shows all)", highlight=False)
         console.print(LEGEND, highlight=False)
+        if any(candidate.tight for candidate in plan.feasible):
+            console.print(TIGHT_LEGEND, highlight=False)
     else:
         console.print("No layout fits.", highlight=False)
+    if plan.compared:
+        console.print(
+            "\nTo compare with, not ours (no run here has them): FSDP, as torchtitan and others train", highlight=False
+        )
+        console.print(layouts_table(plan, plan.compared, console.width))
     if plan.infeasible:
         console.print()
         console.print(infeasible_table(plan))
+        if len(plan.infeasible) > REFUSED_SHOWN:
+            console.print(f"and {len(plan.infeasible) - REFUSED_SHOWN} more (--json FILE has all)", highlight=False)
         if any("MB" in layouts for layouts, _ in plan.infeasible):
             console.print(INFEASIBLE_LEGEND, highlight=False)
 
 
 LEGEND = (
-    "TP, PP, DP: tensor, pipeline, data parallel; VP: model chunks per stage (8:14: 8 stages, 14 layers in the first); "
-    "MB: micro batch; again: recomputed in the backward pass; GiB: of the fullest rank; /device: tokens/s; "
-    "MFU: with all of attention, causal: with half of it."
+    "TP, PP, CP, DP: tensor, pipeline, context, data parallel; VP: model chunks per stage (8:14: 8 stages, 14 layers in "
+    "the first); MB: micro batch; again: recomputed in the backward pass; GiB: of the fullest rank; /device: tokens/s; "
+    "MFU: of the "
+    "dense bf16 peak, with all of attention; causal: with half of it."
 )
+REFUSED_SHOWN = 30
+TIGHT_LEGEND = f"!: needs more than {TIGHT:.0%} of the memory, so it may not fit; listed after the others."
 INFEASIBLE_LEGEND = "MB8+: with that micro batch and larger ones; state: weights, gradients, optimizer."
 
 
@@ -114,26 +132,56 @@ def header(plan: Plan) -> list[str]:
         f"{config.devices} x {device.name}: {device.memory_gib:g} GiB, {peak}; {device.devices_per_node} per node",
         f"NVLink {device.nvlink_gb_per_s:g} GB/s, network {device.network_gb_per_s:g} GB/s per device",
         f"{source}: matrix products reach {efficiency:.0%} of the peak, attention {ATTENTION_EFFICIENCY:.0%} of that, links "
-        f"{LINK_EFFICIENCY:.0%}; overlapped: {', '.join(overlapped) or 'nothing'}; distributed optimizer, fp32 gradients; "
+        f"{LINK_EFFICIENCY:.0%}; overlapped: {', '.join(overlapped) or 'nothing'}; distributed optimizer, "
+        f"{'bf16' if config.grad_reduce_in_bf16 else 'fp32'} gradients; {layers_of(plan)} layers; "
         f"{config.overhead_gib:g} GiB for CUDA and NCCL, {config.fragmentation:.0%} of activations for fragmentation",
     ]
 
 
-def feasible_table(plan: Plan, width: int) -> Table:
-    columns = [(heading, cell) for heading, cell, least in COLUMNS if width >= least]
+def layers_of(plan: Plan) -> str:
+    """Whose layers are planned."""
+    if plan.job.has_transformer_engine(plan.feasible[0].layout if plan.feasible else Layout(ParallelConfig(), 1, 1, 1)):
+        return "Transformer Engine's"
+    return "torch's"
+
+
+def layouts_table(plan: Plan, candidates: list[Candidate], width: int) -> Table:
+    """One row for each of our layouts, numbered as `--row` counts them, or for each of FSDP's."""
+    columns = columns_of(plan, candidates, width)
+    while table_width(columns) > width and (name := next((name for name in DISPENSABLE if name in columns), None)):
+        del columns[name]
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for heading, _ in columns:
+    for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    for candidate in plan.feasible[: plan.config.top]:
-        table.add_row(*(cell(candidate, plan) for _, cell in columns))
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def columns_of(plan: Plan, candidates: list[Candidate], width: int) -> dict[str, list[str]]:
+    """Heading -> cells. Without context parallelism none is about it; FSDP has no rows to choose from, and no pipeline."""
+    sharded = candidates[0].layout.fully_sharded
+    left_out = {"#", "PPxVP", "PP comm"} if sharded else set[str]()
+    if all(candidate.layout.context == 1 for candidate in candidates):
+        left_out |= {"CP", "CP comm"}
+    numbers = [str(number) for number in range(1, len(candidates) + 1)]
+    columns = {"#": numbers} | {
+        heading: [cell(candidate, plan) for candidate in candidates] for heading, cell, least in COLUMNS if width >= least
+    }
+    names = {"DP": "FSDP"} if sharded else {}
+    return {names.get(heading, heading): found for heading, found in columns.items() if heading not in left_out}
+
+
+def table_width(columns: dict[str, list[str]]) -> int:
+    """Of a table without lines, whose columns stand two apart."""
+    return sum(max(map(len, (heading, *found))) + 2 for heading, found in columns.items()) - 2
 
 
 def infeasible_table(plan: Plan) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
     table.add_column("not", no_wrap=True)
     table.add_column("because", overflow="fold")
-    for layouts, reason in plan.infeasible:
+    for layouts, reason in plan.infeasible[:REFUSED_SHOWN]:
         table.add_row(layouts, reason)
     return table
 
@@ -145,6 +193,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "model": dataclasses.asdict(plan.job.llama),
         "device": dataclasses.asdict(plan.cluster.device),
         "layouts": [candidate_json(candidate, plan) for candidate in plan.feasible],
+        "compared": [candidate_json(candidate, plan) for candidate in plan.compared],
         "infeasible": [{"layouts": layouts, "reason": reason} for layouts, reason in plan.infeasible],
     }
 
@@ -156,6 +205,8 @@ def candidate_json(candidate: Candidate, plan: Plan) -> dict[str, Any]:
         "data_parallel_size": layout.data_parallel_size,
         "micro_batch_size": layout.micro_batch_size,
         "num_microbatches": layout.num_microbatches,
+        "fully_sharded": layout.fully_sharded,
+        "tight": candidate.tight,
         "memory_bytes": dataclasses.asdict(candidate.memory) | {"total": candidate.memory.total},
         "step_seconds": dataclasses.asdict(result.step) | {"total": result.step.total},
         "tokens_per_second": result.tokens_per_second,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from megatron_cpt.planning.layouts import Job, Layout, check, chunks_of_stage
 from megatron_cpt.planning.measured import with_measured
 from megatron_cpt.planning.one_run import plan_one, read_run
 from megatron_cpt.planning.report import show, to_json, write_json
-from megatron_cpt.planning.search import make_job, make_parallel, plan
+from megatron_cpt.planning.search import Size, make_job, make_parallel, plan
 from megatron_cpt.planning.weights import state_bytes
+from megatron_cpt.planning.write import write_layout
 from megatron_cpt.screen import wide_console
 
 if TYPE_CHECKING:
@@ -26,11 +28,13 @@ if TYPE_CHECKING:
 
 
 def run(config: PlanConfig) -> str | None:
-    """Print a plan or a simulation; returns the path of the JSON file, if one is asked for.
+    """Print a plan or a simulation; returns the path of the file that is asked for: a layout's, else the JSON.
 
     Raises:
         RunError: no layout fits; what is needed has been printed
     """
+    for name in ("json", "write"):
+        check_place(name, getattr(config, name))
     console = wide_console(sys.stdout)
     asked = read_run(config) if config.run is not None else None
     config = with_measured(asked.config if asked else config)
@@ -45,7 +49,15 @@ def run(config: PlanConfig) -> str | None:
         write_json(config.json, content)
     if config.simulate is None and not content["layouts"]:
         raise RunError(f"no layout of {config.model} fits {config.devices} x {config.device}")
-    return config.json
+    if config.write is not None:
+        write_layout(config.write, result, config.row)
+    return config.write or config.json
+
+
+def check_place(name: str, path: str | None) -> None:
+    """Raise InputError if a file cannot be written there; before the plan, which may take long."""
+    if path is not None and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
+        raise InputError(f"{name} is {path}; expected a file in a folder that is there")
 
 
 def simulated_layout(config: PlanConfig, job: Job) -> Layout:
@@ -59,7 +71,7 @@ def simulated_layout(config: PlanConfig, job: Job) -> Layout:
         raise InputError(f"{config.devices} devices are not divisible by {tensor} x {pipeline}")
     data, micro_batch = config.devices // (tensor * pipeline), config.micro_batch_size or 1
     virtual = config.virtual_pipeline_model_parallel_size or 1
-    parallel = make_parallel(config, job, tensor, pipeline, virtual, config.recompute_granularity)
+    parallel = make_parallel(config, job, Size(tensor, pipeline, 1, data), virtual, config.recompute_granularity)
     layout = Layout(parallel, data, micro_batch, config.global_batch_size // (data * micro_batch))
     check(job, layout)
     return layout
@@ -67,7 +79,10 @@ def simulated_layout(config: PlanConfig, job: Job) -> Layout:
 
 def run_simulation(config: PlanConfig, rank: int, console: Console, layout: Layout | None = None) -> dict[str, Any]:
     """Simulate a rank and print it beside the plan's numbers. `layout`: default, the one that the configuration names."""
-    job = make_job(config)
+    if (config.context_parallel_size or 1) > 1:
+        size = config.context_parallel_size
+        raise InputError(f"context_parallel_size is {size} with simulate, which has torch's layers; expected 1")
+    job = dataclasses.replace(make_job(config), fp8=False, transformer_impl="local")
     layout = layout or simulated_layout(config, job)
     from megatron_cpt.planning.simulate import simulate  # imports torch and megatron, which takes seconds
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.errors import InputError
@@ -16,15 +17,19 @@ from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.timing import Throughput, throughput
 
 NEARLY = 0.98
+TIGHT = 0.95  # of a device's memory: what the plan does not know may be more than what is left
+LEAST_TOKENS = 8192  # of a sample on each of the devices that share it, where nobody asks for a context-parallel size
+COMPARED = 3
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with what it needs and what it gives."""
+    """A layout with what it needs and what it gives; `tight`: it hardly fits (TIGHT)."""
 
     layout: Layout
     memory: Memory
     throughput: Throughput
+    tight: bool = False
 
     def days(self, tokens: float) -> float:
         return tokens / self.throughput.tokens_per_second / 86400
@@ -33,8 +38,10 @@ class Candidate:
 @dataclass(frozen=True)
 class Plan:
     """Attributes:
-    feasible: fastest first; for each TP x PP x DP x micro-batch the best interleaving and recomputation
+    feasible: fastest first, tight ones after the others; for each TP x PP x CP x DP x micro-batch the best interleaving and
+        recomputation, and a faster tight one
     infeasible: (layouts, reason), reasons with numbers
+    compared: the fastest of FSDP, which are no layouts of ours
     """
 
     config: PlanConfig
@@ -42,6 +49,7 @@ class Plan:
     cluster: Cluster
     feasible: list[Candidate]
     infeasible: list[tuple[str, str]]
+    compared: list[Candidate] = field(default_factory=list)
 
 
 def plan(config: PlanConfig) -> Plan:
@@ -55,22 +63,56 @@ def plan(config: PlanConfig) -> Plan:
     feasible: list[Candidate] = []
     refused: dict[str, str] = {}  # reason -> layouts
     too_big: dict[str, str] = {}  # layouts -> reason: the smallest micro-batch that does not fit
-    for tensor, pipeline in sizes(config, job, cluster, refused):
-        data = config.devices // (tensor * pipeline)
-        name = f"TP{tensor} PP{pipeline} DP{data}"
-        for micro_batch in micro_batches(config, data, name, refused):
+    for size in sizes(config, job, cluster, refused):
+        for micro_batch in micro_batches(config, size, refused):
             variants = [
-                make_candidate(config, job, cluster, layout)
-                for layout in layouts(config, job, tensor, pipeline, data, micro_batch, refused)
+                make_candidate(config, job, cluster, layout) for layout in layouts(config, job, size, micro_batch, refused)
             ]
-            fitting = [v for v in variants if v.memory.total <= cluster.device.memory_gib * GIB]
-            if fitting:
-                feasible.append(simplest_of_fastest(fitting))
-            elif variants and not any(layout.startswith(f"{name} ") for layout in too_big):
-                too_big[f"{name} MB{micro_batch}+"] = too_big_because(variants, cluster)
-    feasible.sort(key=lambda candidate: -candidate.throughput.tokens_per_second)
+            fitting = [v for v in variants if fits(v, cluster)]
+            feasible += worth_showing(fitting)
+            if variants and not fitting and not any(layout.startswith(f"{size} ") for layout in too_big):
+                too_big[f"{size} MB{micro_batch}+"] = too_big_because(variants, cluster)
     infeasible = [(layouts_, reason) for reason, layouts_ in refused.items()] + list(too_big.items())
-    return Plan(config, job, cluster, feasible, infeasible)
+    return Plan(config, job, cluster, in_order(feasible), infeasible, fully_sharded(config, job, cluster)[:COMPARED])
+
+
+def in_order(candidates: list[Candidate]) -> list[Candidate]:
+    """Fastest first, tight ones after the others."""
+    return sorted(candidates, key=lambda candidate: (candidate.tight, -candidate.throughput.tokens_per_second))
+
+
+def fits(candidate: Candidate, cluster: Cluster) -> bool:
+    return candidate.memory.total <= cluster.device.memory_gib * GIB
+
+
+def worth_showing(candidates: list[Candidate]) -> list[Candidate]:
+    """Of the ways to interleave and to recompute: the best with room, and the best of all if it is tight and faster."""
+    with_room = [candidate for candidate in candidates if not candidate.tight]
+    if not with_room:
+        return [simplest_of_fastest(candidates)] if candidates else []
+    roomy, best = simplest_of_fastest(with_room), simplest_of_fastest(candidates)
+    is_faster = best.throughput.tokens_per_second > roomy.throughput.tokens_per_second
+    return [roomy, best] if best.tight and is_faster else [roomy]
+
+
+def fully_sharded(config: PlanConfig, job: Job, cluster: Cluster) -> list[Candidate]:
+    """What FSDP would need and give (Layout.fully_sharded), fastest first: of each size the best recomputation."""
+    found: list[Candidate] = []
+    without_pipeline = dataclasses.replace(config, pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None)
+    if config.pipeline_model_parallel_size not in (None, 1) or config.virtual_pipeline_model_parallel_size not in (None, 1):
+        return found
+    for size in sizes(without_pipeline, job, cluster, {}):
+        if size.data * size.context == 1:
+            continue
+        for micro_batch in micro_batches(config, size, {}):
+            shards = (
+                dataclasses.replace(layout, fully_sharded=True)
+                for layout in layouts(without_pipeline, job, size, micro_batch, {})
+            )
+            candidates = [make_candidate(config, job, cluster, layout) for layout in shards]
+            fitting = [candidate for candidate in candidates if fits(candidate, cluster)]
+            found += worth_showing(fitting)[:1]
+    return in_order(found)
 
 
 def simplest_of_fastest(candidates: list[Candidate]) -> Candidate:
@@ -84,7 +126,8 @@ def simplest_of_fastest(candidates: list[Candidate]) -> Candidate:
 
 
 def make_job(config: PlanConfig) -> Job:
-    return Job(find_model(config.model), config.seq_length, config.global_batch_size, config.params_dtype, config.fp8)
+    llama, batch = find_model(config.model), config.global_batch_size
+    return Job(llama, config.seq_length, batch, config.params_dtype, config.fp8, config.transformer_impl)
 
 
 def make_cluster(config: PlanConfig) -> Cluster:
@@ -101,12 +144,26 @@ def make_cluster(config: PlanConfig) -> Cluster:
         fp8_efficiency=config.fp8_efficiency,
     )
     if config.fp8 and not (device.fp8_tflops and device.fp8_efficiency):
-        raise InputError(f"fp8 is true but device {device.name} has no FP8 units; expected h100, h200 or b200")
+        raise InputError(f"fp8 is true but device {device.name} has no FP8 units; expected h100, h200, b200, gb200 or gb300")
     return Cluster(device, config.devices)
 
 
-def sizes(config: PlanConfig, job: Job, cluster: Cluster, refused: dict[str, str]) -> Iterator[tuple[int, int]]:
-    """Tensor- and pipeline-parallel sizes that divide the devices and the model."""
+@dataclass(frozen=True)
+class Size:
+    """How many devices share what."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+
+    def __str__(self) -> str:
+        context = f" CP{self.context}" if self.context > 1 else ""
+        return f"TP{self.tensor} PP{self.pipeline}{context} DP{self.data}"
+
+
+def sizes(config: PlanConfig, job: Job, cluster: Cluster, refused: dict[str, str]) -> Iterator[Size]:
+    """Tensor-, pipeline- and context-parallel sizes that divide the devices and the model."""
     most = min(2 * cluster.device.devices_per_node, config.devices)
     tensors = [config.tensor_model_parallel_size] if config.tensor_model_parallel_size else powers_of_two(most)
     for tensor in tensors:
@@ -118,20 +175,54 @@ def sizes(config: PlanConfig, job: Job, cluster: Cluster, refused: dict[str, str
                 reason = f"{config.devices} devices are not divisible by {tensor} x {pipeline}"
                 refuse(refused, reason, f"TP{tensor} PP{pipeline}")
                 continue
-            parallel = make_parallel(config, job, tensor, pipeline, 1, None)
-            layers = job.llama.num_hidden_layers
-            if layers % pipeline and parallel.num_layers_in_first_pipeline_stage is None:
-                most = -(-layers // pipeline)
-                reason = f"{layers} layers are too few for {pipeline} stages: {most} in each but the first leave it none"
-                refuse(refused, reason, f"PP{pipeline}")
-                continue
-            try:
-                check(Job(job.llama, job.seq_length, 1), Layout(parallel, 1, 1, 1))
-            except InputError as error:
-                at_fault = f"TP{tensor}" if "tensor_model_parallel_size" in str(error) else f"PP{pipeline}"
-                refuse(refused, str(error), at_fault)
-                continue
-            yield tensor, pipeline
+            if can_be_split(config, job, tensor, pipeline, refused):
+                yield from with_context(config, job, tensor, pipeline, refused)
+
+
+def can_be_split(config: PlanConfig, job: Job, tensor: int, pipeline: int, refused: dict[str, str]) -> bool:
+    """Whether the model can be split over so many devices; else the reason is noted."""
+    parallel = make_parallel(config, job, Size(tensor, pipeline, 1, 1), 1, None)
+    layers = job.llama.num_hidden_layers
+    if layers % pipeline and parallel.num_layers_in_first_pipeline_stage is None:
+        most = -(-layers // pipeline)
+        reason = f"{layers} layers are too few for {pipeline} stages: {most} in each but the first leave it none"
+        refuse(refused, reason, f"PP{pipeline}")
+        return False
+    try:
+        check(Job(job.llama, job.seq_length, 1), Layout(parallel, 1, 1, 1))
+    except InputError as error:
+        at_fault = f"TP{tensor}" if "tensor_model_parallel_size" in str(error) else f"PP{pipeline}"
+        refuse(refused, str(error), at_fault)
+        return False
+    return True
+
+
+def with_context(config: PlanConfig, job: Job, tensor: int, pipeline: int, refused: dict[str, str]) -> Iterator[Size]:
+    """The context-parallel sizes beside these; data parallelism takes the other devices."""
+    rest = config.devices // (tensor * pipeline)
+    for context in context_sizes(config, job):
+        size = Size(tensor, pipeline, context, rest // context)
+        if rest % context:
+            if config.context_parallel_size is not None:
+                reason = f"{config.devices} devices are not divisible by {tensor} x {pipeline} x {context}"
+                refuse(refused, reason, f"TP{tensor} PP{pipeline} CP{context}")
+            continue
+        try:
+            parallel = make_parallel(config, job, size, 1, None)
+            check(dataclasses.replace(job, global_batch_size=1), Layout(parallel, 1, 1, 1))
+        except InputError as error:
+            refuse(refused, str(error), f"CP{context}")
+            continue
+        yield size
+
+
+def context_sizes(config: PlanConfig, job: Job) -> list[int]:
+    """As asked for; else what long samples can use: with fp32 or torch's layers nothing can."""
+    if config.context_parallel_size is not None:
+        return [config.context_parallel_size]
+    if job.params_dtype == "fp32" or job.transformer_impl == "local":
+        return [1]
+    return powers_of_two(max(1, job.seq_length // LEAST_TOKENS))
 
 
 def refuse(refused: dict[str, str], reason: str, layouts: str) -> None:
@@ -152,54 +243,52 @@ def pipeline_sizes(config: PlanConfig, job: Job, tensor: int) -> list[int]:
     return [size for size in range(1, min(rest, job.llama.num_hidden_layers) + 1) if rest % size == 0]
 
 
-def micro_batches(config: PlanConfig, data: int, name: str, refused: dict[str, str]) -> list[int]:
+def micro_batches(config: PlanConfig, size: Size, refused: dict[str, str]) -> list[int]:
     """Micro-batch sizes that share the global batch evenly."""
-    batch = config.global_batch_size
+    batch, data = config.global_batch_size, size.data
     if batch % (data * (config.micro_batch_size or 1)):
         micro = f" x micro_batch_size {config.micro_batch_size}" if config.micro_batch_size else ""
-        refuse(refused, f"global_batch_size {batch} is not divisible by data-parallel size {data}{micro}", name)
+        refuse(refused, f"global_batch_size {batch} is not divisible by data-parallel size {data}{micro}", str(size))
         return []
     if config.micro_batch_size:
         return [config.micro_batch_size]
     return [size for size in powers_of_two(batch // data) if (batch // data) % size == 0]
 
 
-def layouts(
-    config: PlanConfig, job: Job, tensor: int, pipeline: int, data: int, micro_batch: int, refused: dict[str, str]
-) -> Iterator[Layout]:
+def layouts(config: PlanConfig, job: Job, size: Size, micro_batch: int, refused: dict[str, str]) -> Iterator[Layout]:
     """The ways to interleave and to recompute."""
-    microbatches = config.global_batch_size // (data * micro_batch)
+    microbatches = config.global_batch_size // (size.data * micro_batch)
     asked = config.virtual_pipeline_model_parallel_size
-    layers = -(-job.llama.num_hidden_layers // pipeline)
-    chunks = [asked] if asked else [v for v in range(1, layers + 1) if layers % v == 0] if pipeline > 1 else [1]
+    layers = -(-job.llama.num_hidden_layers // size.pipeline)
+    chunks = [asked] if asked else [v for v in range(1, layers + 1) if layers % v == 0] if size.pipeline > 1 else [1]
     granularities = [config.recompute_granularity] if config.recompute_granularity else ["none", "selective", "full"]
     for virtual in chunks:
-        if virtual > 1 and pipeline == 1:
+        if virtual > 1 and size.pipeline == 1:
             refuse(refused, "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size 2 or more", "PP1")
             continue
         for granularity in granularities:
-            parallel = make_parallel(config, job, tensor, pipeline, virtual, granularity)
-            layout = Layout(parallel, data, micro_batch, microbatches)
+            layout = Layout(make_parallel(config, job, size, virtual, granularity), size.data, micro_batch, microbatches)
             try:
                 check(job, layout)
             except InputError as error:
-                if asked:
-                    refuse(refused, str(error), f"TP{tensor} PP{pipeline} DP{data} MB{micro_batch}")
+                if asked or config.recompute_modules:
+                    refuse(refused, str(error), f"{size} MB{micro_batch}")
                 continue
             yield layout
 
 
-def make_parallel(
-    config: PlanConfig, job: Job, tensor: int, pipeline: int, virtual: int, granularity: str | None
-) -> ParallelConfig:
+def make_parallel(config: PlanConfig, job: Job, size: Size, virtual: int, granularity: str | None) -> ParallelConfig:
+    tensor = size.tensor
     return ParallelConfig(
         tensor_model_parallel_size=tensor,
-        pipeline_model_parallel_size=pipeline,
+        pipeline_model_parallel_size=size.pipeline,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        num_layers_in_first_pipeline_stage=layers_of_uneven_first_stage(job.llama.num_hidden_layers, pipeline),
+        num_layers_in_first_pipeline_stage=layers_of_uneven_first_stage(job.llama.num_hidden_layers, size.pipeline),
         sequence_parallel=config.sequence_parallel and tensor > 1,
+        context_parallel_size=size.context,
         overlap_grad_reduce=config.overlap_grad_reduce,
         overlap_param_gather=config.overlap_param_gather,
+        grad_reduce_in_bf16=config.grad_reduce_in_bf16,
         tp_comm_overlap=config.tp_comm_overlap and config.sequence_parallel and tensor > 1,
         recompute_granularity=granularity if granularity in ("selective", "full") else None,  # type: ignore[arg-type]
         recompute_modules=(config.recompute_modules or ["mlp"]) if granularity == "selective" else None,
@@ -208,7 +297,8 @@ def make_parallel(
 
 def make_candidate(config: PlanConfig, job: Job, cluster: Cluster, layout: Layout) -> Candidate:
     memory = fullest(job, layout, config.overhead_gib, config.fragmentation)
-    return Candidate(layout, memory, throughput(job, layout, cluster))
+    tight = memory.total > TIGHT * cluster.device.memory_gib * GIB
+    return Candidate(layout, memory, throughput(job, layout, cluster), tight)
 
 
 def too_big_because(variants: list[Candidate], cluster: Cluster) -> str:

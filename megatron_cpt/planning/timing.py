@@ -7,13 +7,14 @@ is bytes over a bandwidth. What overlaps is said in each function. docs/planning
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
-from megatron_cpt.model.flops import flops_per_token
+from megatron_cpt.model.flops import flops_per_token, utilisation
 from megatron_cpt.planning.activations import Sizes, fully_recomputed, recomputed_modules, sizes
 from megatron_cpt.planning.hardware import ATTENTION_EFFICIENCY, HIDDEN_BY_TP_OVERLAP, MEMORY_EFFICIENCY, Cluster, Device
 from megatron_cpt.planning.layouts import Chunk, Job, Layout, chunks_of_stage
-from megatron_cpt.planning.weights import GRADIENT_BYTES, state_bytes
+from megatron_cpt.planning.weights import state_bytes
 
 FORWARD, BACKWARD = 1.0, 2.0  # a backward pass has two matrix products for each of the forward pass
 ATTENTION_BACKWARD = 2.5  # flash attention's backward pass also computes the scores again
@@ -36,7 +37,8 @@ class Speed:
 
 
 def peak_flops(job: Job, device: Device) -> float:
-    """Operations per second that MFU is a share of: FP8 where the job uses it; fp32 jobs count TF32, half of bf16."""
+    """Operations per second that matrix products cannot exceed: in FP8 where the job uses it; in TF32, half of bf16, for
+    fp32 jobs."""
     if job.fp8:
         return (device.fp8_tflops or device.bf16_tflops) * 1e12
     return device.bf16_tflops * 1e12 * (1.0 if job.params_dtype == "bf16" else 0.5)
@@ -96,6 +98,22 @@ def tensor_parallel_time(job: Job, layout: Layout, cluster: Cluster) -> float:
     return exposed * sent / cluster.bandwidth(tensor)
 
 
+def context_parallel_time(job: Job, layout: Layout, cluster: Cluster, layer: LayerTime) -> tuple[float, float]:
+    """Seconds of one layer's ring attention that computing does not hide: of the forward and of the backward pass.
+
+    Keys and values go from device to device, in the backward pass with their gradients, while attention is computed with
+    those that are there (Liu et al., "Ring Attention with Blockwise Transformers", 2023; `AttnFuncWithCPAndKVP2P`). Each
+    device has two chunks of the sequence, so that all have as much to do in every turn.
+    """
+    context, n = layout.context, sizes(job, layout)
+    if context == 1:
+        return 0.0, 0.0
+    send = 2 * n.tokens * n.key * job.element_bytes / cluster.bandwidth(layout.tensor * context) + SEND_LATENCY
+    turn = layer.attention / context
+    forward = (context - 1) * max(0.0, send - turn)
+    return forward, (context - 1) * max(0.0, 2 * send - ATTENTION_BACKWARD * turn)
+
+
 def output_time(job: Job, layout: Layout, device: Device, n: Sizes) -> float:
     """Seconds of output layer and loss, forward and backward; in bf16 also where the layers run in FP8."""
     rate = speed(Job(job.llama, job.seq_length, job.global_batch_size, job.params_dtype), device)
@@ -106,11 +124,14 @@ def output_time(job: Job, layout: Layout, device: Device, n: Sizes) -> float:
 def chunk_time(job: Job, layout: Layout, cluster: Cluster, chunk: Chunk) -> tuple[float, float]:
     """Seconds that a model chunk takes for one micro-batch: the forward pass, and both passes."""
     layer, tp = layer_time(job, layout, cluster.device), tensor_parallel_time(job, layout, cluster)
+    ring, ring_backward = context_parallel_time(job, layout, cluster, layer)
     _, again = fully_recomputed(layout, chunk.layers)
-    forward = chunk.layers * (layer.forward() + tp)
+    forward = chunk.layers * (layer.forward() + tp + ring)
     modules = recomputed_modules(layout)
     tp_again = tp / 2 if "mlp" in modules else 0.0
-    backward = chunk.layers * (layer.backward(modules) + tp + tp_again) + again * (layer.forward() + tp)
+    ring_again = ring if "core_attn" in modules else 0.0
+    backward = chunk.layers * (layer.backward(modules) + tp + tp_again + ring_backward + ring_again)
+    backward += again * (layer.forward() + tp + ring)
     if chunk.has_output:
         output = output_time(job, layout, cluster.device, sizes(job, layout))
         forward, backward = forward + output / 3, backward + output * 2 / 3
@@ -122,14 +143,15 @@ class StepTime:
     """Seconds of one optimizer step, by what they go to; they add up to `total`.
 
     Attributes:
-        compute: the busiest stage's share of all micro-batches, tensor-parallel communication left out
-        tensor_parallel, pipeline, data_parallel: communication that nothing hides
+        compute: the busiest stage's share of all micro-batches, communication left out
+        tensor_parallel, context_parallel, pipeline, data_parallel: communication that nothing hides
         bubble: waiting for other stages
         optimizer: gradient norm and update
     """
 
     compute: float
     tensor_parallel: float
+    context_parallel: float
     pipeline: float
     bubble: float
     data_parallel: float
@@ -137,7 +159,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.compute + self.tensor_parallel + self.pipeline + self.bubble + self.data_parallel + self.optimizer
+        return sum(getattr(self, part.name) for part in dataclasses.fields(self))
 
 
 def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
@@ -153,10 +175,7 @@ def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     # The stages between the second and the last are like the second.
     all_stages = sum(one.values()) + (layout.pipeline - len(one)) * one[min(1, layout.pipeline - 1)]
     chunks = stages[busiest]
-    passes: float = 2 * sum(c.layers for c in chunks) + sum(fully_recomputed(layout, c.layers)[1] for c in chunks)
-    if "mlp" in recomputed_modules(layout):
-        passes += sum(c.layers for c in chunks) / 2  # one of a layer's two pairs of collectives
-    tp = layout.num_microbatches * passes * tensor_parallel_time(job, layout, cluster)
+    tp, ring = (layout.num_microbatches * seconds for seconds in communication_time(job, layout, cluster, chunks))
     gather, scatter, update = data_parallel_time(job, layout, cluster, busiest)
     if layout.fully_sharded:
         exposed = layout.num_microbatches * max(0.0, 2 * gather + scatter - one[busiest])
@@ -166,13 +185,26 @@ def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
         exposed = max(0.0, scatter - (one[busiest] - forward) * layout.parallel.overlap_grad_reduce)
         exposed += max(0.0, gather - forward * layout.parallel.overlap_param_gather)
     return StepTime(
-        compute=layout.num_microbatches * one[busiest] - tp,
+        compute=layout.num_microbatches * one[busiest] - tp - ring,
         tensor_parallel=tp,
+        context_parallel=ring,
         pipeline=pipeline_time(job, layout, cluster, one[busiest] / layout.virtual),
         bubble=(all_stages - one[busiest]) / layout.virtual,
         data_parallel=exposed,
         optimizer=update,
     )
+
+
+def communication_time(job: Job, layout: Layout, cluster: Cluster, chunks: list[Chunk]) -> tuple[float, float]:
+    """Seconds of a stage's communication within layers for one micro-batch: tensor-parallel, and of ring attention."""
+    layers = sum(chunk.layers for chunk in chunks)
+    again = sum(fully_recomputed(layout, chunk.layers)[1] for chunk in chunks)
+    modules = recomputed_modules(layout)
+    # Of a layer's two pairs of collectives one is the MLP's.
+    passes = 2 * layers + again + ("mlp" in modules) * layers / 2
+    forward, backward = context_parallel_time(job, layout, cluster, layer_time(job, layout, cluster.device))
+    ring = (layers + again + ("core_attn" in modules) * layers) * forward + layers * backward
+    return passes * tensor_parallel_time(job, layout, cluster), ring
 
 
 def differing_stages(layout: Layout) -> list[int]:
@@ -199,16 +231,17 @@ def pipeline_time(job: Job, layout: Layout, cluster: Cluster, chunk_seconds: flo
 
 
 def data_parallel_time(job: Job, layout: Layout, cluster: Cluster, stage: int) -> tuple[float, float, float]:
-    """Seconds of gathering parameters, of reduce-scattering fp32 gradients, and of the distributed optimizer's update."""
-    state, size = state_bytes(job, layout, stage), layout.data_parallel_size
+    """Seconds of gathering parameters, of reduce-scattering gradients, and of the distributed optimizer's update."""
+    state, size = state_bytes(job, layout, stage), layout.shards
+    gradient = job.gradient_bytes(layout)
     elements = state.parameters
     share = (size - 1) / size
     bandwidth = cluster.bandwidth_of_every(layout.tensor, size)
     gather = elements * job.element_bytes * share / bandwidth
-    scatter = elements * (job.element_bytes if layout.fully_sharded else GRADIENT_BYTES) * share / bandwidth
+    scatter = elements * (job.element_bytes if layout.fully_sharded else gradient) * share / bandwidth
     memory = MEMORY_EFFICIENCY * cluster.device.memory_gb_per_s * 1e9
     # Read gradient, main weight and moments and write the latter three; and clear and scale the gradient buffer.
-    update = elements / size * (7 * 4 + job.element_bytes) / memory + 3 * state.gradients / memory
+    update = elements / size * (6 * 4 + gradient + job.element_bytes) / memory + 3 * state.gradients / memory
     return gather, scatter, update
 
 
@@ -217,7 +250,7 @@ class Throughput:
     """What a step's time means.
 
     Attributes:
-        mfu: of the peak, with all of attention counted (torchtitan's formula)
+        mfu: of the dense bf16 peak (`utilisation`, as training counts it), all of attention counted (torchtitan's formula)
         mfu_causal: with half of it (Megatron-LM's)
         bubble: share of the step spent waiting for other stages
     """
@@ -234,8 +267,8 @@ def throughput(job: Job, layout: Layout, cluster: Cluster) -> Throughput:
     step = step_time(job, layout, cluster)
     tokens = job.global_batch_size * job.seq_length / step.total
     per_device = tokens / layout.devices
-    peak = peak_flops(job, cluster.device)
-    full, causal = (flops_per_token(job.llama, job.seq_length, causal) for causal in (False, True))
-    return Throughput(
-        step, tokens, per_device, per_device * full / peak, per_device * causal / peak, step.bubble / step.total
+    full, causal = (
+        utilisation(per_device, flops_per_token(job.llama, job.seq_length, causal), cluster.device.bf16_tflops)
+        for causal in (False, True)
     )
+    return Throughput(step, tokens, per_device, full, causal, step.bubble / step.total)

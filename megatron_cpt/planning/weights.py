@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.planning.layouts import Chunk, Job, Layout, chunks_of_stage
 
-GRADIENT_BYTES = 4  # gradients are accumulated and reduced in fp32 (DistributedDataParallelConfig.grad_reduce_in_fp32)
-
 
 @dataclass(frozen=True)
 class Parameter:
@@ -130,7 +128,7 @@ def bucket_size(layout: Layout, stage: int, chunk: int) -> int | None:
     """megatron-core's default: buckets only with overlap_grad_reduce, on the first stage, for the first model chunk."""
     if not layout.parallel.overlap_grad_reduce or stage > 0 or chunk > 0:
         return None
-    return max(40_000_000, 1_000_000 * layout.data_parallel_size)
+    return max(40_000_000, 1_000_000 * layout.shards)
 
 
 def buffers_of_stage(llama: LlamaConfig, layout: Layout, stage: int) -> Counter[Buffer]:
@@ -138,7 +136,7 @@ def buffers_of_stage(llama: LlamaConfig, layout: Layout, stage: int) -> Counter[
     chunks = Counter(
         (chunk, bucket_size(layout, stage, number)) for number, chunk in enumerate(chunks_of_stage(llama, layout, stage))
     )
-    data, buffers = layout.data_parallel_size, Counter[Buffer]()
+    data, buffers = layout.shards, Counter[Buffer]()
     for (chunk, size), number in chunks.items():
         buffers[buffer_of_chunk(llama, layout.tensor, layout.pipeline, chunk, data, size)] += number
     return buffers
@@ -150,8 +148,11 @@ def optimizer_element_bytes(job: Job) -> int:
 
 
 def state_bytes(job: Job, layout: Layout, stage: int, data_rank: int | None = None) -> StateBytes:
-    """What a rank of this pipeline stage holds; of the optimizer the data-parallel rank's share, or the largest."""
-    buffers, data = buffers_of_stage(job.llama, layout, stage), layout.data_parallel_size
+    """What a rank of this pipeline stage holds; of the optimizer the data-parallel rank's share, or the largest.
+
+    Context-parallel ranks are data-parallel ones here, as in megatron-core (`with_context_parallel=True`).
+    """
+    buffers, data = buffers_of_stage(job.llama, layout, stage), layout.shards
     parameters = sum(number * buffer.parameter_elements for buffer, number in buffers.items())
     elements = sum(number * buffer.elements for buffer, number in buffers.items())
     if data_rank is None:
@@ -159,7 +160,41 @@ def state_bytes(job: Job, layout: Layout, stage: int, data_rank: int | None = No
     else:
         share = sum(number * buffer.shard(data_rank, data) for buffer, number in buffers.items())
     if layout.fully_sharded:
-        elements //= layout.data_parallel_size
+        elements //= layout.shards
     return StateBytes(
-        parameters, elements * job.element_bytes, elements * GRADIENT_BYTES, share * optimizer_element_bytes(job)
+        parameters,
+        elements * job.element_bytes,
+        elements * job.gradient_bytes(layout),
+        share * optimizer_element_bytes(job),
     )
+
+
+def layer_products(llama: LlamaConfig, tensor: int) -> int:
+    """Elements of the weights of one layer's matrix products, on one tensor-parallel rank."""
+    layer = parameters_of_chunk(llama, tensor, 1, Chunk(1, False, False))
+    return sum(parameter.elements for parameter in layer if parameter.name.startswith("linear_"))
+
+
+def fp8_bytes(job: Job, layout: Layout, stage: int) -> int:
+    """FP8 copies of a stage's weights, one byte for each element, and of their transposes.
+
+    Transformer Engine makes both in the first micro-batch of a step and keeps them for the others (`quantize_weight` with
+    `cache`, `weight_quantizer.set_usage(rowwise=True, columnwise=True)` in its module/layernorm_linear.py and linear.py).
+    Embedding and output layer are megatron-core's own and stay bf16. Blackwell's units need no transposes; they are counted
+    all the same. Fully sharded, copies are made of gathered layers alone.
+    """
+    if not job.fp8 or layout.fully_sharded:
+        return 0
+    layers = sum(chunk.layers for chunk in chunks_of_stage(job.llama, layout, stage))
+    return 2 * layers * layer_products(job.llama, layout.tensor)
+
+
+def gathered_bytes(job: Job, layout: Layout) -> int:
+    """Fully sharded: what is whole on a device for a moment.
+
+    The weights of a layer and of the next, the gradients of one, and embedding and output layer with one gradient of theirs.
+    """
+    layer = layer_products(job.llama, layout.tensor)
+    ends = 1 if job.llama.tie_word_embeddings else 2
+    vocabulary = job.llama.padded_vocab_size(layout.tensor) // layout.tensor * job.llama.hidden_size
+    return (3 * layer + (ends + 1) * vocabulary) * job.element_bytes

@@ -29,16 +29,17 @@ if TYPE_CHECKING:
 
 # Words of torch.cuda.get_device_name() -> dense bf16 TFLOP/s; the first that fits counts, so variants come before the rest.
 PEAK_TFLOPS = (
+    ("GB300", 2500.0),
     ("GB200", 2500.0),
     ("B200", 2250.0),
     ("H200 NVL", 835.0),
-    ("GH200", 989.0),
-    ("H200", 989.0),
+    ("GH200", 989.4),
+    ("H200", 989.4),
     ("H100 PCIE", 756.0),
     ("H100 NVL", 835.0),
-    ("H100", 989.0),
+    ("H100", 989.4),
     ("H800 PCIE", 756.0),
-    ("H800", 989.0),
+    ("H800", 989.4),
     ("H20", 148.0),
     ("A100", 312.0),
     ("A800", 312.0),

@@ -29,8 +29,8 @@ def add_weight_gradients_where_they_are_summed() -> None:
     """
     import megatron.core.tensor_parallel.layers as layers
 
-    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
-        """inputs [tokens, in], grad_output [tokens, out], main_grad fp32 [out, in]"""
+    def wgrad_gemm_accum(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        """inputs [tokens, in], grad_output [tokens, out], main_grad [out, in]: fp32, or bf16 (grad_reduce_in_bf16)"""
         if inputs.dtype == main_grad.dtype:
             torch.addmm(main_grad, grad_output.t(), inputs, out=main_grad)  # torch's FLOP counter knows no addmm_
         elif inputs.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():
@@ -38,7 +38,9 @@ def add_weight_gradients_where_they_are_summed() -> None:
         else:
             main_grad.add_(grad_output.t() @ inputs)
 
-    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
+        wgrad_gemm_accum_fp32=wgrad_gemm_accum, wgrad_gemm_accum_fp16=wgrad_gemm_accum
+    )
     layers._grad_accum_fusion_available = True
 
 

@@ -110,7 +110,8 @@ def planned_seconds(study: StudyConfig, base: Base, llama: LlamaConfig, seq_leng
     """Of all steps of a run, on a cluster, as tools/plan_run.py estimates them; without start and evaluations."""
     assert study.device is not None
     training, parallel = base.config.training, base.config.parallel
-    data = study.processes // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    data = study.processes // (model * parallel.context_parallel_size)
     job = Job(llama, seq_length, training.global_batch_size, training.params_dtype, training.fp8 is not None)
     microbatches = training.global_batch_size // (training.micro_batch_size * data)
     layout = Layout(parallel, data, training.micro_batch_size, microbatches)

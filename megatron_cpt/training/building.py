@@ -47,7 +47,7 @@ def in_ddp(models: Sequence[GPTModel], engine: TransformerConfig, parallel: Para
     """megatron-core's wrapper with its gradient buffers, for the distributed optimizer, around each model chunk."""
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not parallel.grad_reduce_in_bf16,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )

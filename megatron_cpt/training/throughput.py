@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_cpt.model.flops import utilisation
+
 
 def throughput(
     seconds: float, tokens: int, world_size: int, flops: tuple[float, float], peak_tflops: float | None
@@ -11,7 +13,7 @@ def throughput(
     Args:
         world_size: devices of the run
         flops: operations per token by both formulas of `model/flops.py`: full attention scores, then causal
-        peak_tflops: of one device; without it there is no utilisation
+        peak_tflops: dense bf16 peak of one device; without it there is no utilisation
 
     Returns:
         tokens_per_second, tokens_per_second_per_device; with a peak also mfu and mfu_causal, as parts of 1
@@ -20,6 +22,5 @@ def throughput(
     values = {"tokens_per_second": rate, "tokens_per_second_per_device": rate / world_size}
     if peak_tflops is None:
         return values
-    per_flop = rate / world_size / (peak_tflops * 1e12)
-    full, causal = flops
-    return values | {"mfu": full * per_flop, "mfu_causal": causal * per_flop}
+    full, causal = (utilisation(rate / world_size, per_token, peak_tflops) for per_token in flops)
+    return values | {"mfu": full, "mfu_causal": causal}

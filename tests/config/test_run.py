@@ -182,3 +182,14 @@ def test_to_dict_is_plain_and_complete() -> None:
     assert plain["parallel"] | {"tensor_model_parallel_size": 2, "sequence_parallel": True} == plain["parallel"]
     assert set(plain) == {field.name for field in dataclasses.fields(RunConfig)}
     assert set(plain["optimizer"]) == {field.name for field in dataclasses.fields(OptimizerConfig)}
+
+
+def test_bf16_sums_need_bf16_parameters() -> None:
+    """fp32 parameters have fp32 gradients in megatron-core, whatever is asked for."""
+    sections = {"mixture": "m.yaml", "checkpoint": CheckpointConfig("from", "to")}
+    sums = ParallelConfig(grad_reduce_in_bf16=True)
+    RunConfig(**sections, training=TrainingConfig(train_iters=1, params_dtype="bf16"), parallel=sums)
+    with pytest.raises(
+        InputError, match=r"training\.params_dtype is fp32; expected bf16 with parallel\.grad_reduce_in_bf16"
+    ):
+        RunConfig(**sections, training=TrainingConfig(train_iters=1), parallel=sums)

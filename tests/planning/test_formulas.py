@@ -111,6 +111,7 @@ def test_ranks_of_the_real_jobs(model: str, rank: int, layout: Layout) -> None:
         (0, make_layout(4, 1, tensor_model_parallel_size=2, num_layers_in_first_pipeline_stage=1, **PP2)),
         (0, make_layout(16, 1, **SP4, **PP2, virtual_pipeline_model_parallel_size=2, overlap_grad_reduce=True)),
         (15, make_layout(16, 2, **SP4, **PP2, virtual_pipeline_model_parallel_size=2)),
+        (3, make_layout(12, 2, **SP4, grad_reduce_in_bf16=True)),
         (1, make_layout(4, 2, **SP4, recompute_granularity="selective")),
         (1, make_layout(4, 2, **SP4, recompute_granularity="selective", recompute_modules=["core_attn", "mlp"])),
         (1, make_layout(4, 2, **SP4, recompute_granularity="full")),

@@ -30,6 +30,9 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "tensor_model_parallel_size": ("4", {}),
     "pipeline_model_parallel_size": ("4", {}),
     "virtual_pipeline_model_parallel_size": ("2", {}),
+    "context_parallel_size": ("2", {}),
+    "transformer_impl": ("transformer_engine", {}),
+    "grad_reduce_in_bf16": ("true", {}),
     "micro_batch_size": ("2", {}),
     "sequence_parallel": ("false", {}),
     "recompute_granularity": ("full", {}),
@@ -51,7 +54,7 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
 }
 # these have tests of what they do
 ELSEWHERE = {"run": "test_plan.py: plans of a run's configuration", "simulate": "test_plan.py: a rank of the real job"}
-ELSEWHERE |= {"measured": "test_measured.py"}
+ELSEWHERE |= {"measured": "test_measured.py", "write": "test_write.py", "row": "test_write.py"}
 
 
 def planned(folder: Path, options: dict[str, str]) -> dict[str, Any]:

@@ -149,6 +149,9 @@ def test_weight_gradients_are_added_to_their_sum(dtype: torch.dtype) -> None:
     expected = 1 + grad_output.float().t() @ inputs.float()
     layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(inputs, grad_output, total)
     assert torch.allclose(total, expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=2e-2)
+    in_bf16 = torch.ones(5, 3, dtype=torch.bfloat16)  # grad_reduce_in_bf16
+    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp16(inputs.bfloat16(), grad_output.bfloat16(), in_bf16)
+    assert torch.allclose(in_bf16.float(), expected, rtol=2e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize(("dtype", "tied"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])

@@ -16,14 +16,15 @@ from megatron_cpt.platforms.cuda import CudaPlatform, known_peak_tflops
 @pytest.mark.parametrize(
     ("name", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 80GB HBM3", 989.4),
         ("NVIDIA H100 PCIe", 756.0),
         ("NVIDIA H100 NVL", 835.0),
-        ("NVIDIA H200", 989.0),
+        ("NVIDIA H200", 989.4),
         ("NVIDIA H20", 148.0),
-        ("NVIDIA GH200 480GB", 989.0),
+        ("NVIDIA GH200 480GB", 989.4),
         ("NVIDIA B200", 2250.0),
         ("NVIDIA GB200", 2500.0),
+        ("NVIDIA GB300", 2500.0),
         ("NVIDIA A100-SXM4-80GB", 312.0),
         ("NVIDIA A10", 125.0),
         ("NVIDIA L40S", 362.0),

@@ -93,6 +93,7 @@ STARTS = {
     "packed": Start(SHORT | {"data.reset_attention_mask": True}),
     "micro-batch": Start(SHORT | {"training.micro_batch_size": 2}),
     "bf16": Start(SHORT | {"training.params_dtype": "bf16"}),
+    "bf16 sums": Start(SHORT | {"training.params_dtype": "bf16", "parallel.grad_reduce_in_bf16": True}, processes=2),
     "constant": Start({"training.train_iters": STEPS, "optimizer.lr": 2e-3, "lr.decay_style": "constant"}),
     "samples": Start(
         {
@@ -306,6 +307,7 @@ ROWS = [
         lambda run: [run.call("layers", "layers", rank) for rank in range(2)], [1, 3], "interleaved"),
     told("parallel.overlap_grad_reduce", "data", "ddp", True),
     told("parallel.overlap_param_gather", "data", "ddp", True),
+    Row("parallel.grad_reduce_in_bf16", "bf16 sums", lambda run: run.call("ddp", "grad_reduce_in_fp32"), False, "bf16"),
     Row("optimizer.lr", "constant", lambda run: run.update("lr"), 2e-3),
     Row("optimizer.min_lr", "many", lambda run: run.rates()[-1], 0.5),
     Row("optimizer.weight_decay", "many", lambda run: run.update("weight_decay"), 0.5),
