@@ -94,6 +94,14 @@ class Forks:
         wish = {"argv": [*argv], "log": str(log), "processes": processes, "tamper": tamper or {}, "launcher": launcher}
         return Job(self, self.ask({"start": wish}), log)
 
+    def run(self, *argv: str, log: Path, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A run to its end, as `tiny_models.run_tool` gives it; both streams are in `stderr`."""
+        log.unlink(missing_ok=True)
+        job = self.start(argv, log, processes, launcher=processes > 1)
+        codes = job.wait()
+        assert not (check and any(codes)), f"exit statuses {codes}\n{job.text()}"
+        return subprocess.CompletedProcess([*argv], max(codes), "", job.text())
+
     def close(self) -> None:
         """End the server."""
         assert self.server.stdin is not None

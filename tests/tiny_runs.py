@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forks import Forks
 from tiny_models import make_tiny_llama, read_rows, run_tool, write_yaml
 
 from megatron_cpt.checkpoint.convert import hf_to_megatron
@@ -36,10 +38,10 @@ class Layout:
 
 
 class Runs:
-    """Starts training runs of one tiny model in a folder; each layout trains once."""
+    """Starts training runs of one tiny model in a folder; with `forks` in forked processes."""
 
-    def __init__(self, folder: Path, tokenizer_dir: str, **model: Any) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, tokenizer_dir: str, forks: Forks | None = None, **model: Any) -> None:
+        self.folder, self.forks = folder, forks
         hf = make_tiny_llama(folder / "hf", tokenizer_dir, **model)
         hf_to_megatron(HfToMegatron(hf, str(folder / "megatron")))
         for language, text in (
@@ -97,9 +99,18 @@ class Runs:
 
     def train(self, name: str, layout: Layout, *extra: str, check: bool = True, gpu: bool = False) -> Path:
         """Run (or resume) the training named `name` to its end; returns its folder. `result` is the finished process."""
-        path = self.configure(name, layout)
-        self.result = run_tool("pretrain_cpt.py", "--config", path, *extra, processes=layout.processes, check=check, gpu=gpu)
+        self.start("--config", self.configure(name, layout), *extra, processes=layout.processes, check=check, gpu=gpu)
         return self.folder / name
+
+    def start(
+        self, *argv: str, processes: int = 1, check: bool = True, gpu: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        """The training tool with any command line, to its end."""
+        if self.forks is not None:
+            self.result = self.forks.run(*argv, log=self.folder / "forked.log", processes=processes, check=check)
+        else:
+            self.result = run_tool("pretrain_cpt.py", *argv, processes=processes, check=check, gpu=gpu)
+        return self.result
 
     def interrupted(self, finished: Path, name: str) -> Path:
         """A run folder as it was when `finished` had saved its first checkpoint and one step more was lost."""

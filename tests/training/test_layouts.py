@@ -1,4 +1,4 @@
-"""Runs as a user starts them, with torchrun where they have several processes.
+"""Runs as a user starts them, with torchrun where they have several processes; those of one process are forked.
 
 Every layout is trained in test_matrix.py, and resumed in another one in test_resume_layouts.py.
 """
@@ -10,10 +10,12 @@ import math
 import os
 import subprocess
 import sys
+from copy import copy
 from pathlib import Path
 
 import pytest
 import yaml
+from forks import Forks
 from tiny_models import VARIANTS, read_rows, run_tool, write_yaml
 from tiny_runs import SAVE_INTERVAL, STEPS, Layout, Runs
 
@@ -24,6 +26,14 @@ from megatron_cpt.config.conversion import Verify
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str) -> Runs:
     return Runs(tmp_path_factory.mktemp("layouts"), tiny_tokenizer_dir, **VARIANTS["tied"])
+
+
+@pytest.fixture(scope="module")
+def forked(runs: Runs, forks: Forks) -> Runs:
+    """The same folder and files."""
+    again = copy(runs)
+    again.forks = forks
+    return again
 
 
 @pytest.fixture(scope="module")
@@ -83,29 +93,29 @@ def test_resume_in_another_layout(runs: Runs, tp2dp2: Path) -> None:
     assert_equal_within(save, tp2dp2, relative=1e-5, first=SAVE_INTERVAL + 1)
 
 
-def test_a_finished_run_says_so_and_one_without_optimizer_cannot_resume(runs: Runs) -> None:
-    folder = runs.train("no-optim", Layout(), "--checkpoint.save_optim", "false")
-    config = str(runs.folder / "no-optim.yaml")
+def test_a_finished_run_says_so_and_one_without_optimizer_cannot_resume(forked: Runs) -> None:
+    folder = forked.train("no-optim", Layout(), "--checkpoint.save_optim", "false")
+    config = str(forked.folder / "no-optim.yaml")
     before = (folder / "metrics.jsonl").read_bytes()
-    assert "nothing to do" in run_tool("pretrain_cpt.py", "--config", config).stderr
-    other = write_yaml(runs.folder / "edited.yaml", yaml.safe_load(Path(runs.mixture).read_text()) | {"almr": 0.5})
-    assert "nothing to do" in run_tool("pretrain_cpt.py", "--config", config, "--mixture", other).stderr
+    assert "nothing to do" in forked.start("--config", config).stderr
+    other = write_yaml(forked.folder / "edited.yaml", yaml.safe_load(Path(forked.mixture).read_text()) | {"almr": 0.5})
+    assert "nothing to do" in forked.start("--config", config, "--mixture", other).stderr
     assert (folder / "metrics.jsonl").read_bytes() == before
-    result = run_tool("pretrain_cpt.py", "--config", config, "--training.train_iters", "9", check=False)
+    result = forked.start("--config", config, "--training.train_iters", "9", check=False)
     assert result.returncode == 2
     assert "holds no optimizer state (checkpoint.save_optim was false)" in result.stderr
 
 
-def test_changed_data_is_refused_on_resume(runs: Runs, tp2dp2: Path) -> None:
-    save = runs.interrupted(tp2dp2, "resume-changed")
-    config = str(runs.folder / "tp2dp2.yaml")
+def test_changed_data_is_refused_on_resume(forked: Runs, tp2dp2: Path) -> None:
+    save = forked.interrupted(tp2dp2, "resume-changed")
+    config = str(forked.folder / "tp2dp2.yaml")
 
     def refusal(*changes: str) -> str:
-        result = run_tool("pretrain_cpt.py", "--config", config, "--checkpoint.save", str(save), *changes, check=False)
+        result = forked.start("--config", config, "--checkpoint.save", str(save), *changes, check=False)
         assert result.returncode == 2
         return result.stderr
 
-    mixture = write_yaml(runs.folder / "other.yaml", yaml.safe_load(Path(runs.mixture).read_text()) | {"almr": 0.5})
+    mixture = write_yaml(forked.folder / "other.yaml", yaml.safe_load(Path(forked.mixture).read_text()) | {"almr": 0.5})
     single = ("--parallel.tensor_model_parallel_size", "1", "--parallel.sequence_parallel", "false")
     message = refusal(*single, "--mixture", mixture)
     assert "not the mixture the run has read 16 samples of: stages[0].almr[0][1] is '33/100' there and '1/2' now" in message
@@ -115,10 +125,10 @@ def test_changed_data_is_refused_on_resume(runs: Runs, tp2dp2: Path) -> None:
     )
 
 
-def test_a_new_mixture_and_batch_are_accepted_on_resume(runs: Runs, tp2dp2: Path) -> None:
+def test_a_new_mixture_and_batch_are_accepted_on_resume(forked: Runs, tp2dp2: Path) -> None:
     """From sample 16 on: half additional text and batches of 6, each corpus going on where it was."""
-    save = runs.interrupted(tp2dp2, "resume-accepted")
-    mixture = write_yaml(runs.folder / "half.yaml", yaml.safe_load(Path(runs.mixture).read_text()) | {"almr": 0.5})
+    save = forked.interrupted(tp2dp2, "resume-accepted")
+    mixture = write_yaml(forked.folder / "half.yaml", yaml.safe_load(Path(forked.mixture).read_text()) | {"almr": 0.5})
     changes = ["--parallel.tensor_model_parallel_size", "1", "--parallel.sequence_parallel", "false", "--mixture", mixture]
     changes += [
         "--training.global_batch_size",
@@ -130,7 +140,7 @@ def test_a_new_mixture_and_batch_are_accepted_on_resume(runs: Runs, tp2dp2: Path
         "--checkpoint.save",
         str(save),
     ]
-    run_tool("pretrain_cpt.py", "--config", str(runs.folder / "tp2dp2.yaml"), *changes)
+    forked.start("--config", str(forked.folder / "tp2dp2.yaml"), *changes)
     ledger = json.loads((save / "ledger.json").read_text())
     assert [(s["start"], s["global_batch_size"]) for s in ledger["segments"]] == [(0, 8), (16, 6)]
     before = {use["name"]: use["samples"] for use in ledger["segments"][1]["before"]}
@@ -143,15 +153,15 @@ def test_a_new_mixture_and_batch_are_accepted_on_resume(runs: Runs, tp2dp2: Path
     assert (planned["first_sample"], planned["samples"], planned["almr_realised"]) == (16, 18, 0.5)
 
 
-def test_how_batches_are_read_changes_nothing(runs: Runs, single: Path) -> None:
-    folder = runs.train("unread", Layout(), "--data.num_workers", "0")
+def test_how_batches_are_read_changes_nothing(forked: Runs, single: Path) -> None:
+    folder = forked.train("unread", Layout(), "--data.num_workers", "0")
     assert [row["loss"] for row in read_rows(folder) if "loss" in row] == [
         row["loss"] for row in read_rows(single) if "loss" in row
     ]
 
 
-def test_megatrons_order(runs: Runs, single: Path) -> None:
-    folder = runs.train("megatron-order", Layout(), "--data.order", "megatron")
+def test_megatrons_order(forked: Runs, single: Path) -> None:
+    folder = forked.train("megatron-order", Layout(), "--data.order", "megatron")
     losses, others = ([row["loss"] for row in read_rows(run) if "loss" in row] for run in (folder, single))
     assert losses != others
     ledger = json.loads((folder / "ledger.json").read_text())
@@ -173,23 +183,23 @@ def test_ledger_and_realised_almr_are_recorded(single: Path) -> None:
             assert sum(row["corpus_tokens"].values()) == row["consumed_tokens"]
 
 
-def test_a_fork_goes_on_and_one_of_a_finished_run_is_refused(runs: Runs, single: Path) -> None:
+def test_a_fork_goes_on_and_one_of_a_finished_run_is_refused(forked: Runs, single: Path) -> None:
     """As does a run's folder that is named in another way; status.json of the fork says how it ended."""
     fork = ("--checkpoint.load", f"{single}/../single", "--checkpoint.load_state", "all")
-    runs.train("fork", Layout(), *fork, check=False)
-    assert runs.result.returncode == 2
-    assert f"is of step {STEPS} and the run ends with step {STEPS}: there is nothing left to do" in runs.result.stderr
+    forked.train("fork", Layout(), *fork, check=False)
+    assert forked.result.returncode == 2
+    assert f"is of step {STEPS} and the run ends with step {STEPS}: there is nothing left to do" in forked.result.stderr
     longer = (f"--training.train_iters={STEPS + 1}", "--lr.on_continue=continue")
-    folder = runs.train("fork", Layout(), *fork, *longer)
+    folder = forked.train("fork", Layout(), *fork, *longer)
     assert sorted(steps(folder)) == [STEPS + 1]
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
     (folder / "status.json").write_text(json.dumps({"state": "running", "iteration": 0, "train_iters": STEPS + 1}))
-    runs.train("fork", Layout(), "--checkpoint.load", str(single), "--checkpoint.load_state", "all", *longer)
-    assert "nothing to do" in runs.result.stderr
+    forked.train("fork", Layout(), "--checkpoint.load", str(single), "--checkpoint.load_state", "all", *longer)
+    assert "nothing to do" in forked.result.stderr
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
 
 
-def test_a_trained_checkpoint_is_ready_for_upload(runs: Runs, single: Path, tmp_path: Path) -> None:
+def test_a_trained_checkpoint_is_ready_for_upload(forked: Runs, single: Path, tmp_path: Path) -> None:
     """It loads in transformers; the card says what the run was."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -216,13 +226,13 @@ def test_a_trained_checkpoint_is_ready_for_upload(runs: Runs, single: Path, tmp_
     assert run["iteration"] == STEPS
     assert {use["name"] for use in run["data"]["consumed"] if len(use["bin_sha256"]) == 64} >= {"en_train", "zh_train"}
     assert str(tmp_path) not in content
-    assert str(runs.folder) not in content
+    assert str(forked.folder) not in content
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "my-model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "my-model")
     assert model.generate(**tokenizer("The dog", return_tensors="pt"), max_new_tokens=3).shape[1] >= 4
     converted = run_tool(
         "convert_checkpoint.py",
-        *("megatron-to-hf", "--megatron", str(runs.folder / "megatron"), "--hf", str(tmp_path / "b"), "--upload_ready"),
+        *("megatron-to-hf", "--megatron", str(forked.folder / "megatron"), "--hf", str(tmp_path / "b"), "--upload_ready"),
         check=False,
     )
     assert converted.returncode == 2
@@ -264,14 +274,14 @@ def test_a_trained_checkpoint_loads_in_lm_eval(single: Path, tmp_path: Path) -> 
     assert results["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
 
 
-def test_a_damaged_checkpoint_is_named(runs: Runs, single: Path) -> None:
-    save = runs.interrupted(single, "damaged")
+def test_a_damaged_checkpoint_is_named(forked: Runs, single: Path) -> None:
+    save = forked.interrupted(single, "damaged")
     path = next((save / f"iter_{SAVE_INTERVAL:07d}").glob("*.distcp"))
     content = bytearray(path.read_bytes())
     for place in range(0, len(content), 64):
         content[place] ^= 255
     path.write_bytes(content)
-    runs.train("damaged", Layout(), check=False)
-    assert runs.result.returncode == 2
-    assert runs.result.stderr.count("error: ") == 1
-    assert f"iter_{SAVE_INTERVAL:07d} is damaged: {path.name} has the checksum" in runs.result.stderr
+    forked.train("damaged", Layout(), check=False)
+    assert forked.result.returncode == 2
+    assert forked.result.stderr.count("error: ") == 1
+    assert f"iter_{SAVE_INTERVAL:07d} is damaged: {path.name} has the checksum" in forked.result.stderr

@@ -99,7 +99,9 @@ class Stopper:
 
 @pytest.fixture(scope="module")
 def stopper(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str, forks: Forks) -> Stopper:
-    return Stopper(Runs(tmp_path_factory.mktemp("signals"), tiny_tokenizer_dir, **VARIANTS["tied"]), forks)
+    return Stopper(
+        Runs(tmp_path_factory.mktemp("signals"), tiny_tokenizer_dir, **VARIANTS["tied"], num_hidden_layers=2), forks
+    )
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
