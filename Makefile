@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart quickstart-chat test test-runs test-matrix test-kills test-slow test-llamafactory test-te test-gpu test-slurm mutants sanitize cuda bench lint type format docs clean
+.PHONY: setup quickstart quickstart-chat test test-engine test-runs test-matrix test-kills test-slow test-llamafactory test-te test-gpu test-slurm mutants sanitize cuda bench lint type format docs clean
 
 setup: $(READY)
 
@@ -31,6 +31,13 @@ quickstart-chat: setup
 WORKERS ?= 2
 test: setup
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
+
+# What touches the engine, for another Python and with it another megatron-core:
+# make test-engine PYTHON=python3.12 VENV=.venv-3.12
+ENGINE := tests/platforms tests/model tests/checkpoint \
+  $(patsubst %,tests/training/test_%.py,golden hf_losses layouts matrix packed resume_layouts damaged hostile_checkpoints)
+test-engine: setup
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --durations 10 $(ENGINE)
 
 # What `make test` leaves out, in parts. Runs that are killed, sharded, a job array's or of 16 processes, which take a minute each:
 LONG_RUNS := tests/training/test_kill.py tests/posttrain/test_sharding.py tests/study/test_study.py tests/examples
