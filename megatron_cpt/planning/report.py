@@ -104,6 +104,9 @@ LEGEND = (
     "MFU: of the "
     "dense bf16 peak, with all of attention; causal: with half of it."
 )
+COMPARED_LEGEND = (
+    "To compare with, not ours (no run here has them): FSDP over CP x FSDP devices, as torchtitan and others train"
+)
 REFUSED_SHOWN = 30
 TIGHT_LEGEND = f"!: needs more than {TIGHT:.0%} of the memory, so it may not fit; listed after the others."
 INFEASIBLE_LEGEND = "MB8+: with that micro batch and larger ones; state: weights, gradients, optimizer."
@@ -140,9 +143,10 @@ def header(plan: Plan) -> list[str]:
 
 def layers_of(plan: Plan) -> str:
     """Whose layers are planned."""
-    if plan.job.has_transformer_engine(plan.feasible[0].layout if plan.feasible else Layout(ParallelConfig(), 1, 1, 1)):
+    if plan.job.has_transformer_engine(Layout(ParallelConfig(), 1, 1, 1)):
         return "Transformer Engine's"
-    return "torch's"
+    with_context = any(candidate.layout.context > 1 for candidate in plan.feasible)
+    return "torch's, with context parallelism Transformer Engine's," if with_context else "torch's"
 
 
 def layouts_table(plan: Plan, candidates: list[Candidate], width: int) -> Table:
@@ -179,7 +183,7 @@ def table_width(columns: dict[str, list[str]]) -> int:
 
 def infeasible_table(plan: Plan) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    table.add_column("not", no_wrap=True)
+    table.add_column("not", max_width=30)
     table.add_column("because", overflow="fold")
     for layouts, reason in plan.infeasible[:REFUSED_SHOWN]:
         table.add_row(layouts, reason)

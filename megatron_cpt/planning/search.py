@@ -59,7 +59,7 @@ def plan(config: PlanConfig) -> Plan:
         InputError: a model or device that does not exist, or nothing to try
     """
     job, cluster = make_job(config), make_cluster(config)
-    check(Job(job.llama, job.seq_length, 1), Layout(ParallelConfig(), 1, 1, 1))  # a sequence that no layout can have
+    check_possible(config, job)
     feasible: list[Candidate] = []
     refused: dict[str, str] = {}  # reason -> layouts
     too_big: dict[str, str] = {}  # layouts -> reason: the smallest micro-batch that does not fit
@@ -74,6 +74,16 @@ def plan(config: PlanConfig) -> Plan:
                 too_big[f"{size} MB{micro_batch}+"] = too_big_because(variants, cluster)
     infeasible = [(layouts_, reason) for reason, layouts_ in refused.items()] + list(too_big.items())
     return Plan(config, job, cluster, in_order(feasible), infeasible, fully_sharded(config, job, cluster)[:COMPARED])
+
+
+def check_possible(config: PlanConfig, job: Job) -> None:
+    """Raise InputError for what no layout can have: the sequence, or what the layers cannot do."""
+    parallel = ParallelConfig(
+        context_parallel_size=config.context_parallel_size or 1,
+        recompute_granularity="selective" if config.recompute_modules else None,
+        recompute_modules=config.recompute_modules,
+    )
+    check(dataclasses.replace(job, global_batch_size=1), Layout(parallel, 1, 1, 1))
 
 
 def in_order(candidates: list[Candidate]) -> list[Candidate]:
@@ -204,7 +214,7 @@ def with_context(config: PlanConfig, job: Job, tensor: int, pipeline: int, refus
         size = Size(tensor, pipeline, context, rest // context)
         if rest % context:
             if config.context_parallel_size is not None:
-                reason = f"{config.devices} devices are not divisible by {tensor} x {pipeline} x {context}"
+                reason = f"{config.devices} devices are not divisible by {tensor * pipeline * context}, TP x PP x CP"
                 refuse(refused, reason, f"TP{tensor} PP{pipeline} CP{context}")
             continue
         try:

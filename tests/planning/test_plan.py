@@ -565,7 +565,6 @@ def test_what_context_parallelism_changes() -> None:
             {"context_parallel_size": 2, "transformer_impl": "local"},
             "context_parallel_size is 2; expected transformer_engine as transformer_impl, which is local",
         ),
-        ({"context_parallel_size": 3}, "64 devices are not divisible by 1 x 1 x 3"),
         ({"context_parallel_size": 2, "seq_length": 2050}, "seq_length is 2050; expected a multiple of 2 x context"),
         ({"fp8": True, "transformer_impl": "local"}, "fp8 is True; expected transformer_engine as transformer_impl"),
         (
@@ -575,9 +574,27 @@ def test_what_context_parallelism_changes() -> None:
     ],
 )
 def test_what_layers_cannot_do_is_named(changes: dict[str, Any], reason: str) -> None:
-    result = plan(PlanConfig("8B", 64, **changes))
-    assert not result.feasible
-    assert any(reason in found for _, found in result.infeasible), result.infeasible
+    with pytest.raises(InputError, match=f"^{re.escape(reason)}"):
+        plan(PlanConfig("8B", 64, **changes))
+
+
+def test_a_context_size_that_does_not_divide_the_devices() -> None:
+    (refused, *_) = plan(PlanConfig("8B", 8, context_parallel_size=16, pipeline_model_parallel_size=1)).infeasible
+    assert refused == ("TP1 PP1 CP16", "8 devices are not divisible by 16, TP x PP x CP")
+    names, reason = plan(PlanConfig("8B", 12, context_parallel_size=8, global_batch_size=12)).infeasible[0]
+    assert "TP1 PP1 CP8" in names
+    assert reason == "12 devices are not divisible by 8, TP x PP x CP"
+
+
+def test_whose_layers_are_planned_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[tuple[dict[str, Any], str]] = [
+        ({}, "gradients; torch's layers;"),
+        ({"fp8": True}, "gradients; Transformer Engine's layers;"),
+        ({"seq_length": 131072}, "gradients; torch's, with context parallelism Transformer Engine's, layers;"),
+    ]
+    for changes, said in asked:
+        show(plan(PlanConfig("8B", 64, global_batch_size=64, **changes)), Console(width=300))
+        assert said in capsys.readouterr().out
 
 
 def test_tight_layouts_come_last_and_hide_none_with_room() -> None:
