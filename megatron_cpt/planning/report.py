@@ -80,14 +80,12 @@ def show(plan: Plan, console: Console) -> None:
         if rest > 0:
             console.print(f"and {rest} more layouts (--top {len(plan.feasible)} shows all)", highlight=False)
         console.print(LEGEND, highlight=False)
-        if any(candidate.tight for candidate in plan.feasible):
+        if any(candidate.tight for candidate in plan.feasible[: plan.config.top]):
             console.print(TIGHT_LEGEND, highlight=False)
     else:
         console.print("No layout fits.", highlight=False)
     if plan.compared:
-        console.print(
-            "\nTo compare with, not ours (no run here has them): FSDP, as torchtitan and others train", highlight=False
-        )
+        console.print(f"\n{COMPARED_LEGEND}", highlight=False)
         console.print(layouts_table(plan, plan.compared, console.width))
     if plan.infeasible:
         console.print()
@@ -104,10 +102,8 @@ LEGEND = (
     "MFU: of the "
     "dense bf16 peak, with all of attention; causal: with half of it."
 )
-COMPARED_LEGEND = (
-    "To compare with, not ours (no run here has them): FSDP over CP x FSDP devices, as torchtitan and others train"
-)
-REFUSED_SHOWN = 30
+COMPARED_LEGEND = "To compare with, not ours (no run here has it): FSDP over CP x FSDP devices"
+REFUSED_SHOWN = 15
 TIGHT_LEGEND = f"!: needs more than {TIGHT:.0%} of the memory, so it may not fit; listed after the others."
 INFEASIBLE_LEGEND = "MB8+: with that micro batch and larger ones; state: weights, gradients, optimizer."
 
