@@ -32,12 +32,24 @@ class InputError(ValueError):
     """
 
 
+class FieldError(InputError):
+    """The value of one field is wrong whatever the others are: nothing that depends on it can be checked."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class InputErrors(InputError):
     """Several things are wrong with what the user gave. Tools print one line for each."""
 
     def __init__(self, errors: Sequence[InputError]) -> None:
         super().__init__("\n".join(map(str, errors)))
         self.errors = tuple(errors)
+
+
+class RefusedValueError(Exception):
+    """Somebody reads a value that was refused already (see config/partial.py): what it is for cannot be checked."""
 
 
 class Refusals:
@@ -54,9 +66,14 @@ class Refusals:
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
-        """Note an InputError of the block, and go on behind it; so with what the system says of a file (no rights to it)."""
+        """Note an InputError of the block, and go on behind it; so with what the system says of a file (no rights to it).
+
+        A block that reads a value which was refused ends there: nothing can be said, and the value was named already.
+        """
         try:
             yield
+        except RefusedValueError:
+            pass
         except InputError as error:
             self.add(error)
         except OSError as error:

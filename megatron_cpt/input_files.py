@@ -339,6 +339,16 @@ def why_unreadable(path: str) -> str | None:
     return None if os.access(path, os.R_OK) else "Permission denied"
 
 
+def why_unwritable(folder: str) -> str | None:
+    """Why a folder can neither be written to nor be made by this user; None: it can. Nothing is made."""
+    place = os.path.abspath(os.path.expanduser(folder))
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        return f"{place} is no folder"
+    return None if os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written to: Permission denied"
+
+
 def check_plain_file(path: str | os.PathLike[str], where: str) -> None:
     """Raise InputError if a path is a pipe, a device or a socket, which may have no end; what is missing is passed over."""
     try:

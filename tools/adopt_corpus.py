@@ -11,4 +11,5 @@ if __name__ == "__main__":
         "megatron_cpt.data.adopt:AdoptConfig",
         "Write the manifest that mixtures need beside .bin/.idx files of Megatron-LM, which stay as they are.",
         positional="input",
+        check="megatron_cpt.data.adopt:check_files",
     )

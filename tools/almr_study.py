@@ -5,14 +5,16 @@ python tools/almr_study.py plan | run | fit | plot | choose --config study.yaml
 
 from megatron_cpt.config.cli import run_subcommands
 
+COMMANDS, SETTINGS, FILES = (f"megatron_cpt.study.{module}:" for module in ("commands", "settings", "run_files"))
+
 if __name__ == "__main__":
     run_subcommands(
         {
-            "plan": ("megatron_cpt.study.commands:plan", "megatron_cpt.study.settings:Plan"),
-            "run": ("megatron_cpt.study.commands:run", "megatron_cpt.study.settings:Run"),
-            "fit": ("megatron_cpt.study.commands:fit_command", "megatron_cpt.study.settings:FitOptions"),
-            "plot": ("megatron_cpt.study.commands:plot", "megatron_cpt.study.settings:Plot"),
-            "choose": ("megatron_cpt.study.commands:choose_command", "megatron_cpt.study.settings:Choose"),
+            "plan": (COMMANDS + "plan", SETTINGS + "Plan", FILES + "check_runs"),
+            "run": (COMMANDS + "run", SETTINGS + "Run", FILES + "check_runs"),
+            "fit": (COMMANDS + "fit_command", SETTINGS + "FitOptions", FILES + "check_study"),
+            "plot": (COMMANDS + "plot", SETTINGS + "Plot", FILES + "check_study"),
+            "choose": (COMMANDS + "choose_command", SETTINGS + "Choose", FILES + "check_choice"),
         },
         "The study over ALMR and learning rate.",
     )

@@ -11,6 +11,5 @@ if __name__ == "__main__":
         "megatron_cpt.posttrain.settings:ChatConfig",
         "Talk to a Hugging Face checkpoint.",
         positional="model",
-        files="megatron_cpt.posttrain.run_files:check_chat",
-        files_first=True,
+        check="megatron_cpt.posttrain.run_files:check_chat",
     )

@@ -11,4 +11,5 @@ if __name__ == "__main__":
         "megatron_cpt.cluster.config:CheckConfig",
         "Check the machines that the job runs on.",
         joins=True,
+        check="megatron_cpt.cluster.run_files:check_files",
     )

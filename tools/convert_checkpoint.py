@@ -12,12 +12,18 @@ if __name__ == "__main__":
             "hf-to-megatron": (
                 "megatron_cpt.checkpoint.convert:hf_to_megatron",
                 "megatron_cpt.config.conversion:HfToMegatron",
+                "megatron_cpt.checkpoint.run_files:check_hf_to_megatron",
             ),
             "megatron-to-hf": (
                 "megatron_cpt.checkpoint.convert:megatron_to_hf",
                 "megatron_cpt.config.conversion:MegatronToHf",
+                "megatron_cpt.checkpoint.run_files:check_megatron_to_hf",
             ),
-            "verify": ("megatron_cpt.checkpoint.verify:verify", "megatron_cpt.config.conversion:Verify"),
+            "verify": (
+                "megatron_cpt.checkpoint.verify:verify",
+                "megatron_cpt.config.conversion:Verify",
+                "megatron_cpt.checkpoint.run_files:check_verify",
+            ),
         },
         "Convert Llama checkpoints between Hugging Face and Megatron, or compare two of them.",
     )

@@ -7,4 +7,5 @@ if __name__ == "__main__":
         "megatron_cpt.data.curate:curate",
         "megatron_cpt.data.curate:CurateConfig",
         "Identify languages, filter by quality and drop near-duplicates (with datatrove).",
+        check="megatron_cpt.data.curate:check_files",
     )

@@ -10,6 +10,5 @@ if __name__ == "__main__":
         "megatron_cpt.evaluation.report:evaluate",
         "megatron_cpt.evaluation.config:EvaluateConfig",
         "Evaluate Hugging Face checkpoints.",
-        files="megatron_cpt.evaluation.run_files:check_settings",
-        files_first=True,
+        check="megatron_cpt.evaluation.run_files:check_settings",
     )

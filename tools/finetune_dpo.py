@@ -12,6 +12,5 @@ if __name__ == "__main__":
         "megatron_cpt.posttrain.settings:DpoConfig",
         "Direct preference optimization of a Hugging Face checkpoint.",
         joins=True,
-        files="megatron_cpt.posttrain.run_files:check_settings",
-        files_first=True,
+        check="megatron_cpt.posttrain.run_files:check_settings",
     )

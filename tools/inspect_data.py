@@ -12,4 +12,5 @@ if __name__ == "__main__":
         "megatron_cpt.data.inspection:InspectConfig",
         "Show what is in Megatron corpora (counts, documents, integrity) or in a mixture of them (table, samples).",
         positional="input",
+        check="megatron_cpt.data.inspection:check_files",
     )

@@ -7,4 +7,5 @@ if __name__ == "__main__":
         "megatron_cpt.data.merge:merge_datasets",
         "megatron_cpt.data.merge:MergeConfig",
         "Join Megatron corpora, such as the partitions of a job array, into one.",
+        check="megatron_cpt.data.merge:check_files",
     )

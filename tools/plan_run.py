@@ -15,4 +15,5 @@ if __name__ == "__main__":
         "megatron_cpt.planning.config:PlanConfig",
         "Plan a training run on a cluster.",
         positional="model",
+        check="megatron_cpt.planning.run_files:check_files",
     )

@@ -7,5 +7,5 @@ if __name__ == "__main__":
         "megatron_cpt.data.preprocess:preprocess",
         "megatron_cpt.data.preprocess_config:PreprocessConfig",
         "Tokenize text files into a Megatron corpus: PREFIX.bin, .idx and .json.",
-        files="megatron_cpt.data.preprocess:check_files",
+        check="megatron_cpt.data.preprocess:check_files",
     )

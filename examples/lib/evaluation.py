@@ -36,7 +36,7 @@ def main() -> None:
     if own.inputs == "none":
         collect_arguments(EvaluateConfig, normalise(words)).refusals.raise_any()
     else:
-        read_arguments(EvaluateConfig, words, files=check_settings if own.inputs == "all" else check_given, files_first=True)
+        read_arguments(EvaluateConfig, words, check=check_settings if own.inputs == "all" else check_given)
     with open(own.config, encoding="utf-8") as file:
         spread = yaml.safe_load(file).get("device_map") is not None
     if own.device and own.gpus:

@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from megatron_cpt.config.cli import exit_on_input_error, read_arguments
-from megatron_cpt.config.fields import settings_of
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.memory import GIB
@@ -58,7 +57,7 @@ def main() -> None:
             run.data.files()
     if own.inputs == "all":
         with refusals.noted():
-            check_settings(settings_of(run))
+            check_settings(run)
     refusals.raise_any()
 
 

@@ -39,6 +39,12 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
         yield from _lines(path)
 
 
+def check_rows(path: str) -> None:
+    """Raise InputError unless a file is as a whole what its ending says: its first row is looked for, and no further one."""
+    for _ in read_rows(path):
+        return
+
+
 def _refuse_wide(path: str) -> None:
     with open(path, "rb") as file:
         encoding = wide_encoding(file.read(4))

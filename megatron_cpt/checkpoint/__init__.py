@@ -1,5 +1,4 @@
-"""Save, load and convert checkpoints."""
+"""Save, load and convert checkpoints.
 
-from megatron_cpt.platforms import prepare_platform
-
-prepare_platform()  # before any module of this room imports megatron
+Only modules that need torch import it; those that import megatron prepare the platform.
+"""

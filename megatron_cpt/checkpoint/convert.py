@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from rich.filesize import decimal
@@ -17,7 +18,7 @@ from rich.filesize import decimal
 from megatron_cpt.checkpoint.archives import check_archives
 from megatron_cpt.checkpoint.checksums import checksums_of, sealed
 from megatron_cpt.checkpoint.conversion import JOB, FileJob, fingerprint, resumable_folder, write_files
-from megatron_cpt.checkpoint.foreign import foreign_config, is_ours
+from megatron_cpt.checkpoint.foreign import foreign_config
 from megatron_cpt.checkpoint.hf_files import (
     HfTensors,
     Shard,
@@ -34,6 +35,7 @@ from megatron_cpt.checkpoint.layout import (
     copy_hf_files,
     find_checkpoint,
     hf_files,
+    is_ours,
     read_manifest,
     sync_files,
     versions,
@@ -43,6 +45,7 @@ from megatron_cpt.checkpoint.layout import (
 )
 from megatron_cpt.checkpoint.megatron_weights import MegatronTensors
 from megatron_cpt.checkpoint.model_card import model_card
+from megatron_cpt.checkpoint.run_files import check_ours
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.checkpoint.targets import check_hf_target, check_megatron_target, is_done, job_name
 from megatron_cpt.checkpoint.torch_dist import (
@@ -68,7 +71,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def hf_to_megatron(config: HfToMegatron) -> str:
     """Run the conversion, or with check_only what comes before it; returns the checkpoint's folder."""
-    check_workers(config.num_workers)
     check_megatron_target(config.megatron)
     llama = read_llama_config(config.hf)
     say_notes(config.hf)
@@ -179,7 +181,6 @@ def finish_megatron(folder: str, hf: str, dtype: str, manifest: dict[str, Any], 
 def megatron_to_hf(config: MegatronToHf) -> str:
     """Run the conversion, or with check_only what comes before it; returns the HF folder."""
     folder = find_checkpoint(config.megatron)
-    check_workers(config.num_workers)
     check_hf_target(config.hf)
     fields = described_by(folder, config)
     llama = read_llama_config(os.path.join(folder, "hf")) if fields is None else llama_from(fields, folder)
@@ -250,12 +251,8 @@ def described_by(folder: str, config: MegatronToHf) -> dict[str, Any] | None:
         InputError: it cannot be told, or it is ours and an option for the others is given
     """
     if is_ours(folder):
-        for name in ("tokenizer", "vocab_size"):
-            if getattr(config, name) is not None:
-                raise InputError(f"{name} is given but {folder} has its configuration and tokenizer in hf/; leave it out")
+        check_ours(folder, config)
         return None
-    if config.vocab_size is not None and config.vocab_size < 1:
-        raise InputError(f"vocab_size is {config.vocab_size}; expected a whole number above 0")
     fields = foreign_config(folder, config.vocab_size)
     if config.tokenizer is not None:
         tokenizer = load(config.tokenizer)
@@ -281,12 +278,6 @@ def shard_job(shard: Shard, infos: Mapping[str, TensorInfo], tensors: MegatronTe
         write_safetensors(path, own, make, written)
 
     return FileJob(shard.name, sum(info.bytes for info in own.values()), write)
-
-
-def check_workers(num_workers: int) -> None:
-    """Raise InputError unless it is a number of processes."""
-    if num_workers < 1:
-        raise InputError(f"num_workers is {num_workers}; expected 1 or more")
 
 
 def say_size(folder: str, size: int, dtype: str) -> str:

@@ -77,11 +77,6 @@ BRIDGE = Names(
 )
 
 
-def is_ours(folder: str) -> bool:
-    """Whether a checkpoint has its HF configuration in it, as this project writes it."""
-    return os.path.exists(os.path.join(folder, "hf", "config.json"))
-
-
 def foreign_config(folder: str, vocab_size: int | None) -> dict[str, Any]:
     """config.json of the Llama model in a checkpoint of Megatron-LM or Megatron-Bridge.
 

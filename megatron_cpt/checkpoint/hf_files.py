@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import struct
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,11 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_cpt.checkpoint.layout import WEIGHT_INDICES
 from megatron_cpt.checkpoint.restricted import PickledTensors
+from megatron_cpt.checkpoint.weight_files import WHOLE_FILES, weight_files
 from megatron_cpt.errors import InputError
-from megatron_cpt.input_files import check_folder, load_json, shown
-from megatron_cpt.model.hf_folder import ADAPTER_FILES, adapter_note
+from megatron_cpt.model.hf_folder import adapter_note
 
-WHOLE_FILES = ("model.safetensors", "pytorch_model.bin")  # of weights, in the order in which transformers looks for them
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # For transformers' from_pretrained: adapters are looked for in a subfolder that no model has, so that weights into
 # which they are merged already are read as they are
@@ -105,44 +103,6 @@ class HfTensors(Mapping[str, torch.Tensor]):
         return {name: info.shape for name, info in self.infos.items()}
 
 
-def weight_files(folder: str) -> list[str]:
-    """The files that transformers would load the weights from; without the names it gives them, all .safetensors files.
-
-    Raises:
-        InputError: there is none, or one that an index names is missing
-    """
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder")
-    check_folder(folder)
-    present = sorted(os.listdir(folder))
-    for whole, index in zip(WHOLE_FILES, WEIGHT_INDICES, strict=True):
-        if whole in present:
-            return [whole]
-        if index in present:
-            return _named_files(folder, index, present)
-        start, end = os.path.splitext(whole)
-        # "consolidated" are Meta's names for the same numbers
-        others = [n for n in present if n.endswith(end) and (n.startswith(start) or end != ".bin")]
-        others = [n for n in others if not n.startswith("consolidated") and n not in ADAPTER_FILES]
-        if others:
-            return others
-    raise InputError(f"{folder} holds no .safetensors file and no pytorch_model.bin")
-
-
-def _named_files(folder: str, index: str, present: list[str]) -> list[str]:
-    """Those that an index names."""
-    path = os.path.join(folder, index)
-    fields = load_json(path)
-    named = fields.get("weight_map") if isinstance(fields, dict) else None
-    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
-        raise InputError(f"{path} is not an index of weights: weight_map is {shown(named)}; expected {{tensor: file}}")
-    names = set(named.values())
-    for name in sorted(names):
-        if name not in present:
-            raise InputError(f"{os.path.join(folder, name)} is missing; {index} names it")
-    return sorted(names)
-
-
 def _open_safetensors(path: str) -> tuple[Any, dict[str, TensorInfo]]:
     try:
         file = safe_open(path, framework="pt")
@@ -171,18 +131,11 @@ class Shard:
 
 
 def plan_shards(infos: Mapping[str, TensorInfo], max_shard_size: str) -> tuple[list[Shard], dict[str, Any] | None]:
-    """How transformers would deal the tensors to files, and its index (None for a single file).
-
-    Raises:
-        InputError: max_shard_size is not a size
-    """
+    """How transformers would deal the tensors to files, and its index (None for a single file)."""
     placeholders = {
         name: torch.empty(infos[name].shape, dtype=getattr(torch, infos[name].dtype), device="meta")
         for name in sorted(infos, key=_by_number)  # as transformers deals them
     }
-    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE)
-    if size is None or float(size[1]) == 0:
-        raise InputError(f"max_shard_size is {max_shard_size!r}; expected a size above 0 in KB, MB, GB or TB, such as 5GB")
     split = split_torch_state_dict_into_shards(placeholders, max_shard_size=max_shard_size)
     shards = [Shard(name, tuple(tensors)) for name, tensors in split.filename_to_tensors.items()]
     if not split.is_sharded:

@@ -27,11 +27,8 @@ def load(folder: str, quiet: bool = False) -> Any:
     Raises:
         InputError: it cannot be read, or is not the tokenizer that preprocessing reads there
     """
-    if not os.path.isdir(folder):
-        raise InputError(f"tokenizer {folder}: no such folder{if_on_the_hub(folder)}")
-    by_file = os.path.isfile(os.path.join(folder, "tokenizer.json"))
-    own = own_reading(folder) if by_file or os.path.isfile(os.path.join(folder, "tokenizer.model")) else None
-    tokenizer = _from_transformers(folder, by_file)
+    own = read_folder(folder)
+    tokenizer = _from_transformers(folder, by_file=os.path.isfile(os.path.join(folder, "tokenizer.json")))
     if getattr(getattr(getattr(tokenizer, "_tokenizer", None), "model", None), "dropout", None):
         tokenizer._tokenizer.model.dropout = None  # a noise for training; see tokenizer.hf_files
     if own is not None:
@@ -40,6 +37,18 @@ def load(folder: str, quiet: bool = False) -> Any:
     if not quiet:
         say_other_reading(folder)
     return tokenizer
+
+
+def read_folder(folder: str) -> Tokenizer | None:
+    """A folder as preprocessing reads it; None where it has files that only transformers reads. Without transformers.
+
+    Raises:
+        InputError: it is not there, or cannot be read
+    """
+    if not os.path.isdir(folder):
+        raise InputError(f"tokenizer {folder}: no such folder{if_on_the_hub(folder)}")
+    files = (os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer.model"))
+    return own_reading(folder) if any(map(os.path.isfile, files)) else None
 
 
 def say_other_reading(folder: str) -> None:

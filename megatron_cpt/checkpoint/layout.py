@@ -205,6 +205,11 @@ def is_within(name: str) -> bool:
     return name.isprintable() and not name.startswith("/") and not {"", ".", ".."}.intersection(parts)
 
 
+def is_ours(folder: str) -> bool:
+    """Whether a checkpoint has its HF configuration in it, as this project writes it."""
+    return os.path.exists(os.path.join(folder, "hf", "config.json"))
+
+
 def is_of_a_run(folder: str) -> bool:
     """Whether a checkpoint was saved by a run: it says how far that had come. Converted weights do not."""
     return os.path.basename(os.path.abspath(folder)) != RELEASE

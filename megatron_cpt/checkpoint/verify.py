@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -16,11 +17,12 @@ from rich.console import Console
 from rich.progress import track
 
 from megatron_cpt.checkpoint.damage import reading_hf_model
-from megatron_cpt.checkpoint.foreign import foreign_config, is_ours
+from megatron_cpt.checkpoint.foreign import foreign_config
 from megatron_cpt.checkpoint.hf_files import HfTensors
 from megatron_cpt.checkpoint.hf_weights import check_shapes, open_hf, pieces_of
-from megatron_cpt.checkpoint.layout import find_checkpoint
+from megatron_cpt.checkpoint.layout import find_checkpoint, is_ours
 from megatron_cpt.checkpoint.megatron_weights import MegatronTensors
+from megatron_cpt.checkpoint.run_files import is_hf
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.checkpoint.torch_dist import TorchDistReader
 from megatron_cpt.config.conversion import Verify
@@ -75,12 +77,6 @@ def verify(config: Verify) -> str:
         DifferentError: saying what differs, and by how much
         InputError: one of the two cannot be read
     """
-    if not (config.tensors or config.logits):
-        raise InputError("tensors and logits are both false: there is nothing to compare")
-    if not config.tolerance >= 0:
-        raise InputError(f"tolerance is {config.tolerance}; expected a number that is not negative")
-    if config.max_tokens < 2:
-        raise InputError(f"max_tokens is {config.max_tokens}; expected 2 or more")
     a, b = open_both(config.a, config.b)
     said = []
     if config.tensors:
@@ -97,11 +93,6 @@ def open_both(path_a: str, path_b: str) -> tuple[Checkpoint, Checkpoint]:
         return open_checkpoint(path_a, b.llama.vocab_size), b
     a = open_checkpoint(path_a)
     return a, open_checkpoint(path_b, a.llama.vocab_size if is_foreign(path_b) else None)
-
-
-def is_hf(path: str) -> bool:
-    """Whether a folder is a HF folder, not one of Megatron checkpoints."""
-    return os.path.exists(os.path.join(path, "config.json"))
 
 
 def is_foreign(path: str) -> bool:

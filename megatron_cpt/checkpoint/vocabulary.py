@@ -98,12 +98,8 @@ def extension(
         added_tokens: file with a token on each line, to be added to the model's own tokenizer
 
     Raises:
-        InputError: both are given, or the new tokenizer is not an extension of the model's
+        InputError: the new tokenizer is not an extension of the model's
     """
-    if extend_tokenizer is not None and added_tokens is not None:
-        raise InputError("extend_tokenizer and added_tokens are both given; expected one")
-    if not 0 <= seed < 1 << 63:
-        raise InputError(f"seed is {seed}; expected a whole number from 0 to 2^63 - 1")
     with tempfile.TemporaryDirectory() as folder:
         if added_tokens is not None:
             extend_tokenizer = folder

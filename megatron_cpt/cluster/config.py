@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_cpt.config.require import Requirements
@@ -22,5 +23,6 @@ class CheckConfig:
 
     def __post_init__(self) -> None:
         with Requirements() as need:
-            need(0 < self.minutes < float("inf"), "minutes", self.minutes, "a number above 0")
-            need(self.only is None or bool(self.only), "only", self.only, "one word or more")
+            need.field(self, "folder", bool, "a path")
+            need.field(self, "minutes", lambda minutes: 0 < minutes < math.inf, "a number above 0")
+            need.field(self, "only", bool, "one word or more")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 import yaml
 
 from megatron_cpt.config.fields import ConfigReader
-from megatron_cpt.errors import InputError, InputErrors, ProcessDiedError, Refusals, RunError
+from megatron_cpt.errors import InputError, InputErrors, ProcessDiedError, Refusals, RefusedValueError, RunError
 from megatron_cpt.input_files import shown
 from megatron_cpt.redaction import redacted, secrets_of
 
@@ -93,16 +93,12 @@ def is_value(word: str) -> bool:
 
 
 def read_arguments(
-    config_class: type[Config],
-    words: Sequence[str],
-    description: str = "",
-    files: Loaded | None = None,
-    files_first: bool = False,
+    config_class: type[Config], words: Sequence[str], description: str = "", check: Callable[[Config], object] | None = None
 ) -> Config:
     """The configuration that the words of a command line ask for, `--config FILE` among them; later ones win.
 
-    `files`: where a setting is wrong, gets those that are not, by dotted name, to raise InputError for what is wrong with
-    the files they name, so that this is known at once, too. `files_first`: it gets them also where none is wrong.
+    `check`: gets it, whatever is wrong with it (see config/partial.py), to raise InputError for what is wrong with the files
+    that it names.
 
     Raises:
         InputError: naming every field that is wrong or missing, the value found and the value expected
@@ -116,13 +112,11 @@ def read_arguments(
     if "--print_config" in words:
         print(yaml.safe_dump(reader.plain(), sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
-    refusals = Refusals()
-    with refusals.noted():
-        config: Config = reader.config()
-    if files is not None and (refusals.errors or files_first):
-        with refusals.noted(), reader.located():
-            load(files)(reader.usable())
-    refusals.raise_any()
+    config: Config = reader.config()
+    if check is not None:
+        with reader.refusals.noted(), reader.located():
+            check(config)
+    reader.refusals.raise_any()
     return config
 
 
@@ -169,6 +163,14 @@ def check_environment(environment: Mapping[str, str]) -> None:
     refusals.raise_any()
 
 
+def launched_world_size() -> int:
+    """Number of processes that torchrun (or srun with its variables) started; 1 without a launcher."""
+    try:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:  # `check_environment` names it
+        raise RefusedValueError from None
+
+
 def check_rendezvous(environment: Mapping[str, str]) -> None:
     """Raise InputError where a process is one of several (WORLD_SIZE is given) but lacks its number, or where they meet."""
     if not environment.get("WORLD_SIZE"):
@@ -176,7 +178,8 @@ def check_rendezvous(environment: Mapping[str, str]) -> None:
     refusals = Refusals()
     for name, meaning in RENDEZVOUS.items():
         value = environment.get(name, "")
-        if not re.fullmatch(r"[\w.:%-]+", value, re.ASCII):
+        # What is no number is named by `check_environment`
+        if not value or (name == "MASTER_ADDR" and not re.fullmatch(r"[\w.:%-]+", value, re.ASCII)):
             found = f"is {shown(value)}" if value else "is missing"
             given = f"with WORLD_SIZE {environment['WORLD_SIZE']}"
             refusals.add(
@@ -199,13 +202,9 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
         for kind in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", kind)
     try:
-        check_environment(os.environ)
-    except InputError as error:  # of this process alone
-        _exit_with(error)
-    try:
         result = call()
     except (InputError, OSError, RunError, ProcessDiedError) as error:
-        if os.environ.get("LOCAL_RANK", "0").strip("0"):
+        if _is_reported_by_another():
             time.sleep(SECONDS_FOR_FIRST_RANK)
         _exit_with(error)
     except KeyboardInterrupt as interrupt:
@@ -213,6 +212,15 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
         sys.exit(130)
     if result is not None:
         print(result)
+
+
+def _is_reported_by_another() -> bool:
+    """Whether the first process of this node finds the same; not where the environment of this one is wrong."""
+    try:
+        check_environment(os.environ)
+    except InputError:
+        return False
+    return int(os.environ.get("LOCAL_RANK", "0")) > 0
 
 
 def _exit_with(error: Exception) -> NoReturn:
@@ -274,30 +282,28 @@ def run_tool(
     argv: Sequence[str] | None = None,
     positional: str | None = None,
     joins: bool = False,
-    files: Loaded | None = None,
-    files_first: bool = False,
+    check: Loaded | None = None,
 ) -> None:
     """Parse the command line, call `main(config)` and keep the contract of exit statuses.
 
     `positional`: the option that words before any option belong to. `joins`: the tool joins the processes that a launcher
-    has started, unless it is told `check_only`. `files`, `files_first`: see `read_arguments`; first is for a `main` that
-    takes seconds to import, and would refuse the same.
+    has started, unless it is told `check_only`. `check`: raises InputError for what is wrong with the files that a
+    configuration names, before `main` is imported; it imports no torch, and gets a configuration with whatever is wrong with
+    it (see config/partial.py), so that everything is named at once.
     """
 
     def call() -> Any:
         words = list(sys.argv[1:] if argv is None else argv)
         if positional and words and is_value(words[0]):
             words.insert(0, f"--{positional}")
-        config = read_arguments(load(config_class), words, description, files, files_first)
-        if joins and not getattr(config, "check_only", False):
-            check_rendezvous(os.environ)
+        config = read_arguments(load(config_class), words, description, start_check(check, joins))
         return load(main)(config)
 
     exit_on_input_error(call)
 
 
-def run_subcommands(commands: Mapping[str, tuple[Loaded, Loaded]], description: str) -> None:
-    """`run_tool` for a tool with several commands: {name: (function, class of its configuration)}."""
+def run_subcommands(commands: Mapping[str, tuple[Loaded, Loaded, Loaded]], description: str) -> None:
+    """`run_tool` for a tool with several commands: {name: (function, class of its configuration, check)}."""
 
     def call() -> Any:
         words = sys.argv[1:]
@@ -307,12 +313,30 @@ def run_subcommands(commands: Mapping[str, tuple[Loaded, Loaded]], description: 
         if not words or words[0] not in commands:
             found = f"command is {shown(words[0])}" if words else "the command is missing"
             raise InputError(f"{found}; expected {', '.join(commands)}")
-        main, config_class = commands[words[0]]
+        main, config_class, check = commands[words[0]]
         kind = load(config_class)
-        config = read_arguments(kind, words[1:], first_line(kind))
+        config = read_arguments(kind, words[1:], first_line(kind), start_check(check))
         return load(main)(config)  # which may import torch
 
     exit_on_input_error(call)
+
+
+def start_check(check: Loaded | None, joins: bool = False) -> Callable[[Any], None]:
+    """The check of a start: what the launcher says, and what `check` (see `run_tool`) says of a configuration."""
+
+    def checked(config: Any) -> None:
+        refusals = Refusals()
+        with refusals.noted():
+            check_environment(os.environ)
+        with refusals.noted():
+            if joins and not getattr(config, "check_only", False):
+                check_rendezvous(os.environ)
+        with refusals.noted():
+            if check is not None:
+                load(check)(config)
+        refusals.raise_any()
+
+    return checked
 
 
 def first_line(kind: type) -> str:
@@ -320,10 +344,10 @@ def first_line(kind: type) -> str:
     return str(kind.__doc__).split("\n", 1)[0]
 
 
-def commands_help(commands: Mapping[str, tuple[Loaded, Loaded]], description: str) -> str:
+def commands_help(commands: Mapping[str, tuple[Loaded, Loaded, Loaded]], description: str) -> str:
     """What --help prints of a tool with several commands."""
     width = max(map(len, commands))
-    lines = [f"{name:<{width}}  {first_line(load(kind))}" for name, (_, kind) in commands.items()]
+    lines = [f"{name:<{width}}  {first_line(load(kind))}" for name, (_, kind, _) in commands.items()]
     tool = os.path.basename(sys.argv[0])
     usage = f"usage: {tool} COMMAND OPTION..., and {tool} COMMAND --help for the options of a command"
     return "\n".join([usage, "", description, "", *(f"  {line}" for line in lines)])

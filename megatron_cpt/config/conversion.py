@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
+
+from megatron_cpt.config.require import Requirements, require
+from megatron_cpt.errors import InputError
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 NewRows = Literal["subtokens", "mean", "zero"]
@@ -36,6 +40,15 @@ class HfToMegatron:
     check_only: bool = False
     """Say what would be written, after everything that can be known to be wrong before, and write nothing."""
 
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need.field(self, "hf", bool, "a folder")
+            need.at_least(self, num_workers=1)
+            need.field(self, "seed", lambda seed: 0 <= seed < 1 << 63, "a whole number from 0 to 2^63 - 1")
+            with need.noted():
+                if self.extend_tokenizer is not None and self.added_tokens is not None:
+                    raise InputError("extend_tokenizer and added_tokens are both given; expected one")
+
 
 @dataclass(frozen=True)
 class MegatronToHf:
@@ -61,6 +74,18 @@ class MegatronToHf:
     check_only: bool = False
     """Say what would be written, after everything that can be known to be wrong before, and write nothing."""
 
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need.at_least(self, num_workers=1)
+            need.field(self, "vocab_size", lambda size: size >= 1, "a whole number above 0")
+            need.field(self, "max_shard_size", is_size, "a size above 0 in KB, MB, GB or TB, such as 5GB")
+
+
+def is_size(written: str) -> bool:
+    """Whether a text is a number of bytes as huggingface_hub reads it, above 0."""
+    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*[KMGT]B\s*", written, re.IGNORECASE)
+    return size is not None and float(size[1]) > 0
+
 
 @dataclass(frozen=True)
 class Verify:
@@ -82,3 +107,11 @@ class Verify:
     """Largest difference between two logits that passes."""
     logits_dtype: Literal["float32", "bfloat16"] = "float32"
     """In which the models are run; a model takes its size in this dtype as memory."""
+
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need.at_least(self, max_tokens=2)
+            need.field(self, "tolerance", lambda most: most >= 0, "a number that is not negative")
+            with need.noted():
+                wanted = "true, or logits true: else there is nothing to compare"
+                require(self.tensors or self.logits, "tensors", "false with logits false", wanted)

@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
+from megatron_cpt.config.partial import partial
 from megatron_cpt.config.values import WRONG, Converter, Given, alternatives, expected, hints_of, nearest
-from megatron_cpt.errors import InputError, InputErrors, Refusals
+from megatron_cpt.errors import FieldError, InputError, Refusals
 from megatron_cpt.input_files import load_yaml
 
 Config = TypeVar("Config")
@@ -24,8 +25,10 @@ class ConfigReader:
     Everything that is wrong with them is collected, for `config` to raise at once.
     """
 
-    def __init__(self, config_class: type) -> None:
+    def __init__(self, config_class: type, where: str = "") -> None:
+        """`where`: begins messages about what is not given at all, as that of the one file that should have it."""
         self.given = Given(config_class)
+        self.where = where
         self.refusals = Refusals()
         self._all_read = True
         self._origin: dict[str, str] = {}  # dotted name -> "FILE: " that gave it, "" for an option
@@ -51,24 +54,12 @@ class ConfigReader:
         self._origin[name] = ""
 
     def config(self) -> Any:
-        """The configuration.
-
-        Raises:
-            InputError: something in files or options is wrong or missing
-        """
-        if not self._all_read:  # what is missing may be in the file that cannot be read
-            self.refusals.raise_any()
-        config = self._build(self.given, "")
-        self.refusals.raise_any()
-        return config
-
-    def usable(self) -> dict[str, Any]:
-        """What is given and not wrong by itself, by dotted name; no sections."""
-        return dict(_values(self.given, ""))
+        """The configuration. What was refused (see `refusals`) cannot be read in it (see partial.py)."""
+        return self._build(self.given, "")
 
     @contextlib.contextmanager
     def located(self) -> Iterator[None]:
-        """Put the file that gave a setting in front of the messages ("FIELD is VALUE; ...") of a check of `usable` ones."""
+        """Put the file that gave a setting in front of the messages ("FIELD is VALUE; ...") of the block, a check of it."""
         refusals, placed = Refusals(), Refusals()
         with refusals.noted():
             yield
@@ -93,26 +84,36 @@ class ConfigReader:
         return _with_defaults(self.given.kind, self.given)
 
     def _build(self, given: Given, name: str) -> Any:
-        """A section; WRONG where something in it is."""
+        """A section; what is wrong with it is noted, and cannot be read in it."""
         hints = hints_of(given.kind)
         values: dict[str, Any] = {}
         for field in dataclasses.fields(given.kind):
             kind, dotted = hints[field.name], f"{name}.{field.name}".lstrip(".")
             if field.name in given:
                 values[field.name] = self._assemble(given[field.name], dotted)
+            elif not self._all_read:  # it may be in the file that cannot be read
+                values[field.name] = WRONG
             elif _is_required(field) and dataclasses.is_dataclass(kind):
                 values[field.name] = self._build(Given(kind), dotted)  # names what is missing in it
             elif _is_required(field):
-                self.refusals.add(InputError(f"{dotted} is missing; expected {expected(kind, dotted)}"))
                 values[field.name] = WRONG
-        if _has_wrong(list(values.values())):
-            return WRONG
-        try:
-            return given.kind(**values)
-        except InputError as error:
-            for one in error.errors if isinstance(error, InputErrors) else (error,):
-                self.refusals.add(InputError(self._located(str(one), given.kind, name)))
-            return WRONG
+                self.refusals.add(InputError(self.where + f"{dotted} is missing; expected {expected(kind, dotted)}"))
+        return self._checked(given.kind, values, name)
+
+    def _checked(self, kind: type, values: Mapping[str, Any], name: str) -> Any:
+        """A section with these values, after its own checks."""
+        refused, found = {field for field, value in values.items() if value is WRONG}, Refusals()
+        with found.noted():
+            if not refused:
+                return kind(**values)
+            section = partial(kind, values, refused)
+            if hasattr(section, "__post_init__"):
+                section.__post_init__()
+        for error in found.errors:
+            self.refusals.add(InputError(self._located(str(error), kind, name)))
+            if isinstance(error, FieldError):
+                refused.add(error.field)
+        return partial(kind, values, refused & {field.name for field in dataclasses.fields(kind)})
 
     def _assemble(self, value: Any, name: str) -> Any:
         if isinstance(value, Given):
@@ -129,17 +130,7 @@ class ConfigReader:
         field = first[0] if first else ""
         if name and field.split(".")[0] in {field.name for field in dataclasses.fields(kind)}:
             message, field = f"{name}.{message}", f"{name}.{field}"
-        return self._origin.get(re.sub(r"\[\d+\].*", "", field), "") + message
-
-
-def _values(given: Given, name: str) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of all fields that are given and were not refused."""
-    for field, value in given.items():
-        dotted = f"{name}.{field}".lstrip(".")
-        if isinstance(value, Given):
-            yield from _values(value, dotted)
-        elif not _has_wrong(value):
-            yield dotted, value
+        return self._origin.get(re.sub(r"\[\d+\].*", "", field), self.where) + message
 
 
 def config_from(config_class: type[Config], fields: Mapping[Any, Any], where: str) -> Config:
@@ -148,28 +139,11 @@ def config_from(config_class: type[Config], fields: Mapping[Any, Any], where: st
     Raises:
         InputError: naming the file, the field, the value found and the value expected
     """
-    reader = ConfigReader(config_class)
-    reader.fields(fields, f"{where}: ")
+    reader = ConfigReader(config_class, f"{where}: ")
+    reader.fields(fields, reader.where)
     config: Config = reader.config()
+    reader.refusals.raise_any()
     return config
-
-
-def settings_of(config: Any, section: str = "") -> dict[str, Any]:
-    """The settings of a configuration by dotted name, sections in lists as fields, as `ConfigReader.usable` gives them."""
-    settings: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        name, value = f"{section}{field.name}", getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            settings |= settings_of(value, f"{name}.")
-        else:
-            settings[name] = _plain(value)
-    return settings
-
-
-def _has_wrong(value: Any) -> bool:
-    """Whether something in a list, a table or itself was refused."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return value is WRONG or any(map(_has_wrong, parts))
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

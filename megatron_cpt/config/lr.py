@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_cpt.config.require import at_most_one, require_at_least
+from megatron_cpt.config.require import Requirements, at_most_one
 from megatron_cpt.errors import InputError
 
 
@@ -35,8 +35,11 @@ class LrConfig:
 
     def __post_init__(self) -> None:
         amounts = ("iters", "samples", "tokens")
-        require_at_least(self, **{f"{kind}_{unit}": 0 for kind in ("warmup", "wsd_decay") for unit in amounts})
-        at_most_one("lr", self, *(f"warmup_{unit}" for unit in amounts))
-        decay = at_most_one("lr", self, *(f"wsd_decay_{unit}" for unit in amounts))
-        if decay and self.decay_style != "WSD":
-            raise InputError(f"lr.{decay} is given with decay_style {self.decay_style}; it needs WSD")
+        with Requirements() as need:
+            need.at_least(self, **{f"{kind}_{unit}": 0 for kind in ("warmup", "wsd_decay") for unit in amounts})
+            with need.noted():
+                at_most_one("lr", self, *(f"warmup_{unit}" for unit in amounts))
+            with need.noted():
+                decay = at_most_one("lr", self, *(f"wsd_decay_{unit}" for unit in amounts))
+                if decay and self.decay_style != "WSD":
+                    raise InputError(f"lr.{decay} is given with decay_style {self.decay_style}; expected WSD")

@@ -9,6 +9,10 @@ from megatron_cpt.config.require import Requirements
 from megatron_cpt.errors import InputError
 
 RecomputeModule = Literal["core_attn", "mlp", "layernorm"]
+# Which settings need which others
+UNEVEN = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+RECOMPUTED = {"recompute_method": "full", "recompute_num_layers": "full", "recompute_modules": "selective"}
+OVERLAPS = {"tp_comm_overlap": "sequence_parallel", "overlap_param_gather": "overlap_grad_reduce"}
 
 
 @dataclass(frozen=True)
@@ -63,36 +67,41 @@ class ParallelConfig:
                 num_layers_in_first_pipeline_stage=1,
                 num_layers_in_last_pipeline_stage=1,
             )
-            for check in (self._check_stages, self._check_recompute):
+            for name in (*UNEVEN, "virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"):
+                with need.noted():
+                    self._check_pipelined(name)
+            for name, granularity in RECOMPUTED.items():
+                with need.noted():
+                    self._check_recomputed(name, granularity)
+            for name, needed in OVERLAPS.items():
+                with need.noted():
+                    self._check_overlap(name, needed)
+            for check in (self._check_uneven, self._check_sequence):
                 with need.noted():
                     check()
+
+    def _check_sequence(self) -> None:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise InputError("sequence_parallel is true with tensor_model_parallel_size 1; it needs 2 or more")
-        if self.tp_comm_overlap and not self.sequence_parallel:
-            raise InputError("parallel.tp_comm_overlap is true without sequence_parallel, which it needs")
-        if self.overlap_param_gather and not self.overlap_grad_reduce:
-            raise InputError("parallel.overlap_param_gather is true without overlap_grad_reduce, which it needs")
 
-    def _check_stages(self) -> None:
-        uneven = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-        for name in (*uneven, "virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"):
-            if getattr(self, name) is not None and self.pipeline_model_parallel_size == 1:
-                raise InputError(
-                    f"parallel.{name} is {getattr(self, name)} with pipeline_model_parallel_size 1; it needs 2 or more"
-                )
+    def _check_overlap(self, name: str, needed: str) -> None:
+        if getattr(self, name) and not getattr(self, needed):
+            raise InputError(f"parallel.{name} is true without {needed}, which it needs")
+
+    def _check_pipelined(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and self.pipeline_model_parallel_size == 1:
+            raise InputError(f"parallel.{name} is {value} with pipeline_model_parallel_size 1; it needs 2 or more")
+
+    def _check_uneven(self) -> None:
         if self.pipeline_model_parallel_layout is not None:
-            for name in uneven:
+            for name in UNEVEN:
                 if getattr(self, name) is not None:
                     raise InputError(
                         f"parallel.{name} and parallel.pipeline_model_parallel_layout are both given; expected one"
                     )
 
-    def _check_recompute(self) -> None:
-        full = ("recompute_method", "recompute_num_layers")
-        for names, granularity in ((full, "full"), (("recompute_modules",), "selective")):
-            for name in names:
-                if getattr(self, name) is not None and self.recompute_granularity != granularity:
-                    raise InputError(
-                        f"parallel.{name} is {getattr(self, name)} with recompute_granularity {self.recompute_granularity}; "
-                        f"it needs {granularity}"
-                    )
+    def _check_recomputed(self, name: str, granularity: str) -> None:
+        value, found = getattr(self, name), self.recompute_granularity
+        if value is not None and found != granularity:
+            raise InputError(f"parallel.{name} is {value} with recompute_granularity {found}; it needs {granularity}")

@@ -7,6 +7,7 @@ the number of processes is checked in `training/checks.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,13 +42,12 @@ class OptimizerConfig:
         with Requirements() as need:
             need.at_least(self, min_lr=0, weight_decay=0, clip_grad=0)
             for name in ("lr", "adam_eps"):
-                value = getattr(self, name)
-                need(0 < value < float("inf"), f"optimizer.{name}", value, "a number above 0")
+                need.field(self, name, lambda value: 0 < value < math.inf, "a number above 0")
             for name in ("adam_beta1", "adam_beta2"):
-                value = getattr(self, name)
-                need(0 <= value < 1, f"optimizer.{name}", value, "a number from 0 to below 1")
-        if self.min_lr > self.lr:
-            raise InputError(f"optimizer.min_lr {self.min_lr} is above optimizer.lr {self.lr}")
+                need.field(self, name, lambda beta: 0 <= beta < 1, "a number from 0 to below 1")
+            with need.noted():
+                if 0 < self.lr < self.min_lr < math.inf:
+                    raise InputError(f"optimizer.min_lr {self.min_lr} is above optimizer.lr {self.lr}")
 
 
 @dataclass(frozen=True)
@@ -88,22 +88,25 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         with Requirements() as need:
-            need(0 <= self.seed < 2**63, "training.seed", self.seed, "0 to 2**63 - 1")
-            with need.noted():
-                self._check_length()
+            need.field(self, "seed", lambda seed: 0 <= seed < 2**63, "0 to 2**63 - 1")
+            need.at_least(self, train_iters=1, train_samples=1, train_tokens=1)
             need.at_least(self, micro_batch_size=1, global_batch_size=1, exit_duration_in_mins=0)
-            is_wide = self.fp8 is not None and self.params_dtype != "bf16"
-            need(not is_wide, "training.params_dtype", self.params_dtype, "bf16 with fp8")
+            for check in (self._check_length, self._check_fp8):
+                with need.noted():
+                    check()
 
     def _check_length(self) -> None:
         if at_most_one("training", self, "train_iters", "train_samples", "train_tokens") is None:
             raise InputError(
                 "the length of the run is not given; expected training.train_iters, train_samples or train_tokens"
             )
-        require_at_least(self, train_iters=1, train_samples=1, train_tokens=1)
-        name, planned = self.planned_length()
-        longer = f"more than training.{name}, {planned}"
-        require(self.extend_to is None or self.extend_to > planned, "training.extend_to", self.extend_to, longer)
+        if self.extend_to is not None:
+            name, planned = self.planned_length()
+            require(self.extend_to > planned, "extend_to", self.extend_to, f"more than training.{name}, {planned}")
+
+    def _check_fp8(self) -> None:
+        is_wide = self.fp8 is not None and self.params_dtype != "bf16"
+        require(not is_wide, "params_dtype", self.params_dtype, "bf16 with fp8")
 
     def planned_length(self) -> tuple[str, int]:
         """The setting that gives the length, and its value."""
@@ -141,7 +144,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         with Requirements() as need:
             need.at_least(self, num_workers=0, prefetch=1)
-            need(self.num_workers <= MOST_THREADS, "data.num_workers", self.num_workers, f"at most {MOST_THREADS}")
+            need.field(self, "num_workers", lambda threads: threads <= MOST_THREADS, f"at most {MOST_THREADS}")
 
 
 @dataclass(frozen=True)
@@ -184,9 +187,11 @@ class CheckpointConfig:
     """Time between these attempts; training goes on."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, save_interval=0, keep_last=1, keep_every=1, save_retries=0, save_retry_seconds=0)
-        if self.keep_every is not None and self.keep_last is None:
-            raise InputError("checkpoint.keep_every is given without keep_last, so every checkpoint is kept anyway")
+        with Requirements() as need:
+            need.at_least(self, save_interval=0, keep_last=1, keep_every=1, save_retries=0, save_retry_seconds=0)
+            with need.noted():
+                if self.keep_last is None and self.keep_every is not None:
+                    raise InputError("checkpoint.keep_every is given without keep_last, so every checkpoint is kept anyway")
 
 
 @dataclass(frozen=True)
@@ -214,11 +219,9 @@ class TroubleConfig:
         with Requirements() as need:
             need.at_least(self, max_skipped_steps=0, spike_window=2, check_weights_interval=0)
             # Processes tell each other twice a second that they live.
-            seconds = self.heartbeat_seconds
-            need(seconds == 0 or seconds >= 2, "trouble.heartbeat_seconds", seconds, "2 or more, or 0")
+            need.field(self, "heartbeat_seconds", lambda seconds: seconds == 0 or seconds >= 2, "2 or more, or 0")
             for name in ("spike_sigmas", "spike_grad_norm"):
-                value = getattr(self, name)
-                need(value is None or value > 0, f"trouble.{name}", value, "a number above 0")
+                need.field(self, name, lambda value: value > 0, "a number above 0")
 
 
 @dataclass(frozen=True)
@@ -249,8 +252,11 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         with Requirements() as need:
             need.at_least(self, log_interval=1, profile_step_start=1, profile_step_end=1)
-            peak = self.peak_tflops
-            need(peak is None or peak > 0, "logging.peak_tflops", peak, "a number above 0")
+            need.field(self, "peak_tflops", lambda peak: peak > 0, "a number above 0")
+            with need.noted():
+                self._check_profile()
+
+    def _check_profile(self) -> None:
         start, end = self.profile_step_start, self.profile_step_end
         if end is not None and (start is None or end < start):
             raise InputError(
@@ -291,10 +297,12 @@ class RunConfig:
     world_size: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.world_size is None or self.world_size > 0, "world_size", self.world_size, "1 or more")
-        dtype = self.training.params_dtype
-        fits = dtype == "bf16" or not self.parallel.grad_reduce_in_bf16
-        require(fits, "training.params_dtype", dtype, "bf16 with parallel.grad_reduce_in_bf16")
+        with Requirements() as need:
+            need.at_least(self, world_size=1)
+            with need.noted():
+                dtype, sums = self.training.params_dtype, self.parallel.grad_reduce_in_bf16
+                wanted = "bf16 with parallel.grad_reduce_in_bf16"
+                require(dtype == "bf16" or not sums, "training.params_dtype", dtype, wanted)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, for YAML and JSON."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.input_files import amount, number, parse_yaml, plain_number, shown, text_of
 
 LARGEST = 2**63 - 1  # whole number
@@ -30,7 +30,13 @@ class Given(dict[str, Any]):
 
 
 class _Wrong:
-    """Stands for a value that was refused."""
+    """Stands for a value that was refused, also within lists and tables. Whoever makes use of it gets RefusedValueError."""
+
+    def _use(self, *_: Any) -> Any:
+        raise RefusedValueError
+
+    __bool__ = __hash__ = __repr__ = __str__ = __len__ = __iter__ = __fspath__ = __getattr__ = _use
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = _use
 
 
 WRONG = _Wrong()

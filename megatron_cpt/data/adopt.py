@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.data.encoding import count_languages
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.inspection import check
@@ -30,13 +31,13 @@ from megatron_cpt.data.manifest import (
     versions,
     write_manifest,
 )
-from megatron_cpt.data.merge import find_prefixes
+from megatron_cpt.data.merge import find_some
 from megatron_cpt.data.progress import meter, rates
 from megatron_cpt.data.sources import printable, sha256_file
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.language_codes import check_language
 from megatron_cpt.screen import counted
-from megatron_cpt.tokenizer import load_tokenizer
+from megatron_cpt.tokenizer import load_tokenizer, tokenizer_file
 from megatron_cpt.tokenizer.base import Tokenizer
 
 CHUNK = 1 << 22  # tokens looked at at a time
@@ -60,9 +61,11 @@ class AdoptConfig:
     """Replace a manifest that is there."""
 
     def __post_init__(self) -> None:
-        if not self.language:
-            raise InputError("language is empty; expected a value")
-        check_language(self.language)
+        with Requirements() as need:
+            need.field(self, "input", bool, "one corpus or more")
+            with need.noted():
+                require(self.language != "", "language", "empty", "a value")
+                check_language(self.language)
 
 
 def adopt_corpora(config: AdoptConfig) -> str:
@@ -71,16 +74,34 @@ def adopt_corpora(config: AdoptConfig) -> str:
     InputError, before anything is written: no corpus there, a manifest that is there, an index of several sequences a
     document, damaged files, ids outside of the vocabulary, an end-of-document token after some documents only.
     """
-    prefixes = find_prefixes([config.input] if isinstance(config.input, str) else config.input)
-    for prefix in prefixes:
-        if manifest_path(prefix).exists() and not config.overwrite:
-            raise InputError(f"{manifest_path(prefix)}: there is a manifest already; expected none, or overwrite")
-    tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
+    prefixes, tokenizer = check_files(config)
     facts = TokenizerInfo.of(config.tokenizer, tokenizer)
     manifests = {prefix: adopt(IndexedCorpus(prefix), tokenizer, facts, config.language) for prefix in prefixes}
     for prefix, manifest in manifests.items():
         write_manifest(manifest_path(prefix), manifest)
     return "\n".join(str(manifest_path(prefix)) for prefix in prefixes)
+
+
+def check_files(config: AdoptConfig) -> tuple[list[str], Tokenizer]:
+    """The corpora and the tokenizer that a configuration names.
+
+    Raises:
+        InputError: one is missing, damaged, or has a manifest; InputErrors: several are
+    """
+    refusals, prefixes = Refusals(), list[str]()
+    with refusals.noted():
+        prefixes = find_some([config.input] if isinstance(config.input, str) else config.input, refusals)
+    for prefix in prefixes:
+        with refusals.noted():
+            if manifest_path(prefix).exists() and not config.overwrite:
+                raise InputError(f"{manifest_path(prefix)}: there is a manifest already; expected none, or overwrite")
+        with refusals.noted():
+            IndexedCorpus(prefix)
+    with refusals.noted():
+        tokenizer_file(config.tokenizer)  # whatever is wrong with eos_token
+        tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
+    refusals.raise_any()
+    return prefixes, tokenizer
 
 
 def adopt(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerInfo, language: str) -> CorpusManifest:

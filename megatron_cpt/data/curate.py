@@ -25,11 +25,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_cpt.config.require import Requirements, require
+from megatron_cpt.data import curation_languages as languages
 from megatron_cpt.data import curation_report
 from megatron_cpt.data.curation_languages import FILTERS
 from megatron_cpt.data.preprocess_config import available_cores
 from megatron_cpt.data.sources import Source, find_sources, note_passed_over
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.errors import InputError, RefusedValueError
+from megatron_cpt.input_files import why_unreadable, why_unwritable
 from megatron_cpt.locking import open_lock
 
 # How it runs, not what comes out: these may change when a curation is continued.
@@ -127,42 +130,50 @@ class CurateConfig:
     """Delete the curation in OUTPUT_FOLDER, finished or not, and begin again."""
 
     def __post_init__(self) -> None:
-        for name in ("input", "keep_languages", "keep_fields", "filters"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, [value] if isinstance(value, str) else list(dict.fromkeys(value)))
+        with Requirements() as need:
+            for name in ("input", "keep_languages", "keep_fields", "filters"):
+                with need.noted():
+                    value = getattr(self, name)
+                    object.__setattr__(self, name, [value] if isinstance(value, str) else list(dict.fromkeys(value)))
+            for name in ("input", "output_folder", "keep_languages", "text_key"):
+                with need.noted():
+                    require(getattr(self, name) not in ("", [], [""]), name, "empty", "a value")
+            counts = (
+                "workers",
+                "minhash_ngrams",
+                "minhash_buckets",
+                "minhash_hashes_per_bucket",
+                "minhash_tasks_per_bucket",
+            )
+            for name in (*counts, "tasks"):
+                need.field(self, name, lambda number: number >= 1, "at least 1")
+            need.field(self, "language_threshold", lambda score: 0 <= score <= 1, "0 to 1")
+            for check in (self._choose_filters, self._check_model, self._check_executor):
+                with need.noted():
+                    check()
+
+    def _choose_filters(self) -> None:
         if self.filters in (["default"], ["none"]):
             chosen = [name for name in FILTERS if name != "c4_quality"] if self.filters == ["default"] else []
             object.__setattr__(self, "filters", chosen)
-        _check_settings(self)
+        if unknown := sorted(set(self.filters) - set(FILTERS)):
+            known = ", ".join(FILTERS)
+            raise InputError(f"filters is {', '.join(unknown)}; expected default, none, or any of {known}")
 
+    def _check_model(self) -> None:
+        identifier = self.language_identifier
+        if identifier == "glotlid" and not self.language_model:
+            raise InputError(
+                "language_model is empty with language_identifier glotlid; expected the path of GlotLID's model.bin"
+            )
+        if self.language_model and identifier not in ("fasttext", "glotlid"):
+            raise InputError(f"language_identifier is {identifier} with a language_model; expected fasttext or glotlid")
 
-def _check_settings(config: CurateConfig) -> None:
-    refusals = Refusals()
-    for name in ("input", "output_folder", "keep_languages", "text_key"):
-        if getattr(config, name) in ("", [], [""]):
-            refusals.add(InputError(f"{name} is empty; expected a value"))
-    if unknown := sorted(set(config.filters) - set(FILTERS)):
-        refusals.add(
-            InputError(f"filters: found {', '.join(unknown)}; expected default, none, or any of {', '.join(FILTERS)}")
-        )
-    if (config.language_identifier == "glotlid") > bool(config.language_model):
-        refusals.add(
-            InputError("language_model is empty with language_identifier glotlid; expected the path of GlotLID's model.bin")
-        )
-    if config.language_model and config.language_identifier not in ("fasttext", "glotlid"):
-        identifier = config.language_identifier
-        refusals.add(InputError(f"language_identifier is {identifier} with a language_model; expected fasttext or glotlid"))
-    if config.language_threshold is not None and not 0 <= config.language_threshold <= 1:
-        refusals.add(InputError(f"language_threshold is {config.language_threshold}; expected 0 to 1"))
-    counts = ("workers", "minhash_ngrams", "minhash_buckets", "minhash_hashes_per_bucket", "minhash_tasks_per_bucket")
-    for name in (*counts, *(("tasks",) if config.tasks is not None else ())):
-        if getattr(config, name) < 1:
-            refusals.add(InputError(f"{name} is {getattr(config, name)}; expected at least 1"))
-    if config.executor == "slurm" and not config.slurm.partition:
-        refusals.add(InputError("slurm.partition is empty; expected the name of a partition"))
-    if config.dry_run and config.executor != "slurm":
-        refusals.add(InputError("dry_run is true with executor local; expected executor slurm"))
-    refusals.raise_any()
+    def _check_executor(self) -> None:
+        if self.dry_run and self.executor != "slurm":
+            raise InputError("dry_run is true with executor local; expected executor slurm")
+        if self.executor == "slurm" and not self.slurm.partition:
+            raise InputError("slurm.partition is empty; expected the name of a partition")
 
 
 def curate(config: CurateConfig) -> str:
@@ -172,9 +183,9 @@ def curate(config: CurateConfig) -> str:
     something else or is being written by another run, or nothing left at the end. A curation that was stopped goes on after
     its last complete task. With `executor: slurm` the jobs are submitted and the last of them completes the folder.
     """
-    sources = find_input(config)
-    if importlib.util.find_spec("datatrove") is None:
-        raise InputError("datatrove is not installed; expected: pip install 'megatron-cpt[curate]'")
+    sources, passed_over = find_input(config)
+    note_passed_over(passed_over)
+    check_installed()
     from megatron_cpt.data import curation_executors, curation_jobs
 
     folder = Path(config.output_folder).expanduser().absolute()
@@ -196,17 +207,77 @@ def curate(config: CurateConfig) -> str:
     return str(folder)
 
 
-def find_input(config: CurateConfig) -> list[Source]:
-    """The input files. InputError: none, or one inside the output folder."""
+def check_files(config: CurateConfig) -> None:
+    """Check the input, models, thresholds and the output that a configuration names, whatever is wrong with it.
+
+    Raises:
+        InputError: something is wrong with one of them; InputErrors: with several
+    """
+    with Requirements() as need:
+        for check in (check_input, check_output):
+            with need.noted():
+                check(config)
+        with need.noted():
+            check_installed()
+        with need.noted():
+            if config.language_model is not None:
+                why = why_unreadable(os.path.expanduser(config.language_model))
+                need(why is None, "language_model", config.language_model or "''", f"a fastText model ({why})")
+        if importlib.util.find_spec("datatrove") is not None:
+            with need.noted():
+                check_of_languages(config)
+
+
+def check_input(config: CurateConfig) -> None:
+    """Raise InputError unless there are files to read, and none lies in the output folder."""
+    try:
+        find_input(config)
+    except RefusedValueError:  # the name of the output folder; whether the files are there is known all the same
+        find_sources(list(config.input))
+
+
+def check_output(config: CurateConfig) -> None:
+    """Raise InputError unless the output folder holds a curation or nothing, and can be written to."""
+    folder = Path(config.output_folder).expanduser().absolute()
+    why = why_unwritable(str(folder))
+    require(why is None, "output_folder", config.output_folder, f"a folder to write to, or a name for a new one ({why})")
+    if not (folder / ".curation" / "config.json").exists():
+        refuse_others(folder)
+
+
+def check_installed() -> None:
+    """Raise InputError unless datatrove is there."""
+    if importlib.util.find_spec("datatrove") is None:
+        raise InputError("datatrove is not installed; expected: pip install 'megatron-cpt[curate]'")
+
+
+def check_of_languages(config: CurateConfig) -> None:
+    """Raise InputError for languages that cannot be told or split into words, and for thresholds that no filter has."""
+    with Requirements() as need:
+        with need.noted():
+            for language in config.keep_languages:
+                with need.noted():
+                    languages.check_languages([language], config.language_identifier)
+                with need.noted():
+                    if config.fineweb2_configs:
+                        languages.fineweb2_arguments(config.fineweb2_configs, language)
+        with need.noted():
+            if config.filter_arguments:
+                from megatron_cpt.data.curation_jobs import check_filter_arguments
+
+                check_filter_arguments(config)
+
+
+def find_input(config: CurateConfig) -> tuple[list[Source], list[str]]:
+    """The input files, and those of unknown kind in folders. InputError: none, or one inside the output folder."""
     sources, passed_over = find_sources(list(config.input))
-    note_passed_over(passed_over)
     folder = os.path.realpath(os.path.expanduser(config.output_folder))
     for source in sources:
         if source.is_local and os.path.realpath(source.url).startswith(folder + os.sep):
             raise InputError(
                 f"input {source.url} lies in output_folder {folder}; expected a folder of its own for the output"
             )
-    return sources
+    return sources, passed_over
 
 
 def identity(config: CurateConfig, sources: list[Source]) -> dict[str, Any]:
@@ -233,12 +304,17 @@ def prepare_folder(folder: Path, wanted: dict[str, Any], overwrite: bool) -> Non
                 held = f"holds a curation with {name} {there}; expected {now}"
                 raise InputError(f"output_folder {folder}: {held}; give another folder or overwrite")
         return
-    if folder.exists() and (inside := sorted(path.name for path in folder.iterdir() if path != root)):
+    refuse_others(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    curation_report.write_json(root / "config.json", wanted)
+
+
+def refuse_others(folder: Path) -> None:
+    """Raise InputError if there is something in an output folder that holds no curation."""
+    if folder.exists() and (inside := sorted(path.name for path in folder.iterdir() if path.name != ".curation")):
         raise InputError(
             f"output_folder {folder}: found {inside[0]}, which no curation wrote; expected a new or empty folder"
         )
-    root.mkdir(parents=True, exist_ok=True)
-    curation_report.write_json(root / "config.json", wanted)
 
 
 def _short(value: Any) -> str:

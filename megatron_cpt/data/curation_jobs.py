@@ -29,6 +29,7 @@ from datatrove.pipeline.filters import (
 )
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 
+from megatron_cpt.config.require import Requirements
 from megatron_cpt.data import curation_languages as languages
 from megatron_cpt.data import curation_steps as steps
 from megatron_cpt.data.curation_origins import number_of_tasks
@@ -179,17 +180,27 @@ def _dropped(config: CurateConfig, root: Path, name: str) -> JsonlWriter | None:
 
 def filter_arguments(config: CurateConfig, language: str) -> languages.Arguments:
     """{filter: its arguments} of the filters switched on: defaults, then those given for all, then the language's own."""
+    check_filter_arguments(config)
     given = config.filter_arguments
-    if unknown := sorted(given.keys() - {"all", *config.keep_languages}):
-        raise InputError(f"filter_arguments: found {unknown[0]!r}; expected all, {', '.join(config.keep_languages)}")
     base = languages.default_arguments(language)
     if config.fineweb2_configs:
         base = languages.fineweb2_arguments(config.fineweb2_configs, language)
     own = languages.merged(given.get("all", {}), given.get(language, {}))
-    for name, arguments in own.items():
-        _check_arguments(name, arguments)
     everything = languages.merged(base, own)
     return {name: everything.get(name, {}) for name in languages.FILTERS if name in config.filters}
+
+
+def check_filter_arguments(config: CurateConfig) -> None:
+    """InputError for a language, filter or argument that is not there, or a value of another kind than the default."""
+    with Requirements() as need:
+        with need.noted():
+            for language in sorted(config.filter_arguments.keys() - {"all", *config.keep_languages}):
+                known = f"all, {', '.join(config.keep_languages)}"
+                need.add(InputError(f"filter_arguments: found {language!r}; expected {known}"))
+        for filters in config.filter_arguments.values():
+            for name, arguments in filters.items():
+                with need.noted():
+                    _check_arguments(name, arguments)
 
 
 def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
@@ -198,9 +209,11 @@ def _check_arguments(name: str, arguments: dict[str, Any]) -> None:
         raise InputError(f"filter_arguments: found {name!r}; expected a filter: {', '.join(FILTER_CLASSES)}")
     parameters = inspect.signature(FILTER_CLASSES[name].__init__).parameters
     allowed = {key: p.default for key, p in parameters.items() if key not in ("self", "exclusion_writer", "language")}
-    for key, value in arguments.items():
-        if key not in allowed:
-            raise InputError(f"filter_arguments: {name} has no {key!r}; expected any of {', '.join(allowed)}")
-        number = isinstance(allowed[key], int | float) and not isinstance(allowed[key], bool)
-        if number and (isinstance(value, bool) or not isinstance(value, int | float | None)):
-            raise InputError(f"filter_arguments: {name}.{key} is {value!r}; expected a number")
+    with Requirements() as need:
+        for key, value in arguments.items():
+            with need.noted():
+                if key not in allowed:
+                    raise InputError(f"filter_arguments: {name} has no {key!r}; expected any of {', '.join(allowed)}")
+                number = isinstance(allowed[key], int | float) and not isinstance(allowed[key], bool)
+                if number and (isinstance(value, bool) or not isinstance(value, int | float | None)):
+                    raise InputError(f"filter_arguments: {name}.{key} is {value!r}; expected a number")

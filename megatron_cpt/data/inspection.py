@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_cpt.config.require import Requirements
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.manifest import CorpusManifest, manifest_path, read_manifest
 from megatron_cpt.data.merge import find_prefixes
+from megatron_cpt.data.mixture_file import load_mixture
 from megatron_cpt.data.mixture_inspection import MixtureQuestions, inspect_mixture
 from megatron_cpt.data.sources import sha256_file
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.screen import counted, wide_console
 from megatron_cpt.tokenizer import load_tokenizer
 
@@ -49,26 +51,20 @@ class InspectConfig:
     """Of a mixture: look for documents of validation sets that are in training corpora too."""
 
     def __post_init__(self) -> None:
-        bounds = {"samples": 0, "run_samples": 1, "global_batch_size": 1}
-        for name, least in bounds.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}; expected {least} or more")
-            if value is not None and value > MOST:
-                raise InputError(f"{name} is {value}; expected at most 2**40")
+        with Requirements() as need:
+            need.at_least(self, samples=0, run_samples=1, global_batch_size=1)
+            for name in ("samples", "run_samples", "global_batch_size"):
+                need.field(self, name, lambda value: value <= MOST, "at most 2**40")
 
 
 def inspect_data(config: InspectConfig) -> None:
     """Print what was asked for. InputError: no corpus there, a document that is not there, or a check that fails."""
-    inputs = [config.input] if isinstance(config.input, str) else config.input
+    inputs = _inputs(config)
     console = wide_console(sys.stdout, markup=False, highlight=False)
-    if any(path.endswith((".yaml", ".yml")) for path in inputs):
+    if _has_mixture(inputs):
         inspect_mixture(_questions(config, inputs), console)
         return
-    if config.samples or config.overlap or config.at not in ([], ()):
-        raise InputError(
-            f"input {', '.join(inputs)}: samples, at and overlap are for a mixture file (.yaml), not for corpora"
-        )
+    _refuse_questions(config, inputs)
     prefixes = find_prefixes(inputs)
     documents = [config.document] if isinstance(config.document, int) else config.document
     corpora = [(IndexedCorpus(prefix), _manifest_of(prefix)) for prefix in prefixes]
@@ -86,6 +82,52 @@ def inspect_data(config: InspectConfig) -> None:
         console.print(describe(*corpora[0]))
     else:
         console.print(compare(corpora))
+
+
+def check_files(config: InspectConfig) -> None:
+    """Check what a configuration names, and that what is asked can be asked of it, whatever is wrong with it.
+
+    Raises:
+        InputError: something cannot be read; InputErrors: several things
+    """
+    refusals = Refusals()
+    with refusals.noted():
+        inputs = _inputs(config)
+        with refusals.noted():
+            (_questions if _has_mixture(inputs) else _refuse_questions)(config, inputs)
+        for path in inputs:
+            with refusals.noted():
+                load_mixture(path) if _has_mixture([path]) else _check_corpora(path)
+    with refusals.noted():
+        if config.tokenizer is not None:
+            load_tokenizer(config.tokenizer)
+    refusals.raise_any()
+
+
+def _inputs(config: InspectConfig) -> list[str]:
+    return [config.input] if isinstance(config.input, str) else config.input
+
+
+def _has_mixture(inputs: Sequence[str]) -> bool:
+    return any(path.endswith((".yaml", ".yml")) for path in inputs)
+
+
+def _check_corpora(pattern: str) -> None:
+    """InputError unless there are corpora, with manifests that can be read where there are any."""
+    refusals = Refusals()
+    for prefix in find_prefixes([pattern]):
+        for read in (IndexedCorpus, _manifest_of):
+            with refusals.noted():
+                read(prefix)
+    refusals.raise_any()
+
+
+def _refuse_questions(config: InspectConfig, inputs: Sequence[str]) -> None:
+    """InputError for what can be asked of a mixture only."""
+    if config.overlap or config.at not in ([], ()) or config.samples:
+        raise InputError(
+            f"input {', '.join(inputs)}: samples, at and overlap are for a mixture file (.yaml), not for corpora"
+        )
 
 
 def _questions(config: InspectConfig, inputs: Sequence[str]) -> MixtureQuestions:

@@ -20,15 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_cpt.config.require import Requirements
 from megatron_cpt.data.holdout import RECORD
 from megatron_cpt.data.indexed import IndexedCorpus
 from megatron_cpt.data.manifest import CorpusManifest, SourceInfo, read_manifest, size_of
 from megatron_cpt.data.partial import lock, partial_folder, read_state, writing
 from megatron_cpt.data.preprocess import interruptible
 from megatron_cpt.data.progress import Meter, meter, rates
-from megatron_cpt.data.publish import check_output, complete, publish
+from megatron_cpt.data.publish import check_output, check_output_folder, complete, publish
 from megatron_cpt.data.sources import parse_partition, printable, sha256_file
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.screen import counted
 
 COPY_BYTES = 8 << 20
@@ -51,10 +52,10 @@ class MergeConfig:
     """Replace an existing corpus of this name."""
 
     def __post_init__(self) -> None:
-        if not os.path.basename(self.output_prefix):
-            raise InputError(f"output_prefix is {self.output_prefix!r}; expected a name, as in data/zh")
-        if self.shuffle_documents is not None and not 0 <= self.shuffle_documents < 2**64:
-            raise InputError(f"shuffle_documents is {self.shuffle_documents}; expected a seed from 0 to 2^64 - 1")
+        with Requirements() as need:
+            need.field(self, "input", bool, "one corpus or more")
+            need.field(self, "output_prefix", os.path.basename, "a name, as in data/zh")
+            need.field(self, "shuffle_documents", lambda seed: 0 <= seed < 2**64, "a seed from 0 to 2^64 - 1")
 
 
 def merge_datasets(config: MergeConfig) -> str:
@@ -64,16 +65,12 @@ def merge_datasets(config: MergeConfig) -> str:
     that exists. After an error there is no new corpus, and an old one is as it was.
     """
     began, prefix = time.monotonic(), os.path.expanduser(config.output_prefix)
-    prefixes = find_prefixes([config.input] if isinstance(config.input, str) else config.input, prefix)
-    if os.path.realpath(prefix) in map(os.path.realpath, prefixes):
-        raise InputError(f"output_prefix {prefix} is one of the inputs; expected another name")
-    manifests = [read_manifest(name) for name in prefixes]
-    _check(prefixes, manifests)
+    prefixes, manifests = check_files(config)
     for note in _repeated(prefixes, manifests):
         print(note, file=sys.stderr)
     holdout = _asked(manifests[0])
-    check_output(prefix, config.overwrite, holdout is not None)
     folder = partial_folder(prefix)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder), interruptible(), writing(folder):
         if read_state(folder) is not None:
             raise InputError(f"{folder}: an unfinished preprocessing of that name; finish it or remove it first")
@@ -99,6 +96,42 @@ def merge_datasets(config: MergeConfig) -> str:
     return path
 
 
+def check_files(config: MergeConfig) -> tuple[list[str], list[CorpusManifest]]:
+    """The corpora to join and their manifests, when all go together and the output can be written.
+
+    Raises:
+        InputError: something is wrong with one of them; InputErrors: with several
+    """
+    refusals, prefixes, manifests = Refusals(), list[str](), list[CorpusManifest]()
+    with refusals.noted():
+        prefixes = find_some([config.input] if isinstance(config.input, str) else config.input, refusals, _output(config))
+    all_found = not refusals.errors
+    with refusals.noted():
+        if os.path.realpath(os.path.expanduser(config.output_prefix)) in map(os.path.realpath, prefixes):
+            raise InputError(f"output_prefix {config.output_prefix} is one of the inputs; expected another name")
+    for prefix in prefixes:
+        with refusals.noted():
+            manifests.append(read_manifest(prefix))
+    with refusals.noted():
+        if all_found and prefixes and len(manifests) == len(prefixes):
+            _check(prefixes, manifests)
+    with refusals.noted():
+        check_output_folder(os.path.expanduser(config.output_prefix))
+    with refusals.noted():
+        holds_out = bool(manifests) and _asked(manifests[0]) is not None
+        check_output(os.path.expanduser(config.output_prefix), config.overwrite, holds_out)
+    refusals.raise_any()
+    return prefixes, manifests
+
+
+def _output(config: MergeConfig) -> str | None:
+    """The name of what is to be written, as far as it is known."""
+    try:
+        return os.path.expanduser(config.output_prefix)
+    except RefusedValueError:
+        return None
+
+
 def _summary(prefixes: Sequence[str], merged: Sequence[CorpusManifest], seconds: float) -> str:
     """The last line on the screen; `merged`: the corpus, and what was held out of it."""
     size, documents, tokens = (
@@ -120,6 +153,14 @@ def find_prefixes(patterns: Sequence[str], output: str | None = None) -> list[st
 
     `output`: what is to be written; its name as an input means its partitions, also when it exists from before.
     """
+    refusals = Refusals()
+    found = find_some(patterns, refusals, output)
+    refusals.raise_any()
+    return found
+
+
+def find_some(patterns: Sequence[str], refusals: Refusals, output: str | None = None) -> list[str]:
+    """As `find_prefixes`; what cannot be found is noted."""
     found: dict[str, str] = {}
     for pattern in patterns:
         stem = SUFFIX.sub("", os.path.expanduser(pattern))
@@ -130,7 +171,8 @@ def find_prefixes(patterns: Sequence[str], output: str | None = None) -> list[st
         else:
             matches = [SUFFIX.sub("", match) for match in partitions or sorted(glob.glob(stem + ".idx"))]
         if not matches:
-            raise InputError(f"input {pattern}: found no corpus; expected a path such that PATH.idx exists, or a glob")
+            wanted = "expected a path such that PATH.idx exists, or a glob"
+            refusals.add(InputError(f"input {pattern}: found no corpus; {wanted}"))
         for match in matches:
             found.setdefault(os.path.realpath(match), match)
     return list(found.values())

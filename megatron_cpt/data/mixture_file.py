@@ -26,7 +26,7 @@ validation:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -45,13 +45,13 @@ TOKENS = "a number of tokens above 0, as 2_000_000_000 or 2B"
 STAGE_FIELDS = {"name", "tokens", "fraction", "almr", *GROUPS}
 
 
-def load_mixture(path: str) -> Mixture:
-    """Read and check a mixture file, opening every corpus it names.
+def load_mixture(path: str, instead: Mapping[str, Any] | None = None) -> Mixture:
+    """Read and check a mixture file, opening every corpus it names; `instead`: fields in place of its own.
 
     Raises:
         InputError: naming the file, the field, the value found and the value expected; InputErrors: several of them
     """
-    fields, refusals = read_mixture_fields(path), Refusals()
+    fields, refusals = read_mixture_fields(path) | dict(instead or {}), Refusals()
     reader = _Reader(path, refusals)
     with refusals.noted():
         _refuse_unknown(path, "", fields, {"seq_length", "seed", "almr", "stages", "validation", *GROUPS})

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
 from functools import partial as partial_
@@ -30,14 +30,14 @@ from megatron_cpt.data.manifest import CorpusManifest, SourceInfo, TokenizerInfo
 from megatron_cpt.data.partial import PartialCorpus, discard, lock, open_partial, partial_folder, read_state, writing
 from megatron_cpt.data.preprocess_config import PreprocessConfig
 from megatron_cpt.data.progress import Meter, meter, rates
-from megatron_cpt.data.publish import check_output, complete, is_output, publish
+from megatron_cpt.data.publish import check_output, check_output_folder, complete, is_output, publish
 from megatron_cpt.data.reading import UNIT_BYTES, records_before, sources_beginning_in, units
 from megatron_cpt.data.sources import Source, check_unchanged, find_sources, note_passed_over, parse_partition, printable
 from megatron_cpt.data.workers import ordered_map
-from megatron_cpt.errors import InputError, ProcessDiedError, Refusals
+from megatron_cpt.errors import InputError, ProcessDiedError, Refusals, RefusedValueError
 from megatron_cpt.interrupting import interruptible
 from megatron_cpt.screen import counted
-from megatron_cpt.tokenizer import load_tokenizer
+from megatron_cpt.tokenizer import load_tokenizer, tokenizer_file
 from megatron_cpt.tokenizer.fast import FailedError, FastTokenizer, NotSupportedError
 
 FAST_FROM_BYTES = 8 << 20
@@ -55,18 +55,12 @@ def preprocess(config: PreprocessConfig) -> str:
     waits in PREFIX.partial for the same command to be given again.
     """
     prefix = config.prefix
-    patterns = [config.input] if isinstance(config.input, str) else config.input
-    refusals = Refusals()
-    with refusals.noted():
-        sources, passed_over = find_sources(patterns, config.file_format, partial_(is_output, config.prefix_of_all))
-    with refusals.noted():
-        check_output(prefix, config.overwrite, config.holdout is not None and config.partition is None)
-    if refusals.errors:  # else it is loaded when it is needed
-        with refusals.noted():
-            load_tokenizer(config.tokenizer, config.eos_token)
-    refusals.raise_any()
+    sources, passed_over = sources_of(config)
+    _check_folder(config)
+    _check_output(config)
     note_passed_over(passed_over)
     folder = partial_folder(prefix)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with lock(folder), interruptible(), one_thread_per_process(), writing(folder):
         try:
             return _preprocess(config, sources, folder, config.fast_tokenizer)
@@ -81,16 +75,45 @@ def preprocess(config: PreprocessConfig) -> str:
             raise KeyboardInterrupt(f"{prefix} is unfinished{kept}") from None
 
 
-def check_files(settings: Mapping[str, Any]) -> None:
-    """Check the input and the tokenizer that settings of a PreprocessConfig name. InputError: what is wrong with them."""
+def check_files(config: PreprocessConfig) -> None:
+    """Check the input, the tokenizer and the output that a configuration names, whatever is wrong with it.
+
+    Raises:
+        InputError: what is wrong with them
+    """
     refusals = Refusals()
-    patterns = settings.get("input", [])
-    with refusals.noted():
-        find_sources([patterns] if isinstance(patterns, str) else patterns, settings.get("file_format", "auto"))
-    with refusals.noted():
-        if "tokenizer" in settings:
-            load_tokenizer(settings["tokenizer"], settings.get("eos_token"))
+    for check in (check_input, _check_folder, _check_output, check_tokenizer):
+        with refusals.noted():
+            check(config)
     refusals.raise_any()
+
+
+def check_input(config: PreprocessConfig) -> None:
+    """Raise InputError unless there are files to read, and none is an output."""
+    try:
+        sources_of(config)
+    except RefusedValueError:  # the name of the output, or the format: whether the files are there is known all the same
+        find_sources([config.input] if isinstance(config.input, str) else config.input)
+
+
+def sources_of(config: PreprocessConfig) -> tuple[list[Source], list[str]]:
+    """The input files, and those of unknown kind in folders. InputError: none, or one is an output."""
+    patterns = [config.input] if isinstance(config.input, str) else config.input
+    return find_sources(patterns, config.file_format, partial_(is_output, config.prefix_of_all))
+
+
+def _check_folder(config: PreprocessConfig) -> None:
+    check_output_folder(config.prefix_of_all)
+
+
+def _check_output(config: PreprocessConfig) -> None:
+    check_output(config.prefix, config.overwrite, config.holdout is not None and config.partition is None)
+
+
+def check_tokenizer(config: PreprocessConfig) -> None:
+    """Raise InputError unless there is a tokenizer, with the token that is to end documents."""
+    tokenizer_file(config.tokenizer)  # whatever is wrong with eos_token
+    load_tokenizer(config.tokenizer, config.eos_token)
 
 
 @contextmanager

@@ -6,11 +6,12 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.data.encoding import Policy
 from megatron_cpt.data.holdout import parse_holdout
 from megatron_cpt.data.reading import ReadOptions
 from megatron_cpt.data.sources import parse_partition
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.errors import InputError
 from megatron_cpt.language_codes import check_language
 
 
@@ -74,24 +75,24 @@ class PreprocessConfig:
     """Replace an existing corpus of this name, and begin anew if an unfinished one has other settings."""
 
     def __post_init__(self) -> None:
-        refusals = Refusals()
-        if not os.path.basename(self.output_prefix):
-            refusals.add(InputError(f"output_prefix is {self.output_prefix!r}; expected a name, as in data/zh"))
-        for name in ("input", "text_key"):
-            if not getattr(self, name):
-                refusals.add(InputError(f"{name} is empty; expected a value"))
-        for name in ("workers", "max_document_characters"):
-            if getattr(self, name) < 1:
-                refusals.add(InputError(f"{name} is {getattr(self, name)}; expected at least 1"))
-        if self.shuffle_documents is not None and not 0 <= self.shuffle_documents < 2**64:
-            refusals.add(InputError(f"shuffle_documents is {self.shuffle_documents}; expected a seed from 0 to 2^64 - 1"))
-        with refusals.noted():
-            check_language(self.language)
-        with refusals.noted():
-            parse_partition(self.partition)
-        with refusals.noted():
-            parse_holdout(self.holdout)
-        refusals.raise_any()
+        with Requirements() as need:
+            need.field(self, "output_prefix", os.path.basename, "a name, as in data/zh")
+            for name in ("input", "text_key"):
+                with need.noted():
+                    require(bool(getattr(self, name)), name, "empty", "a value")
+            for name in ("workers", "max_document_characters"):
+                need.field(self, name, lambda number: number >= 1, "at least 1")
+            need.field(self, "shuffle_documents", lambda seed: 0 <= seed < 2**64, "a seed from 0 to 2^64 - 1")
+            with need.noted():
+                check_language(self.language)
+            with need.noted():
+                parse_partition(self.partition)
+            with need.noted():
+                parse_holdout(self.holdout)
+            with need.noted():
+                self._check_shuffle()
+
+    def _check_shuffle(self) -> None:
         if self.holdout is not None and self.partition and self.shuffle_documents is not None:
             raise InputError(
                 f"shuffle_documents is {self.shuffle_documents} with partition and holdout; expected it given to "

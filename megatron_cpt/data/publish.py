@@ -20,6 +20,7 @@ from megatron_cpt.data.partial import clear_leftovers, partial_folder, read_stat
 from megatron_cpt.data.shuffle import shuffle_documents
 from megatron_cpt.data.sources import sha256_file
 from megatron_cpt.errors import InputError
+from megatron_cpt.input_files import why_unwritable
 
 CHUNK = 1 << 24
 SUFFIXES = (".bin", ".idx", ".json", ".metadata.jsonl", ".errors.jsonl", ".documents")
@@ -39,13 +40,19 @@ def is_output(prefix: str, path: str) -> bool:
     return path.startswith(stem) and re.fullmatch(pattern, path[len(stem) :]) is not None
 
 
+def check_output_folder(prefix: str) -> None:
+    """InputError when the folder of a corpus can be neither made nor written to. `prefix`: of all partitions."""
+    if "://" in prefix:
+        raise InputError(f"output_prefix {prefix}: is a URL; expected a path of this machine")
+    if why := why_unwritable(os.path.dirname(prefix)):
+        raise InputError(f"output_prefix is {prefix}; expected a name in a folder to write to ({why})")
+
+
 def check_output(prefix: str, overwrite: bool, with_holdout: bool = False) -> None:
-    """InputError when the corpus exists (without `overwrite`), in part even, or its folder cannot be made or written.
+    """InputError when the corpus exists (without `overwrite`), in part even.
 
     `with_holdout`: documents will be held out of it, so that corpus counts, too.
     """
-    if "://" in prefix:
-        raise InputError(f"output_prefix {prefix}: is a URL; expected a path of this machine")
     ours = outputs(prefix) + (outputs(prefix + held.SUFFIX) if with_holdout else [])
     existing = [path for path in ours if Path(path).exists()]
     if existing and not overwrite and "publish" not in (read_state(partial_folder(prefix)) or {}):
@@ -54,13 +61,6 @@ def check_output(prefix: str, overwrite: bool, with_holdout: bool = False) -> No
     is_corpus = partial_folder(prefix).exists() or any(path.endswith((".bin", ".idx")) for path in existing)
     if existing and not is_corpus:
         raise InputError(f"output_prefix {prefix}: {existing[0]} is of no corpus: not replaced; expected another name")
-    folder = Path(prefix).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output_prefix {prefix}: cannot make folder {folder} ({error.strerror})") from None
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"output_prefix {prefix}: folder {folder} is not writable")
 
 
 def complete(

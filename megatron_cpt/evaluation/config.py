@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,8 +26,10 @@ class TextConfig:
     """Take the first so many."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, max_documents=1)
-        check_language(self.language)
+        with Requirements() as need:
+            need.at_least(self, max_documents=1)
+            with need.noted():
+                check_language(self.language)
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,12 @@ class PromptsConfig:
     """Take the first so many."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, max_prompts=1)
-        check_language(self.language)
-        is_code = re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*", self.language) is not None
-        require(is_code, "language", repr(self.language), "a code such as en, zh or zh-TW")
+        with Requirements() as need:
+            need.at_least(self, max_prompts=1)
+            with need.noted():
+                check_language(self.language)
+                is_code = re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*", self.language) is not None
+                require(is_code, "language", repr(self.language), "a code such as en, zh or zh-TW")
 
 
 @dataclass(frozen=True)
@@ -81,15 +86,24 @@ class JudgeConfig:
     """JSON Lines with question, model_a, model_b, vote (a, b or tie) and annotator."""
 
     def __post_init__(self) -> None:
-        if (self.url is None) == (self.votes is None):
-            raise InputError(f"pairwise.judge has url {self.url} and votes {self.votes}; expected one of the two")
-        if (self.url is None) != (self.model is None):
-            raise InputError(f"pairwise.judge has url {self.url} and model {self.model}; an endpoint needs both")
+        with Requirements() as need:
+            need.at_least(self, parallel=1)
+            need.field(self, "timeout", lambda seconds: 0 < seconds < math.inf, "a number of seconds above 0")
+            for check in (self._check_kind, self._check_url):
+                with need.noted():
+                    check()
+
+    def _check_kind(self) -> None:
+        url = None if self.url is None else redacted(self.url)
+        if (url is None) == (self.votes is None):
+            raise InputError(f"pairwise.judge has url {url} and votes {self.votes}; expected one of the two")
+        if (url is None) != (self.model is None):
+            raise InputError(f"pairwise.judge has url {url} and model {self.model}; an endpoint needs both")
+
+    def _check_url(self) -> None:
         if self.url is not None and redacted(self.url) != self.url:
             found = f"{redacted(self.url)}, with a name, password or key in it"
             raise InputError(f"pairwise.judge.url is {found}; expected a URL without, and the key by api_key_env")
-        require_at_least(self, parallel=1)
-        require(0 < self.timeout < math.inf, "timeout", self.timeout, "a number of seconds above 0")
 
 
 @dataclass(frozen=True)
@@ -133,12 +147,15 @@ class TrajectoryConfig:
     """HF folders, instead of a run or beside it: what it started from, say, at iteration 0."""
 
     def __post_init__(self) -> None:
-        require_at_least(self, every=1)
-        if self.run is None and not self.checkpoints:
-            raise InputError("trajectory has neither run nor checkpoints; expected one of the two")
-        iterations = [checkpoint.iteration for checkpoint in self.checkpoints]
-        if len(set(iterations)) < len(iterations):
-            raise InputError(f"trajectory.checkpoints has the iterations {iterations}; expected each once")
+        with Requirements() as need:
+            need.at_least(self, every=1)
+            with need.noted():
+                if self.run is None and not self.checkpoints:
+                    raise InputError("trajectory has neither run nor checkpoints; expected one of the two")
+            with need.noted():
+                iterations = [checkpoint.iteration for checkpoint in self.checkpoints]
+                if len(set(iterations)) < len(iterations):
+                    raise InputError(f"trajectory.checkpoints has the iterations {iterations}; expected each once")
 
 
 @dataclass(frozen=True)
@@ -200,18 +217,23 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         with Requirements() as need:
-            need(bool(self.models or self.trajectory), "models", self.models, "a name and a folder for each")
             need.at_least(self, limit=1, max_new_tokens=1, window=8, batch_size=1)
-            for name in self.models:
-                with need.noted():
-                    check_name(name)
-        parts = self.suite or self.tasks or self.text or self.prompts
-        if not parts and (self.trajectory is not None or self.pairwise is None):
-            raise InputError("there is nothing to measure: suite, tasks, text and prompts are all empty")
-        if self.pairwise is not None:
-            check_pairs(self.pairwise, list(self.models))
-        if self.ablation:
-            check_ablation(self.ablation, list(self.models))
+            with need.noted():
+                if not self.models and self.trajectory is None:
+                    raise InputError(f"models is {self.models}; expected a name and a folder for each")
+            with need.noted():
+                for name in self.models:
+                    with need.noted():
+                        check_name(name)
+            with need.noted():
+                parts = self.suite or self.tasks or self.text or self.prompts
+                if not parts and (self.trajectory is not None or self.pairwise is None):
+                    raise InputError("text, prompts, tasks and suite are all empty; expected something to measure")
+            with need.noted():
+                if self.pairwise is not None:
+                    check_pairs(self.pairwise, list(self.models))
+            with need.noted():
+                check_ablation(self.ablation, list(self.models))
 
 
 def check_name(model: str) -> None:
@@ -225,18 +247,27 @@ def check_pairs(pairwise: PairwiseConfig, models: list[str]) -> None:
     """Raise InputError unless there are pairs, each of two models that there are."""
     if len(models) < 2:
         raise InputError(f"pairwise compares models, and models has {len(models)}; expected two or more")
-    for pair in pairwise.pairs or []:
-        if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(models):
-            raise InputError(f"pairwise.pairs has {pair}; expected two names of {', '.join(models)}")
+    with Requirements() as need:
+        for pair in pairwise.pairs or []:
+            with need.noted():
+                if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(models):
+                    raise InputError(f"pairwise.pairs has {pair}; expected two names of {', '.join(models)}")
 
 
 def check_ablation(variants: list[VariantConfig], models: list[str]) -> None:
     """Raise InputError unless each is a model that there is, with something of its own, and one has everything."""
-    for variant in variants:
-        if variant.model not in models:
-            raise InputError(f"ablation has the model {variant.model!r}; expected one of {', '.join(models)}")
-    kinds = [(variant.cpt, variant.additional_data) for variant in variants]
+    with Requirements() as need:
+        for variant in variants:
+            with need.noted():
+                if variant.model not in models:
+                    raise InputError(f"ablation has the model {variant.model!r}; expected one of {', '.join(models)}")
+        with need.noted():
+            check_kinds([(variant.cpt, variant.additional_data) for variant in variants])
+
+
+def check_kinds(kinds: Sequence[tuple[bool, bool]]) -> None:
+    """Raise InputError unless each model of an ablation differs (cpt, additional_data), and one has both."""
     if len(set(kinds)) < len(kinds):
         raise InputError("ablation has two models with the same cpt and additional_data; expected each combination once")
-    if (True, True) not in kinds:
+    if kinds and (True, True) not in kinds:
         raise InputError("ablation has no model with cpt: true and additional_data: true, to which the others compare")

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 
 from megatron_cpt.checkpoint.hf_files import say_notes
 from megatron_cpt.checkpoint.layout import versions, write_json, write_text
-from megatron_cpt.config.fields import settings_of
 from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.evaluation import figures
 from megatron_cpt.evaluation.ablation import ablation_table
@@ -36,7 +35,7 @@ def evaluate(config: EvaluateConfig) -> str:
         InputError: a model, file or setting is wrong
         RunError: a judge gave no answers; all else is in the report
     """
-    check_settings(settings_of(config))
+    check_settings(config)
     along = config.trajectory.checkpoints if config.trajectory is not None else []
     for folder in [*config.models.values(), *(checkpoint.model for checkpoint in along)]:
         say_notes(folder)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+from megatron_cpt.chat_data.rows import check_rows
 from megatron_cpt.chat_data.template_files import read_template
-from megatron_cpt.config.require import Requirements
+from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.errors import Refusals
-from megatron_cpt.input_files import why_unreadable
+from megatron_cpt.evaluation.config import EvaluateConfig
+from megatron_cpt.input_files import why_unreadable, why_unwritable
 from megatron_cpt.model.hf_folder import check_model
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check the models, folders and files that settings (by dotted name) of an EvaluateConfig name.
+def check_settings(config: EvaluateConfig) -> None:
+    """Check the models, folders and files that a configuration names, whatever is wrong with it (see config/partial.py).
 
     Raises:
         InputError: naming the setting; InputErrors: several are wrong
@@ -22,45 +24,60 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     refusals = Refusals()
     for check in (check_models, check_given):
         with refusals.noted():
-            check(settings)
+            check(config)
     refusals.raise_any()
 
 
-def check_models(settings: Mapping[str, Any]) -> None:
+def check_models(config: EvaluateConfig) -> None:
     """As `check_settings`, of what is measured: earlier stages of a pipeline may have yet to make it."""
-    folders = {f"models.{name}": folder for name, folder in settings.get("models", {}).items()}
-    for i, checkpoint in enumerate(settings.get("trajectory.checkpoints", ())):
-        if "model" in checkpoint:
-            folders[f"trajectory.checkpoints[{i}].model"] = checkpoint["model"]
-    run = settings.get("trajectory.run")
     with Requirements() as need:
-        for name, folder in folders.items():
-            with need.noted():
-                check_model(folder, name)
-        need(run is None or os.path.isdir(run), "trajectory.run", run or "''", "the folder of a run (no such folder)")
+        with need.noted():
+            for name, folder in config.models.items():
+                with need.noted():
+                    check_model(folder, f"models.{name}")
+        with need.noted():
+            for i, checkpoint in enumerate(config.trajectory.checkpoints if config.trajectory is not None else ()):
+                with need.noted():
+                    check_model(checkpoint.model, f"trajectory.checkpoints[{i}].model")
+        with need.noted():
+            run = config.trajectory.run if config.trajectory is not None else None
+            need(run is None or os.path.isdir(run), "trajectory.run", run or "''", "the folder of a run (no such folder)")
 
 
-def check_given(settings: Mapping[str, Any]) -> None:
-    """As `check_settings`, of what models are measured by."""
-    template = settings.get("chat_template")
+def check_given(config: EvaluateConfig) -> None:
+    """As `check_settings`, of what models are measured by, and where the results go."""
     with Requirements() as need:
         for name in ("tasks_folder", "data_folder"):
-            folder = settings.get(name)
-            need(folder is None or os.path.isdir(folder), name, folder or "''", "a folder (no such folder)")
-        for name, path in files_of(settings):
-            why = why_unreadable(path)
-            need(why is None, name, path or "''", f"a file ({why})")
-        if template is not None:
+            need.field(config, name, os.path.isdir, "a folder (no such folder)")
+        with need.noted():
+            why = why_unwritable(config.output) if config.output else "it is empty"
+            need(why is None, "output", config.output or "''", f"a folder to write to, or a name for a new one ({why})")
+        for name, source in sources_of(config, need):
             with need.noted():
-                read_template(template)
+                check_file(name, source.path)
+                check_rows(source.path)
+        for name in ("prompt", "votes"):
+            with need.noted():
+                judge = None if config.pairwise is None else config.pairwise.judge
+                if judge is not None and getattr(judge, name) is not None:
+                    check_file(f"pairwise.judge.{name}", getattr(judge, name))
+        with need.noted():
+            if config.chat_template is not None:
+                read_template(config.chat_template)
 
 
-def files_of(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(setting, path) of all files of texts, questions and judges."""
-    for name in ("text", "prompts", "pairwise.prompts"):
-        for i, source in enumerate(settings.get(name, ())):
-            if "path" in source:
-                yield f"{name}[{i}].path", source["path"]
-    for name in ("pairwise.judge.prompt", "pairwise.judge.votes"):
-        if settings.get(name) is not None:
-            yield name, settings[name]
+def check_file(name: str, path: str) -> None:
+    """Raise InputError unless a setting names a file that can be read."""
+    why = why_unreadable(path)
+    require(why is None, name, path or "''", f"a file ({why})")
+
+
+def sources_of(config: EvaluateConfig, refusals: Refusals) -> Iterator[tuple[str, Any]]:
+    """(setting, section with a path) of all texts and questions, as far as they were not refused."""
+    with refusals.noted():
+        yield from ((f"text[{i}].path", source) for i, source in enumerate(config.text))
+    with refusals.noted():
+        yield from ((f"prompts[{i}].path", source) for i, source in enumerate(config.prompts))
+    with refusals.noted():
+        if config.pairwise is not None:
+            yield from ((f"pairwise.prompts[{i}].path", source) for i, source in enumerate(config.pairwise.prompts))

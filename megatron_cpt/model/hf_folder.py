@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from megatron_cpt.config.require import require
 from megatron_cpt.errors import InputError, if_on_the_hub
 from megatron_cpt.input_files import check_folder, load_json, shown
 from megatron_cpt.model.llama import check_size
@@ -19,6 +20,8 @@ def check_model(model: str, field: str = "model") -> None:
     `field`: of the configuration, which names the folder.
     """
     if os.path.isdir(model):
+        can_read = os.access(model, os.R_OK | os.X_OK)
+        require(can_read, field, model, "a Hugging Face folder that you may enter and read (Permission denied)")
         check_folder(model)
     adapter_note(model)
     if not model or not os.path.exists(os.path.join(model, "config.json")):

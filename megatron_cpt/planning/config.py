@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_cpt.config.parallel import RecomputeModule
-from megatron_cpt.config.require import Requirements
+from megatron_cpt.config.require import Requirements, require
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,15 @@ class PlanConfig:
             sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
             need.at_least(self, **dict.fromkeys(sizes, 1), micro_batch_size=1, devices_per_node=1, context_parallel_size=1)
             need.at_least(self, row=1)
-            need(self.row == 1 or self.write is not None, "write", self.write, f"a file for row {self.row}")
+            with need.noted():
+                require(self.row == 1 or self.write is not None, "write", self.write, f"a file for row {self.row}")
             for name in ("run", "simulate"):
-                need(self.write is None or getattr(self, name) is None, name, getattr(self, name), "none with write")
+                with need.noted():
+                    alone = self.write is None or getattr(self, name) is None
+                    require(alone, name, getattr(self, name), "none with write")
             need.at_least(self, overhead_gib=0, fragmentation=0)
+            for name in ("run", "measured", "json", "write"):
+                need.field(self, name, bool, "the name of a file")
             for name in (
                 "memory_gib",
                 "bf16_tflops",
@@ -114,18 +119,15 @@ class PlanConfig:
                 "nvlink_gb_per_s",
                 "network_gb_per_s",
             ):
-                value = getattr(self, name)
-                need(value is None or value > 0, name, value, "a number above 0")
+                need.field(self, name, lambda value: value > 0, "a number above 0")
             for name in ("matmul_efficiency", "fp8_efficiency"):
-                share = getattr(self, name)
-                need(share is None or 0 < share <= 1, name, share, "a number above 0, up to 1")
-            granularity = self.recompute_granularity
-            need(
-                self.recompute_modules is None or granularity == "selective",
-                "recompute_granularity",
-                granularity,
-                "selective with recompute_modules",
-            )
-            need(not self.fp8 or self.params_dtype == "bf16", "params_dtype", self.params_dtype, "bf16 with fp8")
-            sums = self.grad_reduce_in_bf16 and self.params_dtype != "bf16"
-            need(not sums, "params_dtype", self.params_dtype, "bf16 with grad_reduce_in_bf16")
+                need.field(self, name, lambda share: 0 < share <= 1, "a number above 0, up to 1")
+            with need.noted():
+                fits = self.recompute_modules is None or self.recompute_granularity == "selective"
+                wanted = "selective with recompute_modules"
+                require(fits, "recompute_granularity", self.recompute_granularity, wanted)
+            with need.noted():
+                require(not self.fp8 or self.params_dtype == "bf16", "params_dtype", self.params_dtype, "bf16 with fp8")
+            with need.noted():
+                sums = self.grad_reduce_in_bf16 and self.params_dtype != "bf16"
+                require(not sums, "params_dtype", self.params_dtype, "bf16 with grad_reduce_in_bf16")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from megatron_cpt.planning.layouts import Job, Layout, check, chunks_of_stage
 from megatron_cpt.planning.measured import with_measured
 from megatron_cpt.planning.one_run import plan_one, read_run
 from megatron_cpt.planning.report import show, to_json, write_json
+from megatron_cpt.planning.run_files import check_place
 from megatron_cpt.planning.search import Size, make_job, make_parallel, plan
 from megatron_cpt.planning.weights import state_bytes
 from megatron_cpt.planning.write import write_layout
@@ -52,12 +52,6 @@ def run(config: PlanConfig) -> str | None:
     if config.write is not None:
         write_layout(config.write, result, config.row)
     return config.write or config.json
-
-
-def check_place(name: str, path: str | None) -> None:
-    """Raise InputError if a file cannot be written there; before the plan, which may take long."""
-    if path is not None and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
-        raise InputError(f"{name} is {path}; expected a file in a folder that is there")
 
 
 def simulated_layout(config: PlanConfig, job: Job) -> Layout:

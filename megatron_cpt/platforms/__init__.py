@@ -1,8 +1,8 @@
 """Where code meets hardware: the one place that says "cuda".
 
 `current_platform()` is CUDA when torch sees a device and CPU otherwise; `MEGATRON_CPT_PLATFORM=cpu|cuda` overrides.
-`prepare_platform()` must run before megatron is imported. The rooms that import megatron (checkpoint, training)
-call it at the top of their `__init__`, and `model/build.py` imports `prepared`, so nobody has to remember.
+`prepare_platform()` must run before megatron is imported. Modules that import megatron import `prepared` before, which
+calls it (a test says so).
 """
 
 from __future__ import annotations

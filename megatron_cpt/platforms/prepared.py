@@ -1,6 +1,6 @@
 """Importing this makes megatron-core run on this machine: for modules that import megatron, before they do.
 
-The rooms that use megatron throughout call `prepare_platform()` in their `__init__`; `model/` has modules without torch too.
+Not in the `__init__` of a room: each has modules that must do without torch, which takes seconds to import.
 """
 
 from megatron_cpt.platforms import prepare_platform

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.platforms import prepare_platform
 
@@ -93,11 +94,6 @@ def job_store() -> dist.Store:
     """What the processes of the job have found each other through: it also carries messages, without collectives."""
     store: dist.Store = dist.distributed_c10d._get_default_store()
     return store
-
-
-def launched_world_size() -> int:
-    """Number of processes that torchrun (or srun with its variables) started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def gloo_groups_of_same_samples() -> dist.ProcessGroup | None:

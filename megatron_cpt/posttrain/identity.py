@@ -15,8 +15,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from megatron_cpt.chat_data.templates import Template
-from megatron_cpt.checkpoint.hf_files import weight_files
 from megatron_cpt.checkpoint.vocabulary import TOKENIZER_FILES
+from megatron_cpt.checkpoint.weight_files import weight_files
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import Prepared
 

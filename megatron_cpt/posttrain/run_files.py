@@ -7,53 +7,50 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from megatron_cpt.chat_data.rows import check_rows
 from megatron_cpt.chat_data.template_files import read_template
-from megatron_cpt.config.require import Requirements
+from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.input_files import why_unreadable
 from megatron_cpt.model.hf_folder import check_model
 
-# What checkpoint/layout.py, which imports torch, has in a folder of Megatron checkpoints
+if TYPE_CHECKING:
+    from megatron_cpt.posttrain.settings import ChatConfig, DataConfig, DpoConfig, SftConfig, SourceConfig
+
+# What there is in a folder of Megatron checkpoints
 MEGATRON = re.compile(r"latest_checkpointed_iteration\.txt|iter_\d{7,}|release", re.ASCII)
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Check the folders, data and chat template that settings (by dotted name) of an SftConfig or a DpoConfig name.
+def check_settings(config: SftConfig | DpoConfig) -> None:
+    """Check the folders, data and chat template that a configuration names, whatever is wrong with it.
 
     Raises:
         InputError: naming the file; InputErrors: several are wrong
     """
     refusals = Refusals()
     with refusals.noted():
-        if "save" in settings:
-            check_save(settings["save"])
+        check_save(config.save)
     with refusals.noted():
-        if "model" in settings:
-            check_model(settings["model"])
-    sources, validation = (
-        {f"{name}[{i}].path": source["path"] for i, source in enumerate(settings.get(name, ())) if "path" in source}
-        for name in ("data.sources", "data.validation")
-    )
+        check_model(config.model)
     with refusals.noted():
-        check_data(sources, validation, settings.get("data.validation_share", 1) > 0)
+        check_data(config.data)
     with refusals.noted():
-        if settings.get("data.chat_template") is not None:
-            read_template(settings["data.chat_template"])
+        if config.data.chat_template is not None:
+            read_template(config.data.chat_template)
     refusals.raise_any()
 
 
-def check_chat(settings: Mapping[str, Any]) -> None:
-    """Check the model and chat template that settings of a ChatConfig name. InputError: what is wrong with them."""
+def check_chat(config: ChatConfig) -> None:
+    """As `check_settings`, of what a ChatConfig names."""
     refusals = Refusals()
     with refusals.noted():
-        if "model" in settings:
-            check_model(settings["model"])
+        check_model(config.model)
     with refusals.noted():
-        if settings.get("chat_template") is not None:
-            read_template(settings["chat_template"])
+        if config.chat_template is not None:
+            read_template(config.chat_template)
     refusals.raise_any()
 
 
@@ -76,31 +73,45 @@ def check_save(folder: str) -> None:
         raise InputError(f"save is {folder}, which holds Megatron checkpoints; expected a folder of its own for the run")
 
 
-def check_data(sources: Mapping[str, str], validation: Mapping[str, str], holds_out: bool) -> None:
-    """Check that all files ({setting: path}) are there, and that rows to evaluate on are not those to train on.
-
-    `holds_out`: without `validation`, a part of each source is evaluated on.
+def check_data(data: DataConfig) -> None:
+    """Check that all files are there, and that rows to evaluate on are not those to train on.
 
     Raises:
         InputError: one is missing, not to be read, or there twice; InputErrors: several are
     """
     with Requirements() as need:
-        for name, path in (*sources.items(), *validation.items()):
-            why = why_unreadable(path)
-            need(why is None, name, path or "''", f"a file ({why})")
-    refusals = Refusals()
-    pairs = itertools.product(sources.values(), validation.values())
-    advice = "use different files, or leave data.validation out: data.validation_share holds out of each source"
-    what = "data.sources and data.validation"
-    if holds_out and not validation:
-        pairs = itertools.combinations(sources.values(), 2)  # type: ignore[assignment]
-        advice = "name it once, or use validation files: what is held out of one is trained on in the other"
-        what = "two of data.sources"
-    for first, second in pairs:
-        if same_content(first, second):
-            both = f"{second} and {first} are " + ("one file" if os.path.samefile(first, second) else "equal")
-            refusals.add(InputError(f"{what} have rows in common: {both}; {advice}"))
-    refusals.raise_any()
+        sources = readable(need, "data.sources", lambda: data.sources)
+        validation = readable(need, "data.validation", lambda: data.validation)
+        advice = "use different files, or leave data.validation out: data.validation_share holds out of each source"
+        for first, second in itertools.product(sources, validation):
+            with need.noted():
+                check_apart("data.sources and data.validation", first, second, advice)
+        with need.noted():
+            if not data.validation and data.validation_share > 0:
+                advice = "name it once, or use validation files: what is held out of one is trained on in the other"
+                for first, second in itertools.combinations(sources, 2):
+                    with need.noted():
+                        check_apart("two of data.sources", first, second, advice)
+
+
+def readable(refusals: Refusals, name: str, sources: Callable[[], Sequence[SourceConfig]]) -> list[str]:
+    """The paths of those sources that can be read; why the others cannot is noted."""
+    paths = list[str]()
+    with refusals.noted():
+        for i, source in enumerate(sources()):
+            with refusals.noted():
+                path, why = source.path, why_unreadable(source.path)
+                require(why is None, f"{name}[{i}].path", path or "''", f"a file ({why})")
+                check_rows(path)
+                paths.append(path)
+    return paths
+
+
+def check_apart(what: str, first: str, second: str, advice: str) -> None:
+    """Raise InputError if two files have the same rows."""
+    if same_content(first, second):
+        both = f"{second} and {first} are " + ("one file" if os.path.samefile(first, second) else "equal")
+        raise InputError(f"{what} have rows in common: {both}; {advice}")
 
 
 def same_content(first: str, second: str) -> bool:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_cpt.config.require import Requirements, require_at_least
+from megatron_cpt.config.require import Requirements, require, require_at_least
 from megatron_cpt.errors import InputError
 from megatron_cpt.language_codes import check_language
 from megatron_cpt.posttrain.run_files import check_data
@@ -39,8 +39,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         with Requirements() as need:
             need.at_least(self, max_steps=1, micro_batch_size=1, global_batch_size=1)
-            need(0 < self.epochs < math.inf, "training.epochs", self.epochs, "a number above 0")
-            need(0 <= self.seed < 1 << 32, "training.seed", self.seed, "a whole number from 0 to 2^32 - 1")
+            need.field(self, "epochs", lambda epochs: 0 < epochs < math.inf, "a number above 0")
+            need.field(self, "seed", lambda seed: 0 <= seed < 1 << 32, "a whole number from 0 to 2^32 - 1")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         with Requirements() as need:
-            need(0 < self.lr < 1, "optimizer.lr", self.lr, "a number above 0 and below 1")
+            need.field(self, "lr", lambda lr: 0 < lr < 1, "a number above 0 and below 1")
             need.at_least(self, weight_decay=0, clip_grad=0, adam_eps=0)
             for name in ("warmup_fraction", "adam_beta1", "adam_beta2"):
-                need(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "0 or more, below 1")
+                need.field(self, name, lambda share: 0 <= share < 1, "0 or more, below 1")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         with Requirements() as need:
             need.at_least(self, r=1, alpha=1)
-            need(0 <= self.dropout < 1, "lora.dropout", self.dropout, "0 or more, below 1")
+            need.field(self, "dropout", lambda dropout: 0 <= dropout < 1, "0 or more, below 1")
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,11 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         with Requirements() as need:
-            need(self.max_rows is None or self.max_rows >= 1, "max_rows", self.max_rows, "1 or more")
-            can_name = re.fullmatch(r"[\w-]+", self.language) is not None  # files and metrics
-            need(can_name, "language", repr(self.language), "a code such as en or zh")
-            if can_name:
-                with need.noted():
-                    check_language(self.language)
+            need.at_least(self, max_rows=1)
+            with need.noted():
+                can_name = re.fullmatch(r"[\w-]+", self.language) is not None  # files and metrics
+                require(can_name, "language", repr(self.language), "a code such as en or zh")
+                check_language(self.language)
 
 
 @dataclass(frozen=True)
@@ -212,19 +211,15 @@ class DataConfig:
         Raises:
             InputError: see `check_data`
         """
-        groups = {"data.sources": self.sources, "data.validation": self.validation}
-        sources, validation = (
-            {f"{name}[{i}].path": source.path for i, source in enumerate(group)} for name, group in groups.items()
-        )
-        check_data(sources, validation, self.validation_share > 0)
-        return [*sources.values(), *validation.values()]
+        check_data(self)
+        return [source.path for source in (*self.sources, *self.validation)]
 
     def __post_init__(self) -> None:
         with Requirements() as need:
             need.at_least(self, max_length=8)
-            need(bool(self.sources), "data.sources", self.sources, "one file or more")
-            need(0 <= self.validation_share < 1, "validation_share", self.validation_share, "0 or more, below 1")
-            need(self.almr is None or 0 <= self.almr <= 1, "almr", self.almr, "a number from 0 to 1")
+            need.field(self, "sources", lambda sources: len(sources) > 0, "one file or more")
+            need.field(self, "validation_share", lambda share: 0 <= share < 1, "0 or more, below 1")
+            need.field(self, "almr", lambda almr: 0 <= almr <= 1, "a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -284,11 +279,12 @@ class DpoConfig:
 
     def __post_init__(self) -> None:
         with Requirements() as need:
-            need(0 < self.beta < math.inf, "beta", self.beta, "a number above 0")
-            need(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "0 or more, below 0.5")
-            smooths = 0 < self.label_smoothing < 0.5
-            wanted = f"0 with loss_type {self.loss_type}, or {' or '.join(SMOOTHED)}"
-            need(self.loss_type in SMOOTHED or not smooths, "label_smoothing", self.label_smoothing, wanted)
+            need.field(self, "beta", lambda beta: 0 < beta < math.inf, "a number above 0")
+            need.field(self, "label_smoothing", lambda share: 0 <= share < 0.5, "0 or more, below 0.5")
+            with need.noted():
+                smooths = 0 < self.label_smoothing < 0.5
+                wanted = f"0 with loss_type {self.loss_type}, or {' or '.join(SMOOTHED)}"
+                require(self.loss_type in SMOOTHED or not smooths, "label_smoothing", self.label_smoothing, wanted)
 
 
 @dataclass(frozen=True)
@@ -319,5 +315,5 @@ class ChatConfig:
     def __post_init__(self) -> None:
         with Requirements() as need:
             need.at_least(self, max_new_tokens=1, temperature=0)
-            need(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
-            need(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")
+            need.field(self, "top_p", lambda share: 0 < share <= 1, "a number above 0, at most 1")
+            need.field(self, "repetition_penalty", lambda penalty: penalty > 0, "a number above 0")

@@ -14,7 +14,7 @@ from megatron_cpt.checkpoint.layout import write_json, write_text
 from megatron_cpt.errors import InputError
 from megatron_cpt.input_files import load_yaml, plain_number
 from megatron_cpt.study.fit import Fit, outcome_notes, seed_note
-from megatron_cpt.study.points import absolute, parse, read_fields
+from megatron_cpt.study.points import absolute, check_no_stages, parse, read_fields
 from megatron_cpt.study.records import is_number, number, of_kind, read_json
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import INTERVAL, Array, Surface, bound_between_pairs, pairs_around, unit_grid
@@ -255,8 +255,7 @@ def write_choice(folder: str, choice: Choice, target: str, max_general_rise: flo
     fields = read_fields(target)
     config = parse(fields, target)
     mixture_fields = load_yaml(config.mixture, "mixture file", plain_number)
-    if "stages" in mixture_fields:
-        raise InputError(f"{config.mixture}: a mixture with stages has more than one almr; expected one without")
+    check_no_stages(config.mixture, mixture_fields)
     mixture = absolute(mixture_fields, os.path.dirname(os.path.abspath(config.mixture))) | {"almr": round(choice.almr, 4)}
     lr = float(f"{choice.lr:.3g}")
     ratio = config.optimizer.min_lr / config.optimizer.lr

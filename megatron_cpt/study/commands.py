@@ -11,7 +11,6 @@ import threading
 from rich.table import Table
 
 from megatron_cpt.checkpoint.layout import iterations
-from megatron_cpt.config.require import require, require_at_least
 from megatron_cpt.errors import InputError
 from megatron_cpt.screen import counted, wide_console
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
@@ -37,7 +36,6 @@ def say(text: str) -> None:
 
 def plan(study: Plan) -> str:
     """`almr_study.py plan`; returns the study's folder."""
-    require_at_least(study, adaptive=0)
     base, proposed = read_base(study), read_proposed(study.folder)
     if study.adaptive:
         from megatron_cpt.study.propose import propose  # imports optuna
@@ -125,7 +123,6 @@ def is_done(study: StudyConfig, point: Point) -> bool:
 
 def fitted(study: FitOptions) -> tuple[Results, Fit]:
     """What the runs have found, and what it says."""
-    require_at_least(study, tolerance=0, token_budget=1)
     results = collect(study, read_base(study))
     found = fit(results, study.frontier_axis, study.tolerance)
     if study.token_budget is not None:
@@ -219,8 +216,6 @@ def plot_trajectories(study: Plot, error: InputError) -> str:
 
 def choose_command(study: Choose) -> str:
     """`almr_study.py choose`; returns the path of the configuration to start."""
-    require(0.5 <= study.confidence < 1, "confidence", study.confidence, "0.5 or more, below 1")
-    require(-1 < study.max_general_rise < math.inf, "max_general_rise", study.max_general_rise, "a number above -1")
     results = collect(study, read_base(study))
     choice = choose(results, fit_for_choice(results, study.goal), study.max_general_rise, study.confidence, study.goal)
     path = write_choice(study.folder, choice, study.target or study.base, study.max_general_rise)

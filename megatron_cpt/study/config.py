@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,12 +28,19 @@ class LogRange:
 
     def __post_init__(self) -> None:
         with Requirements() as need:
-            need(0 < self.max < math.inf, "lr.max", self.max, "a number above 0")
-            need(0 < self.min < self.max, "lr.min", self.min, f"a number above 0 and below lr.max {self.max}")
-            need(2 <= self.number <= MOST_RATES, "lr.number", self.number, f"2 to {MOST_RATES}")
+            need.field(self, "max", lambda lr: 0 < lr < math.inf, "a number above 0")
+            need.field(self, "min", lambda lr: 0 < lr < math.inf, "a number above 0")
+            need.field(self, "number", lambda number: 2 <= number <= MOST_RATES, f"2 to {MOST_RATES}")
+            with need.noted():
+                require(not 0 < self.max <= self.min, "min", self.min, f"a number above 0 and below lr.max {self.max}")
+            if not need.errors:
+                with need.noted():
+                    self._check_different()
+
+    def _check_different(self) -> None:
         if len(set(self.values())) < self.number:
             raise InputError(
-                f"lr.number is {self.number}; so many learning rates from {self.min:g} to {self.max:g} are not all "
+                f"number is {self.number}; so many learning rates from {self.min:g} to {self.max:g} are not all "
                 "different in four digits: use fewer, or a wider range"
             )
 
@@ -54,7 +62,7 @@ class ScoresConfig:
 
     def __post_init__(self) -> None:
         for part in ("{hf}", "{output}"):
-            require(any(part in word for word in self.command), "scores.command", self.command, f"words with {part} in them")
+            require(any(part in word for word in self.command), "command", self.command, f"words with {part} in them")
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,7 @@ class LimitsConfig:
     def __post_init__(self) -> None:
         with Requirements() as need:
             for name in ("runs", "tokens", "disk_gb", "hours"):
-                value = getattr(self, name)
-                need(value is None or value >= 0, f"limits.{name}", value, "0 or more")
+                need.field(self, name, lambda value: value >= 0, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -132,17 +139,20 @@ class StudyConfig:
     def __post_init__(self) -> None:
         with Requirements() as need:
             need.at_least(self, train_tokens=1, processes=1, parallel_runs=1)
-            need(bool(self.folder), "folder", repr(self.folder), "a path")
-            need(self.divergence_factor > 1, "divergence_factor", self.divergence_factor, "a number above 1")
-            for name, values in (("almr", self.almr), ("lr", self.rates), ("seeds", self.seeds)):
-                different = bool(values) and len(set(values)) == len(values)
-                need(different, name, list(values), "one or more different values")
-            for share in self.almr:
-                need(0 <= share <= 1, "almr", share, "numbers from 0 to 1")
-            for rate in self.rates:
-                need(0 < rate < math.inf, "lr", rate, "numbers above 0")
-            for seed in self.seeds:
-                need(0 <= seed < 2**63, "seeds", seed, "0 to 2**63 - 1")
+            need.field(self, "base", bool, "a configuration of tools/pretrain_cpt.py")
+            need.field(self, "folder", bool, "a path")
+            need.field(self, "divergence_factor", lambda factor: factor > 1, "a number above 1")
+            with need.noted():
+                check_values("almr", self.almr, lambda share: 0 <= share <= 1, "numbers from 0 to 1")
+            with need.noted():
+                check_values("lr", self.rates, lambda rate: 0 < rate < math.inf, "numbers above 0")
+            with need.noted():
+                check_values("seeds", self.seeds, lambda seed: 0 <= seed < 2**63, "0 to 2**63 - 1")
+            with need.noted():
+                self._check_size()
+
+    def _check_size(self) -> None:
+        """Of the grid."""
         whole = len(self.almr) * len(self.rates)
         runs = whole * len(self.seeds)
         require(runs <= MOST_RUNS, "almr x lr x seeds", f"a grid of {runs} runs", f"at most {MOST_RUNS}")
@@ -161,3 +171,14 @@ class StudyConfig:
         """Whether an (ALMR, LR) is within the studied ranges."""
         (almr, lr), rates = pair, self.rates
         return min(self.almr) <= almr <= max(self.almr) and min(rates) <= lr <= max(rates)
+
+
+def check_values(name: str, values: Sequence[float], is_right: Callable[[float], bool], wanted: str) -> None:
+    """Raise InputError unless there are values, all different and right."""
+    with Requirements() as need:
+        for value in values:
+            with need.noted():
+                require(is_right(value), name, value, wanted)
+        with need.noted():
+            different = bool(values) and len(set(values)) == len(values)
+            require(different, name, list(values), "one or more different values")

@@ -131,19 +131,37 @@ def read_base(study: StudyConfig) -> Base:
     with refusals.noted():
         fields = read_fields(study.base)
     refusals.raise_any()
-    checkpoint, training = fields.setdefault("checkpoint", {}), fields.setdefault("training", {})
-    for name, section in (("checkpoint", checkpoint), ("training", training)):
-        require(isinstance(section, dict), f"{study.base}: {name}", shown(section), "a section with fields")
-    checkpoint.setdefault("save", study.folder)  # replaced in every run, as is the length
-    if not any(name in training for name in ("train_iters", "train_samples", "train_tokens")):
-        training["train_tokens"] = study.train_tokens
+    complete(fields, study.base, study.folder, study.train_tokens)
     config = parse(fields, study.base)
     mixture = load_yaml(config.mixture, "mixture file", plain_number)
-    if "stages" in mixture or not isinstance(mixture.get("almr"), (int, float)):
-        raise InputError(
-            f"{config.mixture}: a study varies one almr; expected a mixture without stages whose almr is a number"
-        )
+    check_one_almr(config.mixture, mixture)
     return Base(fields, absolute(mixture, os.path.dirname(os.path.abspath(config.mixture))), config)
+
+
+def complete(fields: dict[str, Any], where: str, folder: str, train_tokens: int) -> None:
+    """Give a base configuration what every run has of its own, where it has none.
+
+    Raises:
+        InputError: its sections are none; `where` names it
+    """
+    checkpoint, training = fields.setdefault("checkpoint", {}), fields.setdefault("training", {})
+    for name, section in (("checkpoint", checkpoint), ("training", training)):
+        require(isinstance(section, dict), f"{where}: {name}", shown(section), "a section with fields")
+    checkpoint.setdefault("save", folder)  # replaced in every run, as is the length
+    if not any(name in training for name in ("train_iters", "train_samples", "train_tokens")):
+        training["train_tokens"] = train_tokens
+
+
+def check_one_almr(path: str, mixture: Mapping[str, Any]) -> None:
+    """Raise InputError unless a study can vary the ALMR of a mixture."""
+    if "stages" in mixture or not isinstance(mixture.get("almr"), (int, float)):
+        raise InputError(f"{path}: a study varies one almr; expected a mixture without stages whose almr is a number")
+
+
+def check_no_stages(path: str, mixture: Mapping[str, Any]) -> None:
+    """Raise InputError unless a mixture can be given the one ALMR that was chosen."""
+    if "stages" in mixture:
+        raise InputError(f"{path}: a mixture with stages has more than one almr; expected one without")
 
 
 def check_folder(folder: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_cpt.config.require import Requirements
 from megatron_cpt.study.config import StudyConfig
 
 Axis = Literal["almr", "lr"]
@@ -16,6 +18,12 @@ class Plan(StudyConfig):
 
     adaptive: int = 0
     """Add so many pairs of ALMR and learning rate, where they tell most (Optuna); `run` runs them too."""
+
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need.at_least(self, adaptive=0)
+            with need.noted():
+                super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,12 @@ class FitOptions(StudyConfig):
     token_budget: int | None = None
     """Predict the critical mixture ratio of a run of so many tokens."""
 
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need.at_least(self, tolerance=0, token_budget=1)
+            with need.noted():
+                super().__post_init__()
+
 
 @dataclass(frozen=True)
 class Plot(FitOptions):
@@ -55,3 +69,10 @@ class Choose(StudyConfig):
     """The highest mean metric or the lowest additional loss. Default: the former where there are scores."""
     target: str | None = None
     """Configuration of the run to start, perhaps of a larger model. Default: the study's base."""
+
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need.field(self, "confidence", lambda share: 0.5 <= share < 1, "0.5 or more, below 1")
+            need.field(self, "max_general_rise", lambda rise: -1 < rise < math.inf, "a number above -1")
+            with need.noted():
+                super().__post_init__()

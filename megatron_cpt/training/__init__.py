@@ -1,5 +1,1 @@
-"""The training run: setup -> main -> fit -> evaluate -> save."""
-
-from megatron_cpt.platforms import prepare_platform
-
-prepare_platform()  # before any module of this room imports megatron
+"""The training run: setup -> main -> fit -> evaluate -> save. What is checked of it without torch: run_files."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,

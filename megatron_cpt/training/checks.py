@@ -16,18 +16,18 @@ from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger, unreached
 from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.mixture_file import load_mixture
-from megatron_cpt.data.run_files import check_checkpoint_folder
 from megatron_cpt.data.stages import Schedule
 from megatron_cpt.data.state import DataState, begin, resume
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.model.build import LayerType, TransformerConfig, arithmetic_of, transformer_config
 from megatron_cpt.model.layout import check_batch, check_layout, check_recomputed_chunk
-from megatron_cpt.model.llama import LlamaConfig, read_llama_config
+from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.base import token_bytes_sha256
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256
 from megatron_cpt.training.baseline import Baseline, from_json
+from megatron_cpt.training.run_files import check_checkpoint_folder, check_folder, read_model
 from megatron_cpt.training.schedule import LearningRate, RunLength, continue_schedule, make_schedule, run_length
 from megatron_cpt.training.sinks import check_logging
 from megatron_cpt.training.trouble import History
@@ -198,15 +198,6 @@ def find_start(config: RunConfig, damaged: Mapping[str, str] | None = None) -> t
     return folder, resumed_from(read_checkpoint_manifest(folder))
 
 
-def check_folder(path: str) -> None:
-    """Raise InputError unless the run's folder is one or can become one."""
-    place = os.path.abspath(path)
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
-    if not os.path.isdir(place):
-        raise InputError(f"checkpoint.save is {path} but {place} is a file; use another folder")
-
-
 def is_own(config: RunConfig, start_from: str) -> bool:
     """Whether a checkpoint lies in the run's own folder: the run goes on, it is not a fork."""
     return os.path.dirname(os.path.realpath(start_from)) == os.path.realpath(config.checkpoint.save)
@@ -273,15 +264,6 @@ def check_data(config: RunConfig, mixture: Mixture, length: RunLength, resumed: 
     if not complete:
         check_limits(mixture, schedule, length.run_samples)
     return RunData(schedule, state, length.run_samples)
-
-
-def read_model(checkpoint: str) -> LlamaConfig:
-    """The architecture of a checkpoint. InputError: it does not say what it is."""
-    hf = os.path.join(checkpoint, "hf")
-    if not os.path.exists(os.path.join(hf, "config.json")):
-        advice = "convert it with tools/convert_checkpoint.py megatron-to-hf, and the result with hf-to-megatron"
-        raise InputError(f"checkpoint {checkpoint} has no hf/config.json, so it is of other software; {advice}")
-    return read_llama_config(hf)
 
 
 def check_machine(config: RunConfig) -> None:

@@ -14,13 +14,14 @@ import torch
 from megatron_cpt.checkpoint.layout import read_hf_files
 from megatron_cpt.checkpoint.save_load import Progress, load_checkpoint
 from megatron_cpt.checkpoint.saver import Saver
+from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.file_checks import ExpectedFile, FileChecks, expected_files
 from megatron_cpt.data.loader import BatchShape, TrainingData, Waited, prefetch, run_microbatches, validation_samples
 from megatron_cpt.data.mixture_inspection import ledger_table
 from megatron_cpt.errors import RunError, SharedInputError
 from megatron_cpt.platforms import current_platform
-from megatron_cpt.platforms.process_groups import job_store, launched_world_size, process_groups
+from megatron_cpt.platforms.process_groups import job_store, process_groups
 from megatron_cpt.training.baseline import extended, incomparable, measurements
 from megatron_cpt.training.building import build, unwrap, whole_parameters
 from megatron_cpt.training.checks import CheckedRun, check_run
@@ -31,6 +32,7 @@ from megatron_cpt.training.profiling import profiling
 from megatron_cpt.training.records import layout, metrics_of_step, peak_memory, run_description, run_ledger, run_manifest
 from megatron_cpt.training.rerun import rerunning
 from megatron_cpt.training.resuming import checking_tensors, intact_run, stop_if_asked
+from megatron_cpt.training.run_files import world_size_of
 from megatron_cpt.training.schedule import learning_rate_table
 from megatron_cpt.training.state import RunContext, TrainState
 from megatron_cpt.training.step import StepResult, StepShape, train_step
@@ -45,7 +47,7 @@ def setup(config: RunConfig) -> str | None:
     """Check everything, then start the process groups and run; returns the folder of the run (on the first rank)."""
     folder, first = config.checkpoint.save, os.environ.get("RANK", "0") == "0"
     if config.check_only:
-        run = check_run(config, config.world_size or launched_world_size())
+        run = check_run(config, world_size_of(config))
         log = RunLog(folder, config.logging, 0)
         for note in run.notes:
             log.say(note)

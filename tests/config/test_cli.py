@@ -351,7 +351,8 @@ class Add:
 
 def subcommand(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tool.py", *argv])
-    run_subcommands({"add-up": (lambda config: config.amount * 2, Add), "other": (lambda config: None, Config)}, "A tool.")
+    commands = {"add-up": (lambda config: config.amount * 2, Add), "other": (lambda config: None, Config)}
+    run_subcommands({name: (*command, lambda config: None) for name, command in commands.items()}, "A tool.")
 
 
 def test_subcommands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

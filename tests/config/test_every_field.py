@@ -191,7 +191,11 @@ def test_a_configuration_is_read_without_torch(name: str) -> None:
 def test_a_command_is_imported_after_its_options_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tool", "verify", "--c", "3"])
     with pytest.raises(SystemExit, match="2"):
-        run_subcommands({"verify": ("no.such.module:verify", "megatron_cpt.config.conversion:Verify")}, "")
+        run_subcommands({"verify": ("no.such.module:verify", "megatron_cpt.config.conversion:Verify", nothing)}, "")
+
+
+def nothing(config: Any) -> None:
+    """The check of a tool that has none."""
 
 
 SOURCE = {"path": "x", "language": "zh"}
@@ -205,7 +209,7 @@ WRONG: dict[str, tuple[dict[str, Any], int]] = {
             "lora": {"r": 0, "dropout": 1},
             "run": {"keep_last": 0},
         },
-        10,  # without almr and max_length: there are no sources that they could be for
+        12,
     ),
     "posttrain.settings:DpoConfig": (
         {"model": "x", "save": "y", "data": {"sources": [SOURCE]}, "beta": 0, "label_smoothing": 0.7},
@@ -225,7 +229,7 @@ WRONG: dict[str, tuple[dict[str, Any], int]] = {
         5,
     ),
     "study.settings:Plan": ({"lr": {"min": 2, "max": 1, "number": 1}, "limits": {"runs": -1, "hours": -1}}, 4),
-    "evaluation.config:EvaluateConfig": ({"output": "x", "limit": 0, "window": 1, "models": {}}, 3),
+    "evaluation.config:EvaluateConfig": ({"output": "x", "limit": 0, "window": 1, "models": {}, "text": []}, 4),
     "config.run:RunConfig": (
         {
             "parallel": {"tensor_model_parallel_size": 0, "recompute_method": "block"},

@@ -118,9 +118,9 @@ def test_layers_in_the_first_stage() -> None:
             {"train_tokens": 5},
             r"training\.train_iters and training\.train_tokens are both given; expected one of train_iters, train_samples",
         ),
-        (TrainingConfig, {"fp8": "hybrid"}, r"training\.params_dtype is fp32; expected bf16 with fp8"),
+        (TrainingConfig, {"fp8": "hybrid"}, "params_dtype is fp32; expected bf16 with fp8"),
         (LrConfig, {"warmup_iters": 1, "warmup_tokens": 1}, r"lr\.warmup_iters and lr\.warmup_tokens are both given"),
-        (LrConfig, {"wsd_decay_iters": 1}, "wsd_decay_iters is given with decay_style linear; it needs WSD"),
+        (LrConfig, {"wsd_decay_iters": 1}, "wsd_decay_iters is given with decay_style linear; expected WSD"),
         (CheckpointConfig, {"keep_every": 10}, "keep_every is given without keep_last"),
         (LoggingConfig, {"profile_step_end": 3}, "profile_step_end is 3 with profile_step_start None"),
         (

@@ -342,10 +342,10 @@ def test_all_wrong_settings_at_once() -> None:
         CurateConfig("", "out", "zh", filters=["gopher"], language_threshold=65, workers=0, tasks=0, executor="slurm")
     starts = [
         "input is empty",
-        "filters: found gopher",
-        "language_threshold is 65",
         "workers is 0",
         "tasks is 0",
+        "language_threshold is 65",
+        "filters is gopher",
         "slurm.part",
     ]
     assert [str(error)[: len(start)] for start, error in zip(starts, caught.value.errors, strict=True)] == starts
@@ -357,7 +357,7 @@ def test_all_wrong_settings_at_once() -> None:
         (["--input", "{tmp}/none/*.jsonl"], "found no files"),
         (["--keep_languages", "zz"], "'zz', which cld2 does not identify; expected some of"),
         (["--language_threshold", "65"], "language_threshold is 65"),
-        (["--filters", "gopher"], "filters: found gopher; expected default, none, or any of gopher_repetition"),
+        (["--filters", "gopher"], "filters is gopher; expected default, none, or any of gopher_repetition"),
         (["--filter_arguments", '{{"de": {{}}}}'], "found 'de'; expected all, en"),
         (
             ["--filter_arguments", '{{"all": {{"gopher_quality": {{"min_words": 3}}}}}}'],

@@ -191,7 +191,7 @@ def test_tool_input_errors(tmp_path: Path, tiny_tokenizer_dir: str, content: byt
 
 def test_output_folder_that_cannot_be(tmp_path: Path, tiny_tokenizer_dir: str, source: str) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match="cannot make folder"):
+    with pytest.raises(InputError, match="expected a name in a folder to write to"):
         run(tmp_path, tiny_tokenizer_dir, input=source, output_prefix=str(tmp_path / "file" / "c"))
 
 
@@ -210,11 +210,12 @@ def test_all_mistakes_at_once(
     files = ["--input", "nowhere", "no/where*", "--tokenizer", "/none", "--output_prefix", str(tmp_path / "c")]
     missing = ["error: input nowhere: found no files", "error: input no/where*: found no files", "error: tokenizer /none: "]
     wrong = refused(*files, "--language", "zho", "--workers", "0", "--partition", "8/8", "--holdout", "2", "--eos", "maybe")
+    settings = ["workers is 0", "language is 'zho'", "partition is '8/8'"]
     assert wrong[0].startswith("error: eos is 'maybe'")
-    assert [line[: len(start)] for line, start in zip(wrong[1:], missing, strict=True)] == missing
+    assert wrong[1:4] == [f"error: {start}" for start in settings]
+    assert [line[: len(start)] for line, start in zip(wrong[4:], missing, strict=True)] == missing
     wrong = refused(*files, "--language", "zho", "--workers", "0", "--partition", "8/8", "--holdout", "x")
-    settings = ["workers is 0", "language is 'zho'", "partition is '8/8'", "holdout is 'x'"]
-    assert wrong[:4] == [f"error: {start}" for start in settings]
+    assert wrong[:4] == [f"error: {start}" for start in [*settings, "holdout is 'x'"]]
     assert [line[: len(start)] for line, start in zip(wrong[4:], missing, strict=True)] == missing
     (tmp_path / "c.bin").write_bytes(b"")
     wrong = refused(*files, "--language", "zh")

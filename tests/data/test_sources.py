@@ -349,5 +349,7 @@ def test_what_may_not_be_read_is_named_with_all_else(tmp_path: Path) -> None:
     assert others == [
         f"error: input a: {tmp_path}/a/deep: Permission denied",
         f"error: input {tmp_path}/locked.jsonl: Permission denied; expected a file that you may read",
+        f"error: output_prefix is out/x; expected a name in a folder to write to ({tmp_path} cannot be written to: "
+        "Permission denied)",
         "error: tokenizer.json: Permission denied",
     ]

@@ -44,8 +44,8 @@ def main() -> None:
         def note_tool(main: Any, config_class: type, *_: Any, name: str = path.name, **__: Any) -> None:
             found[name] = options_of(cli.load(config_class))
 
-        def note_commands(commands: dict[str, tuple[Any, type]], _: str, name: str = path.name) -> None:
-            found.update({f"{name} {command}": options_of(cli.load(kind)) for command, (_, kind) in commands.items()})
+        def note_commands(commands: dict[str, tuple[Any, type, Any]], _: str, name: str = path.name) -> None:
+            found.update({f"{name} {command}": options_of(cli.load(kind)) for command, (_, kind, _) in commands.items()})
 
         cli.run_tool, cli.run_subcommands = note_tool, note_commands  # type: ignore[assignment]
         runpy.run_path(str(path), run_name="__main__")

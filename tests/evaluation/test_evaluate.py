@@ -385,7 +385,7 @@ def test_the_tool(config: EvaluateConfig, tmp_path: Path) -> None:
     [
         ({"models": {}}, "models is {}"),
         ({"models": {"a/b": "x"}}, "models has the name 'a/b'"),
-        ({"tasks": [], "text": [], "prompts": []}, "there is nothing to measure"),
+        ({"tasks": [], "text": [], "prompts": []}, "expected something to measure"),
         (
             {"models": {"a|b": "x"}},
             r"models has the name 'a\|b'; expected one that can be the name of a file",

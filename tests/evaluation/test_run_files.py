@@ -24,6 +24,7 @@ FIELDS: dict[str, Any] = {
     "trajectory": {"run": "norun", "checkpoints": [{"iteration": 0, "model": ""}]},
     "chat_template": "nofile",
 }
+TEXT = [{"path": "there.jsonl", "language": "en"}]
 MISSING = [
     f"models.C-SFT is my-org/model, {MODEL}; {HUB}",
     f"models.base is nothere, {MODEL}",
@@ -42,7 +43,9 @@ def refused(folder: Path, fields: dict[str, Any], *options: str) -> list[str]:
     """What the tool says, of a configuration file run.yaml, without having imported torch."""
     path = write_yaml(folder / "run.yaml", fields)
     command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / "evaluate.py"), "--config", str(path)]
-    result = subprocess.run([*command, "--output", str(folder / "out"), *options], capture_output=True, text=True)
+    (folder / "there.jsonl").write_text("")
+    command += ["--output", str(folder / "out"), *options]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert result.returncode == 2, result.stderr[-2000:]
     imported = set(re.findall(r"\|\s+([\w.]+)$", result.stderr, re.MULTILINE))
     assert "megatron_cpt.model.hf_folder" in imported
@@ -67,7 +70,7 @@ def test_folders_are_no_files(tmp_path: Path) -> None:
 
 def test_with_wrong_settings_as_well(tmp_path: Path) -> None:
     """A wrong name of a model and a missing folder are two things."""
-    fields = {"models": {"a/b": "nothere", "report": "."}, "text": [{"path": __file__, "language": "en"}], "limit": 0}
+    fields = {"models": {"a/b": "nothere", "report": "."}, "text": TEXT, "limit": 0}
     said = refused(tmp_path, fields)
     assert [line.split(";")[0] for line in said] == [
         "run.yaml: limit is 0",
@@ -80,5 +83,5 @@ def test_with_wrong_settings_as_well(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--models={base: gone}", "--models.base=gone"])
 def test_an_option_in_place_of_what_the_file_says(tmp_path: Path, option: str) -> None:
-    fields = {"models": {"base": "nothere"}, "text": [{"path": __file__, "language": "en"}]}
+    fields = {"models": {"base": "nothere"}, "text": TEXT}
     assert refused(tmp_path, fields, option) == [f"models.base is gone, {MODEL}"]

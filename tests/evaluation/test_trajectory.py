@@ -189,7 +189,7 @@ def test_wrong_trajectories(config: EvaluateConfig, model: str, tmp_path: Path) 
         TrajectoryConfig(str(tmp_path), 0)
     with pytest.raises(InputError, match=r"iterations \[1, 1\]; expected each once"):
         TrajectoryConfig(checkpoints=[CheckpointConfig(1, model), CheckpointConfig(1, model)])
-    with pytest.raises(InputError, match="there is nothing to measure"):
+    with pytest.raises(InputError, match="expected something to measure"):
         replace(config, text=[])
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="has no complete checkpoint"):

@@ -14,6 +14,7 @@ from tiny_models import ROOT, write_yaml
 from without_rights import LAUNCHER, lock, needs_somebody
 
 from megatron_cpt.posttrain.run_files import check_data
+from megatron_cpt.posttrain.settings import DataConfig, SourceConfig
 
 MISSING = ["--model", "nothere", "--data.chat_template", "nofile"]
 SAID = [
@@ -36,7 +37,9 @@ def errors_of(command: list[str]) -> list[str]:
 
 def refused(folder: Path, tool: str, *options: str) -> list[str]:
     """What the tool says of a configuration file run.yaml with a source that is there and others that are not."""
-    sources = [{"path": path, "language": "en"} for path in (__file__, "nothing.jsonl", "lost.jsonl")]
+    (folder / "there.jsonl").write_text("")
+    names = (str(folder / "there.jsonl"), "nothing.jsonl", "lost.jsonl")
+    sources = [{"path": path, "language": "en"} for path in names]
     path = write_yaml(folder / "run.yaml", {"data": {"sources": sources[:2], "validation": sources[2:]}})
     command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / tool), "--config", path]
     return [line.replace(path, "run.yaml") for line in errors_of([*command, "--save", str(folder / "run"), *options])]
@@ -67,11 +70,11 @@ def test_what_chat_does_not_find(tmp_path: Path) -> None:
 
 def test_other_files_of_the_same_size_are_two(tmp_path: Path) -> None:
     for name, text in (("a", "[1]"), ("b", "[2]"), ("c", "")):
-        (tmp_path / name).write_text(text)
-    a, b, c = (str(tmp_path / name) for name in "abc")
-    check_data({"0": a, "1": c}, {"2": b}, True)
-    check_data({"0": a, "1": a}, {"2": b}, True)
-    check_data({"0": a, "1": a}, {}, False)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    a, b, c = (SourceConfig(str(tmp_path / f"{name}.jsonl"), "en") for name in "abc")
+    check_data(DataConfig([a, c], [b]))
+    check_data(DataConfig([a, a], [b]))
+    check_data(DataConfig([a, a], validation_share=0))
 
 
 def wrong_files(folder: Path, save: str, data: str, *launcher: str) -> list[str]:
@@ -138,3 +141,18 @@ def test_what_may_not_be_read_or_written_is_named(tmp_path: Path) -> None:
             ]
     finally:
         (tmp_path / "folder").chmod(0o755)
+
+
+@needs_somebody
+def test_a_model_that_may_not_be_entered_is_not_one_without_config(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    lock(tmp_path / "model")
+    command = [*LAUNCHER, sys.executable, "-B", str(ROOT / "tools" / "chat.py"), "model", "--top_p=2"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    finally:
+        (tmp_path / "model").chmod(0o755)
+    assert result.stderr.splitlines() == [
+        "error: top_p is 2.0; expected a number above 0, at most 1",
+        "error: model is model; expected a Hugging Face folder that you may enter and read (Permission denied)",
+    ]
