@@ -283,12 +283,12 @@ class FileReader:
     """Reads parts of a file that is not supposed to change. Threads may share one."""
 
     def __init__(self, path: Path) -> None:
+        """OSError: it cannot be opened."""
         self.path = path
-        self.size = path.stat().st_size
-
-    @functools.cached_property
-    def _file(self) -> IO[bytes]:
-        return self.path.open("rb", buffering=0)
+        # Not at the first read: two threads would both open it there, and the one whose file is dropped, and so closed,
+        # would read from whatever gets its number next.
+        self._file = path.open("rb", buffering=0)
+        self.size = os.fstat(self._file.fileno()).st_size
 
     def version(self) -> list[int]:
         """Bytes, time of the last change in nanoseconds, inode: another version of the file has another. OSError: none."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +216,18 @@ def test_places_far_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     places = np.random.default_rng(0).permutation(np.repeat(np.arange(0, 100, 7), 2))
     assert corpus.tokens_at(places).tolist() == places.tolist()
     assert corpus.tokens_at(np.array([], np.int64)).size == 0
+
+
+def test_threads_begin_to_read_at_once(tmp_path: Path) -> None:
+    """Of two files that were opened for one path one is closed: nobody may be reading from it."""
+    prefix, threads = write(str(tmp_path / "corpus"), [[*range(1000)]]), 8
+    barrier = threading.Barrier(threads)
+
+    def read(corpus: IndexedCorpus) -> list[bytes]:
+        barrier.wait()
+        return [corpus.files["bin"].read(0, 2000) for _ in range(20)]
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(100):
+            found = list(pool.map(read, [IndexedCorpus(prefix)] * threads))
+            assert {part for parts in found for part in parts} == {np.arange(1000, dtype=np.uint16).tobytes()}
