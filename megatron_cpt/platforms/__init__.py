@@ -42,6 +42,8 @@ def prepare_platform() -> Platform:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     # Since 0.19 every GPTModel says that it is deprecated; docs/platforms.md has what that means here
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    # and every rank that its layout of the parameters is made where it always was made
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     platform = current_platform()
     platform.prepare()
     return platform

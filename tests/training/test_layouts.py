@@ -43,7 +43,10 @@ def single(runs: Runs) -> Path:
 
 @pytest.fixture(scope="module")
 def tp2dp2(runs: Runs) -> Path:
-    return runs.train("tp2dp2", Layout(tp=2, dp=2, sp=True))
+    folder = runs.train("tp2dp2", Layout(tp=2, dp=2, sp=True))
+    for noise in ("deprecated", "DistributedDataParallel", "Warning"):
+        assert noise not in runs.result.stderr
+    return folder
 
 
 def steps(folder: Path) -> dict[int, tuple[float, float]]:
