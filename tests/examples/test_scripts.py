@@ -219,7 +219,8 @@ def test_what_other_jobs_make_is_not_looked_for() -> None:
 
 def test_models_that_other_jobs_make_are_not_looked_for(tmp_path: Path) -> None:
     """What they are measured on has to be there."""
-    path = write_yaml(tmp_path / "evaluate.yaml", {"text": [{"path": __file__, "language": "en"}]})
+    (tmp_path / "text.jsonl").write_text("")
+    path = write_yaml(tmp_path / "evaluate.yaml", {"text": [{"path": str(tmp_path / "text.jsonl"), "language": "en"}]})
     waiting, now = (start(script("8b", "evaluate"), CONFIG=path, CHECK="1", WAITING=waits) for waits in "10")
     assert waiting.returncode == 0, waiting.stderr
     assert_refused(now, "which has no config.json; expected a Hugging Face folder")
