@@ -472,6 +472,12 @@ CASES = {
     "runs of a study": Case(
         "almr_study.py run", STUDY | {"only": []}, [], [*STUDIED, "only is []", "checkpoint.load is 'lost'"]
     ),
+    "a ratio of a study, which no mixture is checked with": Case(
+        "almr_study.py plan",
+        {"base": "base.yaml", "folder": "study", "almr": [3], "lr": [1e-4], "train_tokens": 1000},
+        [],
+        ["almr is 3.0"],
+    ),
     "fit of a study": Case(
         "almr_study.py fit",
         STUDY | {"tolerance": -1, "token_budget": 0, "frontier_axis": "x"},
