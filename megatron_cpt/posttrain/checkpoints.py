@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from megatron_cpt.checkpoint.checksums import MANIFEST, MOST_THREADS, check_file, checksums_in, checksums_of, sealed
-from megatron_cpt.checkpoint.layout import check_sizes, read_manifest, sync_files, versions, write_json
+from megatron_cpt.checkpoint.layout import check_sizes, read_manifest, sync_files, versions, write_json, write_text
 from megatron_cpt.errors import InputError
 from megatron_cpt.locking import open_lock
 
@@ -29,6 +30,8 @@ Answer = TypeVar("Answer")
 NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})", re.ASCII)
 STATE = "trainer_state.json"  # what the trainer writes last
 LOCK = "run.lock"
+RUN = "run.json"  # what the run began with, written once
+SAVING = "saving.txt"  # names the checkpoint that is being written
 RESULT = "hf"  # folder of a run's result
 
 
@@ -103,17 +106,37 @@ def only_run(root: str, seen: list[int]) -> Iterator[None]:
         yield
 
 
+def begin_saving(root: str, name: str) -> None:
+    """Say which checkpoint is being written, for whoever finds it without a manifest: `seal` takes it back."""
+    write_text(os.path.join(root, SAVING), name)
+
+
 def seal(folder: str, step: int) -> None:
     """Write the manifest of a checkpoint. By the first process, when all have written their files and these are on disk."""
+    root = os.path.dirname(folder)
     if os.path.exists(os.path.join(folder, MANIFEST)):  # of an earlier checkpoint of this name
         os.remove(os.path.join(folder, MANIFEST))
     sizes = sync_files(folder)
-    facts = {"kind": "finetune_checkpoint", "iteration": step, "files": sizes, "versions": versions()}
+    run = run_id(root)
+    facts = {"kind": "finetune_checkpoint", "iteration": step, "files": sizes, "run_id": run, "versions": versions()}
     write_json(os.path.join(folder, MANIFEST), sealed(facts, checksums_of(folder, sizes, MOST_THREADS)))
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(root, SAVING))
+
+
+def run_id(root: str) -> str | None:
+    """What tells a run from all others, of the run.json in its folder; None: it cannot be read (`check_same` says so)."""
+    with (
+        contextlib.suppress(OSError, ValueError, KeyError, TypeError),
+        open(os.path.join(root, RUN), encoding="utf-8") as file,
+    ):
+        return str(json.load(file)["run_id"])
+    return None
 
 
 def check_sealed(folder: str) -> None:
-    """Raise InputError, naming the file, unless all files of a checkpoint are as they were written, under this name."""
+    """Raise InputError, naming the file, unless all files of a checkpoint are as they were written, by this run and under
+    this name."""
     manifest = read_manifest(os.path.join(folder, MANIFEST))
     checksums = checksums_in(manifest)
     check_sizes(folder, manifest)
@@ -122,6 +145,9 @@ def check_sealed(folder: str) -> None:
     name = f"checkpoint-{manifest.get('iteration')}"
     if name != os.path.basename(folder):
         raise InputError(f"checkpoint {folder} has another name than it was saved under; expected {name}")
+    root = os.path.dirname(folder)
+    if run_id(root) not in (None, manifest.get("run_id")):
+        raise InputError(f"checkpoint {folder} was not saved by the run that {os.path.join(root, RUN)} describes")
     with ThreadPoolExecutor(MOST_THREADS) as pool:
         files = {name: wanted for name, wanted in checksums.items() if name != MANIFEST}
         for result in [pool.submit(check_file, folder, name, wanted) for name, wanted in files.items()]:
@@ -219,7 +245,12 @@ def set_aside(root: str, newer_than: int) -> list[str]:
 
 
 def left_by_a_kill(folder: str) -> bool:
-    """Whether this is a checkpoint that was being written: its last files are missing."""
-    if os.path.islink(folder) or not os.path.isdir(folder):
+    """Whether this is a checkpoint that was being written: its last files are missing, or only its manifest and the run says
+    so."""
+    if os.path.islink(folder) or not os.path.isdir(folder) or is_sealed(folder):
         return False
-    return not any(os.path.exists(os.path.join(folder, name)) for name in (MANIFEST, STATE))
+    root, name = os.path.split(folder)
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(root, SAVING), encoding="utf-8") as file:
+        if file.read() == name:
+            return True
+    return not os.path.exists(os.path.join(folder, STATE))

@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.model.hf_folder import check_model
-from megatron_cpt.posttrain.checkpoints import RESULT, set_aside
+from megatron_cpt.posttrain.checkpoints import RESULT, RUN, set_aside
 from megatron_cpt.posttrain.identity import check_same, first_start
 from megatron_cpt.posttrain.run_files import check_save
 from megatron_cpt.posttrain.settings import DataConfig
@@ -31,7 +32,7 @@ from megatron_cpt.posttrain.sharding import sum_in_fp32
 from megatron_cpt.training.metrics_file import MetricsFile
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-REPORT, STATUS, RUN = "data_report.json", "status.json", "run.json"
+REPORT, STATUS = "data_report.json", "status.json"
 
 
 def check_files(folder: str, model: str, data: DataConfig) -> list[str]:
@@ -77,7 +78,7 @@ def begin(folder: str, checkpoint: str | None, facts: dict[str, Any]) -> None:
     for name in set_aside(folder, step):
         print(f"set aside: {name}", file=sys.stderr)
     if checkpoint is None:
-        write_json(os.path.join(folder, RUN), facts | {"versions": versions()})
+        write_json(os.path.join(folder, RUN), facts | {"run_id": uuid.uuid4().hex, "versions": versions()})
 
 
 class Record(TrainerCallback):

@@ -15,7 +15,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import Trainer
 
 from megatron_cpt.errors import RunError
-from megatron_cpt.posttrain.checkpoints import remove_older, seal
+from megatron_cpt.posttrain.checkpoints import begin_saving, remove_older, seal
 from megatron_cpt.training.schedule import remaining
 
 LEAST_FREE = 1 << 16  # bytes; a disk with less is full
@@ -82,16 +82,18 @@ class StepTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Checkpoints get their manifest when all processes have written, and older ones are removed after that only."""
         keep, self.args.save_total_limit = self.args.save_total_limit, None
+        step = int(self.state.global_step)
+        if self.args.should_save:
+            begin_saving(self.args.output_dir, f"checkpoint-{step}")
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:  # each library that writes has one of its own
-            check_room(self.args.output_dir, int(self.state.global_step), error)
+            check_room(self.args.output_dir, step, error)
             raise
         finally:
             self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            step = int(self.state.global_step)
             seal(os.path.join(self.args.output_dir, f"checkpoint-{step}"), step)
             remove_older(self.args.output_dir, keep)
 

@@ -139,6 +139,7 @@ def test_older_checkpoints_stay_until_a_new_one_is_complete(
     names = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*"))
     assert names == ["checkpoint-2", "checkpoint-4", "damaged_checkpoint-4"]
     assert not (tmp_path / "run" / "checkpoint-4" / "manifest.json").exists()
+    (tmp_path / "run" / "saving.txt").unlink()  # so nobody says whose it is
     finetune_sft(config)
     names = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*"))
     assert names == ["checkpoint-4", "damaged_checkpoint-4", "damaged_checkpoint-4_2"]
@@ -159,6 +160,44 @@ def test_a_run_that_was_ended_in_its_first_save_begins_anew(
     assert manifest["files"] == {name: size for name, size in files.items() if name != "manifest.json"}
     assert "stray" not in files
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_what_a_kill_has_left_without_its_manifest_is_removed(
+    finished: SftConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was written before: the run says which checkpoint it is writing. One without a word of that is kept."""
+    config, run = killed_at_the_end(finished, tmp_path / "run"), tmp_path / "run"
+    shutil.rmtree(run / "checkpoint-4")
+
+    def killed(folder: str, step: int) -> None:
+        raise RuntimeError("killed before the manifest")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers, "seal", killed)
+        with pytest.raises(RuntimeError, match="before the manifest"):
+            finetune_sft(config)
+    assert (run / "checkpoint-4" / "trainer_state.json").exists()
+    finetune_sft(config)
+    assert sorted(path.name for path in run.glob("*checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert not (run / "saving.txt").exists()
+
+
+def test_a_checkpoint_of_another_run_is_none_of_this_one(
+    finished: SftConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = killed_at_the_end(finished, tmp_path / "run"), tmp_path / "run"
+    other = replace(finished, save=str(tmp_path / "other"), training=replace(finished.training, seed=5))
+    finetune_sft(other)
+    shutil.rmtree(run / "checkpoint-4")
+    shutil.copytree(tmp_path / "other" / "checkpoint-4", run / "checkpoint-4")
+    finetune_sft(config)
+    assert f"checkpoint-4 was not saved by the run that {run / 'run.json'} describes\n" in capsys.readouterr().err
+    assert sorted(path.name for path in run.glob("*checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "damaged_checkpoint-4",
+    ]
+    check_sealed(str(run / "checkpoint-4"))
 
 
 def test_a_resumed_run_saves_as_often_as_it_is_told_now(finished: SftConfig, tmp_path: Path) -> None:
