@@ -79,7 +79,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result, _ = check(tmp_path / "file")
     assert result.returncode == 2
-    assert result.stderr.startswith(f"error: folder is {tmp_path / 'file'}: ")
+    assert result.stderr.startswith(f"error: folder is {tmp_path / 'file'}; expected a folder to write to, ")
     assert "Traceback" not in result.stderr
 
 
