@@ -291,7 +291,7 @@ def test_extending_a_run_changes_nothing_else() -> None:
     now = dataclasses.replace(before, training=training, optimizer=OptimizerConfig(lr=0.5, min_lr=0.0))
     with pytest.raises(InputError, match=r"lr was 1\.0 and is 0\.5"):
         resumed(before, now, 10)
-    with pytest.raises(InputError, match=r"training\.extend_to is 10; .*more than training\.train_iters, 10"):
+    with pytest.raises(InputError, match=r"^extend_to is 10; .*more than training\.train_iters, 10"):
         TrainingConfig(train_iters=10, extend_to=10)
 
 
