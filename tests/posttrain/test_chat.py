@@ -130,7 +130,12 @@ def test_the_tool_reads_lines(config: ChatConfig) -> None:
     command = [sys.executable, str(ROOT / "tools" / "chat.py"), config.model, "--chat_template", "chatml"]
     lines = "one\n\n/new\ntwo\n/quit\nthree\n"
     result = subprocess.run(
-        [*command, "--max_new_tokens", "3"], input=lines, capture_output=True, text=True, timeout=300, check=True
+        [*command, "--max_new_tokens", "3", "--temperature", "0"],
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
     )
     assert result.stderr.count("[3 tokens, ") == 2
 
