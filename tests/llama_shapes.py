@@ -1,4 +1,4 @@
-"""Shapes of real models."""
+"""Shapes of real models, and of one that is small."""
 
 from __future__ import annotations
 
@@ -36,3 +36,13 @@ SMOLLM = replace(  # 9 heads in 3 groups: no even split
     vocab_size=49152,
     max_position_embeddings=2048,
 )
+TINY = {  # config.json of a model that nobody loads
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 400,
+    "max_position_embeddings": 256,
+}

@@ -17,20 +17,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from llama_shapes import TINY
 from tiny_models import ROOT
 
 from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 400,
-    "max_position_embeddings": 256,
-}
 ROW = {"instruction": "2 + 2?", "output": "4"}
 
 
@@ -52,7 +43,7 @@ def good_files(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str
     (folder / "wrong_mixture.yaml").write_text(yaml.safe_dump(wrong))
     shutil.copytree(tiny_tokenizer_dir, folder / "tokenizer")
     shutil.copytree(tiny_tokenizer_dir, folder / "model")
-    (folder / "model" / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "model" / "config.json").write_text(json.dumps(TINY))
     release = folder / "megatron" / "release"
     shutil.copytree(folder / "model", release / "hf")
     for name in (".metadata", "common.pt"):

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from llama_shapes import TINY
 
 from megatron_cpt.checkpoint.layout import write_tracker
 from megatron_cpt.config.cli import run_tool
@@ -28,16 +29,6 @@ from megatron_cpt.training.checks import CheckedRun, check_run
 from megatron_cpt.training.pretrain import setup
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain_cpt.py"
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 400,
-    "max_position_embeddings": 256,
-}
 TEXTS = {"en": "The quick brown fox number {} jumps over the dog.", "zh": "第{}天，今天天气很好，我们去公园散步。"}
 
 
@@ -53,7 +44,7 @@ def good_files(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str
     (folder / "mixture.yaml").write_text(yaml.safe_dump(mixture))
     release = folder / "megatron" / "release"
     shutil.copytree(tiny_tokenizer_dir, release / "hf")
-    (release / "hf" / "config.json").write_text(json.dumps(MODEL))
+    (release / "hf" / "config.json").write_text(json.dumps(TINY))
     for name in (".metadata", "common.pt"):
         (release / name).write_bytes(b"")
     (release / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
