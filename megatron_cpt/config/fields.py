@@ -101,19 +101,19 @@ class ConfigReader:
         return self._checked(given.kind, values, name)
 
     def _checked(self, kind: type, values: Mapping[str, Any], name: str) -> Any:
-        """A section with these values, after its own checks."""
+        """A section with these values, after its own checks; with what these make of the values."""
         refused, found = {field for field, value in values.items() if value is WRONG}, Refusals()
+        section = partial(kind, values, refused)
         with found.noted():
-            if not refused:
-                return kind(**values)
-            section = partial(kind, values, refused)
             if hasattr(section, "__post_init__"):
                 section.__post_init__()
+            if not refused:
+                return kind(**values)
         for error in found.errors:
             self.refusals.add(InputError(self._located(str(error), kind, name)))
             if isinstance(error, FieldError):
                 refused.add(error.field)
-        return partial(kind, values, refused & {field.name for field in dataclasses.fields(kind)})
+        return partial(kind, vars(section), refused & {field.name for field in dataclasses.fields(kind)})
 
     def _assemble(self, value: Any, name: str) -> Any:
         if isinstance(value, Given):

@@ -13,10 +13,10 @@ a tool gives to `run_tool`, for files and what is in them, without torch. The to
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
-from megatron_cpt.errors import RefusedValueError
+from megatron_cpt.errors import Refusals, RefusedValueError
 
 
 def partial(kind: type, values: Mapping[str, Any], refused: Collection[str]) -> Any:
@@ -32,6 +32,16 @@ def partial(kind: type, values: Mapping[str, Any], refused: Collection[str]) -> 
         elif field.default_factory is not dataclasses.MISSING and field.name not in refused:
             object.__setattr__(section, field.name, field.default_factory())
     return section
+
+
+def partly(kind: type, refusals: Refusals, **readers: Callable[[], Any]) -> Any:
+    """A section whose fields come from functions; what one of them refuses is noted, and cannot be read in it."""
+    values: dict[str, Any] = {}
+    for name, read in readers.items():
+        with refusals.noted():
+            values[name] = read()
+    refused = readers.keys() - values.keys()
+    return partial(kind, values, refused) if refused else kind(**values)
 
 
 def _refuse(_: Any) -> NoReturn:

@@ -75,6 +75,7 @@ def adopt_corpora(config: AdoptConfig) -> str:
     document, damaged files, ids outside of the vocabulary, an end-of-document token after some documents only.
     """
     prefixes, tokenizer = check_files(config)
+    assert tokenizer is not None  # of a configuration of which nothing was refused
     facts = TokenizerInfo.of(config.tokenizer, tokenizer)
     manifests = {prefix: adopt(IndexedCorpus(prefix), tokenizer, facts, config.language) for prefix in prefixes}
     for prefix, manifest in manifests.items():
@@ -82,13 +83,13 @@ def adopt_corpora(config: AdoptConfig) -> str:
     return "\n".join(str(manifest_path(prefix)) for prefix in prefixes)
 
 
-def check_files(config: AdoptConfig) -> tuple[list[str], Tokenizer]:
-    """The corpora and the tokenizer that a configuration names.
+def check_files(config: AdoptConfig) -> tuple[list[str], Tokenizer | None]:
+    """The corpora and the tokenizer that a configuration names; None where that was refused (see config/partial.py).
 
     Raises:
         InputError: one is missing, damaged, or has a manifest; InputErrors: several are
     """
-    refusals, prefixes = Refusals(), list[str]()
+    refusals, prefixes, tokenizer = Refusals(), list[str](), None
     with refusals.noted():
         prefixes = find_some([config.input] if isinstance(config.input, str) else config.input, refusals)
     for prefix in prefixes:

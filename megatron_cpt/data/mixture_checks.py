@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 
 from megatron_cpt.data.curation_origins import common_origin
 from megatron_cpt.data.holdout import are_apart
 from megatron_cpt.data.mixture import Corpus, Mixture
 from megatron_cpt.data.sources import parse_partition
+from megatron_cpt.data.stages import MixtureStage
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.screen import counted
 
@@ -17,17 +20,21 @@ MAX_TOKENS = 1 << 62
 def check_mixture(mixture: Mixture) -> None:
     """What no single corpus can tell: enough text, one tokenizer, names, and nothing both trained on and validated with.
 
+    Of a mixture with mistakes (see config/partial.py): of what can be read in it.
+
     Raises:
         InputError: one of it is wrong; InputErrors: several are
     """
     refusals = Refusals()
     with refusals.noted():
-        _check_budgets(mixture)
-    for corpus in mixture.corpora + mixture.validation:
+        _check_stages(mixture, refusals)
+    corpora = mixture.corpora + mixture.validation
+    made_with = Counter(corpus.manifest.tokenizer.fingerprint for corpus in corpora)
+    for corpus in corpora:
         with refusals.noted():
             _check_length(mixture, corpus)
-        with refusals.noted():
-            _check_tokenizer(mixture, corpus)
+        with refusals.noted():  # the one that is unlike the others is named, not all of them
+            _check_tokenizer(max(corpora, key=lambda one: made_with[one.manifest.tokenizer.fingerprint]), corpus)
     names = [corpus.name for corpus in mixture.validation]  # what the metrics know them by
     for name in names:
         if names.count(name) > 1:
@@ -47,43 +54,64 @@ def _check_length(mixture: Mixture, corpus: Corpus) -> None:
         )
 
 
-def _check_tokenizer(mixture: Mixture, corpus: Corpus) -> None:
-    first, other = mixture.manifest.tokenizer, corpus.manifest.tokenizer
+def _check_tokenizer(usual: Corpus, corpus: Corpus) -> None:
+    first, other = usual.manifest.tokenizer, corpus.manifest.tokenizer
     if other.fingerprint != first.fingerprint:
         raise InputError(
             f"{corpus.prefix}.json was made with tokenizer {other.name} ({other.path}, {other.vocab_size} tokens) but "
-            f"{mixture.corpora[0].prefix}.json with {first.name} ({first.path}, {first.vocab_size} tokens)"
+            f"{usual.prefix}.json with {first.name} ({first.path}, {first.vocab_size} tokens)"
         )
 
 
-def _check_budgets(mixture: Mixture) -> None:
-    """What can be said of the stages' names and lengths whatever the run's."""
-    names = [stage.name for stage in mixture.stages]
+def _check_stages(mixture: Mixture, refusals: Refusals) -> None:
+    """Note what can be said of the stages' names and lengths whatever the run's; what was refused in one hides no other."""
+    for stage in mixture.stages:
+        with refusals.noted():
+            _check_seq_length(mixture, stage)
+        with refusals.noted():
+            _check_steps(mixture.path, stage)
+    for check in (_check_names, _check_tokens, _check_fractions):
+        with refusals.noted():
+            check(mixture.path, mixture.stages)
+
+
+def _check_seq_length(mixture: Mixture, stage: MixtureStage) -> None:
+    if stage.tokens is not None and stage.tokens < mixture.seq_length:
+        found = counted(stage.tokens, "token")
+        raise InputError(f"{mixture.path}: stage {stage.name} has {found}; one sample takes {mixture.seq_length}")
+
+
+def _check_steps(path: str, stage: MixtureStage) -> None:
+    last = stage.almr[-1].begin_tokens
+    if stage.tokens is not None and last >= stage.tokens:
+        raise InputError(
+            f"{path}: stage {stage.name}: almr.steps has a step at {last} tokens; the stage ends at {stage.tokens}"
+        )
+
+
+def _check_names(path: str, stages: Sequence[MixtureStage]) -> None:
+    names = [stage.name for stage in stages]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{mixture.path}: two stages are named {name!r}; set different names")
-    tokens = sum(stage.tokens or 0 for stage in mixture.stages)
+            raise InputError(f"{path}: two stages are named {name!r}; set different names")
+
+
+def _check_tokens(path: str, stages: Sequence[MixtureStage]) -> None:
+    tokens = sum(stage.tokens or 0 for stage in stages)
     if tokens > MAX_TOKENS:
-        raise InputError(f"{mixture.path}: the stages have {float(tokens):g} tokens; expected at most 2**62")
-    for stage in mixture.stages:
-        if stage.tokens is not None and stage.tokens < mixture.seq_length:
-            found = counted(stage.tokens, "token")
-            raise InputError(f"{mixture.path}: stage {stage.name} has {found}; one sample takes {mixture.seq_length}")
-        begins = [part.begin_tokens for part in stage.almr]
-        if stage.tokens is not None and begins[-1] >= stage.tokens:
-            raise InputError(
-                f"{mixture.path}: stage {stage.name}: almr.steps has a step at {begins[-1]} tokens; the stage ends at "
-                f"{stage.tokens}"
-            )
-    fractions = [stage.fraction for stage in mixture.stages]
+        raise InputError(f"{path}: the stages have {float(tokens):g} tokens; expected at most 2**62")
+
+
+def _check_fractions(path: str, stages: Sequence[MixtureStage]) -> None:
+    fractions = [stage.fraction for stage in stages]
     total = sum(fraction or 0 for fraction in fractions)
     if total > 1 or (None not in fractions and total != 1):
         raise InputError(
-            f"{mixture.path}: the fractions of the stages sum to {float(total):g}; expected 1, or less and a last stage "
-            f"without a budget"
+            f"{path}: the fractions of the stages sum to {float(total):g}; expected 1, or less and a last stage without a "
+            "budget"
         )
     if total == 1 and None in fractions:
-        raise InputError(f"{mixture.path}: the fractions of the stages sum to 1, which leaves nothing for the others")
+        raise InputError(f"{path}: the fractions of the stages sum to 1, which leaves nothing for the others")
 
 
 def _check_apart(path: str, training: Corpus, validation: Corpus) -> None:

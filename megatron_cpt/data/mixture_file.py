@@ -26,19 +26,23 @@ validation:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from megatron_cpt.config.partial import partly
 from megatron_cpt.data.indexed import IndexedCorpus
-from megatron_cpt.data.manifest import CorpusManifest, read_manifest
+from megatron_cpt.data.manifest import CorpusManifest, manifest_path, read_manifest
 from megatron_cpt.data.mixture import GROUPS, Corpus, GroupName, Mixture
 from megatron_cpt.data.mixture_checks import check_mixture
 from megatron_cpt.data.sampling.splitters import Group
 from megatron_cpt.data.stages import AlmrPart, MixtureStage
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.input_files import amount, load_yaml, number, shown, text_of
 from megatron_cpt.language_codes import check_language
+
+T = TypeVar("T")
 
 MOST_WHOLE = 2**63 - 1  # of a number that the native order takes
 TOKENS = "a number of tokens above 0, as 2_000_000_000 or 2B"
@@ -55,21 +59,24 @@ def load_mixture(path: str, instead: Mapping[str, Any] | None = None) -> Mixture
     reader = _Reader(path, refusals)
     with refusals.noted():
         _refuse_unknown(path, "", fields, {"seq_length", "seed", "almr", "stages", "validation", *GROUPS})
-    numbers: dict[str, int] = {}
-    for name, minimum in (("seq_length", 1), ("seed", 0)):
-        with refusals.noted():
-            numbers[name] = _integer(path, fields, name, minimum)
-    drafts = reader.drafts(fields)
-    validation = reader.validation(fields.get("validation"))
-    refusals.raise_any()
+    mixture: Mixture = partly(
+        Mixture,
+        refusals,
+        path=lambda: path,
+        seq_length=lambda: _integer(path, fields, "seq_length", 1),
+        seed=lambda: _integer(path, fields, "seed", 0),
+        stages=lambda: reader.read_stages(fields),
+        corpora=lambda: tuple(reader.corpora),
+        validation=lambda: tuple(reader.validation(fields.get("validation"))),
+    )
+    with refusals.noted():
+        check_mixture(mixture)
     stages = []
-    for draft in drafts:
+    for draft in reader.drafts:
         with refusals.noted():
             stages.append(reader.stage(draft))
     refusals.raise_any()
-    mixture = Mixture(path, **numbers, corpora=tuple(reader.corpora), stages=tuple(stages), validation=tuple(validation))
-    check_mixture(mixture)
-    return mixture
+    return replace(mixture, stages=tuple(stages))
 
 
 def read_mixture_fields(path: str) -> dict[str, Any]:
@@ -120,12 +127,15 @@ def _text(path: str, where: str, fields: dict[str, Any], name: str, default: str
 
 
 class _Draft(NamedTuple):
-    """A stage whose groups are not put together yet. `lists`: where the list of each group is in the file, and the list."""
+    """A stage whose groups are not put together yet.
 
-    name: str
-    tokens: int | None
-    fraction: Fraction | None
-    almr: tuple[AlmrPart, ...]
+    Attributes:
+        stage: without them; what is wrong with it cannot be read (see config/partial.py)
+        almr_at: where its ALMR is in the file
+        lists: where the list of each group is in the file, and the list
+    """
+
+    stage: MixtureStage
     almr_at: str
     lists: dict[GroupName, tuple[str, Any]]
 
@@ -140,18 +150,22 @@ class _Reader:
         self.path = path
         self.refusals = refusals
         self.corpora: list[Corpus] = []
+        self.drafts: list[_Draft] = []
 
-    def drafts(self, fields: dict[str, Any]) -> list[_Draft]:
-        """All stages, with their corpora opened; what one leaves out comes from the top of the file."""
-        described: list[tuple[str, dict[str, Any]]] = []
-        with self.refusals.noted():
-            described = self._described(fields)
-        for place, stage in described:
+    def read_stages(self, fields: dict[str, Any]) -> tuple[MixtureStage, ...]:
+        """All stages without their groups, whose corpora are opened; what one leaves out comes from the top of the file.
+
+        Raises:
+            RefusedValueError: one is no stage (which is noted), so that these are not all
+        """
+        described, are_all = self._described(fields.get("stages"))
+        for _, place, stage in described:
             with self.refusals.noted():
                 _refuse_unknown(self.path, place[:-1], stage, STAGE_FIELDS)
-        lists = [
+        top: tuple[int, str, dict[str, Any]] = (0, "", {})
+        lists: list[dict[GroupName, tuple[str, Any]]] = [
             {group: ((place if group in stage else "") + group, stage.get(group, fields.get(group))) for group in GROUPS}
-            for place, stage in described
+            for _, place, stage in (described if are_all else [*described, top])
         ]
         for group in GROUPS:  # general corpora of all stages before additional ones
             for own in lists:
@@ -162,30 +176,47 @@ class _Reader:
         if "almr" in fields:
             with self.refusals.noted():
                 _almr(self.path, "", fields["almr"])  # also when every stage has its own
-        drafts = []
-        for i, (place, stage) in enumerate(described):
+        last = len(fields["stages"]) if isinstance(fields.get("stages"), list) else 1
+        for (number_of_stage, place, stage), own in zip(described, lists, strict=False):
+            at = place if "almr" in stage else ""
+            almr = stage.get("almr", fields.get("almr"))
+            self.drafts.append(_Draft(self._stage(number_of_stage, place, stage, almr, at, last), at, own))
             with self.refusals.noted():
-                tokens, fraction = self._length(place, stage, i == len(described) - 1)
-                at = place if "almr" in stage else ""
-                almr = _almr(self.path, at, stage.get("almr", fields.get("almr")))
-                name = _text(self.path, place, stage, "name", str(i + 1))
-                drafts.append(_Draft(name, tokens, fraction, almr, at, lists[i]))
-        return drafts
+                self._check_shares(self.drafts[-1])
+        if not are_all:
+            raise RefusedValueError
+        return tuple(draft.stage for draft in self.drafts)
 
-    def _described(self, fields: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-        """(place in the file, fields) of each stage."""
-        described = fields.get("stages")
+    def _described(self, described: Any) -> tuple[list[tuple[int, str, dict[str, Any]]], bool]:
+        """(number, place in the file, fields) of each stage, and whether these are all: what is no stage is noted."""
         if described is None:
-            return [("", {})]
+            return [(1, "", {})], True
         if not isinstance(described, list) or not described:
-            raise InputError(
-                f"{self.path}: stages is {shown(described)}; expected a list of stages with a budget and an almr"
-            )
-        stages = [(f"stages[{i}].", stage) for i, stage in enumerate(described)]
-        for place, stage in stages:
+            found = f"stages is {shown(described)}; expected a list of stages with a budget and an almr"
+            self.refusals.add(InputError(f"{self.path}: {found}"))
+            return [], False
+        for i, stage in enumerate(described):
             if not isinstance(stage, dict):
-                raise InputError(f"{self.path}: {place[:-1]} is {shown(stage)}; expected a stage with a budget and an almr")
-        return stages
+                found = f"stages[{i}] is {shown(stage)}; expected a stage with a budget and an almr"
+                self.refusals.add(InputError(f"{self.path}: {found}"))
+        stages = [(i + 1, f"stages[{i}].", stage) for i, stage in enumerate(described) if isinstance(stage, dict)]
+        return stages, len(stages) == len(described)
+
+    def _stage(
+        self, number_of_stage: int, place: str, stage: dict[str, Any], almr: Any, almr_at: str, last: int
+    ) -> MixtureStage:
+        """A stage without groups; what is wrong with it cannot be read."""
+        stage_: MixtureStage = partly(
+            MixtureStage,
+            self.refusals,
+            name=lambda: _text(self.path, place, stage, "name", str(number_of_stage)),
+            tokens=lambda: self._length(place, stage, number_of_stage == last)[0],
+            fraction=lambda: self._length(place, stage, number_of_stage == last)[1],
+            almr=lambda: _almr(self.path, almr_at, almr),
+            general=lambda: None,
+            additional=lambda: None,
+        )
+        return stage_
 
     def _length(self, place: str, stage: dict[str, Any], is_last: bool) -> tuple[int | None, Fraction | None]:
         """A stage's budget in tokens, or as a part of the run."""
@@ -208,21 +239,24 @@ class _Reader:
             raise InputError(f"{path}: {place}tokens is missing; only the last stage may be what is left of the run")
         return None, None
 
-    def stage(self, draft: _Draft) -> MixtureStage:
-        """A stage, when all corpora are open."""
-        groups = {group: self._group(*draft.lists[group]) for group in GROUPS}
+    def _check_shares(self, draft: _Draft) -> None:
+        """InputError where a group that gets a share has no corpus."""
         shares = {
-            "additional": max(max(p.first, p.last) for p in draft.almr),
-            "general": 1 - min(min(p.first, p.last) for p in draft.almr),
+            "additional": max(max(p.first, p.last) for p in draft.stage.almr),
+            "general": 1 - min(min(p.first, p.last) for p in draft.stage.almr),
         }
         for group in reversed(GROUPS):
-            if shares[group] and groups[group] is None:
+            if shares[group] and draft.lists[group][1] in (None, []):
                 value = shares["additional"] if group == "additional" else 1 - shares["general"]
                 raise InputError(
                     f"{self.path}: {draft.almr_at}almr {float(value):g} gives the {group} group a share of "
                     f"{float(shares[group]):g} but it lists no corpus"
                 )
-        return MixtureStage(draft.name, draft.tokens, draft.fraction, draft.almr, groups["general"], groups["additional"])
+
+    def stage(self, draft: _Draft) -> MixtureStage:
+        """A stage, when all corpora are open that could be opened. RefusedValueError: not all of its own could."""
+        groups = {group: self._group(*draft.lists[group]) for group in GROUPS}
+        return replace(draft.stage, general=groups["general"], additional=groups["additional"])
 
     def _open(self, group: GroupName, where: str, entries: Any) -> None:
         """Open the corpora of a list that are not open yet."""
@@ -231,13 +265,14 @@ class _Reader:
                 self._add(place, self._corpus(place, entry, {"prefix", "name", "weight", "max_epochs"}, group, sub_group))
 
     def _add(self, place: str, corpus: Corpus) -> None:
-        """Take a corpus of the entry at `place`, unless it is there already."""
+        """Take a corpus of the entry at `place`, unless it is there already. RefusedValueError: its name was refused."""
+        name = corpus.name
         for other in self.corpora:
-            if other.name == corpus.name:
+            if other.name == name:
                 self._compare(place, corpus, other)
                 return
             if _same_text(other, corpus):
-                raise InputError(f"{self.path}: {place}: {corpus.name} and {other.name} are one text; leave one out")
+                raise InputError(f"{self.path}: {place}: {name} and {other.name} are one text; leave one out")
         self.corpora.append(corpus)
 
     def _check_weights(self, where: str, entries: Any) -> None:
@@ -268,7 +303,10 @@ class _Reader:
             raise InputError(f"{self.path}: {place}: {corpus.name} has another max_epochs elsewhere; give one for the run")
 
     def _flat(self, where: str, entries: Any) -> Iterator[tuple[str, str | None, Any]]:
-        """(place in the file, name of the sub-group, entry of a corpus) for a list and its sub-groups."""
+        """(place in the file, name of the sub-group, entry of a corpus) for a list and its sub-groups.
+
+        A sub-group whose name was refused has "" as one: its corpora are opened all the same.
+        """
         if not isinstance(entries, list):
             raise InputError(f"{self.path}: {where} is {shown(entries)}; expected a list of entries with a prefix")
         seen: set[str] = set()
@@ -277,37 +315,42 @@ class _Reader:
             if not (isinstance(entry, dict) and "corpora" in entry):
                 yield place, None, entry
                 continue
-            name = None
+            name = ""
             with self.refusals.noted():
                 name = self._sub_group(place, entry, seen)
-            if name is not None:
-                for found, _, corpus in self._flat(f"{place}.corpora", entry["corpora"]):
-                    yield found, name, corpus
+            if not isinstance(entry["corpora"], list) or not entry["corpora"]:
+                continue
+            for found, _, corpus in self._flat(f"{place}.corpora", entry["corpora"]):
+                yield found, name, corpus
 
     def _sub_group(self, place: str, entry: dict[str, Any], seen: set[str]) -> str:
         """The name of a sub-group, which is added to those `seen` in its list."""
-        _refuse_unknown(self.path, place, entry, {"group", "weight", "corpora"})
-        inner = entry["corpora"]
+        refusals, inner = Refusals(), entry["corpora"]
+        with refusals.noted():
+            _refuse_unknown(self.path, place, entry, {"group", "weight", "corpora"})
         name = text_of(entry.get("group"))
-        if name is None or not isinstance(inner, list) or not inner:
-            raise InputError(f"{self.path}: {place} is {shown(entry)}; expected a sub-group with a name (group) and corpora")
-        if any(isinstance(one, dict) and "corpora" in one for one in inner):
-            raise InputError(f"{self.path}: {place}: a sub-group inside a sub-group; expected one level")
-        if name in seen:
-            raise InputError(f"{self.path}: {place}: two sub-groups are named {name!r}; use different names")
-        seen.add(name)
-        return name
+        with refusals.noted():
+            if name is None or not isinstance(inner, list) or not inner:
+                found = f"{place} is {shown(entry)}"
+                raise InputError(f"{self.path}: {found}; expected a sub-group with a name (group) and corpora")
+            if any(isinstance(one, dict) and "corpora" in one for one in inner):
+                raise InputError(f"{self.path}: {place}: a sub-group inside a sub-group; expected one level")
+        with refusals.noted():
+            if name is not None and name in seen:
+                raise InputError(f"{self.path}: {place}: two sub-groups are named {name!r}; use different names")
+        refusals.raise_any()
+        seen.add(str(name))
+        return str(name)
 
     def _group(self, where: str, entries: Any) -> Group | None:
-        """A list as the splitters want it; the corpora in it are open already."""
-        entries = [] if entries is None else entries
+        """A list as the splitters want it. RefusedValueError: something in it was refused."""
         members: list[int | Group] = []
         weights: list[Fraction] = []
-        for i, entry in enumerate(entries):
-            place = f"{where}[{i}]"
-            if "corpora" in entry:
-                inner = self._group(f"{place}.corpora", entry["corpora"])
-                assert inner is not None
+        for i, entry in enumerate(_list_or_refused(entries)):
+            if isinstance(entry, dict) and "corpora" in entry:
+                inner = self._group(f"{where}[{i}].corpora", entry["corpora"])
+                if inner is None:
+                    raise RefusedValueError
                 members.append(inner)
                 tokens = sum(self.corpora[position].data.num_tokens for position in inner.corpora())
             else:
@@ -315,8 +358,8 @@ class _Reader:
                 members.append(position)
                 tokens = self.corpora[position].data.num_tokens
             weight = number(entry.get("weight", tokens))
-            if not weight:  # it is checked where it is given
-                raise InputError(f"{self.path}: {place} has no tokens; leave it out")
+            if not weight:  # that is checked where it is given; so is the length of a corpus
+                raise RefusedValueError
             weights.append(weight)
         if not members:
             return None
@@ -328,26 +371,42 @@ class _Reader:
                 )
         return Group(tuple(members), tuple(weights))
 
-    def _position(self, entry: dict[str, Any]) -> int:
-        return [corpus.name for corpus in self.corpora].index(_name(self.path, "", entry))
+    def _position(self, entry: Any) -> int:
+        """The place of an entry's corpus among the open ones. RefusedValueError: it is not there."""
+        try:
+            return [corpus.name for corpus in self.corpora].index(_name(self.path, "", entry))
+        except ValueError:  # also InputError: it was noted where the entry is
+            raise RefusedValueError from None
 
     def _corpus(
         self, where: str, entry: Any, known: set[str], group: GroupName | None = None, sub_group: str | None = None
     ) -> Corpus:
+        """The corpus of an entry; what is wrong with its settings is noted, and cannot be read in it.
+
+        Raises:
+            InputError: it has no prefix; RefusedValueError: its files cannot be read, which is noted
+        """
         path = self.path
-        name = _name(path, where, entry)
-        _refuse_unknown(path, where, entry, known)
-        prefix = os.path.join(os.path.dirname(os.path.abspath(path)), str(entry["prefix"]))
-        manifest, data = _open_corpus(prefix)
-        max_epochs = None
-        if entry.get("max_epochs") is not None:
-            max_epochs = number(entry["max_epochs"])
-            if max_epochs is None or max_epochs <= 0:
-                raise InputError(f"{path}: {where}.max_epochs is {shown(entry['max_epochs'])}; expected a number above 0")
-        language = _text(path, f"{where}.", entry, "language", manifest.language)
-        if entry.get("language") is not None:
-            check_language(language, f"{path}: {where}.language")
-        return Corpus(name, prefix, language, manifest, data, group, sub_group, max_epochs)
+        prefix = os.path.join(os.path.dirname(os.path.abspath(path)), _prefix(path, where, entry))
+        opened: tuple[CorpusManifest, IndexedCorpus] | None = None
+        with self.refusals.noted():
+            _refuse_unknown(path, where, entry, known)
+        with self.refusals.noted():
+            opened = _open_corpus(prefix)
+        corpus: Corpus = partly(
+            Corpus,
+            self.refusals,
+            name=lambda: _name(path, where, entry),
+            prefix=lambda: prefix,
+            language=lambda: _language(path, where, entry) or _known(opened)[0].language,
+            manifest=lambda: _known(opened)[0],
+            data=lambda: _known(opened)[1],
+            group=lambda: group,
+            sub_group=lambda: sub_group,
+            max_epochs=lambda: _max_epochs(path, where, entry),
+        )
+        _known(opened)
+        return corpus
 
     def validation(self, entries: Any) -> list[Corpus]:
         """The validation sets."""
@@ -368,16 +427,59 @@ def _same_text(a: Corpus, b: Corpus) -> bool:
     return same_place or a.manifest.files["bin"].sha256 == b.manifest.files["bin"].sha256
 
 
-def _name(path: str, where: str, entry: Any) -> str:
-    """What the corpus of an entry is called: `name`, or the last part of `prefix`."""
+def _prefix(path: str, where: str, entry: Any) -> str:
     prefix = text_of(entry.get("prefix")) if isinstance(entry, dict) else None
     if not prefix:
         raise InputError(f"{path}: {where} is {shown(entry)}; expected an entry with a prefix")
-    return _text(path, f"{where}.", entry, "name", os.path.basename(prefix))
+    return prefix
+
+
+def _name(path: str, where: str, entry: Any) -> str:
+    """What the corpus of an entry is called: `name`, or the last part of `prefix`."""
+    return _text(path, f"{where}.", entry, "name", os.path.basename(_prefix(path, where, entry)))
+
+
+def _language(path: str, where: str, entry: dict[str, Any]) -> str:
+    """The language that an entry gives; "" where it gives none."""
+    language = _text(path, f"{where}.", entry, "language", "")
+    if entry.get("language") is not None:
+        check_language(language, f"{path}: {where}.language")
+    return language
+
+
+def _max_epochs(path: str, where: str, entry: dict[str, Any]) -> Fraction | None:
+    if entry.get("max_epochs") is None:
+        return None
+    most = number(entry["max_epochs"])
+    if most is None or most <= 0:
+        raise InputError(f"{path}: {where}.max_epochs is {shown(entry['max_epochs'])}; expected a number above 0")
+    return most
+
+
+def _known(value: T | None) -> T:
+    """A value that was read. RefusedValueError: it was refused."""
+    if value is None:
+        raise RefusedValueError
+    return value
+
+
+def _list_or_refused(entries: Any) -> list[Any]:
+    """The entries of a list; none where there is no list. RefusedValueError: it is something else."""
+    if entries is not None and not isinstance(entries, list):
+        raise RefusedValueError
+    return entries or []
 
 
 def _open_corpus(prefix: str) -> tuple[CorpusManifest, IndexedCorpus]:
-    manifest, data = read_manifest(prefix), IndexedCorpus(prefix)
+    refusals, manifest, data = Refusals(), None, None
+    with refusals.noted():
+        manifest = read_manifest(prefix)
+    if manifest is not None or manifest_path(prefix).exists():  # else the name is wrong, and the files' absence no news
+        with refusals.noted():
+            data = IndexedCorpus(prefix)
+    refusals.raise_any()
+    assert manifest is not None
+    assert data is not None
     if data.num_tokens != manifest.tokens:
         raise InputError(f"{prefix}.bin has {data.num_tokens} tokens but {prefix}.json says {manifest.tokens}")
     if str(data.dtype) != manifest.dtype:
@@ -400,7 +502,8 @@ def _almr(path: str, place: str, value: Any) -> tuple[AlmrPart, ...]:
         return almr
 
     if isinstance(value, dict) and set(value) == {"from", "to"}:
-        return (AlmrPart(0, share(value["from"], "almr.from"), share(value["to"], "almr.to")),)
+        ends = _each([(value[end], f"almr.{end}") for end in ("from", "to")], share)
+        return (AlmrPart(0, *ends),)
     if isinstance(value, dict) and set(value) == {"steps"}:
         return _steps(path, place, value["steps"], share)
     if isinstance(value, dict):
@@ -411,7 +514,17 @@ def _almr(path: str, place: str, value: Any) -> tuple[AlmrPart, ...]:
     return (AlmrPart(0, almr, almr),)
 
 
-def _steps(path: str, place: str, steps: Any, share: Any) -> tuple[AlmrPart, ...]:
+def _each(found: Sequence[tuple[Any, str]], share: Callable[[Any, str], Fraction]) -> list[Fraction]:
+    """The share that each (value, name) is. InputError: one is none; InputErrors: several are."""
+    refusals, shares = Refusals(), list[Fraction]()
+    for value, name in found:
+        with refusals.noted():
+            shares.append(share(value, name))
+    refusals.raise_any()
+    return shares
+
+
+def _steps(path: str, place: str, steps: Any, share: Callable[[Any, str], Fraction]) -> tuple[AlmrPart, ...]:
     pairs = isinstance(steps, list) and steps and all(isinstance(step, list) and len(step) == 2 for step in steps)
     begins = [amount(step[0]) for step in steps] if pairs else []
     if not begins or begins[0] != 0 or None in begins or begins != sorted(set(begins)):  # type: ignore[type-var]
@@ -419,5 +532,5 @@ def _steps(path: str, place: str, steps: Any, share: Any) -> tuple[AlmrPart, ...
             f"{path}: {place}almr.steps is {shown(steps)}; expected [[0, almr], [tokens, almr], ...] with rising tokens "
             "into the stage"
         )
-    parts = [share(step[1], f"almr.steps[{i}]") for i, step in enumerate(steps)]
+    parts = _each([(step[1], f"almr.steps[{i}]") for i, step in enumerate(steps)], share)
     return tuple(AlmrPart(begin or 0, almr, almr) for begin, almr in zip(begins, parts, strict=True))

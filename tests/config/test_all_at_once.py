@@ -318,6 +318,12 @@ CASES = {
             "tasks is 0",
         ],
     ),
+    "curation of what is given as text": Case(
+        "curate_data.py",
+        {"input": "en.jsonl", "output_folder": "curated", "keep_languages": "qq", "keep_fields": "url", "workers": "x"},
+        [],
+        ["keep_languages: found 'qq'", "workers is 'x'"],
+    ),
     "merging": Case(
         "merge_datasets.py",
         {"input": ["en", "lost", "also_lost"], "output_prefix": "file/all", "shuffle_documents": -1, "overwrite": "maybe"},
@@ -335,6 +341,15 @@ CASES = {
         {"input": ["lost", "en"], "tokenizer": "nowhere", "language": "xx"},
         [],
         ["input lost", "en.json: there is a manifest already", "language is 'xx'", "tokenizer nowhere"],
+    ),
+    "a refused token of an adoption": Case(
+        "adopt_corpus.py",
+        {"input": "en", "tokenizer": "tokenizer", "language": "en", "eos_token": [], "overwrite": True},
+        [],
+        ["eos_token is []"],
+    ),
+    "no tokenizer of an adoption": Case(
+        "adopt_corpus.py", {"input": "en", "language": "en", "overwrite": True}, [], ["tokenizer is missing"]
     ),
     "inspection": Case(
         "inspect_data.py",

@@ -462,7 +462,7 @@ def test_schedules_of_almr(folder: Path) -> None:
 )
 def test_bad_schedules_of_almr(folder: Path, almr: Any, message: str) -> None:
     assert message in refusal(folder, almr=almr)
-    assert "stages[0].almr" in refusal(folder, stages=[{"tokens": 5, "almr": almr}, {}])
+    assert "stages[0].almr" in refusal(folder, stages=[{"tokens": 64, "almr": almr}, {}])
 
 
 def test_sub_groups(folder: Path) -> None:
@@ -477,7 +477,7 @@ def test_sub_groups(folder: Path) -> None:
     assert "a sub-group inside a sub-group" in refusal(folder, general=[{"group": "a", "corpora": [both]}])
     assert "two training corpora are named 'en'" in refusal(folder, general=[both, {"prefix": "en"}])
     again = {"group": "all", "corpora": [{"prefix": "zh_valid"}]}
-    assert "two sub-groups are named 'all'" in refusal(folder, general=[both, again])
+    assert "two sub-groups are named 'all'" in refusal(folder, general=[both, again], validation=[])
 
 
 def test_a_corpus_is_one_in_all_stages(folder: Path) -> None:
@@ -590,7 +590,7 @@ def test_a_corpus_without_tokens(folder: Path) -> None:
     change_manifest(
         folder, "empty", tokens=0, files={"bin": {"bytes": 0, "sha256": "0"}, "idx": {"bytes": 42, "sha256": "0"}}
     )
-    assert "general[1] has no tokens; leave it out" in refusal(folder, general=[{"prefix": "en"}, {"prefix": "empty"}])
+    assert "empty.bin has only 0 tokens; expected" in refusal(folder, general=[{"prefix": "en"}, {"prefix": "empty"}])
 
 
 def test_a_pilot_run_may_end_before_the_last_stage_begins(folder: Path) -> None:
@@ -679,6 +679,60 @@ def test_all_mistakes_of_a_file_at_once(folder: Path) -> None:
     assert len(found) == len(expected), found
     for line, words in zip(found, expected, strict=True):
         assert words in line, found
+
+
+def test_mistakes_of_a_file_hide_none_of_its_entries_and_corpora(folder: Path) -> None:
+    """Nor do several in one entry or stage hide each other, and what was refused is no mistake elsewhere."""
+    manifest = json.loads((folder / "zh.json").read_text())
+    (folder / "zh.json").write_text(json.dumps(manifest | {"tokenizer": manifest["tokenizer"] | {"fingerprint": "0" * 64}}))
+    (folder / "code.json").write_text("{")
+    (folder / "code.idx").write_bytes(b"index")
+    path = write(
+        folder,
+        seed="x",
+        general=[
+            {"prefix": "en", "nmae": 1, "max_epochs": -1, "name": [1]},
+            {"group": None, "size": 2, "corpora": [{"prefix": "gone", "max_epochs": 0}, {"prefix": "code"}]},
+        ],
+        additional=[{"prefix": "zh"}, {"prefix": "short"}],
+        validation=[{"prefix": "nowhere", "language": "zho", "weight": 1}, {"prefix": "zh_valid"}],
+        stages=[
+            3,
+            {"tokens": -1, "name": [2], "almr": {"from": 2, "to": "x"}},
+            {"almr": {"steps": [[0, 7], [9, 8]]}, "a": 1},
+        ],
+    )
+    with pytest.raises(InputErrors) as caught:
+        load_mixture(path)
+    expected = [
+        "seed is 'x'",
+        "stages[0] is 3; expected a stage",
+        "stages[2] has unknown field 'a'",
+        "general[0] has unknown field 'nmae'",
+        "general[0].name is [1]",
+        "general[0].max_epochs is -1",
+        "general[1] has unknown field 'size'",
+        "general[1] is {'corpora'",
+        "gone.json: no such file",
+        "general[1].corpora[0].max_epochs is 0",
+        "code.json: not valid JSON",
+        "code.idx: begins with",
+        "stages[1].name is [2]",
+        "stages[1].tokens is -1",
+        "stages[1].almr.from is 2",
+        "stages[1].almr.to is 'x'",
+        "stages[2].almr.steps[0] is 7",
+        "stages[2].almr.steps[1] is 8",
+        "validation[0] has unknown field 'weight'",
+        "nowhere.json: no such file",
+        "validation[0].language is 'zho'",
+        "short.bin has only",
+        "zh.json was made with tokenizer",  # it, not each of the others
+    ]
+    found = list(map(str, caught.value.errors))
+    unsaid = [words for words in expected if not any(words in line for line in found)]
+    assert not unsaid, "\n".join(found)
+    assert len(found) == len(expected), "\n".join(found)
 
 
 def test_all_mistakes_that_only_the_corpora_show(folder: Path) -> None:
