@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # with the URL that pytorch.org gives for CPU.
 PIP_ARGS ?=
 
-.PHONY: setup quickstart quickstart-chat test test-engine test-runs test-matrix test-kills test-slow test-llamafactory test-te test-gpu test-slurm mutants sanitize cuda bench lint type format docs clean
+.PHONY: setup quickstart quickstart-chat test test-engine test-runs test-matrix test-kills test-slow test-llamafactory te test-te test-gpu test-slurm mutants sanitize cuda bench lint type format docs clean
 
 setup: $(READY)
 
@@ -63,13 +63,18 @@ test-llamafactory: setup
 	LLAMAFACTORY_PYTHON=$(CURDIR)/$(LLAMAFACTORY)/bin/python $(BIN)/python -m pytest tests/posttrain/test_llamafactory.py
 
 # Checkpoints in Transformer Engine's layers, without a GPU: its Python from PyPI, and a stand-in for its compiled extension.
-TE := build/transformer_engine
+# Another Python wants a folder of its own: make test-te PYTHON=python3.12 VENV=.venv-3.12
+TE := build/transformer_engine$(VENV:.venv%=%)
 TE_VERSION := 2.20.2
-test-te: setup
-	test -e $(TE)/ready || { $(BIN)/python -m pip install --quiet --target $(TE) --no-deps transformer_engine==$(TE_VERSION) \
-	  transformer_engine_cu13==$(TE_VERSION) onnxscript onnx onnx_ir ml_dtypes protobuf triton einops && \
-	  $(BIN)/python tests/te_layers/stand_in.py $(TE) && touch $(TE)/ready; }
-	TRANSFORMER_ENGINE=$(CURDIR)/$(TE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s tests/te_layers
+te: $(TE)/ready
+test-te: setup te
+	TRANSFORMER_ENGINE=$(CURDIR)/$(TE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/te_layers
+
+$(TE)/ready: tests/te_layers/stand_in.py | setup
+	$(BIN)/python -m pip install --quiet --target $(TE) --no-deps --upgrade transformer_engine==$(TE_VERSION) \
+	  transformer_engine_cu13==$(TE_VERSION) onnxscript onnx onnx_ir ml_dtypes protobuf triton einops
+	$(BIN)/python tests/te_layers/stand_in.py $(TE)
+	touch $@
 
 # What needs a GPU, and what runs on whichever device there is. `make cuda` first, for the order of the data.
 GPU := tests/platforms/test_cuda_platform.py tests/data/sampling/test_cuda.py

@@ -67,7 +67,8 @@ def records_of(content: Content, offset: int, length: int) -> dict[str, Part]:
             raise
         raise zipfile.BadZipFile(f"{error}; expected a zip archive, as torch.save writes since version 1.6") from error
     except (struct.error, ValueError, OSError, NotImplementedError, OverflowError, EOFError) as error:
-        raise zipfile.BadZipFile(f"no archive: {error}") from error  # what zipfile raises where numbers are damaged
+        # What zipfile raises where numbers are damaged; OSError is _Stretch's, which is in memory, and none of a disk.
+        raise zipfile.BadZipFile(f"no archive: {error}") from error
     if not records:
         raise zipfile.BadZipFile("no record")
     return records

@@ -202,6 +202,4 @@ def tcp_store(rank: int, world_size: int) -> dist.TCPStore:
     """The store that torch itself would find, or make."""
     makes_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(
-        host, port, world_size, makes_it, dist.default_pg_timeout, wait_for_workers=False, multi_tenant=True
-    )
+    return dist.TCPStore(host, port, world_size, makes_it, dist.default_pg_timeout, multi_tenant=True)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from tiny_models import ROOT
 
+from megatron_cpt.cluster.job import free_port
+
 TAMPER = """
 import os, sys
 words = " ".join(sys.orig_argv)
@@ -65,6 +67,24 @@ def test_one_process_is_told_what_needs_several(tmp_path: Path) -> None:
     assert report["processes"] == 1
     assert result.stdout.strip() == str(tmp_path / "check_cluster.json")
     assert "2 passed, 0 failed, 2 skipped" in result.stderr
+
+
+def test_processes_that_a_launcher_of_slurm_starts(tmp_path: Path) -> None:
+    """As srun starts them: without torchrun, whose store others join, the first process makes it, on the job's address."""
+    tool = [
+        sys.executable,
+        str(ROOT / "tools" / "check_cluster.py"),
+        "--folder",
+        str(tmp_path),
+        "--only",
+        "clocks",
+        "versions",
+    ]
+    joined = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | joined
+    ranks = [subprocess.Popen(tool, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    assert states(json.loads((tmp_path / "check_cluster.json").read_text())) == {"versions": "passed", "clocks": "passed"}
 
 
 def test_a_word_in_no_name(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""A process of test_layers.py: `python layers.py JSON`, alone or under torchrun.
+"""The processes of test_layers.py: `python layers.py TASKS.json` imports what takes long, once, and forks each task's ranks.
 
-Builds this rank's model from Transformer Engine's layers and from torch's, loads a checkpoint into both, compares, and saves
-the former. Prints what it found as JSON, on the first rank.
+Each rank builds its part of the model from Transformer Engine's layers and from torch's, loads a checkpoint into both,
+compares, and saves the former. The first rank writes what was found to the task's `result`; what a task's ranks print, and
+their errors, are in its `log`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from forks import free_ports
 from stand_in import install
 
 # Where torch's layers have these norms Transformer Engine has them inside of the linear layers behind them.
@@ -36,18 +40,54 @@ def as_on_a_gpu() -> Iterator[None]:
         torch.cuda.is_available = was
 
 
-def main(task: dict[str, Any]) -> dict[str, Any] | None:
-    """Compare and save, as the task asks for; what was found, on the first rank."""
-    install(task["folder"])
-    # Before the CPU platform hides Transformer Engine
+def prepare(folder: str) -> None:
+    """Import Transformer Engine from `folder`, megatron-core with it, and the product, which would hide it on a CPU."""
+    install(folder)
     import megatron.core.extensions.transformer_engine
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
 
     shown = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "transformer_engine"}
-    from megatron_cpt.platforms import current_platform, prepare_platform
+    from megatron_cpt.platforms import prepare_platform
 
     prepare_platform()
     sys.modules.update(shown)
+    import megatron_cpt.checkpoint.attempt
+    import megatron_cpt.model.build
+    import megatron_cpt.platforms.process_groups  # noqa: F401
+
+
+def run_all(tasks: Sequence[dict[str, Any]]) -> None:
+    """Run each task in processes of its own."""
+    for task, port in zip(tasks, free_ports(), strict=False):
+        ranks = [fork(task, rank, port) for rank in range(task["processes"])]
+        for pid in ranks:
+            os.waitpid(pid, 0)
+
+
+def fork(task: dict[str, Any], rank: int, port: int) -> int:
+    """Start a rank of a task; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ |= task["environment"]
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(task["processes"])}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        found = main(task)
+        if rank == 0:
+            Path(task["result"]).write_text(json.dumps(found))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def main(task: dict[str, Any]) -> dict[str, Any]:
+    """Compare and save, as the task asks for; what was found."""
     from megatron_cpt.checkpoint.attempt import Attempt, Request
     from megatron_cpt.checkpoint.hf_weights import extra_states, pieces_of
     from megatron_cpt.checkpoint.layout import read_hf_files
@@ -55,6 +95,7 @@ def main(task: dict[str, Any]) -> dict[str, Any] | None:
     from megatron_cpt.checkpoint.state import Progress
     from megatron_cpt.config.parallel import ParallelConfig
     from megatron_cpt.model.llama import read_llama_config
+    from megatron_cpt.platforms import current_platform
     from megatron_cpt.platforms.cuda import CudaPlatform
     from megatron_cpt.platforms.process_groups import process_groups
 
@@ -66,14 +107,13 @@ def main(task: dict[str, Any]) -> dict[str, Any] | None:
         everything = ranks.gather((compared, keys_of(theirs)))
     keys = set().union(*(keys for _, keys in everything))
     known = {piece.chunk.key for piece in pieces_of(llama, dtype)} | set(extra_states(llama))
-    found = {
+    return {
         "compared": sum(count for count, _ in everything),
         "keys": len(keys),
         "unknown_keys": sorted(keys - known),
         "missing_keys": sorted(known - keys),
         "layers": sorted({type(module).__name__ for chunk in theirs for module in chunk.modules()}),
     }
-    return found if ranks.first else None
 
 
 def loaded(task: dict[str, Any], transformer_impl: str, platform: Any, ranks: Any) -> list[Any]:
@@ -123,7 +163,6 @@ def keys_of(chunks: Sequence[Any]) -> set[str]:
 
 
 if __name__ == "__main__":
-    words = json.loads(sys.argv[1])
-    result = main(words)
-    if result is not None:
-        Path(words["result"]).write_text(json.dumps(result))
+    given = json.loads(Path(sys.argv[1]).read_text())
+    prepare(given["folder"])
+    run_all(given["tasks"])

@@ -34,82 +34,105 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
-class Models:
-    """Tiny models, each in both formats, once."""
+# What the same process is asked for, by test: a kind of model, its layout, and how it computes
+TASKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{variant: (variant, {}, {}) for variant in VARIANTS},
+    **{layout: ("biases", parallel, {}) for layout, parallel in LAYOUTS.items()},
+    **{recipe: ("untied", {}, {"fp8": "hybrid", "fp8_recipe": recipe}) for recipe in RECIPES},
+    "deterministic": ("untied", {}, {"deterministic_mode": True}),
+    "deterministic, not allowed": ("untied", {}, {"deterministic_mode": True}),
+}
 
-    def __init__(self, folder: Path, tokenizer: str) -> None:
-        self.folder, self.tokenizer = folder, tokenizer
 
-    def task(self, variant: str, dtype: str, parallel: dict[str, Any]) -> dict[str, Any]:
-        """What layers.py is told of a model."""
-        folder = self.folder / f"{variant}_{dtype}"
-        if not folder.exists():
-            kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-            hf = make_tiny_llama(folder / "hf", self.tokenizer, kind, **VARIANTS[variant])
-            hf_to_megatron(HfToMegatron(hf, str(folder / "megatron")))
-        checkpoint = str(folder / "megatron" / "release")
-        return {"hf": str(folder / "hf"), "checkpoint": checkpoint, "dtype": dtype, "parallel": parallel, "folder": FOLDER}
+class Comparisons:
+    """What layers.py found, by the name of the task; a log where it found nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def log(self, name: str) -> str:
+        """What the task's processes have printed."""
+        return (self.folder / name / "log.txt").read_text()
+
+    def found(self, name: str) -> dict[str, Any]:
+        """The result; fails with the log if there is none."""
+        result = self.folder / name / "result.json"
+        assert result.exists(), self.log(name)
+        found: dict[str, Any] = json.loads(result.read_text())
+        print(f"{name}: {found['compared']} parameters and {found['keys']} keys compared")
+        return found
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str) -> Models:
-    return Models(tmp_path_factory.mktemp("models"), tiny_tokenizer_dir)
-
-
-def compare(task: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run layers.py; what it found."""
-    parallel = task["parallel"]
-    processes = parallel.get("tensor_model_parallel_size", 1) * parallel.get("pipeline_model_parallel_size", 1)
-    task |= {"save": str(folder / "saved"), "result": str(folder / "result.json")}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    if launcher:
-        launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    result = subprocess.run(
-        [sys.executable, *launcher, str(Path(__file__).parent / "layers.py"), json.dumps(task)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MEGATRON_CPT_PLATFORM": "cpu"},
+def comparisons(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str) -> Comparisons:
+    """All tasks, run."""
+    folder = tmp_path_factory.mktemp("layers")
+    for variant in VARIANTS:
+        hf = make_tiny_llama(folder / "models" / variant / "hf", tiny_tokenizer_dir, torch.bfloat16, **VARIANTS[variant])
+        hf_to_megatron(HfToMegatron(hf, str(folder / "models" / variant / "megatron")))
+    tasks = [task(name, folder) for name in TASKS]
+    (folder / "tasks.json").write_text(json.dumps({"folder": FOLDER, "tasks": tasks}))
+    tests = Path(__file__).parents[1]
+    python_path = os.pathsep.join(
+        map(str, (tests.parent, tests, *([os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else [])))
     )
-    assert result.returncode == 0, result.stderr[-4000:]
-    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    print(f"{found['compared']} parameters and {found['keys']} keys compared")
-    return found
+    subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "layers.py"), str(folder / "tasks.json")],
+        check=True,
+        timeout=900,
+        env=os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "MEGATRON_CPT_PLATFORM": "cpu"},
+    )
+    return Comparisons(folder)
 
 
-def assert_the_same(task: dict[str, Any], folder: Path) -> None:
+def task(name: str, folder: Path) -> dict[str, Any]:
+    """What layers.py is told."""
+    variant, parallel, arithmetic = TASKS[name]
+    (folder / name).mkdir()
+    allowed = "1" if name.endswith("not allowed") else "0"  # Transformer Engine's kernels that are not deterministic
+    return {
+        "hf": str(folder / "models" / variant / "hf"),
+        "checkpoint": str(folder / "models" / variant / "megatron" / "release"),
+        "dtype": "bf16",
+        "parallel": parallel,
+        "arithmetic": arithmetic,
+        "processes": parallel.get("tensor_model_parallel_size", 1) * parallel.get("pipeline_model_parallel_size", 1),
+        "environment": {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": allowed} if name.startswith("deterministic") else {},
+        "save": str(folder / name / "saved"),
+        "result": str(folder / name / "result.json"),
+        "log": str(folder / name / "log.txt"),
+    }
+
+
+def assert_the_same(name: str, comparisons: Comparisons) -> None:
     """All parameters are those of torch's layers; what is saved has the converter's keys and weights.
 
     Only the norm behind the last layer has a key more: a state that holds nothing, and which loading does without.
     """
-    found = compare(task, folder)
+    found = comparisons.found(name)
     assert set(LAYERS) <= set(found["layers"]), "other layers than Transformer Engine's"
     assert not found["missing_keys"]
     assert all(key.startswith("decoder.final_layernorm._extra_state/") for key in found["unknown_keys"])
-    assert "tensors equal" in verify(Verify(str(folder / "saved"), task["hf"], logits=False))
+    hf = comparisons.folder / "models" / TASKS[name][0] / "hf"
+    assert "tensors equal" in verify(Verify(str(comparisons.folder / name / "saved"), str(hf), logits=False))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_kind_of_model(variant: str, models: Models, tmp_path: Path) -> None:
-    assert_the_same(models.task(variant, "bf16", {}), tmp_path)
+def test_every_kind_of_model(variant: str, comparisons: Comparisons) -> None:
+    assert_the_same(variant, comparisons)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(layout: str, models: Models, tmp_path: Path) -> None:
-    assert_the_same(models.task("biases", "bf16", LAYOUTS[layout]), tmp_path)
+def test_every_layout(layout: str, comparisons: Comparisons) -> None:
+    assert_the_same(layout, comparisons)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_of_fp8(recipe: str, models: Models, tmp_path: Path) -> None:
-    task = models.task("untied", "bf16", {})
-    assert_the_same(task | {"arithmetic": {"fp8": "hybrid", "fp8_recipe": recipe}}, tmp_path)
+def test_every_recipe_of_fp8(recipe: str, comparisons: Comparisons) -> None:
+    assert_the_same(recipe, comparisons)
 
 
-def test_deterministic_layers_can_be_built(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_layers_can_be_built(comparisons: Comparisons) -> None:
     """Transformer Engine refuses unless this variable says so, which a deterministic run sets."""
-    task = models.task("untied", "bf16", {}) | {"arithmetic": {"deterministic_mode": True}}
-    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
-    assert_the_same(task, tmp_path)
-    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
-    with pytest.raises(AssertionError, match="NVTE_ALLOW_NONDETERMINISTIC_ALGO"):
-        compare(task, tmp_path)
+    assert_the_same("deterministic", comparisons)
+    assert "NVTE_ALLOW_NONDETERMINISTIC_ALGO is not 0. Currently set to: 1" in comparisons.log("deterministic, not allowed")
