@@ -19,12 +19,12 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	touch $(READY)
 
 quickstart: setup
-	examples/quickstart/quickstart.sh
+	VENV=$(CURDIR)/$(VENV) examples/quickstart/quickstart.sh
 
 # What follows: SFT, DPO and evaluation of the quickstart's result.
 quickstart-chat: setup
-	test -e runs/quickstart/hf-cpt/config.json || examples/quickstart/quickstart.sh
-	examples/quickstart_chat/quickstart_chat.sh
+	test -e runs/quickstart/hf-cpt/config.json || VENV=$(CURDIR)/$(VENV) examples/quickstart/quickstart.sh
+	VENV=$(CURDIR)/$(VENV) examples/quickstart_chat/quickstart_chat.sh
 
 # One thread for each process, and two tests at a time: some start eight processes. File by file, in order: some tests in
 # tests/data count their process's children, and the server of tests/forks.py, which tests/training starts, would be one.

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# One GPU for a quarter of an hour: tools/check_cluster.py, and the speed of Llama-3.2-1B's shape. Results: gpu_session.json.
+# One GPU for a quarter of an hour: tools/check_cluster.py, the speed of Llama-3.2-1B's shape, and the quickstart's training of
+# SmolLM2-135M in bf16, where its inputs are (`make quickstart` makes them). Results: gpu_session.json, and tables on stdout.
 #
 #   bench/gpu_session.sh FOLDER [MINUTES_OF_THE_CHECK]
 #
-# PYTHON: the interpreter. Without a GPU it goes through the same steps with small layers (a dry run).
+# PYTHON: the interpreter. Without a GPU it goes through the same steps with small layers and two steps of training (a dry run).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 folder=${1:?expected a folder for the results}
@@ -19,6 +20,14 @@ speed() {
   "$python" -m megatron_cpt.cluster.measure_steps "$folder/speed_$1.json" "$2" >"$folder/speed_$1.log" 2>&1 ||
     { status=1; echo "failed: speed $1: $(tail -n 1 "$folder/speed_$1.log")" >&2; }
 }
+# quickstart OPTION...: its training on one device
+quickstart() {
+  rm -rf "$folder/quickstart"
+  [ -d runs/quickstart/megatron ] || { echo "skipped: quickstart: runs/quickstart is not there" >&2; return; }
+  "$python" tools/pretrain_cpt.py --config examples/quickstart/pretrain.yaml --checkpoint.save "$folder/quickstart" \
+    --parallel.pipeline_model_parallel_size 1 --parallel.num_layers_in_first_pipeline_stage null "$@" >"$folder/quickstart.log" 2>&1 ||
+    { status=1; echo "failed: quickstart: $(tail -n 1 "$folder/quickstart.log")" >&2; }
+}
 batch='"seq_length": 4096, "micro_batch_size": 2, "microbatches": 8, "params_dtype": "bf16"'
 if nvidia-smi >/dev/null 2>&1; then
   speed 1b_local "{\"model\": \"1B\", \"layers\": 16, $batch, \"transformer_impl\": \"local\"}"
@@ -26,16 +35,10 @@ if nvidia-smi >/dev/null 2>&1; then
     speed 1b_te "{\"model\": \"1B\", \"layers\": 16, $batch}"
     speed 1b_fp8 "{\"model\": \"1B\", \"layers\": 16, $batch, \"fp8\": \"hybrid\"}"
   fi
+  quickstart --training.params_dtype bf16
 else
   speed dry_run "{\"model\": \"$folder/check_cluster/hf\", \"layers\": 2, ${batch//4096/64}}"
+  quickstart --training.train_iters 2 --validation.eval_samples 2
 fi
-"$python" - "$folder" <<'END'
-import json, pathlib, sys
-
-folder = pathlib.Path(sys.argv[1])
-found = {"check_cluster": json.loads((folder / "check_cluster.json").read_text())}
-found |= {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("speed_*.json"))}
-(folder / "gpu_session.json").write_text(json.dumps(found, indent=1) + "\n")
-print(folder / "gpu_session.json")
-END
+"$python" -m bench.gpu_session "$folder" || status=1
 exit "$status"

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RUN=runs/almr_study
-PATH="$PWD/.venv/bin:$PATH"
+PATH="${VENV:-$PWD/.venv}/bin:$PATH"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 HF_DATASETS_CACHE=$PWD/$RUN/cache
 
 if [ ! -e $RUN/english/latest_checkpointed_iteration.txt ]; then

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RUN=runs/quickstart
-PATH="$PWD/.venv/bin:$PATH"
+PATH="${VENV:-$PWD/.venv}/bin:$PATH"
 START=$SECONDS
 export OMP_NUM_THREADS=1                            # one thread for each of the two processes
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1        # fewer page faults: a few per cent faster (see docs/quickstart.md)

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 RUN=runs/quickstart-chat
-PATH="$PWD/.venv/bin:$PATH"
+PATH="${VENV:-$PWD/.venv}/bin:$PATH"
 START=$SECONDS
 export OMP_NUM_THREADS=2
 export OMP_WAIT_POLICY=passive                      # threads that wait leave the core to other programs

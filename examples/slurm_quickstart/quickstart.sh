@@ -8,7 +8,7 @@ HERE=examples/slurm_quickstart
 RUN=runs/slurm_quickstart
 DRY_RUN=${DRY_RUN:-0}
 [[ $DRY_RUN == [01] ]] || { echo "error: DRY_RUN is '$DRY_RUN'; expected 0 or 1" >&2; exit 2; }
-export PATH=$PWD/.venv/bin:$PATH
+export PATH=${VENV:-$PWD/.venv}/bin:$PATH
 
 [ "$DRY_RUN" = 1 ] || python examples/quickstart/fetch.py $RUN/inputs
 merge=$(CHECK=$((1 - DRY_RUN)) $HERE/preprocess.sh)
