@@ -12,6 +12,8 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
+
 import megatron_cpt
 from megatron_cpt.checkpoint.layout import versions
 from megatron_cpt.platforms import current_platform
@@ -49,8 +51,9 @@ def run_facts(gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
     Returns:
         versions, git (None if the code is no checkout), hosts, command, working_directory, started, environment
     """
+    build = {"torch": torch.__version__}  # as in 2.13.0+cu130: PyPI's metadata leaves out what it was built for
     return {
-        "versions": versions() | installed(OPTIONAL_PACKAGES) | current_platform().library_versions(),
+        "versions": versions() | build | installed(OPTIONAL_PACKAGES) | current_platform().library_versions(),
         "git": git_state(os.path.dirname(os.path.abspath(megatron_cpt.__file__))),
         "hosts": hosts(gather(this_process())),
         "command": [sys.executable, *sys.argv],
