@@ -11,7 +11,7 @@ from megatron_cpt.checkpoint.targets import check_hf_target, check_megatron_targ
 from megatron_cpt.checkpoint.weight_files import weight_files
 from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf, Verify
 from megatron_cpt.config.require import Requirements, require
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.input_files import why_unreadable
 from megatron_cpt.model.llama import read_llama_config
 
@@ -48,8 +48,16 @@ def check_megatron_to_hf(config: MegatronToHf) -> None:
         with need.noted():
             check_hf_target(config.hf)
         with need.noted():
-            if config.tokenizer is not None:
+            if config.tokenizer is not None and not holds_ours(config):  # for those it is refused, whatever it is
                 read_folder(config.tokenizer)
+
+
+def holds_ours(config: MegatronToHf) -> bool:
+    """Whether the checkpoint to convert is known to be of this software."""
+    try:
+        return is_ours(find_checkpoint(config.megatron))
+    except (InputError, RefusedValueError):
+        return False
 
 
 def check_verify(config: Verify) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_cpt.config.require import Requirements
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import FieldError, InputError
 
 RecomputeModule = Literal["core_attn", "mlp", "layernorm"]
 # Which settings need which others
@@ -91,7 +91,8 @@ class ParallelConfig:
     def _check_pipelined(self, name: str) -> None:
         value = getattr(self, name)
         if value is not None and self.pipeline_model_parallel_size == 1:
-            raise InputError(f"parallel.{name} is {value} with pipeline_model_parallel_size 1; it needs 2 or more")
+            found = f"parallel.{name} is {value} with pipeline_model_parallel_size 1"
+            raise FieldError(name, f"{found}; it needs 2 or more")
 
     def _check_uneven(self) -> None:
         if self.pipeline_model_parallel_layout is not None:

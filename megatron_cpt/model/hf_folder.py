@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from megatron_cpt.config.require import require
-from megatron_cpt.errors import InputError, if_on_the_hub
+from megatron_cpt.errors import InputError, Refusals, if_on_the_hub
 from megatron_cpt.input_files import check_folder, load_json, shown
 from megatron_cpt.model.llama import check_size
 
@@ -29,11 +29,14 @@ def check_model(model: str, field: str = "model") -> None:
         advice = "" if os.path.exists(model) else if_on_the_hub(model)
         found = model or "''"
         raise InputError(f"{field} is {found}, which has no config.json; expected {wanted}{advice}")
+    refusals = Refusals()
     for name in sorted(os.listdir(model)):
-        if name.endswith(".json"):  # transformers reads them without limits
-            fields = load_json(os.path.join(model, name))
-            if name == "config.json":
-                check_sizes(os.path.join(model, name), fields)
+        with refusals.noted():
+            if name.endswith(".json"):  # transformers reads them without limits
+                fields = load_json(os.path.join(model, name))
+                if name == "config.json":
+                    check_sizes(os.path.join(model, name), fields)
+    refusals.raise_any()
 
 
 def check_sizes(path: str, fields: Any) -> None:

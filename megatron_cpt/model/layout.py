@@ -6,33 +6,50 @@ import math
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.model.llama import LlamaConfig
 
 
 def check_layout(llama: LlamaConfig, parallel: ParallelConfig, seq_length: int, where: str = "") -> None:
-    """Raise InputError unless the model and its samples can be split this way; `where`: the file that gives `seq_length`."""
-    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    """Whether the model and its samples can be split this way; `where`: the file that gives `seq_length`.
+
+    Raises:
+        InputError: they cannot; InputErrors: for several reasons
+    """
+    refusals = Refusals()
+    with refusals.noted():
+        tensor = parallel.tensor_model_parallel_size
+        _check_tensor(llama, tensor)
+        if parallel.sequence_parallel and seq_length % tensor:
+            raise InputError(
+                f"{where}seq_length is {seq_length}; expected a multiple of {tensor}, tensor_model_parallel_size, for "
+                "sequence_parallel"
+            )
+    with refusals.noted():
+        if parallel.pipeline_model_parallel_layout is None:
+            check_recomputation(parallel, layers_of_stages(llama.num_hidden_layers, parallel))
+    with refusals.noted():
+        context = parallel.context_parallel_size
+        if seq_length % (2 * context) and context > 1:
+            raise InputError(
+                f"{where}seq_length is {seq_length}; expected a multiple of 2 x context_parallel_size {context}"
+            )
+    with refusals.noted():
+        if seq_length > llama.max_position_embeddings:
+            raise InputError(
+                f"{where}seq_length is {seq_length}; expected at most {llama.max_position_embeddings}, the model's "
+                "max_position_embeddings"
+            )
+    refusals.raise_any()
+
+
+def _check_tensor(llama: LlamaConfig, tensor: int) -> None:
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(llama, name) % tensor:
             raise InputError(
                 f"tensor_model_parallel_size is {tensor}; expected {_or(_tensor_sizes(llama))}, for "
                 f"{getattr(llama, name)} {name}"
             )
-    if parallel.pipeline_model_parallel_layout is None:
-        check_recomputation(parallel, layers_of_stages(llama.num_hidden_layers, parallel))
-    if parallel.sequence_parallel and seq_length % tensor:
-        raise InputError(
-            f"{where}seq_length is {seq_length}; expected a multiple of {tensor}, tensor_model_parallel_size, for "
-            "sequence_parallel"
-        )
-    if seq_length % (2 * context) and context > 1:
-        raise InputError(f"{where}seq_length is {seq_length}; expected a multiple of 2 x context_parallel_size {context}")
-    if seq_length > llama.max_position_embeddings:
-        raise InputError(
-            f"{where}seq_length is {seq_length}; expected at most {llama.max_position_embeddings}, the model's "
-            "max_position_embeddings"
-        )
 
 
 def layers_of_stages(num_layers: int, parallel: ParallelConfig) -> list[int]:

@@ -103,7 +103,7 @@ class PlanConfig:
             need.at_least(self, **dict.fromkeys(sizes, 1), micro_batch_size=1, devices_per_node=1, context_parallel_size=1)
             need.at_least(self, row=1)
             with need.noted():
-                require(self.row == 1 or self.write is not None, "write", self.write, f"a file for row {self.row}")
+                require(self.row <= 1 or self.write is not None, "write", self.write, f"a file for row {self.row}")
             for name in ("run", "simulate"):
                 with need.noted():
                     alone = self.write is None or getattr(self, name) is None

@@ -15,7 +15,8 @@ from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.layout import write_json, write_text
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import Prepared
-from megatron_cpt.posttrain.settings import LoraSettings, accumulation
+from megatron_cpt.posttrain.run_files import accumulation
+from megatron_cpt.posttrain.settings import LoraSettings
 
 if TYPE_CHECKING:
     from megatron_cpt.posttrain.settings import DpoConfig, SftConfig

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 from megatron_cpt.chat_data.rows import check_rows
 from megatron_cpt.chat_data.template_files import read_template
+from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.input_files import why_unreadable
 from megatron_cpt.model.hf_folder import check_model
 
 if TYPE_CHECKING:
-    from megatron_cpt.posttrain.settings import ChatConfig, DataConfig, DpoConfig, SftConfig, SourceConfig
+    from megatron_cpt.posttrain.settings import ChatConfig, DataConfig, DpoConfig, SftConfig, SourceConfig, TrainingSettings
 
 # What there is in a folder of Megatron checkpoints
 MEGATRON = re.compile(r"latest_checkpointed_iteration\.txt|iter_\d{7,}|release", re.ASCII)
@@ -36,6 +37,8 @@ def check_settings(config: SftConfig | DpoConfig) -> None:
     with refusals.noted():
         check_model(config.model)
     with refusals.noted():
+        accumulation(config.training, launched_world_size())
+    with refusals.noted():
         check_data(config.data)
     with refusals.noted():
         if config.data.chat_template is not None:
@@ -52,6 +55,19 @@ def check_chat(config: ChatConfig) -> None:
         if config.chat_template is not None:
             read_template(config.chat_template)
     refusals.raise_any()
+
+
+def accumulation(training: TrainingSettings, world_size: int) -> int:
+    """Micro batches of a process in a step.
+
+    Raises:
+        InputError: the batch cannot be divided so
+    """
+    at_once = training.micro_batch_size * world_size
+    if training.global_batch_size % at_once:
+        parts = f"micro_batch_size {training.micro_batch_size} x {world_size} processes = {at_once}"
+        raise InputError(f"training.global_batch_size is {training.global_batch_size}; expected a multiple of {parts}")
+    return training.global_batch_size // at_once
 
 
 def check_save(folder: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from megatron_cpt.config.require import Requirements, require, require_at_least
 from megatron_cpt.errors import InputError
 from megatron_cpt.language_codes import check_language
-from megatron_cpt.posttrain.run_files import check_data
+from megatron_cpt.posttrain.run_files import accumulation, check_data
 
 Group = Literal["general", "additional"]
 
@@ -112,19 +112,6 @@ class RunSettings:
         require_at_least(self, save_interval=1, keep_last=1, eval_interval=1, log_interval=1)
 
 
-def accumulation(training: TrainingSettings, world_size: int) -> int:
-    """Micro batches of a process in a step.
-
-    Raises:
-        InputError: the batch cannot be divided so
-    """
-    at_once = training.micro_batch_size * world_size
-    if training.global_batch_size % at_once:
-        parts = f"micro_batch_size {training.micro_batch_size} x {world_size} processes = {at_once}"
-        raise InputError(f"global_batch_size {training.global_batch_size} is not a multiple of {parts}")
-    return training.global_batch_size // at_once
-
-
 def trainer_arguments(
     folder: str, training: TrainingSettings, optimizer: OptimizerSettings, run: RunSettings, world_size: int, use_cpu: bool
 ) -> dict[str, Any]:
@@ -220,6 +207,15 @@ class DataConfig:
             need.field(self, "sources", lambda sources: len(sources) > 0, "one file or more")
             need.field(self, "validation_share", lambda share: 0 <= share < 1, "0 or more, below 1")
             need.field(self, "almr", lambda almr: 0 <= almr <= 1, "a number from 0 to 1")
+            with need.noted():
+                self._check_groups()
+
+    def _check_groups(self) -> None:
+        """Whether each group that is to have a share has a source."""
+        groups = {source.group for source in self.sources}
+        wanted = {"general": self.almr is not None and self.almr < 1, "additional": self.almr is not None and self.almr > 0}
+        for group in (group for group, has_share in wanted.items() if has_share and self.sources and group not in groups):
+            raise InputError(f"almr is {self.almr}, but no source has the group {group}; expected one, or almr left out")
 
 
 @dataclass(frozen=True)

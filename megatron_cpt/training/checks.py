@@ -23,11 +23,15 @@ from megatron_cpt.model.build import LayerType, TransformerConfig, arithmetic_of
 from megatron_cpt.model.layout import check_batch, check_layout, check_recomputed_chunk
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.platforms import current_platform
-from megatron_cpt.tokenizer import load_tokenizer
-from megatron_cpt.tokenizer.base import token_bytes_sha256
-from megatron_cpt.tokenizer.behaviour import behaviour_sha256
 from megatron_cpt.training.baseline import Baseline, from_json
-from megatron_cpt.training.run_files import check_checkpoint_folder, check_folder, read_model
+from megatron_cpt.training.run_files import (
+    check_checkpoint_folder,
+    check_folder,
+    check_profile,
+    check_together,
+    read_model,
+    read_token_bytes,
+)
 from megatron_cpt.training.schedule import LearningRate, RunLength, continue_schedule, make_schedule, run_length
 from megatron_cpt.training.sinks import check_logging
 from megatron_cpt.training.trouble import History
@@ -121,6 +125,8 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
         data_parallel_size = check_batch(config, world_size)
     with refusals.noted():
         check_machine(config)
+    with refusals.noted():
+        check_together(config)
     refusals.raise_any()
     with refusals.noted():
         check_layout(llama, config.parallel, mixture.seq_length, f"{mixture.path}: ")
@@ -209,15 +215,6 @@ def resumed_from(manifest: dict[str, Any]) -> Resumed:
     return Resumed(manifest, History.from_json(state["history"]), from_json(state["baseline"]), state["evaluated"])
 
 
-def check_profile(config: RunConfig, train_iters: int, world_size: int) -> None:
-    """InputError if the profiler would wait for a step or a rank that never comes."""
-    first, ranks = config.logging.profile_step_start, config.logging.profile_ranks
-    if first is not None and first > train_iters:
-        raise InputError(f"logging.profile_step_start is {first} but the run ends with step {train_iters}")
-    if first is not None and max(ranks) >= world_size:
-        raise InputError(f"logging.profile_ranks has {max(ranks)} but the processes are 0 to {world_size - 1}")
-
-
 def check_can_resume(config: RunConfig, checkpoint: str, manifest: dict[str, Any]) -> None:
     """InputError unless the checkpoint has an optimizer's state."""
     if not manifest["optimizer"]:
@@ -272,8 +269,6 @@ def check_machine(config: RunConfig) -> None:
     refusal = current_platform().refuses(config.parallel, config.training)
     if refusal is not None:
         raise InputError(refusal)
-    if config.parallel.context_parallel_size > 1 and config.data.reset_attention_mask:
-        raise InputError("data.reset_attention_mask is true with context_parallel_size above 1; expected one of them")
 
 
 def check_engine(config: RunConfig, llama: LlamaConfig) -> None:
@@ -308,33 +303,6 @@ def check_pipeline_layout(parallel: ParallelConfig, engine: TransformerConfig) -
     for stage in stages:
         for chunk in stage:
             check_recomputed_chunk(parallel, sum(layer == LayerType.decoder for layer in chunk))
-
-
-def read_token_bytes(checkpoint: str, mixture: Mixture, vocab_size: int) -> np.ndarray:
-    """int64 [vocab_size]: the table of a checkpoint's tokenizer, with 0 for embeddings that no token uses.
-
-    Raises:
-        InputError: the corpora were made with another vocabulary, so their ids would mean other words to the model
-    """
-    used, hf_folder = mixture.manifest.tokenizer, os.path.join(checkpoint, "hf")
-    if used.vocab_size > vocab_size:
-        raise InputError(
-            f"{mixture.path}: the corpora have token ids below {used.vocab_size} (tokenizer {used.path}) but the model in "
-            f"{checkpoint} has {vocab_size} embeddings"
-        )
-    tokenizer = load_tokenizer(hf_folder)
-    if token_bytes_sha256(tokenizer) != used.token_bytes_sha256:
-        raise InputError(
-            f"{mixture.path}: the corpora were made with tokenizer {used.name} ({used.path}, {used.vocab_size} tokens); the "
-            f"model's own in {hf_folder} ({tokenizer.vocab_size} tokens) has another vocabulary"
-        )
-    if used.behaviour_sha256 not in (None, behaviour_sha256(tokenizer)):
-        raise InputError(
-            f"{mixture.path}: the corpora were made with tokenizer {used.name} ({used.path}), which has the tokens of the "
-            f"model's own in {hf_folder} but splits text in another way; expected corpora made with the model's own"
-        )
-    known = tokenizer.token_bytes()[:vocab_size]
-    return np.pad(known.astype(np.int64), (0, vocab_size - len(known)))
 
 
 def untold_tokenizers(mixture: Mixture) -> list[str]:

@@ -44,11 +44,17 @@ def good_files(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str
     shutil.copytree(tiny_tokenizer_dir, folder / "tokenizer")
     shutil.copytree(tiny_tokenizer_dir, folder / "model")
     (folder / "model" / "config.json").write_text(json.dumps(TINY))
+    shutil.copytree(folder / "model", folder / "damaged")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / "damaged" / name).write_text("{")
     release = folder / "megatron" / "release"
     shutil.copytree(folder / "model", release / "hf")
     for name in (".metadata", "common.pt"):
         (release / name).write_bytes(b"")
     (release / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    shutil.copytree(folder / "megatron", folder / "other")
+    (folder / "other" / "release" / "hf" / "tokenizer.json").write_text("{")
+    (folder / "long.yaml").write_text(yaml.safe_dump(mixture | {"seq_length": 512}))
     (folder / "base.yaml").write_text(yaml.safe_dump({"mixture": "mixture.yaml", "checkpoint": {"load": "megatron"}}))
     bad_base = {"mixture": "nowhere.yaml", "checkpoint": {"load": "lost"}, "optimizer": {"lr": -1}}
     (folder / "bad_base.yaml").write_text(yaml.safe_dump(bad_base))
@@ -185,6 +191,49 @@ CASES = {
             "parallel.recompute_granularity is 'most'",
         ],
     ),
+    "layout and length of a run": Case(
+        "pretrain_cpt.py",
+        {
+            "mixture": "long.yaml",
+            "checkpoint": {"load": "megatron", "save": "run"},
+            "training": TRAINING | {"params_dtype": "fp16"},
+            "parallel": {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 3},
+            "lr": {"warmup_iters": 9},
+            "logging": {"profile_step_start": 5},
+            "check_only": True,
+            "world_size": 12,
+        },
+        [],
+        [
+            "en.bin has only",
+            "zh.bin has only",
+            "tensor_model_parallel_size is 4; expected 1 or 2",
+            "pipeline_model_parallel_size is 3; expected 1, 2 or 4",
+            "seq_length is 512; expected at most 256",
+            "training.params_dtype is 'fp16'",
+            "lr.warmup_iters leaves nothing to decay in",
+            "logging.profile_step_start is 5 but the run ends with step 4",
+        ],
+    ),
+    "a run with another tokenizer": Case(
+        "pretrain_cpt.py",
+        {
+            "mixture": "mixture.yaml",
+            "checkpoint": {"load": "other", "save": "run"},
+            "training": TRAINING,
+            "parallel": {"context_parallel_size": 3, "num_layers_in_first_pipeline_stage": 3},
+            "data": {"reset_attention_mask": True},
+            "check_only": True,
+            "world_size": 3,
+        },
+        [],
+        [
+            "tokenizer.json: not valid JSON",
+            "seq_length is 32; expected a multiple of 2 x context_parallel_size 3",
+            "parallel.num_layers_in_first_pipeline_stage is 3 with pipeline_model_parallel_size 1",
+            "data.reset_attention_mask is true with context_parallel_size above 1",
+        ],
+    ),
     "files of a run": Case(
         "pretrain_cpt.py",
         {"mixture": "mixture.yaml", "checkpoint": {"load": "lost", "save": "file/run"}, "training": TRAINING},
@@ -209,6 +258,23 @@ CASES = {
             "seed is 'x'",
             "temperature is -1.0",
             "sytem is unknown",
+        ],
+    ),
+    "batch and groups of SFT": Case(
+        "finetune_sft.py",
+        {
+            "model": "damaged",
+            "save": "run",
+            "data": {"sources": [SOURCE], "almr": 0.5},
+            "training": {"global_batch_size": 6, "micro_batch_size": 4, "seed": -1},
+        },
+        [],
+        [
+            "damaged/config.json is not JSON",
+            "damaged/tokenizer.json is not JSON",
+            "data.almr is 0.5, but no source has the group additional",
+            "training.global_batch_size is 6; expected a multiple of micro_batch_size 4",
+            "training.seed is -1",
         ],
     ),
     "evaluation": Case(
@@ -410,7 +476,6 @@ CASES = {
         [
             "megatron/release has its configuration and tokenizer",
             "tokenizer is not empty and was not written by this tool",
-            "tokenizer nowhere",
             "max_shard_size is much",
             "vocab_size is 0",
             "num_workers is 'x'",
@@ -463,6 +528,7 @@ CASES = {
             "matmul_efficiency is 2.0",
         ],
     ),
+    "the row of a plan": Case("plan_run.py", {"model": "8B", "devices": 8, "row": -1}, [], ["row is -1"]),
     "a check of a cluster": Case(
         "check_cluster.py",
         {"folder": "file/out", "minutes": 0, "only": [], "report": "model", "hours": 3},

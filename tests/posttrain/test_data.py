@@ -71,8 +71,11 @@ def test_groups_are_mixed_by_tokens(template: Template, tmp_path: Path, almr: fl
 
 def test_an_almr_needs_its_group(template: Template, tmp_path: Path) -> None:
     source = SourceConfig(write(tmp_path / "en.json", rows(5)), "en")
+    with pytest.raises(InputError, match=r"almr is 0\.5, but no source has the group additional; expected one"):
+        DataConfig([source], almr=0.5)
+    unusable = SourceConfig(write(tmp_path / "zh.json", [{"text": "x"}]), "zh", "additional")
     with pytest.raises(InputError, match=r"data\.almr is 0\.5, but no row of a source with group additional can be used"):
-        prepare_sft(DataConfig([source], almr=0.5), template, 1)
+        prepare_sft(DataConfig([source, unusable], validation_share=0, almr=0.5, broken="skip"), template, 1)
 
 
 BROKEN: list[Any] = [

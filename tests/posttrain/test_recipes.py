@@ -16,7 +16,7 @@ from tiny_models import ROOT
 from megatron_cpt.config.cli import read_arguments
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.dpo import DpoConfig
-from megatron_cpt.posttrain.settings import accumulation
+from megatron_cpt.posttrain.run_files import accumulation
 from megatron_cpt.posttrain.sft import SftConfig
 
 EXAMPLES = ROOT / "examples"
@@ -118,7 +118,7 @@ def test_batches_fit_the_processes(name: str, gpus: int, options: list[str], exp
 
 
 def test_the_papers_micro_batch_of_dpo_is_too_much_for_128_gpus() -> None:
-    with pytest.raises(InputError, match="128 is not a multiple of micro_batch_size 2 x 128 processes = 256"):
+    with pytest.raises(InputError, match="128; expected a multiple of micro_batch_size 2 x 128 processes = 256"):
         accumulation(read_recipe("llama3_8b/dpo").training, 128)
 
 

@@ -25,7 +25,8 @@ from megatron_cpt.chat_data.templates import IGNORED, load_template
 from megatron_cpt.errors import InputError, InputErrors
 from megatron_cpt.posttrain.data import SourceConfig, prepare_sft
 from megatron_cpt.posttrain.models import load_model
-from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings, accumulation
+from megatron_cpt.posttrain.run_files import accumulation
+from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import AnswerLossTrainer, SftConfig, as_dataset, finetune_sft
 
 
@@ -334,7 +335,9 @@ def test_all_missing_files_at_once(chat_model: str, tmp_path: Path) -> None:
 
 def test_batches_that_cannot_be_divided() -> None:
     assert accumulation(TrainingSettings(micro_batch_size=2, global_batch_size=12), 3) == 2
-    with pytest.raises(InputError, match="global_batch_size 8 is not a multiple of micro_batch_size 2 x 3 processes = 6"):
+    with pytest.raises(
+        InputError, match="global_batch_size is 8; expected a multiple of micro_batch_size 2 x 3 processes = 6"
+    ):
         accumulation(TrainingSettings(micro_batch_size=2, global_batch_size=8), 3)
 
 
@@ -350,7 +353,7 @@ def test_batches_that_cannot_be_divided() -> None:
         ("data", {"max_length": 2}, "max_length is 2; expected 8 or more"),
         ("data", {"chat_template": "llama4"}, "chat_template is llama4, no file"),
         ("data", {"sources": []}, r"sources is \[\]; expected one file or more"),
-        ("training", {"micro_batch_size": 4}, "global_batch_size 2 is not a multiple of micro_batch_size 4 x 1"),
+        ("training", {"micro_batch_size": 4}, "global_batch_size is 2; expected a multiple of micro_batch_size 4 x 1"),
         (None, {"model": "nowhere"}, r"model is nowhere, which has no config\.json"),
         (None, {"save": ""}, "save is empty"),
     ],
