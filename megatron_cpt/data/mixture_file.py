@@ -384,20 +384,24 @@ class _Reader:
         """The corpus of an entry; what is wrong with its settings is noted, and cannot be read in it.
 
         Raises:
-            InputError: it has no prefix; RefusedValueError: its files cannot be read, which is noted
+            RefusedValueError: it has no prefix, or its files cannot be read, which is noted
         """
         path = self.path
-        prefix = os.path.join(os.path.dirname(os.path.abspath(path)), _prefix(path, where, entry))
+        prefix: str | None = None
         opened: tuple[CorpusManifest, IndexedCorpus] | None = None
+        with self.refusals.noted():
+            prefix = os.path.join(os.path.dirname(os.path.abspath(path)), _prefix(path, where, entry))
+        if not isinstance(entry, dict):
+            raise RefusedValueError
         with self.refusals.noted():
             _refuse_unknown(path, where, entry, known)
         with self.refusals.noted():
-            opened = _open_corpus(prefix)
+            opened = None if prefix is None else _open_corpus(prefix)
         corpus: Corpus = partly(
             Corpus,
             self.refusals,
             name=lambda: _name(path, where, entry),
-            prefix=lambda: prefix,
+            prefix=lambda: _known(prefix),
             language=lambda: _language(path, where, entry) or _known(opened)[0].language,
             manifest=lambda: _known(opened)[0],
             data=lambda: _known(opened)[1],
@@ -436,7 +440,8 @@ def _prefix(path: str, where: str, entry: Any) -> str:
 
 def _name(path: str, where: str, entry: Any) -> str:
     """What the corpus of an entry is called: `name`, or the last part of `prefix`."""
-    return _text(path, f"{where}.", entry, "name", os.path.basename(_prefix(path, where, entry)))
+    name = _text(path, f"{where}.", entry, "name", "") if isinstance(entry, dict) else ""
+    return name or os.path.basename(_prefix(path, where, entry))
 
 
 def _language(path: str, where: str, entry: dict[str, Any]) -> str:

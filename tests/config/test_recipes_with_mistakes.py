@@ -1,0 +1,186 @@
+"""The recipes' own files with several mistakes: as many lines, each naming its field, whatever the mistakes are.
+
+All that the recipes name is there, but small. Without mistakes they are accepted. Which fields are wrong, and how many, is
+drawn by hypothesis; a mistake is a value of a wrong kind, or a field that is not known.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from llama_shapes import TINY
+
+from megatron_cpt.checkpoint.run_files import check_hf_to_megatron, check_megatron_to_hf
+from megatron_cpt.config.cli import read_arguments, start_check
+from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf
+from megatron_cpt.config.run import RunConfig
+from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.errors import InputError, InputErrors
+from megatron_cpt.evaluation.config import EvaluateConfig
+from megatron_cpt.evaluation.run_files import check_settings as check_evaluation
+from megatron_cpt.posttrain.run_files import check_settings as check_tuning
+from megatron_cpt.posttrain.settings import DpoConfig, SftConfig
+from megatron_cpt.study.run_files import check_runs
+from megatron_cpt.study.settings import Plan
+from megatron_cpt.training.run_files import check_files as check_run
+
+ROOT = Path(__file__).resolve().parents[2]
+MIXTURE = "examples/quickstart/mixture.yaml"
+SHAPE = TINY | {"num_hidden_layers": 30}
+HF_FOLDERS = [
+    "models/Meta-Llama-3-8B",
+    "runs/quickstart/inputs/hf",
+    "runs/quickstart/hf-cpt",
+    "runs/quickstart-chat/sft/hf",
+    "runs/quickstart-chat/dpo/hf",
+]
+MEGATRON_FOLDERS = ["runs/quickstart/megatron", "runs/llama3-8b/cpt"]
+
+
+class Recipe(NamedTuple):
+    """What reads a recipe; with which options; and the mixture file that is read, too."""
+
+    kind: type
+    check: Callable[[Any], object]
+    options: list[str]
+    mixture: str | None = None
+
+
+RECIPES = {
+    "quickstart/pretrain.yaml": Recipe(RunConfig, check_run, ["--check_only=true", "--world_size=2"], MIXTURE),
+    "almr_study/smollm2_study.yaml": Recipe(Plan, check_runs, [], MIXTURE),
+    "quickstart_chat/sft.yaml": Recipe(SftConfig, check_tuning, ["--save=runs/new"]),
+    "quickstart_chat/dpo.yaml": Recipe(DpoConfig, check_tuning, ["--save=runs/new"]),
+    "quickstart_chat/evaluate.yaml": Recipe(EvaluateConfig, check_evaluation, []),
+    "llama3_8b/convert.yaml": Recipe(HfToMegatron, check_hf_to_megatron, []),
+    "llama3_8b/export.yaml": Recipe(MegatronToHf, check_megatron_to_hf, []),
+}
+READ_FIRST = {"mixture", "base", "save"}  # what these name cannot be read without them, or an option gives it instead
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str) -> Path:
+    """Where the recipes find all they name."""
+    folder = tmp_path_factory.mktemp("recipes")
+    shutil.copytree(ROOT / "examples", folder / "examples")
+    for name in [*HF_FOLDERS, *(f"{megatron}/release/hf" for megatron in MEGATRON_FOLDERS)]:
+        shutil.copytree(tiny_tokenizer_dir, folder / name)
+        (folder / name / "config.json").write_text(json.dumps(SHAPE))
+        (folder / name / "model.safetensors").write_bytes(b"")
+    for name in MEGATRON_FOLDERS:
+        for file in (".metadata", "common.pt"):
+            (folder / name / "release" / file).write_bytes(b"")
+        (folder / name / "release" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    for i, name in enumerate(("en_train", "zh_train", "en_valid", "zh_valid")):
+        source = folder / f"{name}.jsonl"
+        source.write_text("".join(json.dumps({"text": f"{i} the quick brown fox {j}"}) + "\n" for j in range(90)))
+        prefix = str(folder / "runs/quickstart/data" / name)
+        preprocess(PreprocessConfig(str(source), tiny_tokenizer_dir, prefix, name[:2], workers=1))
+    for recipe in RECIPES:
+        for i, path in enumerate(paths_in(yaml.safe_load((folder / "examples" / recipe).read_text()))):
+            row = {"text": str(i)} if path.endswith("l") else {"instruction": f"{recipe} {i}", "output": "4"}
+            if not (folder / path).exists():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_text(json.dumps(row if path.endswith("l") else [row]))
+    return folder
+
+
+def paths_in(value: Any) -> Iterator[str]:
+    """What stands at `path`, anywhere."""
+    if isinstance(value, dict) and "path" in value:
+        yield value["path"]
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from paths_in(part)
+
+
+class Mistake(NamedTuple):
+    """A value in a file, where it is to be, and how the line begins that names it."""
+
+    place: tuple[str | int, ...]
+    value: Any
+    said: str
+
+
+def mistakes_of(fields: Any, in_mixture: bool, place: tuple[str | int, ...] = ()) -> Iterator[Mistake]:
+    """Each scalar of a file as something that no field takes; each section with a field that it does not have."""
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    if isinstance(fields, dict):
+        if name != "models":  # names of the user's own
+            unknown = f"{name}.nosuch is unknown".lstrip(".") if not in_mixture else "unknown field 'nosuch'"
+            said = f"{name} has {unknown}" if in_mixture and place else unknown
+            yield Mistake((*place, "nosuch"), 1, said)
+        for field, value in fields.items():
+            if field not in READ_FIRST:
+                yield from mistakes_of(value, in_mixture, (*place, field))
+    elif isinstance(fields, list):
+        for i, value in enumerate(fields):
+            yield from mistakes_of(value, in_mixture, (*place, i))
+    else:
+        said = name.removesuffix(".prefix") if in_mixture else name
+        yield Mistake(place, {"no": ["such"]}, f"{said} is ")
+
+
+def with_mistakes(fields: Any, mistakes: list[Mistake]) -> Any:
+    """The fields of a file with mistakes in them."""
+    fields = copy.deepcopy(fields)
+    for mistake in mistakes:
+        place = fields
+        for part in mistake.place[:-1]:
+            place = place[part]
+        place[mistake.place[-1]] = mistake.value
+    return fields
+
+
+def refusals(recipe: Recipe, path: str) -> list[str]:
+    """The lines of a start with a configuration."""
+    try:
+        read_arguments(recipe.kind, [f"--config={path}", *recipe.options], "", start_check(recipe.check))
+    except InputError as error:
+        return [str(one) for one in (error.errors if isinstance(error, InputErrors) else (error,))]
+    return []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_as_many_lines_as_mistakes(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = RECIPES[name]
+    monkeypatch.chdir(folder)
+    for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    fields = yaml.safe_load(Path("examples", name).read_text(encoding="utf-8"))
+    if name.endswith("export.yaml"):
+        fields["hf"] = "runs/exported"
+    mixture = yaml.safe_load(Path(ROOT, recipe.mixture).read_text(encoding="utf-8")) if recipe.mixture else {}
+    possible = [(False, mistake) for mistake in mistakes_of(fields, False)]
+    possible += [(True, mistake) for mistake in mistakes_of(mixture, True)] if recipe.mixture else []
+
+    def start(drawn: list[tuple[bool, Mistake]]) -> list[str]:
+        Path("run.yaml").write_text(yaml.safe_dump(with_mistakes(fields, [one for late, one in drawn if not late])))
+        if recipe.mixture:
+            Path(recipe.mixture).write_text(yaml.safe_dump(with_mistakes(mixture, [one for late, one in drawn if late])))
+        return refusals(recipe, "run.yaml")
+
+    assert start([]) == []
+    before = sorted(os.listdir())
+
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(drawn=st.lists(st.sampled_from(possible), min_size=1, max_size=8, unique_by=lambda one: (one[0], one[1].place)))
+    def check(drawn: list[tuple[bool, Mistake]]) -> None:
+        lines = start(drawn)
+        unsaid = [mistake.said for _, mistake in drawn if not any(mistake.said in line for line in lines)]
+        assert not unsaid, "\n".join(lines)
+        assert len(lines) == len(drawn), (drawn, lines)
+        assert not [line for line in lines if "\n" in line]
+
+    check()
+    assert start([]) == []
+    assert sorted(os.listdir()) == before
