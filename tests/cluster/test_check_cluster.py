@@ -83,7 +83,11 @@ def test_processes_that_a_launcher_of_slurm_starts(tmp_path: Path) -> None:
     joined = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | joined
     ranks = [subprocess.Popen(tool, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    try:
+        assert [rank.wait(180) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert states(json.loads((tmp_path / "check_cluster.json").read_text())) == {"versions": "passed", "clocks": "passed"}
 
 

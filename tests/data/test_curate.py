@@ -240,7 +240,7 @@ def test_killed_run_continues(tmp_path: Path) -> None:
     assert reports[0]["steps"] == reports[1]["steps"]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "nothing happened"
