@@ -213,7 +213,8 @@ class DataConfig:
     def _check_groups(self) -> None:
         """Whether each group that is to have a share has a source."""
         groups = {source.group for source in self.sources}
-        wanted = {"general": self.almr is not None and self.almr < 1, "additional": self.almr is not None and self.almr > 0}
+        almr = -1.0 if self.almr is None else self.almr  # without one, or with one that is refused, no group has to be there
+        wanted = {"general": 0 <= almr < 1, "additional": 0 < almr <= 1}
         for group in (group for group, has_share in wanted.items() if has_share and self.sources and group not in groups):
             raise InputError(f"almr is {self.almr}, but no source has the group {group}; expected one, or almr left out")
 

@@ -10,7 +10,7 @@ import struct
 import time
 import zipfile
 from argparse import Namespace
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -124,7 +124,7 @@ def test_settings_of_other_software(tmp_path: Path) -> None:
     assert isinstance(found["weight"], Opaque)
     assert (found["args"].num_layers, found["args"].dtype, found["args"].inner.a) == (2, torch.bfloat16, [1])
     assert found["args"].act == "torch.nn.functional.silu"
-    assert repr(found["args"].path) == "<pathlib.PosixPath>"
+    assert repr(found["args"].path) == f"<{PosixPath.__module__}.PosixPath>"  # pathlib._local on Python 3.13
 
 
 @pytest.mark.parametrize(
