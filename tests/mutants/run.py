@@ -49,6 +49,7 @@ class Mutant:
     new: str
     tests: str
     survives: str = ""
+    topic: str = ""
 
     def apply(self, tree: Path) -> None:
         """Make the change in a copy of the repository.
@@ -66,7 +67,7 @@ class Mutant:
 def read_mutants(folder: Path) -> list[Mutant]:
     """All mutants of the YAML files in a folder."""
     return [
-        Mutant(**entry)
+        Mutant(**entry, topic=path.stem)
         for path in sorted(folder.glob("*.yaml"))
         for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
     ]
@@ -168,12 +169,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="Break the code in one place at a time and run the tests that should notice."
     )
-    parser.add_argument("--only", default="", help="mutants whose file or name holds this text")
+    parser.add_argument("--only", default="", help="mutants whose file, name or YAML file holds this text")
     parser.add_argument("--skip", default="", help="a report of an earlier run: those that were killed in it are left out")
     parser.add_argument("--jobs", type=int, default=2, help="how many at the same time")
     parser.add_argument("--timeout", type=float, default=300, help="seconds after which a mutant counts as noticed")
     options = parser.parse_args()
-    mutants = [m for m in read_mutants(Path(__file__).parent) if options.only in m.file or options.only in m.name]
+    wanted = (
+        m for m in read_mutants(Path(__file__).parent) if any(options.only in text for text in (m.file, m.name, m.topic))
+    )
+    mutants = list(wanted)
     before = Path(options.skip).read_text(encoding="utf-8").splitlines() if options.skip else []
     done = {line.split(" s  ", 1)[1] for line in before if line.startswith(KILLED)}
     mutants = [m for m in mutants if f"{m.file}: {m.name}" not in done]
