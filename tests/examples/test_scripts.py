@@ -162,7 +162,11 @@ def test_one_process_is_shown_as_it_will_be_started(name: str, variables: dict[s
         ),
         ("70b/cpt", {"NODES": "1"}, "8 processes cannot hold tensor_model_parallel_size 8 x pipeline"),
         ("70b/cpt", {"DEVICE": "a100-40g"}, "examples/llama3_70b/cpt.yaml does not fit into 128 x a100-40g: "),
-        ("8b/sft", {"NODES": "3"}, "1024 is not a multiple of micro_batch_size 8 x 24 processes = 192"),
+        (
+            "8b/sft",
+            {"NODES": "3"},
+            "global_batch_size is 1024; expected a multiple of micro_batch_size 8 x 24 processes = 192",
+        ),
         (
             "8b/sft",
             {"LAUNCHER": "torchrun"},
