@@ -179,22 +179,45 @@ def find_some(patterns: Sequence[str], refusals: Refusals, output: str | None = 
 
 
 def _check(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> None:
-    """InputError unless all go together."""
-    first = manifests[0]
+    """Whether all go together.
+
+    Raises:
+        InputError: one does not; InputErrors: several, or for several reasons
+    """
+    refusals = Refusals()
     for prefix, manifest in zip(prefixes, manifests, strict=True):
-        for name in ("dtype", "eos", "bos", "language"):
-            found, wanted = getattr(manifest, name), getattr(first, name)
-            if found != wanted:
-                raise InputError(f"{prefix}.json: {name} is {found!r}; expected {wanted!r} as in {prefixes[0]}.json")
-        if manifest.tokenizer.fingerprint != first.tokenizer.fingerprint:
-            found, wanted = (f"{m.tokenizer.name} (end of document: id {m.tokenizer.eos_id})" for m in (manifest, first))
-            raise InputError(
-                f"{prefix}.json: made with tokenizer {found}; expected {wanted}, the same file, as in {prefixes[0]}.json"
-            )
-        if Path(prefix + ".metadata.jsonl").exists() != Path(prefixes[0] + ".metadata.jsonl").exists():
-            raise InputError(f"{prefix}: some corpora have .metadata.jsonl and some have none; expected all or none")
-    _check_partitions(prefixes, manifests)
-    _check_holdouts(prefixes, manifests)
+        for check in (_check_ids, _check_language, _check_metadata):
+            with refusals.noted():
+                check(prefix, manifest, prefixes[0], manifests[0])
+    for check_all in (_check_partitions, _check_holdouts):
+        with refusals.noted():
+            check_all(prefixes, manifests)
+    refusals.raise_any()
+
+
+def _check_ids(prefix: str, manifest: CorpusManifest, first_prefix: str, first: CorpusManifest) -> None:
+    if manifest.tokenizer.fingerprint != first.tokenizer.fingerprint:
+        found, wanted = (f"{m.tokenizer.name} (end of document: id {m.tokenizer.eos_id})" for m in (manifest, first))
+        raise InputError(
+            f"{prefix}.json: made with tokenizer {found}; expected {wanted}, the same file, as in {first_prefix}.json"
+        )
+    for name in ("dtype", "eos", "bos"):
+        _check_same(name, prefix, manifest, first_prefix, first)
+
+
+def _check_language(prefix: str, manifest: CorpusManifest, first_prefix: str, first: CorpusManifest) -> None:
+    _check_same("language", prefix, manifest, first_prefix, first)
+
+
+def _check_same(name: str, prefix: str, manifest: CorpusManifest, first_prefix: str, first: CorpusManifest) -> None:
+    found, wanted = getattr(manifest, name), getattr(first, name)
+    if found != wanted:
+        raise InputError(f"{prefix}.json: {name} is {found!r}; expected {wanted!r} as in {first_prefix}.json")
+
+
+def _check_metadata(prefix: str, manifest: CorpusManifest, first_prefix: str, first: CorpusManifest) -> None:
+    if Path(prefix + ".metadata.jsonl").exists() != Path(first_prefix + ".metadata.jsonl").exists():
+        raise InputError(f"{prefix}: some corpora have .metadata.jsonl and some have none; expected all or none")
 
 
 def _repeated(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> list[str]:

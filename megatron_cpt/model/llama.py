@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cpt.errors import InputError, brief
+from megatron_cpt.config.partial import partly
+from megatron_cpt.errors import InputError, Refusals, brief
 from megatron_cpt.input_files import load_json
 
 
@@ -49,6 +50,7 @@ class LlamaConfig:
 
 # No model comes near: beyond, a number would be taken for the size of something that no memory holds
 MOST, MOST_LAYERS, MOST_FLOAT = 1 << 31, 10_000, 1e15
+MOST_NAMED = 8  # of fields that are not known
 DTYPES = ("float32", "bfloat16", "float16")
 # Fields with one value that we compute; anything else would silently be another model.
 ONLY = {
@@ -102,37 +104,65 @@ def llama_from(fields: dict[str, Any], path: str) -> LlamaConfig:
     """The architecture that the fields of a config.json describe; `path` names them in errors.
 
     Raises:
-        InputError: see `read_llama_config`
+        InputError: see `read_llama_config`; InputErrors: for several reasons
     """
-    for name, value in ONLY.items():
-        if fields.get(name, value) != value:
-            raise InputError(f"{path}: {name} is {brief(fields[name])}; supported is {value!r}")
-    _check_known(path, fields)
-    hidden, heads = _count(path, fields, "hidden_size"), _count(path, fields, "num_attention_heads")
+    _check_only(path, fields, "model_type")  # of another model nothing else can be said
+    refusals = Refusals()
+    for name in ONLY:
+        with refusals.noted():
+            _check_only(path, fields, name)
+    for name in [name for name, value in fields.items() if not _is_known(name, value)][:MOST_NAMED]:
+        refusals.add(_unknown(path, name, fields[name]))
+    llama: LlamaConfig = partly(
+        LlamaConfig,
+        refusals,
+        num_hidden_layers=lambda: _count(path, fields, "num_hidden_layers"),
+        hidden_size=lambda: _count(path, fields, "hidden_size"),
+        intermediate_size=lambda: _count(path, fields, "intermediate_size"),
+        num_attention_heads=lambda: _count(path, fields, "num_attention_heads"),
+        num_key_value_heads=lambda: _groups(path, fields),
+        head_dim=lambda: _head_dim(path, fields),
+        vocab_size=lambda: _count(path, fields, "vocab_size"),
+        max_position_embeddings=lambda: _count(path, {"max_position_embeddings": 2048} | fields, "max_position_embeddings"),
+        rms_norm_eps=lambda: _positive(path, {"rms_norm_eps": 1e-6} | fields, "rms_norm_eps"),
+        rope_theta=lambda: _rope(path, fields)[0],
+        rope_scaling=lambda: _rope(path, fields)[1],
+        tie_word_embeddings=lambda: _switch(path, fields, "tie_word_embeddings"),
+        dtype=lambda: _dtype(path, fields),
+        attention_bias=lambda: _switch(path, fields, "attention_bias"),
+        mlp_bias=lambda: _switch(path, fields, "mlp_bias"),
+    )
+    refusals.raise_any()
+    return llama
+
+
+def _check_only(path: str, fields: Mapping[str, Any], name: str) -> None:
+    if fields.get(name, ONLY[name]) != ONLY[name]:
+        raise InputError(f"{path}: {name} is {brief(fields[name])}; supported is {ONLY[name]!r}")
+
+
+def _groups(path: str, fields: Mapping[str, Any]) -> int:
+    """Heads of keys and values."""
+    heads = _count(path, fields, "num_attention_heads")
     groups = _count(path, fields, "num_key_value_heads", heads)
     if heads % groups:
         raise InputError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
-    rope_theta, rope_scaling = _rope(path, fields)
+    return groups
+
+
+def _head_dim(path: str, fields: Mapping[str, Any]) -> int:
+    if fields.get("head_dim") is not None:
+        return _count(path, fields, "head_dim")
+    return _count(
+        path, fields, "head_dim", _count(path, fields, "hidden_size") // _count(path, fields, "num_attention_heads")
+    )
+
+
+def _dtype(path: str, fields: Mapping[str, Any]) -> str:
     dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
         raise InputError(f"{path}: dtype is {brief(dtype)}; expected float32, bfloat16 or float16")
-    return LlamaConfig(
-        num_hidden_layers=_count(path, fields, "num_hidden_layers"),
-        hidden_size=hidden,
-        intermediate_size=_count(path, fields, "intermediate_size"),
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=_count(path, fields, "head_dim", hidden // heads),
-        vocab_size=_count(path, fields, "vocab_size"),
-        max_position_embeddings=_count(path, {"max_position_embeddings": 2048} | fields, "max_position_embeddings"),
-        rms_norm_eps=_positive(path, {"rms_norm_eps": 1e-6} | fields, "rms_norm_eps"),
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        tie_word_embeddings=_switch(path, fields, "tie_word_embeddings"),
-        dtype=dtype,
-        attention_bias=_switch(path, fields, "attention_bias"),
-        mlp_bias=_switch(path, fields, "mlp_bias"),
-    )
+    return str(dtype)
 
 
 def _count(path: str, fields: Mapping[str, Any], name: str, default: int | None = None) -> int:
@@ -169,19 +199,23 @@ def _switch(path: str, fields: Mapping[str, Any], name: str) -> bool:
     return value
 
 
-def _check_known(path: str, fields: dict[str, Any]) -> None:
-    """Raise InputError for a field that may change the computation in a way that we do not know."""
-    if fields.get("quantization_config") is not None:
-        raise InputError(f"{path}: the weights are quantized (quantization_config); use the model in bf16, fp16 or fp32")
-    architectures = fields.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"]:
-        raise InputError(f"{path}: architectures is {brief(architectures)}; supported is ['LlamaForCausalLM']")
-    for name, value in fields.items():
-        harmless = name in KNOWN or name in ONLY or name.startswith("_") or name.endswith("_token_id")
-        off = value is None or value is False or value in ({}, [])
-        if not harmless and not off:
-            unknown = f"{name} is {brief(value)}, a field that is not known here"
-            raise InputError(f"{path}: {unknown}; remove it if the model computes the same without it")
+def _is_known(name: str, value: Any) -> bool:
+    """Whether a field changes nothing in the computation, or in a way that we know."""
+    if name == "quantization_config":
+        return value is None
+    if name == "architectures":
+        return not value or value == ["LlamaForCausalLM"]
+    off = value is None or value is False or value in ({}, [])
+    return off or name in KNOWN or name in ONLY or name.startswith("_") or name.endswith("_token_id")
+
+
+def _unknown(path: str, name: str, value: Any) -> InputError:
+    if name == "quantization_config":
+        return InputError(f"{path}: the weights are quantized (quantization_config); use the model in bf16, fp16 or fp32")
+    if name == "architectures":
+        return InputError(f"{path}: architectures is {brief(value)}; supported is ['LlamaForCausalLM']")
+    unknown = f"{name} is {brief(value)}, a field that is not known here"
+    return InputError(f"{path}: {unknown}; remove it if the model computes the same without it")
 
 
 def _read_json(path: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from megatron_cpt.data.indexed import HEADER, IndexedCorpus, write_index
 from megatron_cpt.data.manifest import CorpusManifest, read_manifest
 from megatron_cpt.data.merge import MergeConfig, find_prefixes, merge_datasets
 from megatron_cpt.data.sources import sha256_file
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, InputErrors
 
 
 @pytest.fixture(autouse=True)
@@ -295,6 +295,19 @@ def test_corpora_that_do_not_go_together(
     run(tmp_path / "a", tiny_tokenizer_dir, **settings_for(folder))
     run(tmp_path / "b", tiny_tokenizer_dir, **settings_for(folder) | settings)
     refused([str(tmp_path / "a"), str(tmp_path / "b")], rf"b(\.json)?: .*{message}", tmp_path)
+
+
+def test_all_that_does_not_go_together_is_named_at_once(tmp_path: Path, folder: str, tiny_tokenizer_dir: str) -> None:
+    """A tokenizer's own consequences, as the end of the text, are no lines of their own."""
+    settings = {"a": {}, "b": {"eos_token": "!", "language": "zh"}, "c": {"bos": "document", "metadata_keys": []}}
+    for name, other in settings.items():
+        run(tmp_path / name, tiny_tokenizer_dir, **settings_for(folder) | other)
+    with pytest.raises(InputErrors) as caught:
+        join([f"{tmp_path}/{name}" for name in settings], tmp_path / "all")
+    lines = [str(error).removeprefix(f"{tmp_path}/") for error in caught.value.errors]
+    assert [line.split(":")[0] for line in lines] == ["b.json", "b.json", "c.json", "c"], lines
+    for line, said in zip(lines, ("made with tokenizer", "language is 'zh'", "bos is 'document'", "metadata"), strict=True):
+        assert said in line
 
 
 def test_another_width(parts: list[str], tmp_path: Path) -> None:

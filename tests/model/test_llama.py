@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from llama_shapes import LLAMA_3_1_8B, SCALING, SIZES
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, InputErrors
 from megatron_cpt.model.llama import LlamaConfig, read_llama_config
 
 COMMON: dict[str, Any] = SIZES | {
@@ -108,6 +108,22 @@ def test_fields_that_nobody_knows_are_refused_unless_they_are_off(tmp_path: Path
         read(tmp_path, OLD | {field: value})
     for off in (None, False, {}, []):
         assert read(tmp_path, OLD | {field: off}) == LLAMA_3_1_8B
+
+
+def test_all_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
+    """But of a model of another kind nothing else, and of many unknown fields some."""
+    wrong = {"hidden_act": "gelu", "hidden_size": 0, "num_key_value_heads": 5, "dtype": "float99", "mlp_bias": "yes"}
+    with pytest.raises(InputErrors) as caught:
+        read(tmp_path, OLD | wrong | {"rope_theta": -1, "rope_scaling": None, "use_qk_norm": True})
+    lines = [str(error).removeprefix(f"{tmp_path}/config.json: ") for error in caught.value.errors]
+    named = ["hidden_act", "use_qk_norm", "hidden_size", "num_attention_heads", "rope_theta", "dtype", "mlp_bias"]
+    assert [line.split()[0] for line in lines] == named
+    with pytest.raises(InputError) as other:
+        read(tmp_path, OLD | wrong | {"model_type": "mistral"})
+    assert not isinstance(other.value, InputErrors)
+    with pytest.raises(InputErrors) as many:
+        read(tmp_path, OLD | {f"field_{i}": 1 for i in range(1000)})
+    assert len(many.value.errors) == 8
 
 
 def test_quantized_weights_are_refused(tmp_path: Path) -> None:
