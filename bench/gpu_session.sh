@@ -38,7 +38,7 @@ if nvidia-smi >/dev/null 2>&1; then
   quickstart --training.params_dtype bf16
 else
   speed dry_run "{\"model\": \"$folder/check_cluster/hf\", \"layers\": 2, ${batch//4096/64}}"
-  quickstart --training.train_iters 2 --validation.eval_samples 2
+  quickstart --training.train_iters 2 --lr.warmup_iters 0 --validation.eval_samples 2
 fi
 "$python" -m bench.gpu_session "$folder" || status=1
 exit "$status"
