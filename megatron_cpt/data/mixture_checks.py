@@ -29,12 +29,8 @@ def check_mixture(mixture: Mixture) -> None:
     with refusals.noted():
         _check_stages(mixture, refusals)
     corpora = mixture.corpora + mixture.validation
-    made_with = Counter(corpus.manifest.tokenizer.fingerprint for corpus in corpora)
-    for corpus in corpora:
-        with refusals.noted():
-            _check_length(mixture, corpus)
-        with refusals.noted():  # the one that is unlike the others is named, not all of them
-            _check_tokenizer(max(corpora, key=lambda one: made_with[one.manifest.tokenizer.fingerprint]), corpus)
+    if corpora:
+        _check_corpora(mixture, corpora, refusals)
     names = [corpus.name for corpus in mixture.validation]  # what the metrics know them by
     for name in names:
         if names.count(name) > 1:
@@ -52,6 +48,17 @@ def _check_length(mixture: Mixture, corpus: Corpus) -> None:
             f"{mixture.path}: seq_length is {mixture.seq_length} but {corpus.prefix}.bin has only "
             f"{counted(corpus.data.num_tokens, 'token')}; expected {mixture.seq_length + 1} or more, for one sample"
         )
+
+
+def _check_corpora(mixture: Mixture, corpora: Sequence[Corpus], refusals: Refusals) -> None:
+    """Note those that are too short, and those with another tokenizer than most, rather than than the first."""
+    made_with = Counter(corpus.manifest.tokenizer.fingerprint for corpus in corpora)
+    usual = max(corpora, key=lambda one: made_with[one.manifest.tokenizer.fingerprint])
+    for corpus in corpora:
+        with refusals.noted():
+            _check_length(mixture, corpus)
+        with refusals.noted():
+            _check_tokenizer(usual, corpus)
 
 
 def _check_tokenizer(usual: Corpus, corpus: Corpus) -> None:

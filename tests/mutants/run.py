@@ -174,10 +174,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="how many at the same time")
     parser.add_argument("--timeout", type=float, default=300, help="seconds after which a mutant counts as noticed")
     options = parser.parse_args()
-    wanted = (
-        m for m in read_mutants(Path(__file__).parent) if any(options.only in text for text in (m.file, m.name, m.topic))
-    )
-    mutants = list(wanted)
+    everything = read_mutants(Path(__file__).parent)
+    mutants = [m for m in everything if any(options.only in text for text in (m.file, m.name, m.topic))]
     before = Path(options.skip).read_text(encoding="utf-8").splitlines() if options.skip else []
     done = {line.split(" s  ", 1)[1] for line in before if line.startswith(KILLED)}
     mutants = [m for m in mutants if f"{m.file}: {m.name}" not in done]
