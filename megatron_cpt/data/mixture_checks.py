@@ -51,7 +51,7 @@ def _check_length(mixture: Mixture, corpus: Corpus) -> None:
 
 
 def _check_corpora(mixture: Mixture, corpora: Sequence[Corpus], refusals: Refusals) -> None:
-    """Note those that are too short, and those with another tokenizer than most, rather than than the first."""
+    """Note those that are too short, and those with another tokenizer than most of them."""
     made_with = Counter(corpus.manifest.tokenizer.fingerprint for corpus in corpora)
     usual = max(corpora, key=lambda one: made_with[one.manifest.tokenizer.fingerprint])
     for corpus in corpora:
