@@ -149,13 +149,13 @@ class StudyConfig:
             with need.noted():
                 check_values("seeds", self.seeds, lambda seed: 0 <= seed < 2**63, "0 to 2**63 - 1")
             with need.noted():
-                self._check_size()
+                runs = len(self.almr) * len(self.rates) * len(self.seeds)
+                require(runs <= MOST_RUNS, "almr x lr x seeds", f"a grid of {runs} runs", f"at most {MOST_RUNS}")
+            with need.noted():
+                self._check_starting_pairs()
 
-    def _check_size(self) -> None:
-        """Of the grid."""
+    def _check_starting_pairs(self) -> None:
         whole = len(self.almr) * len(self.rates)
-        runs = whole * len(self.seeds)
-        require(runs <= MOST_RUNS, "almr x lr x seeds", f"a grid of {runs} runs", f"at most {MOST_RUNS}")
         least = min(STARTING_PAIRS, whole)
         if self.starting_pairs is not None:
             require(

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_cpt.config.run import RunConfig, TrainingConfig
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, RefusedValueError
 
 TABLE_POINTS = 10  # between the first and the last step
 
@@ -103,6 +103,8 @@ def run_length(training: TrainingConfig, seq_length: int, iteration: int = 0, co
         end = consumed_samples + steps * batch
     else:
         samples, tokens = training.train_samples, training.train_tokens
+        if samples is None and tokens is None:  # `TrainingConfig` names it
+            raise RefusedValueError
         end = samples if samples is not None else math.ceil((tokens or 0) / seq_length)
         steps = max(math.ceil((end - consumed_samples) / batch), 0)
     return RunLength(iteration, consumed_samples, iteration + steps, consumed_samples + steps * batch, end)

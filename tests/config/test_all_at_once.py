@@ -234,6 +234,17 @@ CASES = {
             "data.reset_attention_mask is true with context_parallel_size above 1",
         ],
     ),
+    "a run without a length, which no schedule fits into": Case(
+        "pretrain_cpt.py",
+        {
+            "mixture": "mixture.yaml",
+            "checkpoint": {"load": "megatron", "save": "run", "save_interval": "often"},
+            "training": {"global_batch_size": 8},
+            "lr": {"warmup_iters": 4},
+        },
+        [],
+        ["the length of the run is not given", "checkpoint.save_interval is 'often'"],
+    ),
     "files of a run": Case(
         "pretrain_cpt.py",
         {"mixture": "mixture.yaml", "checkpoint": {"load": "lost", "save": "file/run"}, "training": TRAINING},
@@ -549,6 +560,13 @@ CASES = {
         {"base": "base.yaml", "folder": "study", "almr": [3], "lr": [1e-4], "train_tokens": 1000},
         [],
         ["almr is 3.0"],
+    ),
+    "starting pairs of a study, which its seeds do not change": Case(
+        "almr_study.py plan",
+        {"base": "base.yaml", "folder": "study", "almr": [0.5], "lr": [1e-4], "train_tokens": 1000}
+        | {"seeds": [1, 1], "starting_pairs": 0},
+        [],
+        ["seeds is [1, 1]", "starting_pairs is 0"],
     ),
     "fit of a study": Case(
         "almr_study.py fit",

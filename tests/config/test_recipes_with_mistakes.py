@@ -1,18 +1,22 @@
-"""The recipes' own files with several mistakes: as many lines, each naming its field, whatever the mistakes are.
+"""The recipes' own files, and a start of each tool without a recipe, with several mistakes: as many lines, each naming its
+field, whatever the mistakes are.
 
-All that the recipes name is there, but small. Without mistakes they are accepted. Which fields are wrong, and how many, is
-drawn by hypothesis; a mistake is a value of a wrong kind, or a field that is not known.
+All that they name is there, but small. Without mistakes they are accepted. Which fields are wrong, and how many, is drawn by
+hypothesis, from those that a file gives and those that it leaves out; a mistake is a value of a wrong kind, or a field that
+is not known.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -20,18 +24,33 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_shapes import TINY
 
-from megatron_cpt.checkpoint.run_files import check_hf_to_megatron, check_megatron_to_hf
+from megatron_cpt.checkpoint.run_files import check_hf_to_megatron, check_megatron_to_hf, check_verify
+from megatron_cpt.cluster.config import CheckConfig
+from megatron_cpt.cluster.run_files import check_files as check_cluster
 from megatron_cpt.config.cli import read_arguments, start_check
-from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf
+from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf, Verify
 from megatron_cpt.config.run import RunConfig
+from megatron_cpt.config.values import alternatives
+from megatron_cpt.data.adopt import AdoptConfig
+from megatron_cpt.data.adopt import check_files as check_adoption
+from megatron_cpt.data.curate import CurateConfig
+from megatron_cpt.data.curate import check_files as check_curation
+from megatron_cpt.data.inspection import InspectConfig
+from megatron_cpt.data.inspection import check_files as check_inspection
+from megatron_cpt.data.merge import MergeConfig
+from megatron_cpt.data.merge import check_files as check_merge
 from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.data.preprocess import check_files as check_preprocessing
 from megatron_cpt.errors import InputError, InputErrors
 from megatron_cpt.evaluation.config import EvaluateConfig
 from megatron_cpt.evaluation.run_files import check_settings as check_evaluation
+from megatron_cpt.planning.config import PlanConfig
+from megatron_cpt.planning.run_files import check_files as check_plan
+from megatron_cpt.posttrain.run_files import check_chat
 from megatron_cpt.posttrain.run_files import check_settings as check_tuning
-from megatron_cpt.posttrain.settings import DpoConfig, SftConfig
-from megatron_cpt.study.run_files import check_runs
-from megatron_cpt.study.settings import Plan
+from megatron_cpt.posttrain.settings import ChatConfig, DpoConfig, SftConfig
+from megatron_cpt.study.run_files import check_choice, check_runs, check_study
+from megatron_cpt.study.settings import Choose, FitOptions, Plan, Plot, Run
 from megatron_cpt.training.run_files import check_files as check_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +64,11 @@ HF_FOLDERS = [
     "runs/quickstart-chat/dpo/hf",
 ]
 MEGATRON_FOLDERS = ["runs/quickstart/megatron", "runs/llama3-8b/cpt"]
+
+
+def read_yaml(path: str) -> Any:
+    """What a file of the repository says."""
+    return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 
 
 class Recipe(NamedTuple):
@@ -64,6 +88,39 @@ RECIPES = {
     "quickstart_chat/evaluate.yaml": Recipe(EvaluateConfig, check_evaluation, []),
     "llama3_8b/convert.yaml": Recipe(HfToMegatron, check_hf_to_megatron, []),
     "llama3_8b/export.yaml": Recipe(MegatronToHf, check_megatron_to_hf, []),
+}
+STUDY = "examples/almr_study/smollm2_study.yaml"
+CORPUS, HF_FOLDER, MEGATRON_FOLDER = "runs/quickstart/data/en_train", HF_FOLDERS[0], MEGATRON_FOLDERS[0]
+# Tools without a recipe: how each is read, and a start that is accepted
+STARTS: dict[str, tuple[Recipe, dict[str, Any]]] = {
+    "preprocess_data.py": (
+        Recipe(PreprocessConfig, check_preprocessing, []),
+        {"input": ["en_train.jsonl"], "tokenizer": HF_FOLDER, "output_prefix": "new", "language": "en"},
+    ),
+    "curate_data.py": (
+        Recipe(CurateConfig, check_curation, []),
+        {"input": ["en_train.jsonl"], "output_folder": "curated", "keep_languages": ["en"]},
+    ),
+    "merge_datasets.py": (
+        Recipe(MergeConfig, check_merge, []),
+        {"input": [CORPUS, CORPUS.replace("train", "valid")], "output_prefix": "all"},
+    ),
+    "adopt_corpus.py": (
+        Recipe(AdoptConfig, check_adoption, []),
+        {"input": ["adopted"], "tokenizer": HF_FOLDER, "language": "en"},
+    ),
+    "inspect_data.py": (Recipe(InspectConfig, check_inspection, []), {"input": [CORPUS]}),
+    "chat.py": (Recipe(ChatConfig, check_chat, []), {"model": HF_FOLDER}),
+    "plan_run.py": (
+        Recipe(PlanConfig, check_plan, []),
+        {"model": HF_FOLDER, "devices": 8, "run": "examples/quickstart/pretrain.yaml"},
+    ),
+    "check_cluster.py": (Recipe(CheckConfig, check_cluster, []), {"folder": "cluster"}),
+    "convert_checkpoint.py verify": (Recipe(Verify, check_verify, []), {"a": HF_FOLDER, "b": MEGATRON_FOLDER}),
+    "almr_study.py run": (Recipe(Run, check_runs, []), read_yaml(STUDY)),
+    "almr_study.py fit": (Recipe(FitOptions, check_study, []), read_yaml(STUDY)),
+    "almr_study.py plot": (Recipe(Plot, check_study, []), read_yaml(STUDY)),
+    "almr_study.py choose": (Recipe(Choose, check_choice, []), read_yaml(STUDY)),
 }
 READ_FIRST = {"mixture", "base", "save"}  # what these name cannot be read without them, or an option gives it instead
 
@@ -86,6 +143,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str) ->
         source.write_text("".join(json.dumps({"text": f"{i} the quick brown fox {j}"}) + "\n" for j in range(90)))
         prefix = str(folder / "runs/quickstart/data" / name)
         preprocess(PreprocessConfig(str(source), tiny_tokenizer_dir, prefix, name[:2], workers=1))
+    for end in (".bin", ".idx"):
+        shutil.copy(folder / f"{CORPUS}{end}", folder / f"adopted{end}")
     for recipe in RECIPES:
         for i, path in enumerate(paths_in(yaml.safe_load((folder / "examples" / recipe).read_text()))):
             row = {"text": str(i)} if path.endswith("l") else {"instruction": f"{recipe} {i}", "output": "4"}
@@ -113,7 +172,7 @@ class Mistake(NamedTuple):
 
 def mistakes_of(fields: Any, in_mixture: bool, place: tuple[str | int, ...] = ()) -> Iterator[Mistake]:
     """Each scalar of a file as something that no field takes; each section with a field that it does not have."""
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    name = name_of(place)
     if isinstance(fields, dict):
         if name != "models":  # names of the user's own
             unknown = f"{name}.nosuch is unknown".lstrip(".") if not in_mixture else "unknown field 'nosuch'"
@@ -130,13 +189,29 @@ def mistakes_of(fields: Any, in_mixture: bool, place: tuple[str | int, ...] = ()
         yield Mistake(place, {"no": ["such"]}, f"{said} is ")
 
 
+def mistakes_left_out(kind: type, fields: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[Mistake]:
+    """Each setting of a tool that a file leaves out, as something that it does not take."""
+    for field, hint in get_type_hints(kind).items():
+        inner = fields.get(field, {})
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from mistakes_left_out(hint, inner, (*place, field))
+        elif field not in fields and field not in READ_FIRST:
+            is_table = any(get_origin(part) is dict or dataclasses.is_dataclass(part) for part in alternatives(hint))
+            yield Mistake((*place, field), ["such"] if is_table else {"no": ["such"]}, f"{name_of((*place, field))} is ")
+
+
+def name_of(place: tuple[str | int, ...]) -> str:
+    """A place in a file as messages name it: `data.sources[1].path`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+
+
 def with_mistakes(fields: Any, mistakes: list[Mistake]) -> Any:
     """The fields of a file with mistakes in them."""
     fields = copy.deepcopy(fields)
     for mistake in mistakes:
         place = fields
         for part in mistake.place[:-1]:
-            place = place[part]
+            place = place[part] if isinstance(part, int) else place.setdefault(part, {})
         place[mistake.place[-1]] = mistake.value
     return fields
 
@@ -150,17 +225,27 @@ def refusals(recipe: Recipe, path: str) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def test_every_tool_is_started() -> None:
+    configurations = {start.kind for start in (*RECIPES.values(), *(start for start, _ in STARTS.values()))}
+    for tool in (ROOT / "tools").glob("*.py"):
+        named = set(re.findall(r"[:+] ?\"?(\w+)\"", tool.read_text()))
+        assert named & {kind.__name__ for kind in configurations}, tool
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *STARTS])
 def test_as_many_lines_as_mistakes(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = RECIPES[name]
     monkeypatch.chdir(folder)
     for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.delenv(variable, raising=False)
-    fields = yaml.safe_load(Path("examples", name).read_text(encoding="utf-8"))
+    if name in RECIPES:
+        recipe, fields = RECIPES[name], read_yaml(f"examples/{name}")
+    else:
+        recipe, fields = STARTS[name]
     if name.endswith("export.yaml"):
         fields["hf"] = "runs/exported"
-    mixture = yaml.safe_load(Path(ROOT, recipe.mixture).read_text(encoding="utf-8")) if recipe.mixture else {}
+    mixture = read_yaml(recipe.mixture) if recipe.mixture else {}
     possible = [(False, mistake) for mistake in mistakes_of(fields, False)]
+    possible += [(False, mistake) for mistake in mistakes_left_out(recipe.kind, fields)]
     possible += [(True, mistake) for mistake in mistakes_of(mixture, True)] if recipe.mixture else []
 
     def start(drawn: list[tuple[bool, Mistake]]) -> list[str]:
