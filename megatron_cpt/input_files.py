@@ -42,7 +42,7 @@ def number(value: Any) -> Fraction | None:
 
     0.1 is one tenth, not the nearest binary number. A leading zero (`010`), which some read as octal, spells none.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    if not isinstance(value, int | float | str):  # True, an int, spells none
         return None
     text = re.sub(r"(?<=\d)_(?=\d)", "", str(value).strip())
     ratio = _RATIO.fullmatch(text)
@@ -56,7 +56,7 @@ def number(value: Any) -> Fraction | None:
 def amount(value: Any) -> int | None:
     """A whole number of tokens or samples, also with a unit (`2B`, `1.7T`, `500k`, `500_000`); None where it is none."""
     found = re.fullmatch(r"(.*?) *([kmbt]?)", str(value).strip().lower())
-    size = number(found[1]) if found and not isinstance(value, bool) else None
+    size = number(found[1]) if found else None
     size = None if size is None or found is None else size * UNITS[found[2]]
     return None if size is None or size.denominator != 1 else int(size)
 

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, newest_complete, read_checkpoint_manifest
+from megatron_cpt.checkpoint.layout import newest_complete
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger, unreached
+from megatron_cpt.data.ledger import unreached
 from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.mixture_file import load_mixture
-from megatron_cpt.data.stages import Schedule
-from megatron_cpt.data.state import DataState, begin, resume
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.model.build import LayerType, TransformerConfig, arithmetic_of, transformer_config
 from megatron_cpt.model.layout import check_batch, check_layout, check_recomputed_chunk
@@ -25,30 +23,23 @@ from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.training.baseline import Baseline, from_json
 from megatron_cpt.training.run_files import (
-    check_checkpoint_folder,
-    check_folder,
+    RunData,
+    check_began_with,
+    check_can_resume,
+    check_data,
     check_profile,
+    check_schedule,
     check_together,
+    find_start,
+    is_complete,
+    is_own,
+    length_of,
     read_model,
     read_token_bytes,
 )
-from megatron_cpt.training.schedule import LearningRate, RunLength, continue_schedule, make_schedule, run_length
+from megatron_cpt.training.schedule import LearningRate, RunLength
 from megatron_cpt.training.sinks import check_logging
 from megatron_cpt.training.trouble import History
-
-
-@dataclass(frozen=True)
-class RunData:
-    """The run's data: `run_samples` in all, also those that were read before this start."""
-
-    schedule: Schedule
-    state: DataState
-    run_samples: int
-
-    def ledger(self, mixture: Mixture) -> Ledger:
-        """What is left to read, by this mixture: from where it (or this global batch size) began to the end of the run."""
-        now = self.state.now
-        return make_ledger(mixture, self.schedule, self.run_samples, now.start)
 
 
 @dataclass(frozen=True)
@@ -66,11 +57,6 @@ class Resumed:
     history: History
     baselines: list[Baseline]
     evaluated: bool
-
-    @property
-    def has_all(self) -> bool:
-        """Whether only steps can be missing, not the evaluation after the last, in which a run may have been stopped."""
-        return self.evaluated or not self.manifest["optimizer"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +103,8 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
     """
     refusals = Refusals()  # of checks that do not need each other
     with refusals.noted():
-        start_from, resumed = find_start(config, damaged)
+        start_from, manifest = find_start(config, damaged)
+        check_began_with(config, start_from, manifest)
         llama = read_model(start_from)
     with refusals.noted():
         mixture = load_mixture(config.mixture)
@@ -134,18 +121,18 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
     with refusals.noted():
         token_bytes = read_token_bytes(start_from, mixture, llama.vocab_size)
     refusals.raise_any()
-    manifest = resumed.manifest if resumed else {"iteration": 0, "consumed_samples": 0}
-    length = run_length(config.training, mixture.seq_length, manifest["iteration"], manifest["consumed_samples"])
-    complete = resumed is not None and length.iteration >= length.train_iters and resumed.has_all
-    if resumed is not None and not complete:
-        check_can_resume(config, start_from, resumed.manifest)
+    length = length_of(config, mixture.seq_length, manifest)
+    complete = is_complete(length, manifest)
+    with refusals.noted():
+        if not complete:
+            check_can_resume(config, start_from, manifest)
     with refusals.noted():
         if not complete:
             check_profile(config, length.train_iters, world_size)
     with refusals.noted():
-        schedule = check_schedule(config, mixture.seq_length, length, resumed, complete)
+        schedule = check_schedule(config, mixture.seq_length, length, manifest)
     with refusals.noted():
-        data = check_data(config, mixture, length, resumed, complete)
+        data = check_data(config, mixture, length, manifest)
     refusals.raise_any()
     if complete and not is_own(config, start_from):
         raise InputError(
@@ -168,99 +155,15 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
         data_parallel_size=data_parallel_size,
         token_bytes=token_bytes,
         start_from=start_from,
-        resumed=resumed,
+        resumed=resumed_from(manifest) if manifest is not None else None,
         complete=complete,
     )
-
-
-def find_start(config: RunConfig, damaged: Mapping[str, str] | None = None) -> tuple[str, Resumed | None]:
-    """The checkpoint to load, and what it says if the run goes on where that was; none of those that are `damaged`.
-
-    Raises:
-        InputError: there is none; the folder belongs to another run; or all of a checkpoint is wanted that has only weights
-    """
-    settings = config.checkpoint
-    check_folder(settings.save)
-    own, passed_over = newest_complete(settings.save, True, damaged)
-    if own is None and passed_over:
-        raise InputError(f"{passed_over[0]}; empty the folder to begin anew, or use another checkpoint.save")
-    if own is not None and is_of_a_run(own):
-        manifest = read_checkpoint_manifest(own)
-        began_with = manifest["config"]["checkpoint"]["load"]
-        if os.path.realpath(began_with) != os.path.realpath(settings.load):
-            raise InputError(
-                f"checkpoint.load is {settings.load} but the run in {settings.save} began with {began_with}; "
-                f"use that, or another folder as checkpoint.save"
-            )
-        return own, resumed_from(manifest)
-    check_checkpoint_folder(settings.load)
-    folder = find_checkpoint(settings.load)
-    if settings.load_state == "weights":
-        return folder, None
-    if not is_of_a_run(folder):
-        raise InputError(
-            f"checkpoint.load_state is all but {folder} holds converted weights, no checkpoint of a run; expected weights"
-        )
-    return folder, resumed_from(read_checkpoint_manifest(folder))
-
-
-def is_own(config: RunConfig, start_from: str) -> bool:
-    """Whether a checkpoint lies in the run's own folder: the run goes on, it is not a fork."""
-    return os.path.dirname(os.path.realpath(start_from)) == os.path.realpath(config.checkpoint.save)
 
 
 def resumed_from(manifest: dict[str, Any]) -> Resumed:
     """A manifest's parts."""
     state = manifest["training"]
     return Resumed(manifest, History.from_json(state["history"]), from_json(state["baseline"]), state["evaluated"])
-
-
-def check_can_resume(config: RunConfig, checkpoint: str, manifest: dict[str, Any]) -> None:
-    """InputError unless the checkpoint has an optimizer's state."""
-    if not manifest["optimizer"]:
-        raise InputError(
-            f"{checkpoint} holds no optimizer state (checkpoint.save_optim was false), so the run cannot go on from it; "
-            f"start another one from its weights: checkpoint.load {checkpoint}, and another folder as checkpoint.save than "
-            f"{config.checkpoint.save}"
-        )
-
-
-def check_schedule(
-    config: RunConfig, seq_length: int, length: RunLength, resumed: Resumed | None, complete: bool
-) -> LearningRate:
-    """The learning rate of what is left of the run.
-
-    Raises:
-        InputError: it does not fit into the run, or is not what the run's checkpoint was trained with
-    """
-    if resumed is None:
-        return make_schedule(config, seq_length, length)
-    saved = resumed.manifest["training"]["lr_schedule"]
-    if complete:  # no step will use it: no need to compare
-        return LearningRate(**saved)
-    return continue_schedule(saved, config, seq_length, length)
-
-
-def check_data(config: RunConfig, mixture: Mixture, length: RunLength, resumed: Resumed | None, complete: bool) -> RunData:
-    """Where the run is in its data, and what it will read.
-
-    Raises:
-        InputError: it would read a corpus more often than allowed, or has read another mixture so far
-    """
-    batch, data = config.training.global_batch_size, config.data
-    if data.order == "megatron":
-        schedule = mixture.megatron_schedule(length.run_samples, max(data.num_workers, 1))
-    else:
-        schedule = mixture.schedule(length.run_samples)
-    if resumed is None or complete:  # nothing was read, or nothing will be: no need to compare
-        state = begin(mixture, schedule, batch)
-    else:
-        saved, longer = resumed.manifest["data"], config.training.extend_to is not None
-        state = resume(saved, length.consumed_samples, mixture, schedule, batch, data.accept_new_mixture, longer)
-    schedule = state.continued(mixture, schedule)
-    if not complete:
-        check_limits(mixture, schedule, length.run_samples)
-    return RunData(schedule, state, length.run_samples)
 
 
 def check_machine(config: RunConfig) -> None:

@@ -15,7 +15,7 @@ import torch
 from megatron_cpt.config.run import RunConfig, TrainingConfig
 from megatron_cpt.errors import InputError, RunError, SharedInputError
 from megatron_cpt.locking import open_lock
-from megatron_cpt.training.checks import find_start
+from megatron_cpt.training.run_files import find_start
 from megatron_cpt.training.stopping import StopRequestedError, Watch
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from megatron_cpt.checkpoint.layout import find_checkpoint, newest_complete
+from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, newest_complete, read_checkpoint_manifest
 from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.require import require
-from megatron_cpt.config.run import CheckpointConfig, RunConfig
-from megatron_cpt.data.ledger import check_limits
+from megatron_cpt.config.run import RunConfig
+from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger
 from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.mixture_file import load_mixture, read_seq_length
+from megatron_cpt.data.stages import Schedule
+from megatron_cpt.data.state import DataState, begin, resume
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.input_files import why_unwritable
 from megatron_cpt.model.layout import check_batch, check_layout
@@ -21,7 +26,23 @@ from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.base import token_bytes_sha256
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256
 from megatron_cpt.training import sinks
-from megatron_cpt.training.schedule import make_schedule, run_length
+from megatron_cpt.training.schedule import LearningRate, RunLength, continue_schedule, make_schedule, run_length
+
+Manifest = dict[str, Any]  # of a checkpoint of a run
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The run's data: `run_samples` in all, also those that were read before this start."""
+
+    schedule: Schedule
+    state: DataState
+    run_samples: int
+
+    def ledger(self, mixture: Mixture) -> Ledger:
+        """What is left to read, by this mixture: from where it (or this global batch size) began to the end of the run."""
+        now = self.state.now
+        return make_ledger(mixture, self.schedule, self.run_samples, now.start)
 
 
 def check_files(config: RunConfig) -> None:
@@ -39,12 +60,15 @@ def check_files(config: RunConfig) -> None:
         sinks.check_logging(config.logging)
     with refusals.noted():
         check_together(config)
-    found: tuple[str, bool] | None = None
+    start: tuple[str, Manifest | None] | None = None
     with refusals.noted():
-        found = find_checkpoint_of(config.checkpoint)
+        start = find_start(config)
+    with refusals.noted():
+        if start is not None:
+            check_began_with(config, *start)
     llama: LlamaConfig | None = None
     with refusals.noted():
-        llama = read_model(found[0]) if found is not None else None
+        llama = read_model(start[0]) if start is not None else None
     mixture: Mixture | None = None
     with refusals.noted():
         mixture = load_mixture(config.mixture)
@@ -52,30 +76,47 @@ def check_files(config: RunConfig) -> None:
         if llama is not None:
             check_layout(llama, config.parallel, read_seq_length(config.mixture), f"{config.mixture}: ")
     with refusals.noted():
-        if llama is not None and mixture is not None and found is not None:
-            read_token_bytes(found[0], mixture, llama.vocab_size)
+        if llama is not None and mixture is not None and start is not None:
+            read_token_bytes(start[0], mixture, llama.vocab_size)
     with refusals.noted():
-        if found is None or not found[1]:  # else what is left of the run depends on its checkpoint
-            check_length(config, mixture)
+        check_rest(config, mixture, start)
     refusals.raise_any()
 
 
-def check_length(config: RunConfig, mixture: Mixture | None) -> None:
-    """Check what a run has to be long enough for, or too short, when it begins.
+def check_rest(config: RunConfig, mixture: Mixture | None, start: tuple[str, Manifest | None] | None) -> None:
+    """Check what is left of a run: its schedule, and what it would read. `start`: see `find_start`; None: it is not known.
 
     Raises:
         InputError: one is wrong; InputErrors: several are
     """
-    seq_length = read_seq_length(config.mixture)
-    length, refusals = run_length(config.training, seq_length), Refusals()
+    refusals, seq_length = Refusals(), read_seq_length(config.mixture)
+    folder, manifest = start or ("", None)
+    length = length_of(config, seq_length, manifest)
+    if is_complete(length, manifest):
+        return
+    with refusals.noted():
+        check_can_resume(config, folder, manifest)
     with refusals.noted():
         check_profile(config, length.train_iters, world_size_of(config))
     with refusals.noted():
-        make_schedule(config, seq_length, length)
+        check_schedule(config, seq_length, length, manifest)
     with refusals.noted():
         if mixture is not None and config.data.order == "default":  # the other order takes long to build
-            check_limits(mixture, mixture.schedule(length.run_samples), length.run_samples)
+            check_data(config, mixture, length, manifest)
     refusals.raise_any()
+
+
+def length_of(config: RunConfig, seq_length: int, manifest: Manifest | None) -> RunLength:
+    """Where a run is, and where it ends."""
+    done = manifest or {"iteration": 0, "consumed_samples": 0}
+    return run_length(config.training, seq_length, done["iteration"], done["consumed_samples"])
+
+
+def is_complete(length: RunLength, manifest: Manifest | None) -> bool:
+    """Whether there is nothing left to do, not even the evaluation after the last step, in which a run may be stopped."""
+    if manifest is None or length.iteration < length.train_iters:
+        return False
+    return bool(manifest["training"]["evaluated"] or not manifest["optimizer"])
 
 
 def check_together(config: RunConfig) -> None:
@@ -104,18 +145,92 @@ def check_folder(path: str) -> None:
     require(why is None, "checkpoint.save", path or "''", f"a folder to write to, or a name for a new one ({why})")
 
 
-def find_checkpoint_of(settings: CheckpointConfig) -> tuple[str, bool] | None:
-    """The checkpoint that a run resumes from, or begins with, and whether the run has begun; None: its own are damaged.
+def find_start(config: RunConfig, damaged: Mapping[str, str] | None = None) -> tuple[str, Manifest | None]:
+    """The checkpoint to load, and its manifest if the run goes on where that was; none of those that are `damaged`.
 
     Raises:
-        InputError: there is no checkpoint
+        InputError: there is none; or all of a checkpoint is wanted that has only weights
     """
-    own, passed_over = newest_complete(settings.save, own=True)
+    settings = config.checkpoint
+    check_folder(settings.save)
+    own, passed_over = newest_complete(settings.save, True, damaged)
     if own is None and passed_over:
-        return None
-    if own is None:  # else what the run began with need not be there any more
-        check_checkpoint_folder(settings.load)
-    return own or find_checkpoint(settings.load), own is not None or settings.load_state == "all"
+        raise InputError(f"{passed_over[0]}; empty the folder to begin anew, or use another checkpoint.save")
+    if own is not None and is_of_a_run(own):  # then what the run began with need not be there any more
+        return own, read_checkpoint_manifest(own)
+    check_checkpoint_folder(settings.load)
+    folder = find_checkpoint(settings.load)
+    if settings.load_state == "weights":
+        return folder, None
+    if not is_of_a_run(folder):
+        raise InputError(
+            f"checkpoint.load_state is all but {folder} holds converted weights, no checkpoint of a run; expected weights"
+        )
+    return folder, read_checkpoint_manifest(folder)
+
+
+def is_own(config: RunConfig, start_from: str) -> bool:
+    """Whether a checkpoint lies in the run's own folder: the run goes on, it is not a fork."""
+    return os.path.dirname(os.path.realpath(start_from)) == os.path.realpath(config.checkpoint.save)
+
+
+def check_began_with(config: RunConfig, start_from: str, manifest: Manifest | None) -> None:
+    """Raise InputError where the folder belongs to a run that began with another checkpoint."""
+    if manifest is None or not is_own(config, start_from):
+        return
+    settings, began_with = config.checkpoint, manifest["config"]["checkpoint"]["load"]
+    if os.path.realpath(began_with) != os.path.realpath(settings.load):
+        raise InputError(
+            f"checkpoint.load is {settings.load} but the run in {settings.save} began with {began_with}; "
+            f"use that, or another folder as checkpoint.save"
+        )
+
+
+def check_can_resume(config: RunConfig, checkpoint: str, manifest: Manifest | None) -> None:
+    """Raise InputError unless a run that goes on has an optimizer's state."""
+    if manifest is not None and not manifest["optimizer"]:
+        raise InputError(
+            f"{checkpoint} holds no optimizer state (checkpoint.save_optim was false), so the run cannot go on from it; "
+            f"start another one from its weights: checkpoint.load {checkpoint}, and another folder as checkpoint.save than "
+            f"{config.checkpoint.save}"
+        )
+
+
+def check_schedule(config: RunConfig, seq_length: int, length: RunLength, manifest: Manifest | None) -> LearningRate:
+    """The learning rate of what is left of the run.
+
+    Raises:
+        InputError: it does not fit into the run, or is not what the run's checkpoint was trained with
+    """
+    if manifest is None:
+        return make_schedule(config, seq_length, length)
+    saved = manifest["training"]["lr_schedule"]
+    if is_complete(length, manifest):  # no step will use it: no need to compare
+        return LearningRate(**saved)
+    return continue_schedule(saved, config, seq_length, length)
+
+
+def check_data(config: RunConfig, mixture: Mixture, length: RunLength, manifest: Manifest | None) -> RunData:
+    """Where the run is in its data, and what it will read.
+
+    Raises:
+        InputError: it would read a corpus more often than allowed, or has read another mixture so far
+    """
+    batch, data, complete = config.training.global_batch_size, config.data, is_complete(length, manifest)
+    if data.order == "megatron":
+        schedule = mixture.megatron_schedule(length.run_samples, max(data.num_workers, 1))
+    else:
+        schedule = mixture.schedule(length.run_samples)
+    if manifest is None or complete:  # nothing was read, or nothing will be: no need to compare
+        state = begin(mixture, schedule, batch)
+    else:
+        longer = config.training.extend_to is not None
+        consumed = length.consumed_samples
+        state = resume(manifest["data"], consumed, mixture, schedule, batch, data.accept_new_mixture, longer)
+    schedule = state.continued(mixture, schedule)
+    if not complete:
+        check_limits(mixture, schedule, length.run_samples)
+    return RunData(schedule, state, length.run_samples)
 
 
 def check_checkpoint_folder(path: str) -> None:

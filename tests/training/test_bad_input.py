@@ -288,8 +288,10 @@ def test_what_a_resumed_run_began_with_is_not_asked_for(
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(TOOL), run_name="__main__")
     assert stopped.value.code == 2
-    line = capsys.readouterr().err.strip()
-    assert line == "error: optimizer.lr is -1.0; expected a number above 0"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "error: optimizer.lr is -1.0; expected a number above 0" in lines
+    assert any("iter_0000002" in line and "empty the folder to begin anew" in line for line in lines)
 
 
 def test_a_wrong_setting_does_not_hide_wrong_files(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from forks import Forks
 from layout_cases import BF16, FP32, Case
 from metrics_rows import clockless
-from tiny_models import VARIANTS, read_rows
+from tiny_models import ROOT, VARIANTS, read_rows, write_yaml
 from tiny_runs import SAVE_INTERVAL, Layout, Runs
 
 from megatron_cpt.checkpoint.verify import verify
@@ -145,10 +149,30 @@ def test_another_global_batch_size_and_layout(trainer: Trainer, choice: str) -> 
                 assert row[key] == pytest.approx(wanted[iteration][key], rel=relative, abs=0), (iteration, key)
 
 
-def test_another_batch_size_without_a_word_on_the_learning_rate_is_refused(trainer: Trainer) -> None:
+def test_what_a_resumed_run_refuses_is_said_at_once_and_without_torch(trainer: Trainer) -> None:
+    """Another batch size without a word on the learning rate, another order of the texts, another model to begin with, ..."""
     name = "refused"
     trainer.runs.interrupted(trainer.whole(SINGLE), name)
-    argv = ["--config", trainer.runs.configure(name, Layout()), *SAMPLES]
-    job = trainer.forks.start(argv, trainer.runs.folder / f"{name}.log")
-    assert job.wait() == [2]
-    assert "lr.on_continue" in job.text()
+    mixture = yaml.safe_load(Path(trainer.runs.mixture).read_text())
+    other = write_yaml(trainer.runs.folder / "other_seed.yaml", mixture | {"seed": 8})
+    argv = ["--config", trainer.runs.configure(name, Layout()), *SAMPLES, "--mixture", other]
+    argv += [
+        "--checkpoint.load",
+        str(trainer.runs.folder / "hf"),
+        "--logging.profile_step_start=99",
+        "--optimizer.clip_grad=-1",
+    ]
+    command = [sys.executable, "-B", "-X", "importtime", str(ROOT / "tools" / "pretrain_cpt.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    for said in (
+        "lr.on_continue",
+        "other_seed.yaml",
+        "began with",
+        "logging.profile_step_start is 99 but the run ends with step 6",
+        "optimizer.clip_grad is -1.0",
+    ):
+        assert [said in line for line in lines].count(True) == 1, (said, lines)
+    assert len(lines) == 5
+    assert not re.search(r"\| +(torch|megatron)$", done.stderr, re.MULTILINE)
