@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_cpt.chat_data.conversations import Conversation, Message, Preference, RowError
 from megatron_cpt.chat_data.limits import REFUSALS, has_word, limited
-from megatron_cpt.chat_data.template_files import TEMPLATES, read_template
+from megatron_cpt.chat_data.template_files import TEMPLATES, missing_token, no_template, read_template
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
 
@@ -77,12 +77,12 @@ class PromptTemplate:
         tokenizer.chat_template = template_text(tokenizer, name)
         self._now = now if has_word(tokenizer.chat_template, "name", CLOCK) else None
         self.date = None if self._now is None else self._now.isoformat()
+        self._name = f"the chat template of {tokenizer.name_or_path}" if name is None else f"chat_template {name}"
         if name in TEMPLATES:
             _, wanted, _ = TEMPLATES[name]
             missing = [token for token in wanted if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
             if missing:
-                own = f"the tokenizer {tokenizer.name_or_path} has no token {missing[0]}"
-                raise InputError(f"chat_template is {name}, but {own}; use another template, or add its tokens")
+                raise missing_token(name, tokenizer.name_or_path, missing[0])
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """What a model is given that has to answer."""
@@ -189,19 +189,18 @@ class Template(PromptTemplate):
 
     def _end_of_turn(self) -> int:
         """Checks that what is put in comes out again, and finds the token after an answer."""
-        where = f"the chat template of {self.tokenizer.name_or_path}"
         try:
             first, second = self._answer(PROBE[:2], ""), self._answer(PROBE, "")
         except RowError as error:
-            raise InputError(f"{where}: {error}") from error
+            raise InputError(f"{self._name}: {error}") from error
         places = [second[0].find(message.content) for message in PROBE[:3]]
         if min(places) < 0 or places != sorted(places) or not second[1].startswith(PROBE[3].content):
-            raise InputError(f"{where} does not give back the texts of a conversation in their order")
+            raise InputError(f"{self._name} does not give back the texts of a conversation in their order")
         ids = self._ids(first[1].removeprefix(PROBE[1].content))
         special = [number for number in ids if self.tokenizer.decode([number]) in self._special]
         if not special:
             raise InputError(
-                f"{where} ends an answer with {first[1].removeprefix(PROBE[1].content)!r}; expected a special token"
+                f"{self._name} ends an answer with {first[1].removeprefix(PROBE[1].content)!r}; expected a special token"
             )
         return special[0]
 
@@ -239,8 +238,6 @@ def template_text(tokenizer: Any, name: str | None) -> str:
         own = tokenizer.chat_template
         own = own.get("default") if isinstance(own, dict) else own  # some have a second one, for tools
         if not isinstance(own, str):
-            raise InputError(
-                f"the tokenizer {tokenizer.name_or_path} has no chat template; expected llama3, chatml or a file"
-            )
+            raise no_template(tokenizer.name_or_path)
         return own
     return read_template(name)

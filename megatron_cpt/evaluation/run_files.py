@@ -12,7 +12,7 @@ from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.errors import Refusals
 from megatron_cpt.evaluation.config import EvaluateConfig
 from megatron_cpt.input_files import why_unreadable, why_unwritable
-from megatron_cpt.model.hf_folder import check_model
+from megatron_cpt.model.hf_folder import check_model, check_positions
 
 
 def check_settings(config: EvaluateConfig) -> None:
@@ -35,6 +35,8 @@ def check_models(config: EvaluateConfig) -> None:
             for name, folder in config.models.items():
                 with need.noted():
                     check_model(folder, f"models.{name}")
+                    if config.prompts or config.pairwise is not None:
+                        check_positions(folder, config.max_new_tokens)
         with need.noted():
             for i, checkpoint in enumerate(config.trajectory.checkpoints if config.trajectory is not None else ()):
                 with need.noted():

@@ -39,6 +39,15 @@ def check_model(model: str, field: str = "model") -> None:
     refusals.raise_any()
 
 
+def check_positions(model: str, max_new_tokens: int) -> None:
+    """Raise InputError where an answer may leave a prompt no position of a model, if its config.json can be read."""
+    path = os.path.join(model, "config.json")
+    fields = load_json(path) if os.path.exists(path) else None
+    positions = fields.get("max_position_embeddings") if isinstance(fields, dict) else None
+    if isinstance(positions, int) and max_new_tokens >= positions:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; expected less than {positions}, the positions of {model}")
+
+
 def check_sizes(path: str, fields: Any) -> None:
     """Raise InputError unless the value of a config.json is an object without numbers that are too large for any model."""
     if not isinstance(fields, dict):

@@ -20,7 +20,7 @@ from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.errors import InputError
-from megatron_cpt.model.hf_folder import check_model
+from megatron_cpt.model.hf_folder import check_model, check_positions
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.generate import complete
 from megatron_cpt.posttrain.settings import ChatConfig
@@ -51,6 +51,7 @@ class Speaker:
         import transformers
 
         check_model(config.model)
+        check_positions(config.model, config.max_new_tokens)
         transformers.utils.logging.disable_progress_bar()
         self.template = PromptTemplate(load(config.model), config.chat_template)
         with reading_hf_model(f"model {config.model}", config.model):
@@ -62,11 +63,6 @@ class Speaker:
             )
         self._model: Any = model.to(device_type()).eval()
         self._config = config
-        if self.room() < 1:
-            positions = model.config.max_position_embeddings
-            raise InputError(
-                f"max_new_tokens is {config.max_new_tokens}; expected less than {positions}, the model's positions"
-            )
         self.end = turn_end(self.template.tokenizer, self._model.generation_config)
         self._model.generation_config = transformers.GenerationConfig()  # ChatConfig says how, not the model's folder
         self.tokens, self.seconds, self.cut_off = 0, 0.0, False

@@ -15,15 +15,13 @@ from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.layout import write_json, write_text
 from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import Prepared
-from megatron_cpt.posttrain.run_files import accumulation
+from megatron_cpt.posttrain.run_files import accumulation, check_export
 from megatron_cpt.posttrain.settings import LoraSettings
 
 if TYPE_CHECKING:
     from megatron_cpt.posttrain.settings import DpoConfig, SftConfig
 
 FROM = {"user": "human", "assistant": "gpt", "tool": "observation"}
-TEMPLATES = ("llama3", "chatml")
-LOSSES = ("sigmoid", "hinge", "ipo")  # that both know
 SCHEDULES = {"constant": "constant_with_warmup"}  # by transformers' names, whose constant has no warm-up
 
 
@@ -33,14 +31,7 @@ def export(folder: str, config: SftConfig | DpoConfig, prepared: Prepared[Any], 
     Raises:
         InputError: the chat template or the loss is none that both know, or the folder is not empty
     """
-    if config.data.chat_template not in TEMPLATES:
-        raise InputError(
-            f"data.chat_template is {config.data.chat_template}; LLaMA-Factory has templates of its own, of which "
-            f"{' and '.join(TEMPLATES)} are the same here: use one of them"
-        )
-    check_loss(config)
-    if os.path.isdir(folder) and os.listdir(folder):
-        raise InputError(f"export_to is {folder}, which is not empty; use another folder")
+    check_export(config)
     for item in [*prepared.train, *(item for items in prepared.validation.values() for item in items)]:
         check_messages(item.origin, item.row)
     stage = "dpo" if hasattr(config, "beta") else "sft"
@@ -57,13 +48,6 @@ def export(folder: str, config: SftConfig | DpoConfig, prepared: Prepared[Any], 
         settings["warmup_steps"] = warmup_steps(config, prepared)
         write_text(os.path.join(temporary, f"{stage}.yaml"), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     return os.path.join(folder, f"{stage}.yaml")
-
-
-def check_loss(config: SftConfig | DpoConfig) -> None:
-    """Raise InputError unless LLaMA-Factory has DPO's loss."""
-    loss = getattr(config, "loss_type", LOSSES[0])
-    if loss not in LOSSES:
-        raise InputError(f"loss_type is {loss}, which LLaMA-Factory does not have; expected one of {', '.join(LOSSES)}")
 
 
 def check_messages(origin: Conversation | Preference, row: str) -> None:

@@ -11,16 +11,18 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_cpt.chat_data.rows import check_rows
-from megatron_cpt.chat_data.template_files import read_template
+from megatron_cpt.chat_data.template_files import check_tokenizer, read_template
 from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.errors import InputError, Refusals
-from megatron_cpt.input_files import why_unreadable
-from megatron_cpt.model.hf_folder import check_model
+from megatron_cpt.input_files import why_unreadable, why_unwritable
+from megatron_cpt.model.hf_folder import check_model, check_positions
 
 if TYPE_CHECKING:
     from megatron_cpt.posttrain.settings import ChatConfig, DataConfig, DpoConfig, SftConfig, SourceConfig, TrainingSettings
 
+LLAMAFACTORY_TEMPLATES = ("llama3", "chatml")  # that both know
+LLAMAFACTORY_LOSSES = ("sigmoid", "hinge", "ipo")
 # What there is in a folder of Megatron checkpoints
 MEGATRON = re.compile(r"latest_checkpointed_iteration\.txt|iter_\d{7,}|release", re.ASCII)
 
@@ -36,6 +38,9 @@ def check_settings(config: SftConfig | DpoConfig) -> None:
         check_save(config.save)
     with refusals.noted():
         check_model(config.model)
+        check_tokenizer(config.model, config.data.chat_template)
+    with refusals.noted():
+        check_export(config)
     with refusals.noted():
         accumulation(config.training, launched_world_size())
     with refusals.noted():
@@ -51,10 +56,41 @@ def check_chat(config: ChatConfig) -> None:
     refusals = Refusals()
     with refusals.noted():
         check_model(config.model)
+        check_tokenizer(config.model, config.chat_template)
+    with refusals.noted():
+        check_positions(config.model, config.max_new_tokens)
     with refusals.noted():
         if config.chat_template is not None:
             read_template(config.chat_template)
     refusals.raise_any()
+
+
+def check_export(config: SftConfig | DpoConfig) -> None:
+    """Check what is to be written for LLaMA-Factory, if anything is.
+
+    Raises:
+        InputError: the chat template or the loss is none that both know, or the folder is not empty
+    """
+    folder, template = config.export_to, config.data.chat_template
+    if folder is None:
+        return
+    with Requirements() as need:
+        with need.noted():
+            if template not in LLAMAFACTORY_TEMPLATES:
+                raise InputError(
+                    f"data.chat_template is {template}; LLaMA-Factory has templates of its own, of which "
+                    f"{' and '.join(LLAMAFACTORY_TEMPLATES)} are the same here: use one of them"
+                )
+        with need.noted():
+            loss = getattr(config, "loss_type", LLAMAFACTORY_LOSSES[0])
+            if loss not in LLAMAFACTORY_LOSSES:
+                known = ", ".join(LLAMAFACTORY_LOSSES)
+                raise InputError(f"loss_type is {loss}, which LLaMA-Factory does not have; expected one of {known}")
+        with need.noted():
+            why = why_unwritable(folder) if folder else "it is empty"
+            need(why is None, "export_to", folder or "''", f"a name for a new folder ({why})")
+            if os.path.isdir(folder) and os.listdir(folder):
+                raise InputError(f"export_to is {folder}, which is not empty; use another folder")
 
 
 def accumulation(training: TrainingSettings, world_size: int) -> int:

@@ -13,6 +13,7 @@ from megatron_cpt.language_codes import check_language
 from megatron_cpt.posttrain.run_files import accumulation, check_data
 
 Group = Literal["general", "additional"]
+MOST_LENGTH = 2**20  # of an example or a pack: TRL's packing takes memory for each possible length
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         with Requirements() as need:
-            need.at_least(self, max_length=8)
+            need.field(self, "max_length", lambda length: 8 <= length <= MOST_LENGTH, f"8 to {MOST_LENGTH:,}")
             need.field(self, "sources", lambda sources: len(sources) > 0, "one file or more")
             need.field(self, "validation_share", lambda share: 0 <= share < 1, "0 or more, below 1")
             need.field(self, "almr", lambda almr: 0 <= almr <= 1, "a number from 0 to 1")

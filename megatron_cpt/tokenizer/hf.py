@@ -83,6 +83,10 @@ class HuggingFaceTokenizer:
             raise unknown_token(self._file, field, token)
         return found
 
+    def has_token(self, text: str) -> bool:
+        """Whether a text is the name of a token, be it a special one."""
+        return self._backend.token_to_id(text) is not None
+
     def encode(self, text: str) -> list[int]:
         """Ids of one text, no special tokens added."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids

@@ -27,6 +27,7 @@ from megatron_cpt.training.run_files import (
     check_began_with,
     check_can_resume,
     check_data,
+    check_folder,
     check_profile,
     check_schedule,
     check_together,
@@ -102,6 +103,8 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
         InputError: naming the value found and the values that would do; InputErrors: several of them
     """
     refusals = Refusals()  # of checks that do not need each other
+    with refusals.noted():
+        check_folder(config.checkpoint.save)
     with refusals.noted():
         start_from, manifest = find_start(config, damaged)
         check_began_with(config, start_from, manifest)

@@ -152,7 +152,6 @@ def find_start(config: RunConfig, damaged: Mapping[str, str] | None = None) -> t
         InputError: there is none; or all of a checkpoint is wanted that has only weights
     """
     settings = config.checkpoint
-    check_folder(settings.save)
     own, passed_over = newest_complete(settings.save, True, damaged)
     if own is None and passed_over:
         raise InputError(f"{passed_over[0]}; empty the folder to begin anew, or use another checkpoint.save")

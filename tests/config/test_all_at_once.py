@@ -271,6 +271,47 @@ CASES = {
             "sytem is unknown",
         ],
     ),
+    "chat with a model that has no chat template, and few positions": Case(
+        "chat.py",
+        {"model": "model", "max_new_tokens": 10_000, "temperature": -1},
+        [],
+        [
+            "tokenizer model has no chat template",
+            "max_new_tokens is 10000; expected less than 256",
+            "temperature is -1.0",
+        ],
+    ),
+    "a template whose tokens the model lacks, and an export of SFT": Case(
+        "finetune_sft.py",
+        {
+            "model": "model",
+            "save": "run",
+            "data": {"sources": [SOURCE], "chat_template": "chatml", "max_length": 10**9},
+            "export_to": "tokenizer",
+        },
+        [],
+        [
+            "chat_template is chatml, but the tokenizer model has no token <|im_start|>",
+            "data.max_length is 1000000000; expected 8 to 1,048,576",
+            "export_to is tokenizer, which is not empty",
+        ],
+    ),
+    "an export of DPO": Case(
+        "finetune_dpo.py",
+        {
+            "model": "model",
+            "save": "run",
+            "data": {"sources": [SOURCE], "chat_template": "not.json"},
+            "loss_type": "apo_zero",
+            "export_to": "",
+        },
+        [],
+        [
+            "data.chat_template is not.json; LLaMA-Factory has templates of its own",
+            "loss_type is apo_zero, which LLaMA-Factory does not have",
+            "export_to is ''; expected a name for a new folder (it is empty)",
+        ],
+    ),
     "batch and groups of SFT": Case(
         "finetune_sft.py",
         {

@@ -110,7 +110,7 @@ STARTS: dict[str, tuple[Recipe, dict[str, Any]]] = {
         {"input": ["adopted"], "tokenizer": HF_FOLDER, "language": "en"},
     ),
     "inspect_data.py": (Recipe(InspectConfig, check_inspection, []), {"input": [CORPUS]}),
-    "chat.py": (Recipe(ChatConfig, check_chat, []), {"model": HF_FOLDER}),
+    "chat.py": (Recipe(ChatConfig, check_chat, []), {"model": HF_FOLDER, "max_new_tokens": 16}),
     "plan_run.py": (
         Recipe(PlanConfig, check_plan, []),
         {"model": HF_FOLDER, "devices": 8, "run": "examples/quickstart/pretrain.yaml"},
@@ -126,14 +126,15 @@ READ_FIRST = {"mixture", "base", "save"}  # what these name cannot be read witho
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str, chat_tokenizer_dir: str) -> Path:
     """Where the recipes find all they name."""
     folder = tmp_path_factory.mktemp("recipes")
     shutil.copytree(ROOT / "examples", folder / "examples")
     for name in [*HF_FOLDERS, *(f"{megatron}/release/hf" for megatron in MEGATRON_FOLDERS)]:
-        shutil.copytree(tiny_tokenizer_dir, folder / name)
+        shutil.copytree(chat_tokenizer_dir if "cpt" in name else tiny_tokenizer_dir, folder / name)
         (folder / name / "config.json").write_text(json.dumps(SHAPE))
         (folder / name / "model.safetensors").write_bytes(b"")
+        (folder / name / "chat_template.jinja").write_text("{{ messages }}")
     for name in MEGATRON_FOLDERS:
         for file in (".metadata", "common.pt"):
             (folder / name / "release" / file).write_bytes(b"")

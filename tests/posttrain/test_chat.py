@@ -178,7 +178,8 @@ def test_what_a_template_refuses_is_told(config: ChatConfig, tmp_path: Path, cap
 
 
 def test_stdin_that_is_closed_or_no_text(config: ChatConfig) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "chat.py"), config.model, "--chat_template", "chatml"]
+    options = ["--chat_template", "chatml", "--max_new_tokens", "3"]
+    command = [sys.executable, str(ROOT / "tools" / "chat.py"), config.model, *options]
     closed = subprocess.run(["bash", "-c", '"$@" <&-', "-", *command], capture_output=True, text=True, timeout=300)
     assert closed.returncode == 2
     assert closed.stderr.splitlines()[-1] == "error: stdin is closed; expected a terminal, or questions on it"

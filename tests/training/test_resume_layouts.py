@@ -150,7 +150,7 @@ def test_another_global_batch_size_and_layout(trainer: Trainer, choice: str) -> 
 
 
 def test_what_a_resumed_run_refuses_is_said_at_once_and_without_torch(trainer: Trainer) -> None:
-    """Another batch size without a word on the learning rate, another order of the texts, another model to begin with, ..."""
+    """Another batch size without a word on the learning rate, another order of the texts, another model, ..."""
     name = "refused"
     trainer.runs.interrupted(trainer.whole(SINGLE), name)
     mixture = yaml.safe_load(Path(trainer.runs.mixture).read_text())
