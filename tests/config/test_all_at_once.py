@@ -333,7 +333,7 @@ CASES = {
         "evaluate.py",
         {
             "output": "file/out",
-            "models": {"a/b": "nowhere", "c": [1]},
+            "models": {"a/b": "nowhere", "c": [1], "few": "model"},
             "text": [{"path": [], "language": "xx"}, {"path": "lost.jsonl", "language": "en", "max_documents": 0}],
             "prompts": [{"path": "not.json", "language": "en"}],
             "pairwise": {
@@ -344,6 +344,7 @@ CASES = {
             "trajectory": {"run": "lost", "every": 0, "checkpoints": [{"iteration": -1, "model": "lost"}]},
             "tasks_folder": "lost",
             "limit": "few",
+            "max_new_tokens": 300,
             "window": 1,
             "chat_template": "nofile",
         },
@@ -353,6 +354,7 @@ CASES = {
             "models has the name 'a/b'",
             "models.a/b is nowhere",
             "models.c is [1]",
+            "max_new_tokens is 300; expected less than 256, the positions of model",
             "text[0].path is []",
             "text[0].language is 'xx'",
             "text[1].path is lost.jsonl",

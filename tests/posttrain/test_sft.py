@@ -350,7 +350,7 @@ def test_batches_that_cannot_be_divided() -> None:
         ("training", {"seed": -1}, r"seed is -1; expected a whole number from 0"),
         ("training", {"epochs": float("inf")}, r"epochs is inf; expected a number above 0"),
         ("data", {"almr": 1.5}, r"almr is 1\.5; expected a number from 0 to 1"),
-        ("data", {"max_length": 2}, "max_length is 2; expected 8 or more"),
+        ("data", {"max_length": 2}, "max_length is 2; expected 8 to 1,048,576"),
         ("data", {"chat_template": "llama4"}, "chat_template is llama4, no file"),
         ("data", {"sources": []}, r"sources is \[\]; expected one file or more"),
         ("training", {"micro_batch_size": 4}, "global_batch_size is 2; expected a multiple of micro_batch_size 4 x 1"),

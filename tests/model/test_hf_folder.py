@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_cpt.errors import InputError
+from megatron_cpt.model.hf_folder import check_positions
+
+
+@pytest.mark.parametrize(("fields", "refused"), [({"max_position_embeddings": 8}, True), ({}, False), ([8], False)])
+def test_an_answer_leaves_room_for_a_prompt(tmp_path: Path, fields: Any, refused: bool) -> None:
+    check_positions(str(tmp_path), 8)  # `check_model` says that there is no model
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    check_positions(str(tmp_path), 7)
+    if refused:
+        with pytest.raises(InputError, match="max_new_tokens is 8; expected less than 8, the positions of"):
+            check_positions(str(tmp_path), 8)
+    else:
+        check_positions(str(tmp_path), 8)
