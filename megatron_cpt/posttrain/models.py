@@ -45,13 +45,13 @@ def load_model(folder: str) -> Any:
         )
 
 
-def config_of(folder: str, name: str = "config.json") -> dict[str, Any]:
-    """The fields of config.json, or of another such file.
+def config_of(folder: str) -> dict[str, Any]:
+    """The fields of config.json.
 
     Raises:
         InputError: it is no JSON object
     """
-    path = os.path.join(folder, name)
+    path = os.path.join(folder, "config.json")
     fields = load_json(path)
     check_sizes(path, fields)
     return dict(fields)
@@ -83,11 +83,9 @@ def mend_generation(folder: str, model: Any) -> str | None:
     false, what only sampling uses is left out. Returns what to tell people, None: nothing was wrong.
 
     Raises:
-        InputError: generation_config.json is damaged, or has something else that transformers would not write
+        InputError: generation_config.json has something that transformers would not write
     """
     path = os.path.join(folder, GENERATION)
-    if os.path.exists(path):
-        config_of(folder, GENERATION)  # transformers would take defaults for a damaged one, without a word
     settings, before = model.generation_config, dict(vars(model.generation_config))
     if problem_of(settings) is None:
         return None
