@@ -32,6 +32,7 @@ NAMES = (
     "loader lookups",
     "loader tokens",
     "loader in a step",
+    "loader documents of samples",
 )
 CORPORA, TOKENS, DOCUMENTS, SEQ_LENGTH = 50, 1_700_000_000_000, 2_100_000_000, 2048
 SIZES = (1_000_000, 2_000_000, 4_000_000)  # documents that megatron-core's builders are timed on
@@ -53,6 +54,8 @@ def rows(wanted: str) -> Iterator[Row]:
             yield tokens(folder)
         if NAMES[5] in chosen:
             yield from in_a_step()
+        if NAMES[6] in chosen:
+            yield documents(folder)
 
 
 def first_batch(folder: Path, chosen: list[str]) -> Iterator[Row]:
@@ -153,13 +156,30 @@ def lookups() -> Row:
     return compare(NAMES[3], "1000/s", mine / 1e3, reference / 1e3, "the Python specification", 10.0, "least")
 
 
+def two_corpora(folder: str) -> list[str]:
+    """The prefixes of two corpora of real text (which are one)."""
+    prefixes = [f"{folder}/ours", f"{folder}/other"]
+    if not Path(f"{prefixes[0]}.bin").exists():
+        ours(gather_text(), fetch_tokenizer(), folder)
+        for suffix in (".bin", ".idx", ".json"):
+            Path(prefixes[1] + suffix).symlink_to(prefixes[0] + suffix)
+    return prefixes
+
+
+def documents(folder: str) -> Row:
+    """Seconds to tell the documents of a million samples, one thread, as tools/export_order.py does; the best of runs."""
+    command, places = [sys.executable, "-m", "bench.read_samples"], two_corpora(folder)
+    per_second = [
+        max(float(run([*command, f"documents-{who}", *places]).output.split()[-1]) for _ in range(REPEATS))
+        for who in ("ours", "megatron")
+    ]
+    mine, reference = (1e6 / found for found in per_second)
+    return compare(NAMES[6], "s/million", mine, reference, "megatron-core's GPTDataset, sample by sample", 0.5, "most")
+
+
 def tokens(folder: str) -> Row:
     """Whole samples from two corpora of real text in the page cache, one process, no threads; the median pair of runs."""
-    ours(gather_text(), fetch_tokenizer(), folder)
-    prefix = f"{folder}/ours"
-    for suffix in (".bin", ".idx", ".json"):
-        Path(f"{folder}/other{suffix}").symlink_to(prefix + suffix)
-    command, places = [sys.executable, "-m", "bench.read_samples"], [prefix, f"{folder}/other"]
+    command, places = [sys.executable, "-m", "bench.read_samples"], two_corpora(folder)
     pairs = []
     for _ in range(REPEATS):
         mine, reference = (float(run([*command, who, *places]).output.split()[-1]) for who in ("ours", "megatron"))

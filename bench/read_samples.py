@@ -1,4 +1,7 @@
-"""Samples a second from corpora that are in the page cache: python -m bench.read_samples {ours|megatron} PREFIX PREFIX"""
+"""Samples from corpora that are in the page cache: python -m bench.read_samples {ours|megatron} PREFIX PREFIX
+
+Prints tokens a second. With `documents-ours` or `documents-megatron`: samples a second of which the documents are told.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,55 @@ def megatron(prefixes: list[str]) -> Any:
     return dataset.__getitem__
 
 
+def documents_ours(prefixes: list[str]) -> Any:
+    """A function that tells the documents of samples `first` to `first` + `count` - 1, as tools/export_order.py does."""
+    from fractions import Fraction
+
+    from megatron_cpt.data.document_reads import CorpusDocuments, Stretch, on_cpu, read_samples
+    from megatron_cpt.data.indexed import IndexedCorpus
+    from megatron_cpt.data.manifest import read_manifest
+    from megatron_cpt.data.mixture import Corpus
+    from megatron_cpt.data.sampling.order import CorpusTokens, SampleOrder
+    from megatron_cpt.data.sampling.splitters import Group, StagePlan, build_stages
+
+    corpora = [Corpus(p, p, "en", read_manifest(p), IndexedCorpus(p)) for p in prefixes]
+    groups = [Group((i,), (Fraction(1),)) for i in range(2)]
+    almr = Fraction(str(WEIGHTS[1]))
+    stages = build_stages([StagePlan(None, (almr, almr), *groups)], 2)
+    tokens = [CorpusTokens(corpus.name, corpus.data.num_tokens) for corpus in corpora]
+    order = SampleOrder(stages, tokens, SEQ_LENGTH, 1234, 256)
+    documents = [CorpusDocuments(corpus, 0) for corpus in corpora]
+    stretch = Stretch(1, 0, 1 << 40, 256, order)
+    return lambda first, count: read_samples(stretch, documents, first, count, on_cpu)
+
+
+def documents_megatron(prefixes: list[str]) -> Any:
+    """The same from megatron-core's datasets, which tell the documents of one sample."""
+    blended = megatron(prefixes).__self__
+
+    def tell(first: int, count: int) -> None:
+        for n in range(first, first + count):
+            dataset = blended.datasets[blended.dataset_index[n]]
+            dataset._query_document_sample_shuffle_indices(int(blended.dataset_sample_index[n]))
+
+    return tell
+
+
+def documents_per_second(tell: Any) -> float:
+    """Samples a second, the best of three rounds."""
+    best = np.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        tell(0, SAMPLES)
+        best = min(best, time.perf_counter() - began)
+    return float(SAMPLES / best)
+
+
 if __name__ == "__main__":
+    if sys.argv[1].startswith("documents"):
+        makers = {"documents-ours": documents_ours, "documents-megatron": documents_megatron}
+        print(documents_per_second(makers[sys.argv[1]](sys.argv[2:4])))
+        sys.exit()
     read = {"ours": ours, "megatron": megatron}[sys.argv[1]](sys.argv[2:4])
     best = np.inf
     for _ in range(3):

@@ -77,6 +77,8 @@ class SourceInfo:
     sha256: str | None
     """None when it was not computed: the file is not on this machine, or its checksum was not wanted."""
     documents: int
+    records: int | None = None
+    """Lines or rows that were read, blank and skipped ones too. None: in manifests of before."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class CorpusManifest:
     a partition of an input of which so much will be held out when its partitions are merged. None: all of the input."""
     origins: dict[str, list[str]] = field(default_factory=dict)
     """{a curation: raw files}: what the sources that were curated were made from, so far as their folder tells."""
+    in_order: bool | None = None
+    """Whether documents lie in the order of `sources`, but for `shuffle_documents`. None: in manifests of before."""
     format_version: int = FORMAT_VERSION
 
 
@@ -195,7 +199,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     wanted = typing.get_origin(hint) if typing.get_origin(hint) in (list, dict) else hint
     if wanted is float and isinstance(value, int):
         value = float(value)
-    if not isinstance(value, wanted) or isinstance(value, bool):
+    is_switch = bool in (hint, *typing.get_args(hint))
+    if not isinstance(value, wanted) or (isinstance(value, bool) and not is_switch):
         raise InputError(f"{where} is {value!r}; expected {getattr(wanted, '__name__', wanted)}")
     if wanted is list:
         return [_value(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value)]

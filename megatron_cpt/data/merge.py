@@ -361,7 +361,8 @@ def merge_manifests(manifests: Sequence[CorpusManifest], shuffle_seed: int | Non
             known = sources.get(source.path)
             documents = source.documents + (known.documents if known else 0)
             sha256 = source.sha256 or (known.sha256 if known else None)
-            sources[source.path] = replace(source, documents=documents, sha256=sha256)
+            records = _joined_records(source, known)
+            sources[source.path] = replace(source, documents=documents, sha256=sha256, records=records)
     first = manifests[0]
     text_bytes, tokens = (sum(getattr(m, name) for m in manifests) for name in ("text_bytes", "tokens"))
     documents = sum(manifest.documents for manifest in manifests)
@@ -383,9 +384,23 @@ def merge_manifests(manifests: Sequence[CorpusManifest], shuffle_seed: int | Non
         files={},
         origins=_joined_origins(manifests),
         holdout=_joined_holdout(manifests),
+        in_order=_keep_order(manifests),
         command=shlex.join(map(printable, sys.argv)),
         duration_seconds=round(seconds + sum(manifest.duration_seconds for manifest in manifests), 3),
     )
+
+
+def _joined_records(source: SourceInfo, known: SourceInfo | None) -> int | None:
+    if known is None:
+        return source.records
+    return None if source.records is None or known.records is None else source.records + known.records
+
+
+def _keep_order(manifests: Sequence[CorpusManifest]) -> bool:
+    """Whether the documents of corpora lie in the order of their files when the corpora are joined."""
+    paths = [source.path for manifest in manifests for source in manifest.sources if source.documents]
+    each_once = manifests[0].partition is not None or len(set(paths)) == len(paths)
+    return each_once and all(manifest.in_order and manifest.shuffle_documents is None for manifest in manifests)
 
 
 def _joined_origins(manifests: Sequence[CorpusManifest]) -> dict[str, list[str]]:

@@ -380,8 +380,8 @@ def _manifest(
         encoder=checked if counts.compared else "the reference tokenizer",
         tokenizer=facts,
         sources=[
-            SourceInfo(printable(source.url), source.format, source.bytes, checksums.get(source.url), count)
-            for source, count in zip(sources, counts.documents, strict=True)
+            SourceInfo(printable(source.url), source.format, source.bytes, checksums.get(source.url), count, records)
+            for source, count, records in zip(sources, counts.documents, counts.records, strict=True)
         ],
         files={},
         origins=origins(source for source, count in zip(sources, counts.documents, strict=True) if count),
@@ -389,4 +389,5 @@ def _manifest(
         command=shlex.join(map(printable, sys.argv)),
         duration_seconds=round(partial.seconds(), 3),
         holdout=None if config.holdout is None else f"asked:{config.holdout}",
+        in_order=True,
     )

@@ -119,6 +119,7 @@ def _side_manifest(manifest: CorpusManifest, side: held.Side) -> CorpusManifest:
         shuffle_documents=None if is_held_out else manifest.shuffle_documents,
         sources=[replace(s, documents=n) for s, n in zip(manifest.sources, per_source, strict=True)],
         holdout=f"{side.name}:{side.split}",
+        in_order=manifest.in_order and not is_held_out,
     )
 
 

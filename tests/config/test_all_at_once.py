@@ -498,6 +498,61 @@ CASES = {
             "check and document are for corpora",
         ],
     ),
+    "an export of an order": Case(
+        "export_order.py",
+        {
+            "mixture": "mixture.yaml",
+            "global_batch_size": 2,
+            "train_iters": 3,
+            "order": "any",
+            "find": ["zh:20", "fr:1", "rows.json:3"],
+            "output": "file/order.npy",
+            "device": "cuda",
+            "num_workers": 0,
+        },
+        [],
+        [
+            "order is 'any'",
+            "find is zh:20; expected a document from 0 to 19",
+            "find is fr:1, which names no corpus and no file of the mixture; expected one of en, zh",
+            "find is rows.json:3, which names no corpus and no file",
+            "output is file/order.npy",
+            "device is cuda",
+            "num_workers is 0",
+        ],
+    ),
+    "steps of an order": Case(
+        "export_order.py",
+        {"mixture": "mixture.yaml", "global_batch_size": 2, "train_iters": 3, "first_step": 4, "find": "zh"},
+        ["--output", "order.txt"],
+        [
+            "first_step is 4 and last_step 3; expected steps from 1 to 3",
+            "find is zh; expected CORPUS:DOCUMENT or FILE:LINE",
+            "output is order.txt; expected a name that ends with .parquet or .npy",
+        ],
+    ),
+    "an order of nothing": Case(
+        "export_order.py",
+        {"run": "megatron"},
+        ["--last_step", "0"],
+        [
+            "run is megatron; expected a run's folder",
+            "output is missing; expected a name that ends with .parquet or .npy, or find",
+            "last_step is 0",
+        ],
+    ),
+    "an order without a run": Case(
+        "export_order.py",
+        {"mixture": "wrong_mixture.yaml", "find": "en:1"},
+        [],
+        [
+            "wrong_mixture.yaml: seq_length is 0",
+            "wrong_mixture.yaml: almr is 3",
+            "lost.json: no such file",
+            "global_batch_size is missing; expected one, or run",
+            "train_iters is missing; expected one, or run",
+        ],
+    ),
     "to Megatron": Case(
         "convert_checkpoint.py hf-to-megatron",
         {

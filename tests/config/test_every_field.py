@@ -24,6 +24,7 @@ CONFIGS = [
     "data.merge:MergeConfig",
     "data.adopt:AdoptConfig",
     "data.inspection:InspectConfig",
+    "training.order_export:ExportOrderConfig",
     "config.conversion:HfToMegatron",
     "config.conversion:MegatronToHf",
     "config.conversion:Verify",

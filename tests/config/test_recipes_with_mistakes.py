@@ -51,6 +51,8 @@ from megatron_cpt.posttrain.run_files import check_settings as check_tuning
 from megatron_cpt.posttrain.settings import ChatConfig, DpoConfig, SftConfig
 from megatron_cpt.study.run_files import check_choice, check_runs, check_study
 from megatron_cpt.study.settings import Choose, FitOptions, Plan, Plot, Run
+from megatron_cpt.training.order_export import ExportOrderConfig
+from megatron_cpt.training.order_export import check_files as check_order_export
 from megatron_cpt.training.run_files import check_files as check_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +112,10 @@ STARTS: dict[str, tuple[Recipe, dict[str, Any]]] = {
         {"input": ["adopted"], "tokenizer": HF_FOLDER, "language": "en"},
     ),
     "inspect_data.py": (Recipe(InspectConfig, check_inspection, []), {"input": [CORPUS]}),
+    "export_order.py": (
+        Recipe(ExportOrderConfig, check_order_export, []),
+        {"mixture": MIXTURE, "global_batch_size": 4, "train_iters": 2, "output": "order.npy"},
+    ),
     "chat.py": (Recipe(ChatConfig, check_chat, []), {"model": HF_FOLDER, "max_new_tokens": 16}),
     "plan_run.py": (
         Recipe(PlanConfig, check_plan, []),

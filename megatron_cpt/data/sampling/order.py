@@ -146,6 +146,40 @@ class SampleOrder:
         sample = self._permutation(self._sizes[corpus], EPOCH, self._keys[corpus], epoch)(i)
         return Place(corpus, epoch, sample, self.token_phase(corpus, epoch) + sample * self.seq_length)
 
+    def find(self, corpus: int, used: int, stop: int) -> int | None:
+        """The sample of the run that is a corpus's number `used`, counted over all epochs: what `locate` gives it for.
+
+        None: no sample from the first block to that before `stop` is.
+        """
+        end = self.block_origin + -(-(stop - self.block_origin) // self.block_size) * self.block_size
+        if not self.counts(self.block_origin)[corpus] <= used < self.counts(end)[corpus]:
+            return None
+        before_shuffling = range(self.block_origin, end)
+        n = self.block_origin + bisect.bisect_right(before_shuffling, used, key=lambda k: self.counts(k)[corpus]) - 1
+        block, place = divmod(n - self.block_origin, self.block_size)
+        first = self.block_origin + block * self.block_size
+        found = first + self._permutation(self.block_size, BLOCK, first).inverse(place)
+        return found if found < stop else None
+
+    def find_tokens(self, corpus: int, begin: int, end: int, stop: int) -> list[int]:
+        """All samples before `stop` that read any of a corpus's tokens `begin` to `end` - 1, in their order.
+
+        A sample reads seq_length + 1 tokens, the last of them as a target only, so two may read the same token in one epoch.
+        """
+        size, tokens, length = self._sizes[corpus], self.corpora[corpus].tokens, self.seq_length
+        first, last = (self.counts(n)[corpus] for n in (self.block_origin, stop + self.block_size))
+        found = set[int]()
+        for epoch in range(first // size, -(-last // size)):
+            phase = self.token_phase(corpus, epoch)
+            permutation = self._permutation(size, EPOCH, self._keys[corpus], epoch)
+            for turn in (0, tokens):  # a sample goes on at the corpus's beginning
+                least = max(-(-(begin + turn - phase - length) // length), 0)
+                most = min((end - 1 + turn - phase) // length, size - 1)
+                for sample in range(least, most + 1):
+                    n = self.find(corpus, epoch * size + permutation.inverse(sample), stop)
+                    found |= {n} if n is not None else set()
+        return sorted(found)
+
     def token_phase(self, corpus: int, epoch: int) -> int:
         """First token of the first sample of an epoch: each but the first cuts the corpus at other places."""
         return combine(self.seed, PHASE, self._keys[corpus], epoch) % self.seq_length if epoch else 0

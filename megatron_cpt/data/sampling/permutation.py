@@ -58,3 +58,16 @@ class KeyedPermutation:
             i = left << self.right_bits | right
             if i < self.n:
                 return i
+
+    def inverse(self, value: int) -> int:
+        """The i of which `permutation(i)` is `value`."""
+        if self.n <= self.TABLE_LIMIT:
+            return self.table.index(value)
+        while True:
+            left, right = value >> self.right_bits, value & self.right_mask
+            for even, odd in zip(self.round_keys[-2::-2], self.round_keys[::-2], strict=True):
+                right ^= mix64(left ^ odd) & self.right_mask
+                left ^= mix64(right ^ even) & self.left_mask
+            value = left << self.right_bits | right
+            if value < self.n:
+                return value

@@ -176,3 +176,35 @@ def test_sample_numbers_are_checked(first: int, count: int, native: bool) -> Non
 def test_samples_before_the_first_block_cannot_be_asked_for() -> None:
     with pytest.raises(ValueError, match="use numbers from 100"):
         make_order(block_origin=100).locate_many(99, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(most=4), data=st.data())
+def test_all_samples_that_read_some_tokens_are_found(case: Case, data: st.DataObject) -> None:
+    order, first = case.order(), case.block_origin
+    stop = first + data.draw(st.integers(1, 150))
+    one = order.locate(data.draw(st.integers(first, stop - 1)))
+    tokens = order.corpora[one.corpus].tokens
+    begin = (one.begin + data.draw(st.integers(0, case.seq_length))) % tokens
+    end = min(begin + data.draw(st.integers(1, 3 * case.seq_length)), tokens)
+
+    def reads(place: Place) -> bool:
+        spans = [(place.begin, place.begin + case.seq_length + 1)]
+        spans.append((0, spans[0][1] - tokens))  # a sample goes on at the corpus's beginning
+        return place.corpus == one.corpus and any(a < end and begin < min(b, tokens) for a, b in spans)
+
+    wanted = [n for n in range(first, stop) if reads(order.locate(n))]
+    assert wanted
+    assert order.find_tokens(one.corpus, begin, end, stop) == wanted
+
+
+def test_tokens_are_found_in_a_run_of_a_trillion_samples() -> None:
+    order = Case([plan(Fraction(1, 3), 1, [Fraction(1)] * 2)], [2**40, 2**33], seed=3, block_size=1024).order()
+    for n in (0, 12_345, 10**11, 10**12 - 1):
+        place = order.locate(n)
+        token = place.begin + 3
+        found = order.find_tokens(place.corpus, token, token + 1, 10**12)
+        assert n in found
+        others = [order.locate(m) for m in found]
+        assert all(other.corpus == place.corpus and 0 <= token - other.begin <= order.seq_length for other in others)
+    assert order.find(0, 10**13, 10**12) is None

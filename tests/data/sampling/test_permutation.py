@@ -39,6 +39,8 @@ def test_permutations_are_pinned() -> None:
 def test_permutation_is_a_bijection(n: int, key: int) -> None:
     permutation = KeyedPermutation(n, key)
     assert sorted(permutation(i) for i in range(n)) == list(range(n))
+    some = range(0, n, max(n // 50, 1))
+    assert [permutation.inverse(permutation(i)) for i in some] == list(some)
 
 
 @settings(max_examples=20, deadline=None)
@@ -48,6 +50,7 @@ def test_permutation_of_a_huge_range(key: int, start: int) -> None:
     permutation = KeyedPermutation(n, key)
     inputs = {*range(500), *range(n - 500, n), *((start + i * 982_451_653) % n for i in range(1000))}
     outputs = {permutation(i) for i in inputs}
+    assert {permutation.inverse(output) for output in outputs} == inputs
     assert len(outputs) == len(inputs)
     assert min(outputs) >= 0
     assert max(outputs) < n

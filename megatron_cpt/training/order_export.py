@@ -1,0 +1,351 @@
+"""Which documents each step of a run reads, or has read, and in which steps a document was read."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, read_checkpoint_manifest, write_json
+from megatron_cpt.config.fields import config_from
+from megatron_cpt.config.require import Requirements
+from megatron_cpt.config.run import RunConfig
+from megatron_cpt.data.document_reads import (
+    CorpusDocuments,
+    Reads,
+    Stretch,
+    documents_of,
+    on_cpu,
+    read_steps,
+    reads_of_document,
+)
+from megatron_cpt.data.mixture import Mixture
+from megatron_cpt.data.mixture_file import load_mixture
+from megatron_cpt.data.partial import difference
+from megatron_cpt.data.preprocess_config import available_cores
+from megatron_cpt.data.reads_file import FORMATS, write_reads
+from megatron_cpt.data.sampling.cuda import LIBRARY, DeviceOrder
+from megatron_cpt.data.sampling.order import Places, SampleOrder
+from megatron_cpt.data.state import DataState, begin, saved_segments
+from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.input_files import why_unwritable
+from megatron_cpt.training.schedule import run_length
+
+MOST_STEPS = 1 << 40
+
+
+@dataclass(frozen=True)
+class ExportOrderConfig:
+    """Which steps of which run, and where the rows go."""
+
+    run: str | None = None
+    """Folder of a run, or a checkpoint of one: what it has read, and will read."""
+    mixture: str | None = None
+    """A mixture file: what a run with it would read. With `run`: where the run's own lies now."""
+    global_batch_size: int | None = None
+    """Of a mixture: samples of a step."""
+    train_iters: int | None = None
+    """Of a mixture: length of the run in steps."""
+    order: Literal["default", "megatron"] = "default"
+    """Of a mixture: as data.order of a run."""
+    first_step: int = 1
+    """The first step to write, from 1 on."""
+    last_step: int | None = None
+    """The last step to write. Default: that of the run."""
+    find: list[str] | str = field(default_factory=list)
+    """Only rows of these documents, as CORPUS:DOCUMENT (from 0 on) or FILE:LINE (from 1 on)."""
+    output: str | None = None
+    """File for the rows: NAME.parquet or NAME.npy. May be left out with `find`, whose rows are printed then."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the order is computed."""
+    num_workers: int = field(default_factory=available_cores)
+    """Threads."""
+    overwrite: bool = False
+    """Replace an output of other steps or of another run."""
+
+    def __post_init__(self) -> None:
+        with Requirements() as need:
+            need.at_least(self, global_batch_size=1, train_iters=1, first_step=1, last_step=1, num_workers=1)
+            need.field(self, "global_batch_size", lambda value: value <= MOST_STEPS, "at most 2**40")
+            need.field(self, "train_iters", lambda value: value <= MOST_STEPS, "at most 2**40")
+            with need.noted():
+                if self.run is None:
+                    for name in ("mixture", "global_batch_size", "train_iters"):
+                        if getattr(self, name) is None:
+                            need.add(InputError(f"{name} is missing; expected one, or run"))
+            with need.noted():
+                ends = self.output is None or self.output.endswith(FORMATS)
+                need(ends, "output", self.output, f"a name that ends with {' or '.join(FORMATS)}")
+            with need.noted():
+                if self.output is None and not self.find:
+                    raise InputError(f"output is missing; expected a name that ends with {' or '.join(FORMATS)}, or find")
+            with need.noted():
+                for name in self.documents:
+                    is_number = re.fullmatch(r"\d{1,18}", name.rpartition(":")[2], re.ASCII) is not None
+                    need(is_number and ":" in name, "find", name, "CORPUS:DOCUMENT or FILE:LINE")
+
+    @property
+    def documents(self) -> list[str]:
+        """What to find."""
+        return [self.find] if isinstance(self.find, str) else self.find
+
+
+@dataclass(frozen=True)
+class OrderedRun:
+    """A run as far as the order of its data goes: stretches of steps that follow each other."""
+
+    mixture: Mixture
+    stretches: list[Stretch]
+
+
+def export_order(config: ExportOrderConfig) -> str | None:
+    """Write or print the rows; returns the output's path.
+
+    Raises:
+        InputError: a run or a mixture that cannot be read, steps or documents that it does not have, an output of others
+    """
+    ordered = open_run(config)
+    first, last = steps_of(config, ordered)
+    made_from = describe(config, ordered, first, last)
+    if config.output is not None and is_there(config, made_from):
+        print(f"{config.output} is there, of the same steps: nothing to do", file=sys.stderr)
+        return config.output
+    documents = documents_of(ordered.mixture.corpora)
+    files = [path for one in documents for path in one.origins.files]
+    names = [corpus.name for corpus in ordered.mixture.corpora]
+    if config.find:
+        wanted = [place_of(name, documents) for name in config.documents]
+        found = (reads_of_document(ordered.stretches, documents, *place, first, last) for place in wanted)
+        pieces: Iterator[Reads] = itertools.chain.from_iterable(found)
+    else:
+        locate = OnDevice() if config.device == "cuda" else functools.partial(on_cpu)
+        pieces = read_steps(ordered.stretches, documents, first, last, locate, config.num_workers)
+    if config.output is None:
+        if not print_reads(pieces, names, files):
+            print(f"not read in steps {first:,} to {last:,}", file=sys.stderr)
+        return None
+    rows = write_reads(Path(config.output), pieces, names, files)
+    write_json(manifest_of(config.output), made_from | {"rows": rows, "corpora": names, "files": files})
+    return config.output
+
+
+def check_files(config: ExportOrderConfig) -> None:
+    """Check what a configuration names, whatever is wrong with it.
+
+    Raises:
+        InputError: something is wrong; InputErrors: several things are
+    """
+    refusals = Refusals()
+    with refusals.noted():
+        if config.device == "cuda":
+            check_library()
+    with refusals.noted():
+        if config.output is not None:
+            why = why_unwritable(os.path.dirname(config.output))
+            if why:
+                raise InputError(f"output is {config.output}; expected a name in a folder to write to ({why})")
+    with refusals.noted():
+        steps_of(config, open_run(config))
+    with refusals.noted():
+        if config.find:
+            mixture = load_mixture(config.mixture or "") if config.run is None else open_run(config).mixture
+            documents = documents_of(mixture.corpora)
+            for name in config.documents:
+                with refusals.noted():
+                    place_of(name, documents)
+    refusals.raise_any()
+
+
+def open_run(config: ExportOrderConfig) -> OrderedRun:
+    """The run, or the run that there would be.
+
+    Raises:
+        InputError: it cannot be read, or its mixture is another one by now
+    """
+    if config.run is not None:
+        return read_run(config.run, config.mixture, config.num_workers)
+    mixture = load_mixture(config.mixture or "")
+    batch, steps = config.global_batch_size or 0, config.train_iters or 0
+    samples = batch * steps
+    schedule = (
+        mixture.megatron_schedule(samples, config.num_workers) if config.order == "megatron" else mixture.schedule(samples)
+    )
+    order = begin(mixture, schedule, batch).order(mixture, schedule)
+    return OrderedRun(mixture, [Stretch(1, 0, samples, batch, order)])
+
+
+def read_run(path: str, mixture_path: str | None, threads: int) -> OrderedRun:
+    """A run by its newest checkpoint, or by one of its checkpoints. `mixture_path`: where its mixture file is now."""
+    folder = find_checkpoint(path)
+    if not is_of_a_run(folder):
+        raise InputError(f"run is {path}; expected a run's folder, or a checkpoint of one ({folder} has converted weights)")
+    manifest = read_checkpoint_manifest(folder)
+    config = config_from(RunConfig, manifest["config"], os.path.join(folder, "manifest.json"))
+    mixture = load_mixture(mixture_path or config.mixture)
+    length = run_length(config.training, mixture.seq_length, manifest["iteration"], manifest["consumed_samples"])
+    is_megatron = config.data.order == "megatron"
+    samples = length.run_samples
+    schedule = mixture.megatron_schedule(samples, threads) if is_megatron else mixture.schedule(samples)
+    state = DataState(saved_segments(manifest["data"]))
+    for old, new in ((state.now.mixture, mixture.fingerprint()), (state.now.schedule, schedule.describe())):
+        if old != new:
+            raise InputError(f"{mixture.path}: not the mixture that {folder} has read: {difference(old, new)}")
+    stretches, step = list[Stretch](), 1
+    for i, segment in enumerate(state.segments):
+        end = state.segments[i + 1].start if i + 1 < len(state.segments) else samples
+        part = DataState(state.segments[: i + 1])
+        if segment.start >= state.phase.start:
+            order = part.order(mixture, schedule)
+            stretches.append(Stretch(step, segment.start, end, segment.global_batch_size, order))
+        step += -(-(end - segment.start) // segment.global_batch_size)
+    return OrderedRun(mixture, stretches)
+
+
+def steps_of(config: ExportOrderConfig, ordered: OrderedRun) -> tuple[int, int]:
+    """The first and the last step to write.
+
+    Raises:
+        InputError: the run has no such steps, or read them of another mixture
+    """
+    begins, ends = ordered.stretches[0].first_step, ordered.stretches[-1].end_step - 1
+    first, last = config.first_step, config.last_step or ends
+    if first < begins:
+        raise InputError(
+            f"first_step is {first}; expected {begins} or more: before that the run read another mixture than "
+            f"{ordered.mixture.path}; a checkpoint from before tells what"
+        )
+    if not first <= last <= ends:
+        raise InputError(f"first_step is {first} and last_step {last}; expected steps from {begins} to {ends}")
+    return first, last
+
+
+def place_of(name: str, documents: Sequence[CorpusDocuments]) -> tuple[int, int]:
+    """CORPUS:DOCUMENT or FILE:LINE -> the corpus and the document.
+
+    Raises:
+        InputError: there is none, or several files have that name
+    """
+    where, _, digits = name.rpartition(":")
+    number = int(digits)
+    for place, one in enumerate(documents):
+        if one.corpus.name == where:
+            if number >= one.corpus.data.num_documents:
+                raise InputError(f"find is {name}; expected a document from 0 to {one.corpus.data.num_documents - 1}")
+            return place, number
+    files = [
+        (place, file)
+        for place, one in enumerate(documents)
+        for file, path in enumerate(one.origins.files)
+        if path == where or os.path.basename(path) == where or os.path.realpath(path) == os.path.realpath(where)
+    ]
+    if len(files) != 1:
+        known = ", ".join(one.corpus.name for one in documents)
+        found = "several files" if files else "no corpus and no file"
+        raise InputError(f"find is {name}, which names {found} of the mixture; expected one of {known}, or a file of one")
+    (place, file) = files[0]
+    document = documents[place].origins.find(file, number)
+    if document is None:
+        corpus = documents[place].corpus.name
+        raise InputError(
+            f"find is {name}: that line gave no document of {corpus}, or its lines are not known; use {corpus}:N"
+        )
+    return place, document
+
+
+def describe(config: ExportOrderConfig, ordered: OrderedRun, first: int, last: int) -> dict[str, Any]:
+    """What decides the rows, in plain values."""
+    state = [
+        {
+            "first_step": stretch.first_step,
+            "first_sample": stretch.first_sample,
+            "end_sample": stretch.end_sample,
+            "global_batch_size": stretch.global_batch_size,
+        }
+        for stretch in ordered.stretches
+    ]
+    return {
+        "run": config.run,
+        "mixture": ordered.mixture.path,
+        "fingerprint": ordered.mixture.fingerprint(),
+        "stretches": state,
+        "order": "default" if isinstance(ordered.stretches[-1].order, SampleOrder) else "megatron",
+        "first_step": first,
+        "last_step": last,
+        "find": config.documents,
+    }
+
+
+def manifest_of(output: str) -> str:
+    """The JSON file beside an output."""
+    return output + ".json"
+
+
+def is_there(config: ExportOrderConfig, made_from: dict[str, Any]) -> bool:
+    """Whether the output is there, of just this.
+
+    Raises:
+        InputError: it is there, of something else
+    """
+    output = config.output or ""
+    if not os.path.exists(output) or config.overwrite:
+        return False
+    try:
+        known = json.loads(Path(manifest_of(output)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if isinstance(known, dict) and made_from.items() <= known.items():
+        return True
+    raise InputError(f"output {output} is there, and was not made of these steps; expected another name, or overwrite")
+
+
+def print_reads(pieces: Iterator[Reads], corpora: Sequence[str], files: Sequence[str]) -> int:
+    """Print a line for each row; returns how many there are."""
+    rows = 0
+    for reads in pieces:
+        for i in range(len(reads)):
+            first, tokens = int(reads.first_token[i]), int(reads.tokens[i])
+            where = f"{corpora[reads.corpus[i]]}:{reads.document[i]}"
+            origin = f" ({files[reads.file[i]]}:{reads.line[i]})" if reads.line[i] > 0 else ""
+            print(f"step {reads.step[i]}, sample {reads.sample[i]}: {where}{origin}, tokens {first} to {first + tokens - 1}")
+        rows += len(reads)
+    return rows
+
+
+def check_library() -> None:
+    """Raise InputError unless the order was compiled for GPUs."""
+    if not LIBRARY.exists():
+        raise InputError(f"device is cuda; expected cpu, or {LIBRARY}, which make cuda builds")
+
+
+class OnDevice:
+    """Computes orders on a CUDA device. The tests use the library that is compiled for the CPU, on "cpu"."""
+
+    def __init__(self, device: str = "cuda", library: Path = LIBRARY) -> None:
+        """InputError: there is no such device."""
+        import torch
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputError("device is cuda; expected cpu: torch sees no GPU here")
+        self._device, self._library, self._orders = device, library, dict[int, Any]()
+
+    def __call__(self, order: SampleOrder, first: int, count: int) -> Places:
+        """Places of samples, see `Locate`."""
+        import torch
+
+        if id(order) not in self._orders:
+            self._orders[id(order)] = DeviceOrder(order, self._library)
+        kinds = (torch.int32, torch.int64, torch.int64, torch.int64)
+        found = [torch.empty(count, dtype=kind, device=self._device) for kind in kinds]
+        stream = torch.cuda.current_stream().cuda_stream if self._device == "cuda" else None
+        self._orders[id(order)].locate_into(first, count, *(column.data_ptr() for column in found), stream)
+        columns: list[np.ndarray] = [column.cpu().numpy() for column in found]
+        return Places(*columns)

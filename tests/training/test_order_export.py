@@ -1,0 +1,157 @@
+"""tools/export_order.py: its rows against the tokens that training reads, and documents found against all rows."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from forks import Forks
+from tiny_models import read_rows, run_tool, write_yaml
+from tiny_runs import Layout, Runs
+
+from megatron_cpt.config.run import DataConfig
+from megatron_cpt.data.loader import TrainingData
+from megatron_cpt.training.order_export import ExportOrderConfig, open_run
+
+SEQ_LENGTH = 64  # of `Runs`
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str, forks: Forks) -> Runs:
+    return Runs(tmp_path_factory.mktemp("export"), tiny_tokenizer_dir, forks)
+
+
+@pytest.fixture(scope="module")
+def changed(runs: Runs) -> Path:
+    """A run of two steps of 8 samples, one of 4, and then, with another ALMR, four of 4."""
+    runs.train("run", Layout(), "--training.train_iters=2", "--lr.warmup_iters=1")
+    quarter = ["--training.global_batch_size=4", "--training.train_iters=null", "--lr.on_continue=continue"]
+    runs.train("run", Layout(), *quarter, "--training.train_samples=20")
+    other = write_yaml(runs.folder / "other.yaml", yaml.safe_load(Path(runs.mixture).read_text()) | {"almr": 0.75})
+    new = ["--mixture", other, "--data.accept_new_mixture=true", "--training.train_samples=36"]
+    return runs.train("run", Layout(), *quarter, *new)
+
+
+def export(*arguments: str, check: bool = True) -> Any:
+    return run_tool("export_order.py", *arguments, check=check)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    facts = json.loads(Path(f"{path}.json").read_text())
+    rows = [dict(zip(np.load(path).dtype.names, row.tolist(), strict=True)) for row in np.load(path)]
+    for row in rows:
+        row["corpus"] = facts["corpora"][row["corpus"]]
+        row["file"] = facts["files"][row["file"]] if row["file"] >= 0 else None
+        row["line"] = row["line"] if row["line"] >= 0 else None
+    return rows
+
+
+def check_tokens(rows: list[dict[str, Any]], config: ExportOrderConfig, first_sample: int, samples: int) -> None:
+    """The documents of each sample, one after the other, are the tokens that training reads."""
+    ordered = open_run(config)
+    corpora = {corpus.name: corpus.data for corpus in ordered.mixture.corpora}
+    data = TrainingData(list(corpora.values()), ordered.stretches[-1].order, DataConfig())
+    batch = data.read(first_sample, samples).tokens
+    assert batch is not None
+    for n, wanted in enumerate(batch, first_sample):
+        parts = [row for row in rows if row["sample"] == n]
+        tokens = [corpora[row["corpus"]][row["document"]][row["first_token"] :][: row["tokens"]] for row in parts]
+        assert np.concatenate(tokens).tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("order", ["default", "megatron"])
+@pytest.mark.parametrize("suffix", ["parquet", "npy"])
+def test_rows_are_what_training_reads(runs: Runs, tmp_path: Path, order: str, suffix: str) -> None:
+    output = tmp_path / f"order.{suffix}"
+    mixture = ["--mixture", runs.mixture, "--global_batch_size=8", "--train_iters=30", "--order", order]
+    found = export(*mixture, "--first_step=3", "--last_step=25", "--output", str(output))
+    assert found.stdout.strip() == str(output)
+    rows = rows_of(output)
+    config = ExportOrderConfig(None, runs.mixture, 8, 30, order, output="order.npy")  # type: ignore[arg-type]
+    check_tokens(rows, config, 16, 23 * 8)
+    assert {row["step"]: row["sample"] // 8 + 1 for row in rows} == {step: step for step in range(3, 26)}
+    for row in rows[::37]:
+        text = json.loads(Path(row["file"]).read_text(encoding="utf-8").splitlines()[row["line"] - 1])["text"]
+        assert text.startswith(f"train {row['document']}: ")
+    facts = json.loads(Path(f"{output}.json").read_text())
+    assert facts["rows"] == len(rows)
+    assert (facts["first_step"], facts["last_step"], facts["order"]) == (3, 25, order)
+
+
+@pytest.mark.parametrize("order", ["default", "megatron"])
+def test_documents_are_found_in_all_their_steps(runs: Runs, tmp_path: Path, order: str) -> None:
+    mixture = ["--mixture", runs.mixture, "--global_batch_size=8", "--train_iters=40", "--order", order]
+    export(*mixture, "--output", str(tmp_path / "all.parquet"))
+    everything = rows_of(tmp_path / "all.parquet")
+    names = ["en_train:0", "zh_train:39", "zh_train:7", f"{runs.folder}/en_train.jsonl:12"]
+    export(*mixture, "--last_step=33", "--find", *names, "--output", str(tmp_path / "found.parquet"))
+    wanted = [("en_train", 0), ("zh_train", 39), ("zh_train", 7), ("en_train", 11)]
+    expected = [
+        row for place in wanted for row in everything if (row["corpus"], row["document"]) == place and row["step"] <= 33
+    ]
+    assert rows_of(tmp_path / "found.parquet") == expected
+    assert len({row["step"] for row in expected}) > 8  # several epochs
+    said = export(*mixture, "--find", "zh_train:7").stdout.splitlines()
+    assert said[0].startswith(f"step {expected_first(everything, 'zh_train', 7)}, sample ")
+    assert f"zh_train:7 ({runs.folder}/zh_train.jsonl:8), tokens " in said[0]
+    assert len(said) == sum((row["corpus"], row["document"]) == ("zh_train", 7) for row in everything)
+
+
+def expected_first(rows: list[dict[str, Any]], corpus: str, document: int) -> int:
+    """The first step that reads a document."""
+    return min(row["step"] for row in rows if (row["corpus"], row["document"]) == (corpus, document))
+
+
+def test_steps_of_a_run_that_changed_its_batch_and_its_mixture(changed: Path, tmp_path: Path) -> None:
+    """What the run counted while it trained is what the rows say."""
+    output = tmp_path / "order.parquet"
+    refused = export("--run", str(changed), "--output", str(output), check=False)
+    assert refused.returncode == 2
+    assert "first_step is 1; expected 4 or more: before that the run read another mixture" in refused.stderr
+    export("--run", str(changed), "--first_step=4", "--output", str(output))
+    rows = rows_of(output)
+    assert {row["step"] for row in rows} == set(range(4, 8))
+    counted = {row["iteration"]: row["corpus_tokens"] for row in read_rows(changed) if "loss" in row}
+    for step in range(4, 8):
+        samples = Counter({row["sample"]: row["corpus"] for row in rows if row["step"] == step}.values())
+        more = {name: counted[step][name] - counted[step - 1].get(name, 0) for name in counted[step]}
+        assert {name: samples[name] * SEQ_LENGTH for name in more} == more
+    check_tokens(rows, ExportOrderConfig(str(changed), output="order.npy"), 20, 16)
+    # an older checkpoint tells of the mixture before, and of both of its batch sizes
+    early = sorted(changed.glob("iter_*"))[0]
+    export("--run", str(early), "--output", str(tmp_path / "early.parquet"))
+    assert {row["step"] for row in rows_of(tmp_path / "early.parquet")} == {1, 2}
+
+
+def test_an_output_that_is_there(runs: Runs, tmp_path: Path) -> None:
+    output = ["--output", str(tmp_path / "order.npy")]
+    mixture = ["--mixture", runs.mixture, "--global_batch_size=8", "--train_iters=3"]
+    export(*mixture, *output)
+    before = (tmp_path / "order.npy").stat().st_mtime_ns
+    assert "nothing to do" in export(*mixture, *output).stderr
+    assert (tmp_path / "order.npy").stat().st_mtime_ns == before
+    refused = export(*mixture, *output, "--last_step=2", check=False)
+    assert refused.returncode == 2
+    assert "order.npy is there, and was not made of these steps; expected another name, or overwrite" in refused.stderr
+    export(*mixture, *output, "--last_step=2", "--overwrite")
+    assert {row["step"] for row in rows_of(tmp_path / "order.npy")} == {1, 2}
+
+
+def test_no_torch_is_needed(runs: Runs, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys; from megatron_cpt.training.order_export import *; "
+        f"export_order(ExportOrderConfig(mixture={runs.mixture!r}, global_batch_size=2, train_iters=2, "
+        f"output={str(tmp_path / 'a.npy')!r})); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
