@@ -59,8 +59,8 @@ def no_template(model: str) -> InputError:
 
 def missing_token(template: str, model: str, token: str) -> InputError:
     """Why a built-in template does not go with a tokenizer."""
-    found = f"chat_template is {template}, but the tokenizer {model} has no token {token}"
-    return InputError(f"{found}; use another template, or add its tokens")
+    found = f"the tokenizer {model} has no token {token}"
+    return InputError(f"chat_template is {template}, but {found}; use another template, or add its tokens")
 
 
 def read_template(name: str) -> str:

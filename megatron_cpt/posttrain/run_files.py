@@ -56,9 +56,11 @@ def check_chat(config: ChatConfig) -> None:
     refusals = Refusals()
     with refusals.noted():
         check_model(config.model)
-        check_tokenizer(config.model, config.chat_template)
+        if config.prompt is None:  # else the text is gone on with, without a template
+            check_tokenizer(config.model, config.chat_template)
     with refusals.noted():
-        check_positions(config.model, config.max_new_tokens)
+        if config.prompt is None:
+            check_positions(config.model, config.max_new_tokens)
     with refusals.noted():
         if config.chat_template is not None:
             read_template(config.chat_template)

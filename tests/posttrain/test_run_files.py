@@ -81,7 +81,7 @@ def wrong_files(folder: Path, save: str, data: str, *launcher: str) -> list[str]
     """What the tool says of them, beside a wrong setting."""
     (folder / "model").mkdir(exist_ok=True)
     (folder / "model" / "config.json").write_text("{}")
-    words = ["--model", "model", "--save", save, "--optimizer.lr", "5"]
+    words = ["--model", "model", "--save", save, "--optimizer.lr", "5", "--data.chat_template", "chatml"]
     words += ["--data.sources", json.dumps([{"path": data, "language": "en"}])]
     command = [*launcher, sys.executable, "-B", str(ROOT / "tools" / "finetune_sft.py"), *words]
     result = subprocess.run(command, capture_output=True, text=True, cwd=folder)

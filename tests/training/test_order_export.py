@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from emulated_cuda import compile_emulated
 from forks import Forks
 from tiny_models import read_rows, run_tool, write_yaml
 from tiny_runs import Layout, Runs
 
 from megatron_cpt.config.run import DataConfig
+from megatron_cpt.data.document_reads import on_cpu
 from megatron_cpt.data.loader import TrainingData
-from megatron_cpt.training.order_export import ExportOrderConfig, open_run
+from megatron_cpt.data.sampling.order import SampleOrder
+from megatron_cpt.training.order_export import ExportOrderConfig, OnDevice, open_run
 
 SEQ_LENGTH = 64  # of `Runs`
 
@@ -155,3 +159,42 @@ def test_no_torch_is_needed(runs: Runs, tmp_path: Path) -> None:
         f"output={str(tmp_path / 'a.npy')!r})); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_an_order_on_a_device(runs: Runs, tmp_path: Path) -> None:
+    """The source for GPUs, compiled for the CPU; tests/data/sampling/test_cuda.py has it on a GPU."""
+    (stretch,) = open_run(ExportOrderConfig(None, runs.mixture, 8, 30, output="order.npy")).stretches
+    assert isinstance(stretch.order, SampleOrder)
+    locate = OnDevice("cpu", compile_emulated(tmp_path))
+    for _ in range(2):
+        for found, wanted in zip(locate(stretch.order, 3, 200), on_cpu(stretch.order, 3, 200), strict=True):
+            assert found.tolist() == wanted.tolist()
+
+
+def test_settings_act(runs: Runs, tmp_path: Path) -> None:
+    """Each gives other rows, or is refused where it cannot act."""
+
+    def rows(*words: str) -> list[dict[str, Any]]:
+        base = {"mixture": runs.mixture, "global_batch_size": "8", "train_iters": "6", "output": str(tmp_path / "a.npy")}
+        base |= dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2], strict=True))
+        export(*(word for name, value in base.items() for word in (f"--{name}", value)), "--overwrite")
+        return rows_of(Path(base["output"]))
+
+    plain = rows()
+    other = write_yaml(runs.folder / "half.yaml", yaml.safe_load(Path(runs.mixture).read_text()) | {"almr": 0.5})
+    shares = [
+        Counter({row["sample"]: row["corpus"] for row in found}.values()) for found in (plain, rows("--mixture", other))
+    ]
+    assert [share["zh_train"] for share in shares] == [16, 24]
+    assert {row["step"]: row["sample"] // 4 for row in rows("--global_batch_size", "4")} == {n: n - 1 for n in range(1, 7)}
+    assert max(row["step"] for row in rows("--train_iters", "5")) == 5
+    assert rows("--order", "megatron") != plain
+    assert rows("--first_step", "3") == [row for row in plain if row["step"] >= 3]
+    assert rows("--last_step", "3") == [row for row in plain if row["step"] <= 3]
+    assert rows("--num_workers", "3") == plain
+    assert rows("--output", str(tmp_path / "b.parquet")) == plain
+    found = rows("--find", "zh_train:3")
+    assert found == [row for row in plain if (row["corpus"], row["document"]) == ("zh_train", 3)] != []
+    refused = export("--mixture", runs.mixture, "--global_batch_size=8", "--train_iters=6", "--device=cuda", check=False)
+    assert "device is cuda; expected cpu" in refused.stderr

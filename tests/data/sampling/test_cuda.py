@@ -10,6 +10,7 @@ import torch
 from tiny_orders import Case, plan
 
 from megatron_cpt.data.sampling.cuda import LIBRARY, DeviceOrder
+from megatron_cpt.training.order_export import OnDevice
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,3 +33,9 @@ def test_a_gpu_gives_the_same_places(sizes: list[int], block_size: int) -> None:
     stream.synchronize()
     for tensor, array in zip(found, wanted, strict=True):
         assert np.array_equal(tensor.cpu().numpy(), array)
+
+
+def test_an_export_on_a_gpu_has_the_same_places() -> None:
+    order = Case([plan(Fraction(1, 3), 1, [Fraction(1), Fraction(1), Fraction(2)])], [7, 300, 4096], 5, 1024).order()
+    for found, wanted in zip(OnDevice()(order, 123, 70_000), order.locate_many(123, 70_000), strict=True):
+        assert np.array_equal(found, wanted)

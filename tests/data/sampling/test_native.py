@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulated_cuda import compile_emulated
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_orders import Case, cases, plan
@@ -42,11 +41,7 @@ def native() -> None:
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The CUDA source, compiled for the CPU."""
-    library = tmp_path_factory.mktemp("cuda") / "emulated.so"
-    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-DMCPT_EMULATE_CUDA"]
-    options += os.environ.get("CFLAGS", "").split()  # of `make sanitize`
-    subprocess.run(["g++", *options, "-x", "c++", str(SOURCES / "sampling_cuda.cu"), "-o", str(library)], check=True)
-    return library
+    return compile_emulated(tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.fixture(params=["cpu", "three threads", "cuda"])
