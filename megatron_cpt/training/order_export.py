@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, read_checkpoint_manifest, write_json
 from megatron_cpt.config.fields import config_from
 from megatron_cpt.config.require import Requirements
@@ -32,12 +30,13 @@ from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.mixture_file import load_mixture
 from megatron_cpt.data.partial import difference
 from megatron_cpt.data.preprocess_config import available_cores
+from megatron_cpt.data.progress import meter
 from megatron_cpt.data.reads_file import FORMATS, write_reads
-from megatron_cpt.data.sampling.cuda import LIBRARY, DeviceOrder
-from megatron_cpt.data.sampling.order import Places, SampleOrder
+from megatron_cpt.data.sampling.order import SampleOrder
 from megatron_cpt.data.state import DataState, begin, saved_segments
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.input_files import why_unwritable
+from megatron_cpt.training.device_order import OnDevice, check_library
 from megatron_cpt.training.schedule import run_length
 
 MOST_STEPS = 1 << 40
@@ -133,7 +132,8 @@ def export_order(config: ExportOrderConfig) -> str | None:
         if not print_reads(pieces, names, files):
             print(f"not read in steps {first:,} to {last:,}", file=sys.stderr)
         return None
-    rows = write_reads(Path(config.output), pieces, names, files)
+    Path(manifest_of(config.output)).unlink(missing_ok=True)  # of the output that is replaced
+    rows = write_reads(Path(config.output), with_meter(pieces, ordered, first, last), names, files)
     write_json(manifest_of(config.output), made_from | {"rows": rows, "corpora": names, "files": files})
     return config.output
 
@@ -228,6 +228,16 @@ def steps_of(config: ExportOrderConfig, ordered: OrderedRun) -> tuple[int, int]:
     return first, last
 
 
+def with_meter(pieces: Iterator[Reads], ordered: OrderedRun, first: int, last: int) -> Iterator[Reads]:
+    """The rows, while a bar shows how far they are: by tokens, as ids of four bytes."""
+    sample_bytes = 4 * ordered.mixture.seq_length
+    samples = sum(len(stretch.samples_of(first, last)) for stretch in ordered.stretches)
+    with meter(samples * sample_bytes, of="tokens") as shown:
+        for reads in pieces:
+            shown.advance(len(set(reads.sample.tolist())) * sample_bytes, len(reads))
+            yield reads
+
+
 def place_of(name: str, documents: Sequence[CorpusDocuments]) -> tuple[int, int]:
     """CORPUS:DOCUMENT or FILE:LINE -> the corpus and the document.
 
@@ -318,34 +328,3 @@ def print_reads(pieces: Iterator[Reads], corpora: Sequence[str], files: Sequence
             print(f"step {reads.step[i]}, sample {reads.sample[i]}: {where}{origin}, tokens {first} to {first + tokens - 1}")
         rows += len(reads)
     return rows
-
-
-def check_library() -> None:
-    """Raise InputError unless the order was compiled for GPUs."""
-    if not LIBRARY.exists():
-        raise InputError(f"device is cuda; expected cpu, or {LIBRARY}, which make cuda builds")
-
-
-class OnDevice:
-    """Computes orders on a CUDA device. The tests use the library that is compiled for the CPU, on "cpu"."""
-
-    def __init__(self, device: str = "cuda", library: Path = LIBRARY) -> None:
-        """InputError: there is no such device."""
-        import torch
-
-        if device == "cuda" and not torch.cuda.is_available():
-            raise InputError("device is cuda; expected cpu: torch sees no GPU here")
-        self._device, self._library, self._orders = device, library, dict[int, Any]()
-
-    def __call__(self, order: SampleOrder, first: int, count: int) -> Places:
-        """Places of samples, see `Locate`."""
-        import torch
-
-        if id(order) not in self._orders:
-            self._orders[id(order)] = DeviceOrder(order, self._library)
-        kinds = (torch.int32, torch.int64, torch.int64, torch.int64)
-        found = [torch.empty(count, dtype=kind, device=self._device) for kind in kinds]
-        stream = torch.cuda.current_stream().cuda_stream if self._device == "cuda" else None
-        self._orders[id(order)].locate_into(first, count, *(column.data_ptr() for column in found), stream)
-        columns: list[np.ndarray] = [column.cpu().numpy() for column in found]
-        return Places(*columns)

@@ -21,7 +21,8 @@ from megatron_cpt.config.run import DataConfig
 from megatron_cpt.data.document_reads import on_cpu
 from megatron_cpt.data.loader import TrainingData
 from megatron_cpt.data.sampling.order import SampleOrder
-from megatron_cpt.training.order_export import ExportOrderConfig, OnDevice, open_run
+from megatron_cpt.training.device_order import OnDevice
+from megatron_cpt.training.order_export import ExportOrderConfig, open_run
 
 SEQ_LENGTH = 64  # of `Runs`
 

@@ -10,7 +10,7 @@ import torch
 from tiny_orders import Case, plan
 
 from megatron_cpt.data.sampling.cuda import LIBRARY, DeviceOrder
-from megatron_cpt.training.order_export import OnDevice
+from megatron_cpt.training.device_order import OnDevice
 
 pytestmark = [
     pytest.mark.gpu,
