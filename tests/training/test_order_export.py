@@ -21,6 +21,8 @@ from megatron_cpt.config.run import DataConfig
 from megatron_cpt.data.document_reads import on_cpu
 from megatron_cpt.data.loader import TrainingData
 from megatron_cpt.data.sampling.order import SampleOrder
+from megatron_cpt.errors import InputError
+from megatron_cpt.training import device_order
 from megatron_cpt.training.device_order import OnDevice
 from megatron_cpt.training.order_export import ExportOrderConfig, open_run
 
@@ -197,5 +199,13 @@ def test_settings_act(runs: Runs, tmp_path: Path) -> None:
     assert rows("--output", str(tmp_path / "b.parquet")) == plain
     found = rows("--find", "zh_train:3")
     assert found == [row for row in plain if (row["corpus"], row["document"]) == ("zh_train", 3)] != []
-    refused = export("--mixture", runs.mixture, "--global_batch_size=8", "--train_iters=6", "--device=cuda", check=False)
-    assert "device is cuda; expected cpu" in refused.stderr
+    words = ["--mixture", runs.mixture, "--global_batch_size=8", "--train_iters=6", "--output", str(tmp_path / "c.npy")]
+    refused = export(*words, "--device=cuda", check=False)
+    assert (refused.returncode, (tmp_path / "c.npy").exists()) == (2, False)
+    assert "device is cuda; expected cpu" in refused.stderr  # no library, or no GPU
+
+
+def test_a_library_that_was_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_order, "LIBRARY", tmp_path / "nowhere.so")
+    with pytest.raises(InputError, match=r"device is cuda; expected cpu, or .*nowhere\.so, which make cuda builds"):
+        device_order.check_library()
