@@ -86,10 +86,11 @@ def _skipped_lines(path: Path, sources: list[SourceInfo]) -> Iterator[tuple[int,
     """The lines of each file that gave no document, where all of them are known: blank ones are counted only."""
     lines: dict[str, list[int]] = defaultdict(list)
     try:
-        with path.open("rb") if path.exists() else open("/dev/null", "rb") as stream:
-            for row in stream:
-                fields = orjson.loads(row)
-                lines[fields["file"]].append(int(fields["line"]))
+        if path.exists():
+            with path.open("rb") as stream:
+                for row in stream:
+                    fields = orjson.loads(row)
+                    lines[fields["file"]].append(int(fields["line"]))
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a file and a line in each row") from None
     for file, source in enumerate(sources):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ from megatron_cpt.config.require import Requirements
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.document_reads import (
     CorpusDocuments,
+    Locate,
     Reads,
     Stretch,
     documents_of,
@@ -37,7 +37,7 @@ from megatron_cpt.data.state import DataState, begin, saved_segments
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.input_files import why_unwritable
 from megatron_cpt.training.device_order import OnDevice, check_library
-from megatron_cpt.training.schedule import run_length
+from megatron_cpt.training.run_files import length_of, schedule_of
 
 MOST_STEPS = 1 << 40
 
@@ -126,7 +126,7 @@ def export_order(config: ExportOrderConfig) -> str | None:
         found = (reads_of_document(ordered.stretches, documents, *place, first, last) for place in wanted)
         pieces: Iterator[Reads] = itertools.chain.from_iterable(found)
     else:
-        locate = OnDevice() if config.device == "cuda" else functools.partial(on_cpu)
+        locate: Locate = OnDevice() if config.device == "cuda" else on_cpu
         pieces = read_steps(ordered.stretches, documents, first, last, locate, config.num_workers)
     if config.output is None:
         if not print_reads(pieces, names, files):
@@ -176,9 +176,7 @@ def open_run(config: ExportOrderConfig) -> OrderedRun:
     mixture = load_mixture(config.mixture or "")
     batch, steps = config.global_batch_size or 0, config.train_iters or 0
     samples = batch * steps
-    schedule = (
-        mixture.megatron_schedule(samples, config.num_workers) if config.order == "megatron" else mixture.schedule(samples)
-    )
+    schedule = schedule_of(mixture, config.order, samples, config.num_workers)
     order = begin(mixture, schedule, batch).order(mixture, schedule)
     return OrderedRun(mixture, [Stretch(1, 0, samples, batch, order)])
 
@@ -191,10 +189,8 @@ def read_run(path: str, mixture_path: str | None, threads: int) -> OrderedRun:
     manifest = read_checkpoint_manifest(folder)
     config = config_from(RunConfig, manifest["config"], os.path.join(folder, "manifest.json"))
     mixture = load_mixture(mixture_path or config.mixture)
-    length = run_length(config.training, mixture.seq_length, manifest["iteration"], manifest["consumed_samples"])
-    is_megatron = config.data.order == "megatron"
-    samples = length.run_samples
-    schedule = mixture.megatron_schedule(samples, threads) if is_megatron else mixture.schedule(samples)
+    samples = length_of(config, mixture.seq_length, manifest).run_samples
+    schedule = schedule_of(mixture, config.data.order, samples, threads)
     state = DataState(saved_segments(manifest["data"]))
     for old, new in ((state.now.mixture, mixture.fingerprint()), (state.now.schedule, schedule.describe())):
         if old != new:

@@ -209,6 +209,11 @@ def check_schedule(config: RunConfig, seq_length: int, length: RunLength, manife
     return continue_schedule(saved, config, seq_length, length)
 
 
+def schedule_of(mixture: Mixture, order: str, run_samples: int, threads: int) -> Schedule:
+    """The stages of a run of so many samples in the order that data.order names. InputError: it cannot have them."""
+    return mixture.megatron_schedule(run_samples, threads) if order == "megatron" else mixture.schedule(run_samples)
+
+
 def check_data(config: RunConfig, mixture: Mixture, length: RunLength, manifest: Manifest | None) -> RunData:
     """Where the run is in its data, and what it will read.
 
@@ -216,10 +221,7 @@ def check_data(config: RunConfig, mixture: Mixture, length: RunLength, manifest:
         InputError: it would read a corpus more often than allowed, or has read another mixture so far
     """
     batch, data, complete = config.training.global_batch_size, config.data, is_complete(length, manifest)
-    if data.order == "megatron":
-        schedule = mixture.megatron_schedule(length.run_samples, max(data.num_workers, 1))
-    else:
-        schedule = mixture.schedule(length.run_samples)
+    schedule = schedule_of(mixture, data.order, length.run_samples, max(data.num_workers, 1))
     if manifest is None or complete:  # nothing was read, or nothing will be: no need to compare
         state = begin(mixture, schedule, batch)
     else:
