@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from fork_server import ENVIRONMENT, forked_python
 
 ROOT = Path(__file__).parent.parent
 LLAMA3_ROPE = {
@@ -61,19 +62,27 @@ def make_tiny_llama(folder: Path, tokenizer_dir: str, dtype: torch.dtype = torch
     return str(folder)
 
 
+def command_of(tool: str) -> list[str]:
+    """What starts a tool, whose imports were done before (see forked_python.py); for `ENVIRONMENT` of fork_server.py."""
+    return [forked_python(tool), str(ROOT / "tools" / tool)]
+
+
 def run_tool(
     tool: str, *arguments: str, processes: int = 1, check: bool = True, gpu: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run a tool as a user would, under torchrun when it takes several processes; without `gpu` it sees none."""
+    """Run a tool as a user would, under torchrun when it takes several processes; without `gpu` it sees none.
+
+    Its imports were done before: see forked_python.py.
+    """
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     if launcher:  # any free port: several runs may be under way
         launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     result = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "tools" / tool), *arguments],
+        [sys.executable if gpu else forked_python(tool), *launcher, str(ROOT / "tools" / tool), *arguments],
         capture_output=True,
         text=True,
         timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
+        env=os.environ | ({"OMP_NUM_THREADS": "1"} if gpu else ENVIRONMENT),
     )
     if check and result.returncode:
         raise AssertionError(f"{tool} {' '.join(arguments)} exited with {result.returncode}:\n{result.stderr[-6000:]}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import ROOT
+from fork_server import ENVIRONMENT
+from tiny_models import command_of
 
 from megatron_cpt.cluster.job import free_port
 
@@ -39,13 +39,14 @@ def check(
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     if launcher:
         launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | ENVIRONMENT
     if tampered:
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(TAMPER)
         environment["PYTHONPATH"] = str(folder)
+    python, tool = command_of("check_cluster.py")
     result = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "tools" / "check_cluster.py"), "--folder", str(folder), *words],
+        [python, *launcher, tool, "--folder", str(folder), *words],
         capture_output=True,
         text=True,
         timeout=900,
@@ -71,17 +72,9 @@ def test_one_process_is_told_what_needs_several(tmp_path: Path) -> None:
 
 def test_processes_that_a_launcher_of_slurm_starts(tmp_path: Path) -> None:
     """As srun starts them: without torchrun, whose store others join, the first process makes it, on the job's address."""
-    tool = [
-        sys.executable,
-        str(ROOT / "tools" / "check_cluster.py"),
-        "--folder",
-        str(tmp_path),
-        "--only",
-        "clocks",
-        "versions",
-    ]
+    tool = [*command_of("check_cluster.py"), "--folder", str(tmp_path), "--only", "clocks", "versions"]
     joined = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | joined
+    environment = os.environ | ENVIRONMENT | joined
     ranks = [subprocess.Popen(tool, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     try:
         assert [rank.wait(180) for rank in ranks] == [0, 0]

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,7 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ROOT, run_tool, write_yaml
+from fork_server import ENVIRONMENT, forked_python
+from tiny_models import command_of, run_tool, write_yaml
 
 from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.errors import InputError
@@ -33,13 +33,14 @@ CHOICES = Benchmark("Choices", "tiny_choices", "acc,none", 1)
 
 def test_scores_are_those_of_lm_evals_own_command(model: str, tasks: str, tmp_path: Path) -> None:
     score = Harness(model, Catalog(tasks, None), 1, False, "cpu").score(CHOICES, None, False, 1234)
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "tiny_choices", "--include_path", tasks]
+    command = [forked_python("lm_eval"), "-m", "lm_eval", "run", "--model", "hf", "--tasks", "tiny_choices"]
+    command += ["--include_path", tasks]
     options = ["--model_args", f"pretrained={model}", "--device", "cpu", "--num_fewshot", "1", "--seed", "1234"]
     done = subprocess.run(
         [*command, *options, "--output_path", str(tmp_path / "results")],
         capture_output=True,
         text=True,
-        env=dict(os.environ),
+        env=os.environ | ENVIRONMENT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next((tmp_path / "results").rglob("results_*.json")).read_text())["results"]["tiny_choices"]
@@ -230,8 +231,8 @@ def test_a_kill_that_nothing_can_catch(config: EvaluateConfig, tasks: str, tmp_p
     gated = TaskConfig("Gated", "gated_choices", "acc,none", 0)
     config = replace(config, models={"base": config.models["base"]}, tasks=[config.tasks[0], gated])
     path = write_yaml(tmp_path / "evaluate.yaml", json.loads(json.dumps(asdict(config))))
-    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--config", path]
-    killed = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [*command_of("evaluate.py"), "--config", path]
+    killed = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT)
     end = time.monotonic() + 600
     while kept_benchmarks(config) != ["Choices"] and killed.poll() is None and time.monotonic() < end:
         time.sleep(0.05)

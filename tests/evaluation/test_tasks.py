@@ -12,6 +12,7 @@ from typing import Any
 import published
 import pytest
 import sacrebleu
+from fork_server import ENVIRONMENT, forked_python
 from tiny_models import make_tiny_llama, write_yaml
 
 from megatron_cpt.errors import InputError
@@ -233,10 +234,11 @@ def test_scores_are_lm_evals(model: str, data_folder: str, tmp_path: Path) -> No
     """Its own command, with this package's folder of tasks."""
     benchmark = Benchmark("EPRSTMT", "eprstmt", "acc,none", 2)
     score = Harness(model, Catalog(None, data_folder), 1, False, "cpu").score(benchmark, None, False, 1234)
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "eprstmt", "--include_path", str(TASKS)]
+    command = [forked_python("lm_eval"), "-m", "lm_eval", "run", "--model", "hf", "--tasks", "eprstmt"]
+    command += ["--include_path", str(TASKS)]
     options = ["--model_args", f"pretrained={model}", "--device", "cpu", "--num_fewshot", "2", "--seed", "1234"]
     output = ["--metadata", json.dumps({"data_folder": data_folder}), "--output_path", str(tmp_path / "results")]
-    done = subprocess.run([*command, *options, *output], capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run([*command, *options, *output], capture_output=True, text=True, env=os.environ | ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next((tmp_path / "results").rglob("results_*.json")).read_text())["results"]["eprstmt"]
     assert score.value == found["acc,none"]

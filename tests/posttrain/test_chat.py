@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fork_server import ENVIRONMENT
 from rigged_models import make_reciter, set_json, tokens_of
-from tiny_models import ROOT, make_tiny_llama
+from tiny_models import ROOT, command_of, make_tiny_llama
 
 from megatron_cpt.chat_data.conversations import Message
 from megatron_cpt.chat_data.template_files import CHATML
@@ -127,7 +129,7 @@ def test_what_no_longer_fits(speaker: Speaker, capfd: pytest.CaptureFixture[str]
 
 
 def test_the_tool_reads_lines(config: ChatConfig) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "chat.py"), config.model, "--chat_template", "chatml"]
+    command = [*command_of("chat.py"), config.model, "--chat_template", "chatml"]
     lines = "one\n\n/new\ntwo\n/quit\nthree\n"
     result = subprocess.run(
         [*command, "--max_new_tokens", "3", "--temperature", "0"],
@@ -136,6 +138,7 @@ def test_the_tool_reads_lines(config: ChatConfig) -> None:
         text=True,
         timeout=300,
         check=True,
+        env=os.environ | ENVIRONMENT,
     )
     assert result.stderr.count("[3 tokens, ") == 2
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -17,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 from chats import read_metrics, sft_config, write_config
+from fork_server import ENVIRONMENT
 from safetensors.torch import load_file
-from tiny_models import ROOT, run_tool
+from tiny_models import command_of, run_tool
 from trl import SFTConfig as TrlConfig
 
 from megatron_cpt.chat_data.templates import IGNORED, load_template
@@ -167,8 +167,8 @@ def test_a_finished_run_is_not_begun_again(whole: tuple[SftConfig, Path]) -> Non
 
 
 def start(config: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "tools" / "finetune_sft.py"), "--config", config]
+    command = [*command_of("finetune_sft.py"), "--config", config]
+    environment = os.environ | ENVIRONMENT
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 

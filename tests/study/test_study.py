@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import yaml
-from tiny_models import ROOT, read_rows, run_tool, write_yaml
+from fork_server import ENVIRONMENT
+from tiny_models import command_of, read_rows, run_tool, write_yaml
 from tiny_runs import Layout, Runs
 
 from megatron_cpt.study.inputs import START_CHECKPOINT
@@ -24,9 +25,9 @@ TOKENS = 24 * 8 * 64  # 24 steps
 # Something that depends on the weights: how far the embedding's mean is from zero.
 SCORE = """
 import json, sys
-from safetensors.torch import load_file
+from safetensors.numpy import load_file  # which imports in less time than torch
 weights = load_file(sys.argv[1] + "/model.safetensors")["model.embed_tokens.weight"]
-scores = {"drift": 1e3 * float(weights.mean().abs()), "size": float(weights.std())}
+scores = {"drift": 1e3 * abs(float(weights.mean())), "size": float(weights.std())}
 json.dump(scores, open(sys.argv[2] + "/scores.json", "w"))
 """
 
@@ -66,8 +67,8 @@ def whole(runs: Runs) -> Path:
     assert "6 runs of 24 steps" in planned
     assert "unknown until a run has finished" in planned
     folder = runs.folder / "whole"
-    command = [sys.executable, str(ROOT / "tools" / "almr_study.py"), "run", "--config", str(path)]
-    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [*command_of("almr_study.py"), "run", "--config", str(path)]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | ENVIRONMENT)
     deadline = time.monotonic() + 300
     while not list(folder.glob("runs/*/outcome.json")):
         assert first.poll() is None
@@ -193,8 +194,8 @@ def test_a_study_that_begins_with_a_part_of_its_grid(runs: Runs) -> None:
     grid = {"almr": [0.2, 0.4, 0.6], "lr": [1e-3, 2e-3, 4e-3], "starting_pairs": 4}
     path = write_study(runs, "adaptive", scores=None, train_tokens=TOKENS // 4, **grid)
     folder = runs.folder / "adaptive"
-    command = [sys.executable, str(ROOT / "tools" / "almr_study.py"), "run", "--config", str(path)]
-    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [*command_of("almr_study.py"), "run", "--config", str(path)]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | ENVIRONMENT)
     deadline = time.monotonic() + 300
     while not list(folder.glob("runs/*/outcome.json")):
         assert first.poll() is None
@@ -253,8 +254,8 @@ def test_wrong_studies_are_refused(runs: Runs) -> None:
 def test_an_interrupted_study_saves_its_runs(runs: Runs) -> None:
     """SIGTERM: the run under way saves and ends; the same command goes on from there."""
     path = write_study(runs, "stopped", almr=[0.5], lr=[1e-3], train_tokens=10 * TOKENS, scores=None)
-    command = [sys.executable, str(ROOT / "tools" / "almr_study.py"), "run", "--config", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [*command_of("almr_study.py"), "run", "--config", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT)
     folder = runs.folder / "stopped" / "runs" / "almr0.5_lr0.001_seed1"
     deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or not any("loss" in row for row in read_rows(folder)):

@@ -9,12 +9,12 @@ import json
 import math
 import os
 import subprocess
-import sys
 from copy import copy
 from pathlib import Path
 
 import pytest
 import yaml
+from fork_server import ENVIRONMENT, forked_python
 from forks import Forks
 from tiny_models import VARIANTS, read_rows, run_tool, write_yaml
 from tiny_runs import SAVE_INTERVAL, STEPS, Layout, Runs
@@ -261,9 +261,10 @@ def test_a_trained_checkpoint_loads_in_lm_eval(single: Path, tmp_path: Path) -> 
         "metric_list": [{"metric": "bits_per_byte"}],
     }
     write_yaml(tmp_path / "bytes.yaml", task)
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--tasks", "bytes", "--include_path", str(tmp_path)]
+    command = [forked_python("lm_eval"), "-m", "lm_eval", "run", "--model", "hf", "--tasks", "bytes"]
+    command += ["--include_path", str(tmp_path)]
     options = ["--model_args", f"pretrained={tmp_path / 'model'},dtype=float32", "--device", "cpu"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [*command, *options, "--output_path", str(tmp_path / "results")], capture_output=True, text=True, env=environment
     )
