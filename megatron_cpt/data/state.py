@@ -209,7 +209,7 @@ def resume(
         raise InputError(
             f"{read}: {changed[0]}; data.accept_new_mixture takes it from here on, each corpus going on where it was"
         )
-    if not changed and (now.global_batch_size == global_batch_size or schedule.megatron is not None):
+    if not changed and now.global_batch_size == global_batch_size:
         return DataState(segments)
     trees = _trees(saved.get("trees", {}), "data.trees")
     segment = Segment(consumed_samples, global_batch_size, _uses(saved.get("consumed")), fingerprint, described, trees)

@@ -195,6 +195,7 @@ def read_run(path: str, mixture_path: str | None, threads: int) -> OrderedRun:
     for old, new in ((state.now.mixture, mixture.fingerprint()), (state.now.schedule, schedule.describe())):
         if old != new:
             raise InputError(f"{mixture.path}: not the mixture that {folder} has read: {difference(old, new)}")
+    check_steps(folder, state, manifest["iteration"], manifest["consumed_samples"])
     stretches, step = list[Stretch](), 1
     for i, segment in enumerate(state.segments):
         end = state.segments[i + 1].start if i + 1 < len(state.segments) else samples
@@ -204,6 +205,17 @@ def read_run(path: str, mixture_path: str | None, threads: int) -> OrderedRun:
             stretches.append(Stretch(step, segment.start, end, segment.global_batch_size, order))
         step += -(-(end - segment.start) // segment.global_batch_size)
     return OrderedRun(mixture, stretches)
+
+
+def check_steps(folder: str, state: DataState, iteration: int, consumed_samples: int) -> None:
+    """Raise InputError where the segments do not tell of all global batch sizes: those of before, in Megatron-LM's order."""
+    ends = [*(segment.start for segment in state.segments[1:]), consumed_samples]
+    steps = sum(-(-(end - one.start) // one.global_batch_size) for one, end in zip(state.segments, ends, strict=True))
+    if steps != iteration:
+        raise InputError(
+            f"{os.path.join(folder, 'manifest.json')}: data.segments are {steps:,} steps up to sample {consumed_samples:,}; "
+            f"expected {iteration:,}, as iteration: an earlier version did not record that global_batch_size changed"
+        )
 
 
 def steps_of(config: ExportOrderConfig, ordered: OrderedRun) -> tuple[int, int]:

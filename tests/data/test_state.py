@@ -277,7 +277,10 @@ def test_megatrons_order_cannot_begin_in_the_middle(tmp_path: Path, corpora: lis
     saved = json.loads(json.dumps(state.to_json(mixture, schedule, 16)))
     assert [use["samples"] for use in saved["consumed"]] == schedule.counts(16)
     assert resume(saved, 16, mixture, schedule, 8, False) == state
-    assert resume(saved, 16, mixture, schedule, 4, False) == state  # it knows no batches
+    other = resume(saved, 16, mixture, schedule, 4, False)  # its samples stay the same: only steps are counted otherwise
+    assert [(segment.start, segment.global_batch_size) for segment in other.segments] == [(0, 8), (16, 4)]
+    assert other.order(mixture, schedule) is schedule.megatron
+    assert [use.samples for use in other.consumed(mixture, schedule, 60)] == schedule.counts(60)
     with pytest.raises(InputError, match="cannot begin, end or change within a run"):
         resume(saved, 16, mixture, mixture.megatron_schedule(200), 8, True)
     with pytest.raises(InputError, match="cannot begin, end or change within a run"):

@@ -17,14 +17,16 @@ from forks import Forks
 from tiny_models import read_rows, run_tool, write_yaml
 from tiny_runs import Layout, Runs
 
+from megatron_cpt.checkpoint.layout import read_checkpoint_manifest
 from megatron_cpt.config.run import DataConfig
 from megatron_cpt.data.document_reads import on_cpu
 from megatron_cpt.data.loader import TrainingData
 from megatron_cpt.data.sampling.order import SampleOrder
+from megatron_cpt.data.state import DataState, saved_segments
 from megatron_cpt.errors import InputError
 from megatron_cpt.training import device_order
 from megatron_cpt.training.device_order import OnDevice
-from megatron_cpt.training.order_export import ExportOrderConfig, open_run
+from megatron_cpt.training.order_export import ExportOrderConfig, check_steps, open_run
 
 SEQ_LENGTH = 64  # of `Runs`
 
@@ -136,6 +138,27 @@ def test_steps_of_a_run_that_changed_its_batch_and_its_mixture(changed: Path, tm
     early = sorted(changed.glob("iter_*"))[0]
     export("--run", str(early), "--output", str(tmp_path / "early.parquet"))
     assert {row["step"] for row in rows_of(tmp_path / "early.parquet")} == {1, 2}
+
+
+def test_steps_of_a_run_in_megatrons_order_that_changed_its_batch(runs: Runs, tmp_path: Path) -> None:
+    megatron = ["--data.order=megatron", "--training.train_iters=null", "--training.train_samples=32"]
+    run = runs.train("megatron_order", Layout(), *megatron, "--lr.warmup_iters=1")
+    for later in sorted(run.glob("iter_*"))[1:]:  # as a run that was stopped after two steps
+        shutil.rmtree(later)
+    (run / "latest_checkpointed_iteration.txt").write_text("2")
+    quarter = ["--training.global_batch_size=4", "--lr.warmup_iters=1", "--lr.on_continue=continue"]
+    runs.train("megatron_order", Layout(), *megatron, *quarter)
+    output = tmp_path / "order.parquet"
+    export("--run", str(run), "--output", str(output))
+    rows = rows_of(output)
+    assert {row["sample"]: row["step"] for row in rows} == {n: n // 8 + 1 if n < 16 else n // 4 - 1 for n in range(32)}
+    check_tokens(rows, ExportOrderConfig(str(run), output="order.npy"), 0, 32)
+    manifest = read_checkpoint_manifest(str(sorted(run.glob("iter_*"))[-1]))
+    segments = saved_segments(manifest["data"])
+    check_steps("run", DataState(segments), 6, 32)
+    said = "data.segments are 4 steps up to sample 32; expected 6, as iteration"  # as versions of before recorded it
+    with pytest.raises(InputError, match=said):
+        check_steps("run", DataState(segments[:1]), 6, 32)
 
 
 def test_an_output_that_is_there(runs: Runs, tmp_path: Path) -> None:
