@@ -361,7 +361,7 @@ def merge_manifests(manifests: Sequence[CorpusManifest], shuffle_seed: int | Non
             known = sources.get(source.path)
             documents = source.documents + (known.documents if known else 0)
             sha256 = source.sha256 or (known.sha256 if known else None)
-            records = _joined_records(source, known)
+            records = source.records if known is None else _joined_records(source, known, manifest.partition is not None)
             sources[source.path] = replace(source, documents=documents, sha256=sha256, records=records)
     first = manifests[0]
     text_bytes, tokens = (sum(getattr(m, name) for m in manifests) for name in ("text_bytes", "tokens"))
@@ -390,17 +390,22 @@ def merge_manifests(manifests: Sequence[CorpusManifest], shuffle_seed: int | Non
     )
 
 
-def _joined_records(source: SourceInfo, known: SourceInfo | None) -> int | None:
-    if known is None:
-        return source.records
-    return None if source.records is None or known.records is None else source.records + known.records
+def _joined_records(source: SourceInfo, known: SourceInfo, are_partitions: bool) -> int | None:
+    """Lines or rows of a file that several corpora read: partitions each their own. Others each all, and each skipped its
+    own: None, so that nobody takes what one skipped for what the other did."""
+    if not are_partitions or source.records is None or known.records is None:
+        return None
+    return source.records + known.records
 
 
 def _keep_order(manifests: Sequence[CorpusManifest]) -> bool:
     """Whether the documents of corpora lie in the order of their files when the corpora are joined."""
-    paths = [source.path for manifest in manifests for source in manifest.sources if source.documents]
-    each_once = manifests[0].partition is not None or len(set(paths)) == len(paths)
-    return each_once and all(manifest.in_order and manifest.shuffle_documents is None for manifest in manifests)
+    listed = dict.fromkeys(source.path for manifest in manifests for source in manifest.sources)
+    given = [source.path for manifest in manifests for source in manifest.sources if source.documents]
+    with_documents = set(given)
+    # A file that gave its documents to a later corpus only is listed where an earlier one that read it has it
+    as_listed = manifests[0].partition is not None or given == [path for path in listed if path in with_documents]
+    return as_listed and all(manifest.in_order and manifest.shuffle_documents is None for manifest in manifests)
 
 
 def _joined_origins(manifests: Sequence[CorpusManifest]) -> dict[str, list[str]]:

@@ -75,6 +75,32 @@ def test_partitions_and_corpora_that_are_joined(folder: Path, tiny_tokenizer_dir
     check(str(folder / "both"), tiny_tokenizer_dir)
 
 
+@pytest.mark.parametrize("shuffle", [None, 3])
+def test_a_file_that_gave_documents_only_to_the_second_corpus(
+    folder: Path, tiny_tokenizer_dir: str, shuffle: int | None
+) -> None:
+    """What one corpus refused of a file is nothing that the other did."""
+    titled = [json.dumps({"title": f"b the lazy dog {i}", "text": f"b quick {i}"}) for i in range(40)]
+    (folder / "b.jsonl").write_text("\n".join(titled) + "\n")
+    for name, files, key in (("one", "cb", "title"), ("other", "c", "text"), ("late", "bc", "title"), ("more", "a", "text")):
+        make(folder, name, files, tiny_tokenizer_dir, text_key=key)
+    for number, names in enumerate((["one", "other"], ["late", "other"], ["late", "other", "more"], ["other", "one"])):
+        prefix = str(folder / f"joined{number}")
+        merge_datasets(MergeConfig([str(folder / name) for name in names], prefix, shuffle_documents=shuffle))
+        corpus, tokenizer = IndexedCorpus(prefix), load_tokenizer(tiny_tokenizer_dir)
+        origins = origins_of(prefix, read_manifest(prefix))
+        files, lines = origins.locate(np.arange(corpus.num_documents))
+        assert (files == UNKNOWN).all() == (number == 0)
+        for document, (file, line) in enumerate(zip(files.tolist(), lines.tolist(), strict=True)):
+            text = tokenizer.decode(corpus[document].tolist()[:-1])
+            if file != UNKNOWN:
+                assert text[0] == Path(origins.files[file]).name[0]
+            if line != UNKNOWN:
+                assert text in json.loads(Path(origins.files[file]).read_text().split("\n")[line - 1]).values()
+        known = {Path(origins.files[file]).name for file in set(files[lines != UNKNOWN].tolist())}
+        assert known == [set(), {"b.jsonl"}, {"a.jsonl", "b.jsonl"}, {"b.jsonl"}][number]
+
+
 def test_a_partition_knows_its_files(folder: Path, tiny_tokenizer_dir: str) -> None:
     for i in range(3):
         make(folder, "part", "ab", tiny_tokenizer_dir, partition=f"{i}/3")
