@@ -36,6 +36,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 # names, or to take them for quantized. Whole weights that have gone through Megatron need neither.
 ABOUT_OTHER_WEIGHTS = (ADAPTER_CONFIG, "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 FORMAT_FIELDS = frozenset({"sharded_backend", "sharded_backend_version", "common_backend", "common_backend_version"})
+A_CHECKPOINT = "expected the folder of a checkpoint or of a run"
 MOST_TRACKER = 100  # characters that are read of it
 
 
@@ -107,7 +108,7 @@ def iterations(root: str) -> dict[int, str]:
 def find_checkpoint(path: str) -> str:
     """A checkpoint folder, given itself or the folder of a run (its newest complete checkpoint)."""
     if not path:
-        raise InputError("the checkpoint's name is empty; expected its folder or that of a run")
+        raise InputError(f"the checkpoint's name is empty; {A_CHECKPOINT}")
     if not os.path.isdir(path):
         raise InputError(f"checkpoint {path}: no such folder")
     if os.path.exists(os.path.join(path, "metadata.json")):
@@ -115,7 +116,7 @@ def find_checkpoint(path: str) -> str:
         return path
     folder, passed_over = newest_complete(path)
     if folder is None:
-        raise InputError(passed_over[0] if passed_over else f"{path} holds no Megatron checkpoint")
+        raise InputError(passed_over[0] if passed_over else f"{path} holds no Megatron checkpoint; {A_CHECKPOINT}")
     return folder
 
 

@@ -103,15 +103,8 @@ class Mixture:
 
     def megatron_schedule(self, run_samples: int, threads: int = 1) -> Schedule:
         """As `schedule`, in Megatron-LM's own order, which is built here. InputError: it cannot have stages."""
-        schedule = self.schedule(run_samples)
-        if len(schedule.plans) > 1 or schedule.plans[0].almr[0] != schedule.plans[0].almr[1]:
-            raise InputError(
-                f"{self.path}: data.order megatron knows one almr for the whole run; found {len(self.stages)} stages, or "
-                f"an almr that changes"
-            )
+        schedule = self.schedule_of_one_almr(run_samples)
         weights = shares(schedule.plans[0])
-        if set(weights) != set(range(len(self.corpora))):
-            raise InputError(f"{self.path}: data.order megatron wants a share above 0 for every corpus; leave out others")
         lengths = [corpus.data.lengths() for corpus in self.corpora]
         floats = [float(weights[place]) for place in range(len(self.corpora))]
         try:
@@ -119,6 +112,18 @@ class Mixture:
         except InputError as error:
             raise InputError(f"{self.path}: data.order megatron: {error}") from None
         return replace(schedule, megatron=order)
+
+    def schedule_of_one_almr(self, run_samples: int) -> Schedule:
+        """As `schedule`, of a mixture that Megatron-LM can have. InputError: it has stages, or corpora without a share."""
+        schedule = self.schedule(run_samples)
+        if len(schedule.plans) > 1 or schedule.plans[0].almr[0] != schedule.plans[0].almr[1]:
+            raise InputError(
+                f"{self.path}: data.order megatron knows one almr for the whole run; found {len(self.stages)} stages, or "
+                f"an almr that changes"
+            )
+        if set(shares(schedule.plans[0])) != set(range(len(self.corpora))):
+            raise InputError(f"{self.path}: data.order megatron wants a share above 0 for every corpus; leave out others")
+        return schedule
 
     def sample_order(self, schedule: Schedule, global_batch_size: int, block_origin: int = 0) -> SampleOrder:
         """The order of the samples."""

@@ -28,12 +28,12 @@ from megatron_cpt.training.run_files import (
     check_can_resume,
     check_data,
     check_folder,
+    check_is_own,
     check_profile,
     check_schedule,
     check_together,
     find_start,
     is_complete,
-    is_own,
     length_of,
     read_model,
     read_token_bytes,
@@ -137,11 +137,8 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
     with refusals.noted():
         data = check_data(config, mixture, length, manifest)
     refusals.raise_any()
-    if complete and not is_own(config, start_from):
-        raise InputError(
-            f"checkpoint.load {start_from} is of step {length.iteration} and the run ends with step {length.train_iters}: "
-            f"there is nothing left to do; make it longer"
-        )
+    if complete:
+        check_is_own(config, start_from, length)
     late = unreached(mixture, data.schedule, data.run_samples)
     return CheckedRun(
         notes=(

@@ -91,6 +91,7 @@ def run_description(context: RunContext) -> dict[str, Any]:
     return {
         "kind": "pretrain",
         "start_from": os.path.abspath(run.start_from),
+        "began_with": os.path.realpath(run.config.checkpoint.load),
         "config": run.config.to_dict(),
         "model": dataclasses.asdict(run.llama),
         "layout": {

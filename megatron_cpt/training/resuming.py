@@ -51,7 +51,6 @@ def intact_run(context: RunContext, check: TensorCheck) -> CheckedRun:
     while (sentence := damage_found(context, check)) is not None:
         damaged[run.start_from] = sentence
         run = run_without(context, damaged)
-        log.say(f"passed over: {sentence}")
         log.say(f"{'resuming' if run.resumed else 'starting'} from {run.start_from}")
         with checking_tensors(run, context.ranks) as check:
             check.wait(context.watch.requests.stopping)
@@ -87,6 +86,7 @@ def run_without(context: RunContext, damaged: dict[str, str]) -> CheckedRun:
     newest = list(damaged)[-1]
     if not is_own(config, newest):
         raise SharedInputError(f"{damaged[newest]}; copy or convert it again, or use another checkpoint.load")
+    context.log.say(f"passed over: {damaged[newest]}")  # now: why else is the one before compared with the configuration?
     try:
         return check_run(config, context.ranks.world_size, damaged)
     except InputError as error:

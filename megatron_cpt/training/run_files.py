@@ -93,6 +93,7 @@ def check_rest(config: RunConfig, mixture: Mixture | None, start: tuple[str, Man
     folder, manifest = start or ("", None)
     length = length_of(config, seq_length, manifest)
     if is_complete(length, manifest):
+        check_is_own(config, folder, length)
         return
     with refusals.noted():
         check_can_resume(config, folder, manifest)
@@ -101,7 +102,9 @@ def check_rest(config: RunConfig, mixture: Mixture | None, start: tuple[str, Man
     with refusals.noted():
         check_schedule(config, seq_length, length, manifest)
     with refusals.noted():
-        if mixture is not None and config.data.order == "default":  # the other order takes long to build
+        if mixture is not None and config.data.order == "megatron":  # which takes long to build
+            mixture.schedule_of_one_almr(length.run_samples)
+        elif mixture is not None:
             check_data(config, mixture, length, manifest)
     refusals.raise_any()
 
@@ -177,11 +180,32 @@ def check_began_with(config: RunConfig, start_from: str, manifest: Manifest | No
     """Raise InputError where the folder belongs to a run that began with another checkpoint."""
     if manifest is None or not is_own(config, start_from):
         return
-    settings, began_with = config.checkpoint, manifest["config"]["checkpoint"]["load"]
-    if os.path.realpath(began_with) != os.path.realpath(settings.load):
+    settings, began_with, place = config.checkpoint, manifest["config"]["checkpoint"]["load"], manifest.get("began_with")
+    if not is_same_start(settings.load, began_with, place):
         raise InputError(
-            f"checkpoint.load is {settings.load} but the run in {settings.save} began with {began_with}; "
+            f"checkpoint.load is {settings.load} but the run in {settings.save} began with {place or began_with}; "
             f"use that, or another folder as checkpoint.save"
+        )
+
+
+def is_same_start(load: str, began_with: str, place: object) -> bool:
+    """Whether `load` is what a run began with.
+
+    Args:
+        began_with: as somebody typed it, perhaps in another folder than today's
+        place: where that was; not known of runs of earlier versions
+    """
+    if isinstance(place, str) and (os.path.realpath(load) == place or os.path.exists(place)):
+        return os.path.realpath(load) == place
+    return os.path.realpath(load) == os.path.realpath(began_with)  # it may have moved, together with the run
+
+
+def check_is_own(config: RunConfig, start_from: str, length: RunLength) -> None:
+    """Raise InputError where a finished run is not one's own, but one to go on from in another folder."""
+    if not is_own(config, start_from):
+        raise InputError(
+            f"checkpoint.load {start_from} is of step {length.iteration} and the run ends with step {length.train_iters}: "
+            f"there is nothing left to do; make it longer"
         )
 
 

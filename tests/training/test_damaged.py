@@ -110,6 +110,21 @@ def test_without_another_checkpoint_the_run_ends_with_one_line(damaged: Damaged)
         assert json.loads(status.read_text())["state"] == "failed"
 
 
+def test_a_refusal_by_the_checkpoint_before_says_why_that_is_asked(damaged: Damaged) -> None:
+    """The newest has the learning rate that is asked for, and is damaged."""
+    checkpoint = damaged.copy("before", steps=2)
+    faster = ("--optimizer.lr=0.002", "--lr.warmup_iters=0")
+    damaged.start("before", *faster, "--lr.on_continue=restart").finish()
+    newest = checkpoint.parent / f"iter_{STEPS:07d}"
+    flip(tensor_file(newest))
+    job = damaged.start("before", *faster, "--training.extend_to=4")
+    assert job.wait() == [2]
+    said = " ".join(job.text().split())
+    passed, refused = f"passed over: checkpoint {newest} is damaged", "schedule is not the one of the run's checkpoint"
+    assert said.index(passed) < said.index(refused)
+    assert job.text().count("error: ") == 1
+
+
 @pytest.mark.parametrize("case", [ONE, TWO], ids=str)
 def test_damaged_weights_to_start_from_are_refused(damaged: Damaged, case: Case) -> None:
     start = damaged.runs.folder / f"start{case.processes}"

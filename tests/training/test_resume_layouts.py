@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ import yaml
 from forks import Forks
 from layout_cases import BF16, FP32, Case
 from metrics_rows import clockless
-from tiny_models import ROOT, VARIANTS, read_rows, write_yaml
+from tiny_models import ROOT, VARIANTS, read_rows, run_tool, write_yaml
 from tiny_runs import SAVE_INTERVAL, Layout, Runs
 
 from megatron_cpt.checkpoint.verify import verify
@@ -162,10 +163,7 @@ def test_what_a_resumed_run_refuses_is_said_at_once_and_without_torch(trainer: T
         "--logging.profile_step_start=99",
         "--optimizer.clip_grad=-1",
     ]
-    command = [sys.executable, "-B", "-X", "importtime", str(ROOT / "tools" / "pretrain_cpt.py"), *argv]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    lines = refused_without_torch(*argv)
     for said in (
         "lr.on_continue",
         "other_seed.yaml",
@@ -175,4 +173,58 @@ def test_what_a_resumed_run_refuses_is_said_at_once_and_without_torch(trainer: T
     ):
         assert [said in line for line in lines].count(True) == 1, (said, lines)
     assert len(lines) == 5
+
+
+def refused_without_torch(*argv: str) -> list[str]:
+    """The lines with which a run's configuration is refused, before torch is imported."""
+    command = [sys.executable, "-B", "-X", "importtime", str(ROOT / "tools" / "pretrain_cpt.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
     assert not re.search(r"\| +(torch|megatron)$", done.stderr, re.MULTILINE)
+    return [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+
+
+def test_a_fork_of_a_finished_run_is_refused_together_with_other_mistakes(trainer: Trainer) -> None:
+    fork = ["--checkpoint.load", str(trainer.whole(SINGLE)), "--checkpoint.load_state=all"]
+    argv = ["--config", trainer.runs.configure("forked", Layout()), f"--training.train_iters={STEPS}", *fork]
+    lines = refused_without_torch(*argv, "--parallel.tensor_model_parallel_size=2")
+    assert [f"is of step {STEPS} and the run ends with step {STEPS}" in line for line in lines].count(True) == 1
+    assert any("tensor_model_parallel_size" in line for line in lines)
+    assert len(lines) == 2
+
+
+def test_megatrons_order_of_a_mixture_with_stages_is_refused_without_building_it(trainer: Trainer) -> None:
+    mixture = yaml.safe_load(Path(trainer.runs.mixture).read_text())
+    stages = [{"name": "first", "tokens": 512, "almr": 0.2}, {"name": "last", "almr": 0.4}]
+    other = write_yaml(
+        trainer.runs.folder / "two_stages.yaml", {k: v for k, v in mixture.items() if k != "almr"} | {"stages": stages}
+    )
+    argv = ["--config", trainer.runs.configure("staged", Layout()), "--mixture", other, "--data.order=megatron"]
+    (line,) = refused_without_torch(*argv)
+    assert "data.order megatron knows one almr for the whole run; found 2 stages" in line
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_knows_what_it_began_with_from_any_folder(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    """checkpoint.load is often a relative path; run and beginning may be moved together."""
+    for name in ("megatron", "hf"):
+        shutil.copytree(trainer.runs.folder / name, tmp_path / "a" / name)
+    config = trainer.runs.configure("began", Layout())
+    argv = ["--config", config, "--checkpoint.load=megatron", "--checkpoint.save=run", "--training.train_iters=1"]
+    (tmp_path / "a" / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    assert run_tool("pretrain_cpt.py", *argv, "--lr.warmup_iters=0", "--checkpoint.keep_last=1").returncode == 0
+    if moved:
+        (tmp_path / "a").rename(tmp_path / "b")
+        monkeypatch.chdir(tmp_path / "b")
+        assert "nothing to do" in run_tool("pretrain_cpt.py", *argv, "--lr.warmup_iters=0").stderr
+        return
+    again = [word.replace("=megatron", "=../megatron").replace("=run", "=../run") for word in argv]
+    monkeypatch.chdir("below")
+    assert "nothing to do" in run_tool("pretrain_cpt.py", *again, "--lr.warmup_iters=0").stderr
+    shutil.copytree(tmp_path / "a" / "megatron", "megatron")
+    wrong = [word.replace("=run", "=../run") for word in argv]
+    refused = run_tool("pretrain_cpt.py", *wrong, "--lr.warmup_iters=0", check=False)
+    assert f"checkpoint.load is megatron but the run in ../run began with {tmp_path}/a/megatron;" in refused.stderr
