@@ -154,7 +154,8 @@ def run(words: list[str]) -> int:
                 runpy.run_path(str(customized))
         if words[0] == "-m":
             sys.path[0], sys.argv = os.getcwd(), words[1:]
-            sys.modules.pop(words[1], None)  # or runpy warns that it is there already
+            if not hasattr(sys.modules.get(words[1]), "__path__"):
+                sys.modules.pop(words[1], None)  # or runpy warns that it is there already; of a package, __main__ is run
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             sys.path[0], sys.argv = os.path.dirname(os.path.abspath(words[0])), words
