@@ -94,8 +94,13 @@ class Schedule:
     def describe(self) -> list[dict[str, Any]]:
         """Lengths and ALMR in plain values: with the fingerprint, all that decides the order."""
         if self.megatron is not None:
-            return [{"order": "megatron", "run_samples": self.megatron.num_samples}]
+            return describe_megatron(self.megatron.num_samples)
         return [{"samples": plan.samples, "almr": [str(almr) for almr in plan.almr]} for plan in self.plans]
+
+
+def describe_megatron(run_samples: int) -> list[dict[str, Any]]:
+    """As `Schedule.describe`, of Megatron-LM's order, which depends on the length of the run."""
+    return [{"order": "megatron", "run_samples": run_samples}]
 
 
 def shares(plan: StagePlan) -> dict[int, Fraction]:

@@ -186,8 +186,29 @@ def resume(
 
     InputError: the mixture is another one and that was not accepted, or cannot be; or what was saved is damaged.
     """
+    fingerprint, described = mixture.fingerprint(), schedule.describe()
+    segments, changed = compare(saved, consumed_samples, mixture, described, accept_new_mixture, longer)
+    if not changed and segments[-1].global_batch_size == global_batch_size:
+        return DataState(segments)
+    trees = _trees(saved.get("trees", {}), "data.trees")
+    segment = Segment(consumed_samples, global_batch_size, _uses(saved.get("consumed")), fingerprint, described, trees)
+    return DataState((*segments, segment))
+
+
+def compare(
+    saved: dict[str, Any],
+    consumed_samples: int,
+    mixture: Mixture,
+    described: list[dict[str, Any]],
+    accept_new_mixture: bool,
+    longer: bool,
+) -> tuple[tuple[Segment, ...], bool]:
+    """The segments in a checkpoint, and whether mixture or schedule (see `Schedule.describe`) have changed since the last.
+
+    InputError: they have, and that was not accepted, or cannot be; or what was saved is damaged.
+    """
     segments = saved_segments(saved)
-    now, fingerprint, described = segments[-1], mixture.fingerprint(), schedule.describe()
+    now, fingerprint = segments[-1], mixture.fingerprint()
     changed = [difference(old, new) for old, new in ((now.mixture, fingerprint), (now.schedule, described)) if old != new]
     read = f"{mixture.path}: not the mixture the run has read {consumed_samples:,} samples of"
     for name in FIXED:
@@ -209,11 +230,7 @@ def resume(
         raise InputError(
             f"{read}: {changed[0]}; data.accept_new_mixture takes it from here on, each corpus going on where it was"
         )
-    if not changed and now.global_batch_size == global_batch_size:
-        return DataState(segments)
-    trees = _trees(saved.get("trees", {}), "data.trees")
-    segment = Segment(consumed_samples, global_batch_size, _uses(saved.get("consumed")), fingerprint, described, trees)
-    return DataState((*segments, segment))
+    return segments, bool(changed)
 
 
 def saved_segments(saved: Any) -> tuple[Segment, ...]:

@@ -16,8 +16,8 @@ from megatron_cpt.config.run import RunConfig
 from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger
 from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.mixture_file import load_mixture, read_seq_length
-from megatron_cpt.data.stages import Schedule
-from megatron_cpt.data.state import DataState, begin, resume
+from megatron_cpt.data.stages import Schedule, describe_megatron
+from megatron_cpt.data.state import DataState, begin, compare, resume
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.input_files import why_unwritable
 from megatron_cpt.model.layout import check_batch, check_layout
@@ -102,11 +102,20 @@ def check_rest(config: RunConfig, mixture: Mixture | None, start: tuple[str, Man
     with refusals.noted():
         check_schedule(config, seq_length, length, manifest)
     with refusals.noted():
-        if mixture is not None and config.data.order == "megatron":  # which takes long to build
-            mixture.schedule_of_one_almr(length.run_samples)
+        if mixture is not None and config.data.order == "megatron":
+            check_megatron_order(config, mixture, length, manifest)
         elif mixture is not None:
             check_data(config, mixture, length, manifest)
     refusals.raise_any()
+
+
+def check_megatron_order(config: RunConfig, mixture: Mixture, length: RunLength, manifest: Manifest | None) -> None:
+    """As `check_data` in Megatron-LM's order, as far as it can be checked without building it, which takes long."""
+    mixture.schedule_of_one_almr(length.run_samples)
+    if manifest is not None:
+        described, longer = describe_megatron(length.run_samples), config.training.extend_to is not None
+        accepted = config.data.accept_new_mixture
+        compare(manifest["data"], length.consumed_samples, mixture, described, accepted, longer)
 
 
 def length_of(config: RunConfig, seq_length: int, manifest: Manifest | None) -> RunLength:

@@ -193,7 +193,7 @@ def test_a_fork_of_a_finished_run_is_refused_together_with_other_mistakes(traine
     assert len(lines) == 2
 
 
-def test_megatrons_order_of_a_mixture_with_stages_is_refused_without_building_it(trainer: Trainer) -> None:
+def test_what_megatrons_order_cannot_have_is_refused_without_building_it(trainer: Trainer) -> None:
     mixture = yaml.safe_load(Path(trainer.runs.mixture).read_text())
     stages = [{"name": "first", "tokens": 512, "almr": 0.2}, {"name": "last", "almr": 0.4}]
     other = write_yaml(
@@ -202,6 +202,11 @@ def test_megatrons_order_of_a_mixture_with_stages_is_refused_without_building_it
     argv = ["--config", trainer.runs.configure("staged", Layout()), "--mixture", other, "--data.order=megatron"]
     (line,) = refused_without_torch(*argv)
     assert "data.order megatron knows one almr for the whole run; found 2 stages" in line
+    trainer.runs.interrupted(trainer.whole(SINGLE), "reordered")
+    argv = ["--config", trainer.runs.configure("reordered", Layout()), f"--training.train_iters={STEPS}"]
+    reordered = refused_without_torch(*argv, "--data.order=megatron", "--logging.profile_step_start=99")
+    assert any("cannot begin, end or change within a run" in line for line in reordered), reordered
+    assert len(reordered) == 2
 
 
 @pytest.mark.parametrize("moved", [False, True])
