@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_cpt.errors import InputError
 
@@ -24,15 +27,49 @@ class _OutOfTimeError(Exception):
     """A block took more time than it may."""
 
 
+class _Generation(Extension):
+    """{% generation %}, with which templates mark answers for transformers: a block of what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012 (as Jinja has it)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def check_jinja(where: str, text: str) -> None:
+    """Raise InputError unless a chat template's text is one that transformers can render, whatever it makes of messages.
+
+    Args:
+        where: names its file
+        text: Jinja with the tags that transformers knows
+    """
+    if not text.strip():
+        raise InputError(f"{where} is empty; expected a Jinja template")
+    extensions = [_Generation, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    with within_limits(f"the chat template of {where}", text):
+        try:
+            environment.compile(text)
+        except REFUSALS as error:
+            line = f"line {error.lineno}: " if isinstance(error, TemplateSyntaxError) else ""
+            said = " ".join(str(getattr(error, "message", None) or error).split())[:300]
+            raise InputError(f"{where} is no Jinja template: {line}{said}") from error
+
+
+def limited(tokenizer: Any) -> contextlib.AbstractContextManager[None]:
+    """`within_limits`, for the chat template that a tokenizer has."""
+    return within_limits(f"the chat template of {tokenizer.name_or_path}", tokenizer.chat_template)
+
+
 @contextlib.contextmanager
-def limited(tokenizer: Any) -> Iterator[None]:
-    """Let a block that renders a tokenizer's chat template use MOST_SECONDS (in the main thread) and MOST_BYTES.
+def within_limits(what: str, template: Any) -> Iterator[None]:
+    """Let a block that reads or renders a chat template use MOST_SECONDS (in the main thread) and MOST_BYTES.
 
     Raises:
         InputError: it wanted more, or the template has powers, which can take hours where nothing can end them
     """
-    what = f"the chat template of {tokenizer.name_or_path}"
-    if has_powers(tokenizer.chat_template):
+    if has_powers(template):
         raise InputError(f"{what} has the operator **; expected one without")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = _address_space() + MOST_BYTES

@@ -85,8 +85,15 @@ class PromptTemplate:
                 raise missing_token(name, tokenizer.name_or_path, missing[0])
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """What a model is given that has to answer."""
-        return self._render(messages, True)
+        """What a model is given that has to answer.
+
+        Raises:
+            RowError: the template refuses the messages, or makes nothing of them
+        """
+        text = self._render(messages, True)
+        if not text:
+            raise RowError("template", "the chat template makes nothing of it")
+        return text
 
     def _render(self, messages: Sequence[Message], ask: bool) -> str:
         turns = [

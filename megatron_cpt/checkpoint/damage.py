@@ -12,6 +12,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Iterator
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -51,7 +52,7 @@ def reading_hf_folder(what: str, folder: str) -> Iterator[None]:
         InputError: a file is damaged
     """
     try:
-        _check_json(folder)
+        check_json(folder)
     except InputError as error:
         raise InputError(f"{what} cannot be read: {error}") from error
     try:
@@ -80,13 +81,19 @@ def reading_hf_model(what: str, folder: str) -> Iterator[None]:
         yield
 
 
-def _check_json(folder: str) -> None:
-    """Libraries go on with whatever a JSON file holds, and fail somewhere inside."""
+def check_json(folder: str) -> None:
+    """Raise InputError unless the JSON files of a folder hold objects: libraries go on with all else, and fail."""
     if os.path.isdir(folder):
         check_folder(folder)
     for name in JSON_FILES:
         path = os.path.join(folder, name)
         if os.path.exists(path):
-            content = load_json(path)
-            if not isinstance(content, dict):
-                raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+            json_fields(path)
+
+
+def json_fields(path: str) -> dict[str, Any]:
+    """What a JSON file of a HF folder holds. InputError: it is no JSON object."""
+    content = load_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+    return content

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint.damage import reading_hf_folder
-from megatron_cpt.errors import InputError, if_on_the_hub
+from megatron_cpt.checkpoint.damage import JSON_FILES, check_json, reading_hf_folder
+from megatron_cpt.checkpoint.layout import WEIGHT_INDICES
+from megatron_cpt.errors import InputError, Refusals, if_on_the_hub
 from megatron_cpt.input_files import load_json, shown
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_difference
@@ -17,6 +18,13 @@ from megatron_cpt.tokenizer.hf_files import CONFIG, json_object, read_tokenizer_
 
 AS_THE_FILE_SAYS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of transformers that take tokenizer.json as it is; others build normalizer and pre-tokenizer by themselves."""
+VOCABULARIES = (".json", ".model", ".txt", ".tiktoken", ".bpe", ".vocab", ".spm")  # endings of files with one
+NO_VOCABULARY = (
+    *JSON_FILES,
+    *("chat_template.json", "manifest.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json"),
+    *WEIGHT_INDICES,
+)
+OF_BYTES = ("ByT5", "Canine", "Perceiver")  # classes of transformers without a file
 
 
 def load(folder: str, quiet: bool = False) -> Any:
@@ -47,8 +55,20 @@ def read_folder(folder: str) -> Tokenizer | None:
     """
     if not os.path.isdir(folder):
         raise InputError(f"tokenizer {folder}: no such folder{if_on_the_hub(folder)}")
+    check_json(folder)
+    if os.path.isfile(os.path.join(folder, "tokenizer.json")):
+        check_kinds(os.path.join(folder, CONFIG), *KINDS)
+    elif not _may_be_tokenizer(folder):
+        raise InputError(f"{folder} has no tokenizer: no tokenizer.json, tokenizer.model or other vocabulary is in it")
     files = (os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer.model"))
     return own_reading(folder) if any(map(os.path.isfile, files)) else None
+
+
+def _may_be_tokenizer(folder: str) -> bool:
+    """Whether a folder without tokenizer.json has a file that a tokenizer may be read from, or needs none."""
+    config = Path(folder, CONFIG)
+    needs_none = config.is_file() and str(json_object(config).get("tokenizer_class")).startswith(OF_BYTES)
+    return needs_none or any(name.endswith(VOCABULARIES) and name not in NO_VOCABULARY for name in os.listdir(folder))
 
 
 def say_other_reading(folder: str) -> None:
@@ -108,13 +128,15 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 NEVER_NULL = ("added_tokens_decoder", "model_input_names", "split_special_tokens")
 
 
-def _check_kinds(config: Path) -> None:
-    """InputError for values of another kind than transformers takes them for."""
-    fields = json_object(config) if config.is_file() else {}
-    for name, (fits, expected) in KINDS.items():
-        value = fields.get(name)
+def check_kinds(config: str, *names: str) -> None:
+    """Raise InputError for fields of a tokenizer_config.json of another kind than transformers takes them for."""
+    fields = json_object(Path(config)) if os.path.isfile(config) else {}
+    refusals = Refusals()
+    for name in names:
+        value, (fits, expected) = fields.get(name), KINDS[name]
         if name in fields and not (fits(value) or (value is None and name not in NEVER_NULL)):
-            raise InputError(f"{config}: {name} is {shown(value)}; expected {expected}")
+            refusals.add(InputError(f"{config}: {name} is {shown(value)}; expected {expected}"))
+    refusals.raise_any()
 
 
 def _from_transformers(folder: str, by_file: bool) -> Any:
@@ -123,7 +145,6 @@ def _from_transformers(folder: str, by_file: bool) -> Any:
     if by_file:
         with reading_hf_folder(f"tokenizer {folder}", folder):
             read_tokenizer_json(Path(folder, "tokenizer.json"))
-            _check_kinds(Path(folder, CONFIG))
             return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

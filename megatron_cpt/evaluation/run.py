@@ -272,7 +272,10 @@ class Session:
         if tokenizer.chat_template is None and self._config.chat_template is None:
             return question + "\n"
         name = None if tokenizer.chat_template is not None else self._config.chat_template
-        return PromptTemplate(tokenizer, name).prompt([Message("user", question)])
+        try:
+            return PromptTemplate(tokenizer, name).prompt([Message("user", question)])
+        except RowError as error:
+            raise InputError(f"{self._folder}: {error} (asked: {question[:40]!r})") from error
 
 
 @dataclass(frozen=True)

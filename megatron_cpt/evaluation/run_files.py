@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_cpt.chat_data.rows import check_rows
-from megatron_cpt.chat_data.template_files import read_template
+from megatron_cpt.chat_data.template_files import check_asking, read_template
+from megatron_cpt.checkpoint.hf_tokenizer import read_folder
+from megatron_cpt.checkpoint.weight_files import check_weights
 from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.errors import Refusals
 from megatron_cpt.evaluation.config import EvaluateConfig
 from megatron_cpt.input_files import why_unreadable, why_unwritable
-from megatron_cpt.model.hf_folder import check_model, check_positions
+from megatron_cpt.model.hf_folder import can_look_into, check_model, check_positions, positions_of
 
 
 def check_settings(config: EvaluateConfig) -> None:
@@ -35,15 +37,40 @@ def check_models(config: EvaluateConfig) -> None:
             for name, folder in config.models.items():
                 with need.noted():
                     check_model(folder, f"models.{name}")
-                    if config.prompts or config.pairwise is not None:
-                        check_positions(folder, config.max_new_tokens)
+                with need.noted():
+                    check_measurable(config, folder, judged=True)
         with need.noted():
             for i, checkpoint in enumerate(config.trajectory.checkpoints if config.trajectory is not None else ()):
                 with need.noted():
                     check_model(checkpoint.model, f"trajectory.checkpoints[{i}].model")
+                with need.noted():
+                    check_measurable(config, checkpoint.model, judged=False)
         with need.noted():
             run = config.trajectory.run if config.trajectory is not None else None
             need(run is None or os.path.isdir(run), "trajectory.run", run or "''", "the folder of a run (no such folder)")
+
+
+def check_measurable(config: EvaluateConfig, folder: str, judged: bool) -> None:
+    """As `check_settings`, of what is in the folder of a model. `judged`: whether it answers `pairwise.prompts`."""
+    benchmarks = bool(config.tasks or config.suite)
+    asked = bool(config.prompts or (judged and config.pairwise is not None and config.pairwise.judge.url is not None))
+    if not can_look_into(folder) or not (benchmarks or asked or config.text):
+        return
+    with Requirements() as need:
+        with need.noted():
+            check_weights(folder)
+        with need.noted():
+            if asked:
+                check_positions(folder, config.max_new_tokens)
+            elif config.text:
+                positions_of(folder)
+        with need.noted():
+            if asked:
+                check_asking(folder, config.chat_template)
+            elif benchmarks and config.chat:
+                check_asking(folder, None)
+            else:
+                read_folder(folder)
 
 
 def check_given(config: EvaluateConfig) -> None:

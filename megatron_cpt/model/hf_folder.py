@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron_cpt.errors import InputError, Refusals, if_on_the_hub
 from megatron_cpt.input_files import check_folder, load_json, shown
 from megatron_cpt.model.llama import check_size
 
+POSITIONS = "max_position_embeddings"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 
@@ -39,13 +41,29 @@ def check_model(model: str, field: str = "model") -> None:
     refusals.raise_any()
 
 
-def check_positions(model: str, max_new_tokens: int) -> None:
-    """Raise InputError where an answer may leave a prompt no position of a model, if its config.json can be read."""
+def can_look_into(model: str) -> bool:
+    """Whether a folder may be entered, and has a config.json; where not, `check_model` says all there is to say."""
+    return os.access(model, os.R_OK | os.X_OK) and os.path.isfile(os.path.join(model, "config.json"))
+
+
+def positions_of(model: str) -> float:
+    """How many tokens a model can read at once, by its config.json; infinity where that does not say it.
+
+    Raises:
+        InputError: it is no number of tokens
+    """
     path = os.path.join(model, "config.json")
     fields = load_json(path) if os.path.exists(path) else None
-    positions = fields.get("max_position_embeddings") if isinstance(fields, dict) else None
-    if isinstance(positions, int) and max_new_tokens >= positions:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; expected less than {positions}, the positions of {model}")
+    positions = fields.get(POSITIONS, math.inf) if isinstance(fields, dict) else math.inf
+    if positions != math.inf and (not isinstance(positions, int) or isinstance(positions, bool) or positions < 1):
+        raise InputError(f"{path}: {POSITIONS} is {shown(positions)}; expected a whole number, 1 or more")
+    return float(positions)
+
+
+def check_positions(model: str, max_new_tokens: int) -> None:
+    """Raise InputError where an answer may leave a prompt no position of a model, if its config.json can be read."""
+    if max_new_tokens >= (positions := positions_of(model)):
+        raise InputError(f"max_new_tokens is {max_new_tokens}; expected less than {positions:.0f}, the positions of {model}")
 
 
 def check_sizes(path: str, fields: Any) -> None:

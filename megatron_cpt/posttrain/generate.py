@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_cpt.chat_data.template_files import no_tokens
 from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
@@ -31,7 +32,11 @@ def load_model(folder: str) -> tuple[Any, Any]:
 
 
 def complete(folder: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy completions (the new text only), with a mild penalty on repetition; stops at the end of a text or turn."""
+    """Greedy completions (the new text only), with a mild penalty on repetition; stops at the end of a text or turn.
+
+    Raises:
+        InputError: the model cannot be read, or its tokenizer makes no token of a prompt
+    """
     import torch
 
     model, tokenizer = load_model(folder)
@@ -39,6 +44,8 @@ def complete(folder: str, prompts: Sequence[str], max_new_tokens: int) -> list[s
     completions = []
     for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt")
+        if inputs["input_ids"].shape[1] == 0:
+            raise no_tokens(prompt, folder)
         with torch.inference_mode():
             output = model.generate(
                 **inputs,

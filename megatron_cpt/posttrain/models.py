@@ -17,7 +17,7 @@ from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.errors import InputError
 from megatron_cpt.input_files import load_json
-from megatron_cpt.model.hf_folder import adapter_note, check_sizes
+from megatron_cpt.model.hf_folder import adapter_note, check_sizes, positions_of
 from megatron_cpt.posttrain.data import Prepared
 from megatron_cpt.posttrain.settings import LoraSettings
 from megatron_cpt.posttrain.sharding import receives_weights, unread_model
@@ -59,14 +59,14 @@ def config_of(folder: str) -> dict[str, Any]:
 
 def check_fit(folder: str, prepared: Prepared[Any]) -> None:
     """Raise InputError if the model has no row for a token of the data, or no position: it would fail at some step."""
-    fields = config_of(folder)
+    fields, positions = config_of(folder), positions_of(folder)
     for example in [*prepared.train, *(item for items in prepared.validation.values() for item in items)]:
         for ids in example.sequences():
             if max(ids) >= fields.get("vocab_size", math.inf):
                 found = f"a token {max(ids)}, and the model's vocab_size is {fields['vocab_size']}"
                 raise InputError(f"the tokenizer of {folder} has {found}; expected a model with a row for each")
-            if len(ids) > fields.get("max_position_embeddings", math.inf):
-                found = f"an example has {len(ids)} tokens, and the model {fields['max_position_embeddings']} positions"
+            if len(ids) > positions:
+                found = f"an example has {len(ids)} tokens, and the model {positions:.0f} positions"
                 raise InputError(f"data.max_length is too much for {folder}: {found}")
 
 

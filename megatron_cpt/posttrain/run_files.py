@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_cpt.chat_data.rows import check_rows
-from megatron_cpt.chat_data.template_files import check_tokenizer, read_template
+from megatron_cpt.chat_data.template_files import check_prompts, check_tokenizer, read_template
+from megatron_cpt.checkpoint.weight_files import check_weights
 from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.input_files import why_unreadable, why_unwritable
-from megatron_cpt.model.hf_folder import check_model, check_positions
+from megatron_cpt.model.hf_folder import can_look_into, check_model, check_positions, positions_of
 
 if TYPE_CHECKING:
     from megatron_cpt.posttrain.settings import ChatConfig, DataConfig, DpoConfig, SftConfig, SourceConfig, TrainingSettings
@@ -38,7 +39,9 @@ def check_settings(config: SftConfig | DpoConfig) -> None:
         check_save(config.save)
     with refusals.noted():
         check_model(config.model)
-        check_tokenizer(config.model, config.data.chat_template)
+    with refusals.noted():
+        if can_look_into(config.model):
+            check_to_train(config)
     with refusals.noted():
         check_export(config)
     with refusals.noted():
@@ -47,7 +50,7 @@ def check_settings(config: SftConfig | DpoConfig) -> None:
         check_data(config.data)
     with refusals.noted():
         if config.data.chat_template is not None:
-            read_template(config.data.chat_template)
+            read_template(config.data.chat_template, "data.chat_template")
     refusals.raise_any()
 
 
@@ -56,15 +59,33 @@ def check_chat(config: ChatConfig) -> None:
     refusals = Refusals()
     with refusals.noted():
         check_model(config.model)
-        if config.prompt is None:  # else the text is gone on with, without a template
-            check_tokenizer(config.model, config.chat_template)
     with refusals.noted():
-        if config.prompt is None:
-            check_positions(config.model, config.max_new_tokens)
+        if can_look_into(config.model):
+            with refusals.noted():
+                check_weights(config.model)
+            with refusals.noted():
+                if config.prompt is not None:  # the text is gone on with, without a template
+                    check_prompts(config.model, [config.prompt] if isinstance(config.prompt, str) else config.prompt)
+                else:
+                    check_tokenizer(config.model, config.chat_template)
+            with refusals.noted():
+                if config.prompt is None:
+                    check_positions(config.model, config.max_new_tokens)
     with refusals.noted():
         if config.chat_template is not None:
             read_template(config.chat_template)
     refusals.raise_any()
+
+
+def check_to_train(config: SftConfig | DpoConfig) -> None:
+    """As `check_settings`, of what is in the folder of the model."""
+    with Requirements() as need:
+        with need.noted():
+            positions_of(config.model)
+        with need.noted():
+            check_weights(config.model)
+        with need.noted():
+            check_tokenizer(config.model, config.data.chat_template, "data.chat_template")
 
 
 def check_export(config: SftConfig | DpoConfig) -> None:

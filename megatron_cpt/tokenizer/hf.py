@@ -92,6 +92,11 @@ class HuggingFaceTokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that a model is to go on with: with the tokens that tokenizer.json puts around it."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=True).ids
+        return ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts; uses all cores unless TOKENIZERS_PARALLELISM=false."""
         # `fast` leaves out the character offsets, which nobody here reads.

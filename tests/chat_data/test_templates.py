@@ -86,7 +86,7 @@ def test_a_template_in_a_file_and_the_tokenizers_own(chat_tokenizer_dir: str, tm
         ("{{ messages[0]['content'] }}", "changes earlier turns|does not give back"),
         ("{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}", "expected a special token"),
         ("{{ raise_exception('no') }}", "the chat template refuses it: no"),
-        ("{% for m in messages %}", "the chat template refuses it"),
+        ("{% for m in messages %}", "is no Jinja template"),
         ("{{ messages + 1 }}", "the chat template refuses it"),
         ("{{ 1 / 0 }}", "the chat template refuses it"),
         ("\udcff", r"bad\.jinja, which is no text in UTF-8"),

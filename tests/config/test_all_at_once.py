@@ -277,6 +277,7 @@ CASES = {
         [],
         [
             "tokenizer model has no chat template",
+            "model holds no .safetensors file",
             "max_new_tokens is 10000; expected less than 256",
             "temperature is -1.0",
         ],
@@ -291,7 +292,8 @@ CASES = {
         },
         [],
         [
-            "chat_template is chatml, but the tokenizer model has no token <|im_start|>",
+            "data.chat_template is chatml, but the tokenizer model has no token <|im_start|>",
+            "model holds no .safetensors file",
             "data.max_length is 1000000000; expected 8 to 1,048,576",
             "export_to is tokenizer, which is not empty",
         ],
@@ -308,6 +310,7 @@ CASES = {
         [],
         [
             "data.chat_template is not.json; LLaMA-Factory has templates of its own",
+            "model holds no .safetensors file",
             "loss_type is apo_zero, which LLaMA-Factory does not have",
             "export_to is ''; expected a name for a new folder (it is empty)",
         ],
@@ -324,6 +327,8 @@ CASES = {
         [
             "damaged/config.json is not JSON",
             "damaged/tokenizer.json is not JSON",
+            "damaged holds no .safetensors file",
+            "tokenizer damaged has no chat template",
             "data.almr is 0.5, but no source has the group additional",
             "training.global_batch_size is 6; expected a multiple of micro_batch_size 4",
             "training.seed is -1",
@@ -355,6 +360,7 @@ CASES = {
             "models.a/b is nowhere",
             "models.c is [1]",
             "max_new_tokens is 300; expected less than 256, the positions of model",
+            "model holds no .safetensors file",
             "text[0].path is []",
             "text[0].language is 'xx'",
             "text[1].path is lost.jsonl",

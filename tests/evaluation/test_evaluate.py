@@ -306,7 +306,7 @@ def test_a_damaged_model_is_named(config: EvaluateConfig, tmp_path: Path) -> Non
     damaged = tmp_path / "damaged"
     shutil.copytree(config.models["base"], damaged)
     (damaged / "model.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(InputError, match="damaged cannot be read"):
+    with pytest.raises(InputError, match=r"model\.safetensors has 100 bytes and no whole header"):
         evaluate(replace(config, models={"base": str(damaged)}, tasks=[]))
     assert not Path(config.output).exists()  # nothing was measured
 
@@ -485,3 +485,17 @@ def test_examples_are_counted_as_they_were_given() -> None:
     """A task that fixes their number keeps to it; parts of a benchmark may differ."""
     assert shots_of({"n-shot": {"a": 3, "b": 3}}) == 3
     assert shots_of({"n-shot": {"a": 3, "b": 0}}) is None
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "said"),
+    [("{{ raise_exception('no questions') }}", "refuses it: no questions"), ("{# nothing #}", "makes nothing of it")],
+)
+def test_a_template_that_does_not_ask(model: str, tmp_path: Path, chat_template: str, said: str) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(chat_template)
+    (tmp_path / "q.jsonl").write_text('{"instruction": "How are you?"}\n')
+    prompts = [PromptsConfig(str(tmp_path / "q.jsonl"), "en")]
+    config = EvaluateConfig(str(tmp_path / "out"), {"a": str(folder)}, prompts=prompts)
+    with pytest.raises(InputError, match=f"{folder}: the chat template {said} .asked: 'How are you"):
+        evaluate(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ FIELDS: dict[str, Any] = {
     "trajectory": {"run": "norun", "checkpoints": [{"iteration": 0, "model": ""}]},
     "chat_template": "nofile",
 }
+TASK = {"name": "ARC", "task": "arc_easy", "metric": "acc,none"}
 TEXT = [{"path": "there.jsonl", "language": "en"}]
 MISSING = [
     f"models.C-SFT is my-org/model, {MODEL}; {HUB}",
@@ -85,3 +87,26 @@ def test_with_wrong_settings_as_well(tmp_path: Path) -> None:
 def test_an_option_in_place_of_what_the_file_says(tmp_path: Path, option: str) -> None:
     fields = {"models": {"base": "nothere"}, "text": TEXT}
     assert refused(tmp_path, fields, option) == [f"models.base is gone, {MODEL}"]
+
+
+def test_tokenizers_that_do_not_go_with_the_template_are_all_named(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    """A model that has a template of its own needs no other."""
+    for name, template in (("first", None), ("own", "{{ messages }}"), ("broken", "{% if %}"), ("last", None)):
+        folder = Path(shutil.copytree(tiny_tokenizer_dir, tmp_path / name))
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+    lacks = "has no token <|im_start|>; use another template, or add its tokens"
+    broken = "broken/chat_template.jinja is no Jinja template: line 1: Expected an expression, got 'end of statement block'"
+    missing = [f"chat_template is chatml, but the tokenizer {name} {lacks}" for name in ("first", "last")]
+    models = {"one": "first", "two": "own", "three": "broken", "four": "last"}
+    (tmp_path / "there.jsonl").write_text("")
+    questions = [{"path": "there.jsonl", "language": "en"}]
+    said = refused(tmp_path, {"models": models, "prompts": questions, "chat_template": "chatml"})
+    assert sorted(line.removeprefix("run.yaml: ") for line in said) == sorted([*missing, broken])
+    assert refused(tmp_path, {"models": models, "tasks": [TASK], "chat": True}) == [broken]
+    (tmp_path / "last" / "tokenizer.json").write_text("{}")
+    said = refused(tmp_path, {"models": models, "tasks": [TASK], "text": TEXT})
+    assert len(said) == 1
+    assert "last/tokenizer.json" in said[0]

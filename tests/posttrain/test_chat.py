@@ -190,3 +190,8 @@ def test_stdin_that_is_closed_or_no_text(config: ChatConfig) -> None:
     odd = subprocess.run(command, input="\ud83d \x00 狗".encode("utf-8", "surrogatepass") + b"\xff\n", capture_output=True)
     assert odd.returncode == 0, odd.stderr
     assert odd.stderr.count(b"[3 tokens, ") == 1
+
+
+def test_a_model_goes_on_with_a_token_or_more(config: ChatConfig) -> None:
+    with pytest.raises(InputError, match=r"prompt is '', of which the tokenizer .* makes no token; expected a text"):
+        chat(replace(config, prompt=["The dog", ""]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +14,21 @@ import pytest
 from tiny_models import ROOT, write_yaml
 from without_rights import LAUNCHER, lock, needs_somebody
 
-from megatron_cpt.posttrain.run_files import check_data
-from megatron_cpt.posttrain.settings import DataConfig, SourceConfig
+from megatron_cpt.posttrain.run_files import check_chat, check_data
+from megatron_cpt.posttrain.settings import ChatConfig, DataConfig, SourceConfig
 
 MISSING = ["--model", "nothere", "--data.chat_template", "nofile"]
 SAID = [
     "model is nothere, which has no config.json",
     "run.yaml: data.sources[1].path is nothing.jsonl",
     "run.yaml: data.validation[0].path is lost.jsonl",
-    "chat_template is nofile, no file",
+    "data.chat_template is nofile, no file",
+]
+
+
+EMPTY_MODEL = [  # of a folder with nothing but a config.json
+    "error: model holds no .safetensors file and no pytorch_model.bin; expected weights",
+    "error: model has no tokenizer: no tokenizer.json, tokenizer.model or other vocabulary is in it",
 ]
 
 
@@ -88,7 +95,8 @@ def wrong_files(folder: Path, save: str, data: str, *launcher: str) -> list[str]
     assert result.returncode == 2
     first, *others = result.stderr.splitlines()
     assert first.startswith("error: optimizer.lr is 5.0")
-    return [line.removeprefix("error: ") for line in others]
+    assert set(others) > set(EMPTY_MODEL) or others == EMPTY_MODEL
+    return [line.removeprefix("error: ") for line in others if line not in EMPTY_MODEL]
 
 
 def test_a_place_where_no_run_can_be_saved_is_named(tmp_path: Path) -> None:
@@ -156,3 +164,22 @@ def test_a_model_that_may_not_be_entered_is_not_one_without_config(tmp_path: Pat
         "error: top_p is 2.0; expected a number above 0, at most 1",
         "error: model is model; expected a Hugging Face folder that you may enter and read (Permission denied)",
     ]
+
+
+def test_a_prompt_without_a_token_is_refused_at_once(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    """Unless the tokenizer puts one before each text."""
+    model = Path(shutil.copytree(tiny_tokenizer_dir, tmp_path / "model"))
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / "chat.py"), str(model), "--prompt", ""]
+    assert errors_of(command) == [f"prompt is '', of which the tokenizer {model} makes no token; expected a text"]
+    fields = json.loads((model / "tokenizer.json").read_text())
+    token = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    fields["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [token, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    (model / "tokenizer.json").write_text(json.dumps(fields))
+    check_chat(ChatConfig(str(model), prompt=""))
