@@ -341,7 +341,7 @@ def why_unreadable(path: str) -> str | None:
 
 def why_unwritable(folder: str) -> str | None:
     """Why a folder can neither be written to nor be made by this user; None: it can. Nothing is made."""
-    place = os.path.abspath(os.path.expanduser(folder))
+    place = os.path.abspath(folder)
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     if not os.path.isdir(place):

@@ -25,6 +25,7 @@ from megatron_cpt.input_files import (
     parse_yaml,
     plain_number,
     text_of,
+    why_unwritable,
 )
 
 TENFOLD = "".join(
@@ -222,3 +223,13 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     (folder / "config.json").symlink_to("../../../../elsewhere/blobs/0123")
     with pytest.raises(InputError, match="is a symbolic link"):
         check_folder(folder, links=False)
+
+
+def test_a_tilde_is_a_name_where_it_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who means the home folder by it asks for that one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert why_unwritable("~/new") is None
+    (tmp_path / "~").write_text("no folder")
+    assert why_unwritable("~/new") == f"{tmp_path}/~ is no folder"

@@ -22,7 +22,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_cpt.checkpoint.background import Worker, WorkerError
-from megatron_cpt.checkpoint.folders import publish_folder, temporary_name
+from megatron_cpt.checkpoint.folders import missing_parents, publish_folder, remove_empty, temporary_name
 from megatron_cpt.errors import InputError
 from megatron_cpt.locking import open_lock
 
@@ -53,8 +53,9 @@ def resumable_folder(path: str, identity: dict[str, Any]) -> Iterator[str]:
     Raises:
         InputError: another process is at it
     """
-    temporary = temporary_name(path)
-    made = _missing_parents(temporary)
+    target = os.path.realpath(path)  # a link keeps its place, and what it leads to takes the folder's
+    temporary = temporary_name(target)
+    made = missing_parents(temporary)
     os.makedirs(os.path.join(temporary, JOB), exist_ok=True)
     try:
         with _locked(os.path.join(temporary, JOB, "description.json"), path) as job:
@@ -65,28 +66,17 @@ def resumable_folder(path: str, identity: dict[str, Any]) -> Iterator[str]:
                 job.flush()
             yield temporary
             shutil.rmtree(os.path.join(temporary, JOB))
-            publish_folder(temporary, path)
+            publish_folder(temporary, target)
     except BusyError:
         raise
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{path} is unfinished; the same command goes on from here") from None
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):  # somebody else has put something there
-                os.rmdir(parent)
+        remove_empty(made)
         if isinstance(error, OSError):
             raise InputError(f"{path} cannot be written: {error}") from error
         raise
-
-
-def _missing_parents(path: str) -> list[str]:
-    """Folders above `path` that do not exist, the lowest first."""
-    missing, parent = [], os.path.dirname(path)
-    while not os.path.exists(parent):
-        missing.append(parent)
-        parent = os.path.dirname(parent)
-    return missing
 
 
 class BusyError(InputError):

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatron_cpt.checkpoint.layout import RELEASE, checkpoint_name, fsync, is_complete, iterations
 
@@ -29,10 +29,28 @@ def publish_folder(temporary: str, path: str) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def missing_parents(path: str) -> list[str]:
+    """Folders above `path` that do not exist, the lowest first."""
+    missing, parent = [], os.path.dirname(path)
+    while not os.path.exists(parent):
+        missing.append(parent)
+        parent = os.path.dirname(parent)
+    return missing
+
+
+def remove_empty(folders: Sequence[str]) -> None:
+    """Remove folders, the lowest first, in which nobody has put anything."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+
+
 @contextlib.contextmanager
 def appearing_folder(path: str) -> Iterator[str]:
     """A temporary folder beside `path` that takes its name when the block succeeds and vanishes when it fails."""
+    path = os.path.realpath(path)  # a link keeps its place; `a/../b` is one folder, and needs no a
     temporary = temporary_name(path)
+    made = missing_parents(temporary)
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     try:
@@ -40,6 +58,7 @@ def appearing_folder(path: str) -> Iterator[str]:
         publish_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        remove_empty(made)
         raise
 
 

@@ -147,7 +147,7 @@ def pairs_in(inputs: dict[str, torch.Tensor]) -> int:
 
 def finetune_dpo(config: DpoConfig) -> str:
     """Run it; returns the folder of the result."""
-    files = check_files(config.save, config.model, config.data)
+    files = check_files(None if config.export_to is not None else config.save, config.model, config.data)
     datasets.disable_progress_bars()
     use_cpu = device_type() == "cpu"
     process = PartialState(cpu=use_cpu)

@@ -32,6 +32,8 @@ def export(folder: str, config: SftConfig | DpoConfig, prepared: Prepared[Any], 
         InputError: the chat template or the loss is none that both know, or the folder is not empty
     """
     check_export(config)
+    if os.pardir in folder.split(os.sep):  # a/../b is b without a, too
+        folder = os.path.realpath(folder)
     for item in [*prepared.train, *(item for items in prepared.validation.values() for item in items)]:
         check_messages(item.origin, item.row)
     stage = "dpo" if hasattr(config, "beta") else "sft"

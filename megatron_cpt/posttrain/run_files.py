@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from megatron_cpt.chat_data.rows import check_rows
 from megatron_cpt.chat_data.template_files import check_prompts, check_tokenizer, read_template
+from megatron_cpt.checkpoint.hf_tokenizer import read_folder
 from megatron_cpt.checkpoint.weight_files import check_weights
 from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.require import Requirements, require
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.input_files import why_unreadable, why_unwritable
 from megatron_cpt.model.hf_folder import can_look_into, check_model, check_positions, positions_of
 
@@ -36,7 +37,10 @@ def check_settings(config: SftConfig | DpoConfig) -> None:
     """
     refusals = Refusals()
     with refusals.noted():
-        check_save(config.save)
+        if not exports(config):
+            check_save(config.save)
+        elif not config.save:  # LLaMA-Factory will save there
+            raise empty_save()
     with refusals.noted():
         check_model(config.model)
     with refusals.noted():
@@ -49,7 +53,7 @@ def check_settings(config: SftConfig | DpoConfig) -> None:
     with refusals.noted():
         check_data(config.data)
     with refusals.noted():
-        if config.data.chat_template is not None:
+        if config.data.chat_template is not None and not is_foreign(config):
             read_template(config.data.chat_template, "data.chat_template")
     refusals.raise_any()
 
@@ -85,7 +89,23 @@ def check_to_train(config: SftConfig | DpoConfig) -> None:
         with need.noted():
             check_weights(config.model)
         with need.noted():
-            check_tokenizer(config.model, config.data.chat_template, "data.chat_template")
+            if is_foreign(config):
+                read_folder(config.model)
+            else:
+                check_tokenizer(config.model, config.data.chat_template, "data.chat_template")
+
+
+def exports(config: SftConfig | DpoConfig) -> bool:
+    """Whether data are known to be exported, instead of a run."""
+    try:
+        return config.export_to is not None
+    except RefusedValueError:
+        return False
+
+
+def is_foreign(config: SftConfig | DpoConfig) -> bool:
+    """Whether data are to be exported with a template that LLaMA-Factory lacks: `check_export` says all there is to say."""
+    return exports(config) and config.data.chat_template not in LLAMAFACTORY_TEMPLATES
 
 
 def check_export(config: SftConfig | DpoConfig) -> None:
@@ -100,8 +120,9 @@ def check_export(config: SftConfig | DpoConfig) -> None:
     with Requirements() as need:
         with need.noted():
             if template not in LLAMAFACTORY_TEMPLATES:
+                found = "null" if template is None else template
                 raise InputError(
-                    f"data.chat_template is {template}; LLaMA-Factory has templates of its own, of which "
+                    f"data.chat_template is {found}; LLaMA-Factory has templates of its own, of which "
                     f"{' and '.join(LLAMAFACTORY_TEMPLATES)} are the same here: use one of them"
                 )
         with need.noted():
@@ -110,7 +131,8 @@ def check_export(config: SftConfig | DpoConfig) -> None:
                 known = ", ".join(LLAMAFACTORY_LOSSES)
                 raise InputError(f"loss_type is {loss}, which LLaMA-Factory does not have; expected one of {known}")
         with need.noted():
-            why = why_unwritable(folder) if folder else "it is empty"
+            beside = os.path.dirname(os.path.realpath(folder))  # where it is written before it gets its name
+            why = (why_unwritable(folder) or why_unwritable(beside)) if folder else "it is empty"
             need(why is None, "export_to", folder or "''", f"a name for a new folder ({why})")
             if os.path.isdir(folder) and os.listdir(folder):
                 raise InputError(f"export_to is {folder}, which is not empty; use another folder")
@@ -132,7 +154,7 @@ def accumulation(training: TrainingSettings, world_size: int) -> int:
 def check_save(folder: str) -> None:
     """Raise InputError unless a run may begin, or resume, in a folder: it can be written to, and has nothing else in it."""
     if not folder:
-        raise InputError("save is empty; use the name of a folder")
+        raise empty_save()
     if os.path.exists(os.path.join(folder, "hf")):
         raise InputError(f"{folder} holds a finished run; use another folder as save, or remove it")
     place = os.path.abspath(folder)
@@ -146,6 +168,11 @@ def check_save(folder: str) -> None:
         raise InputError(f"save is {folder}, which holds a model; expected a folder of its own for the run")
     if any(MEGATRON.fullmatch(name) for name in (os.listdir(folder) if os.access(folder, os.R_OK) else ())):
         raise InputError(f"save is {folder}, which holds Megatron checkpoints; expected a folder of its own for the run")
+
+
+def empty_save() -> InputError:
+    """A run has to have a folder."""
+    return InputError("save is empty; use the name of a folder")
 
 
 def check_data(data: DataConfig) -> None:

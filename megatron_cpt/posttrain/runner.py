@@ -35,22 +35,23 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REPORT, STATUS = "data_report.json", "status.json"
 
 
-def check_files(folder: str, model: str, data: DataConfig) -> list[str]:
-    """The paths of the data, when they are there, and the run may begin, or resume, in its folder.
+def check_files(folder: str | None, model: str, data: DataConfig) -> list[str]:
+    """The paths of the data, when they are there, and the run may begin, or resume, in its folder (None: it saves nothing).
 
     Raises:
         InputError: something is wrong with one of them; InputErrors: with several
     """
     refusals, files = Refusals(), list[str]()
     with refusals.noted():
-        check_save(folder)
+        if folder is not None:
+            check_save(folder)
     with refusals.noted():
         check_model(model)
     with refusals.noted():
         files = data.files()
     with refusals.noted():
         if data.chat_template is not None:
-            read_template(data.chat_template)
+            read_template(data.chat_template, "data.chat_template")
     refusals.raise_any()
     return files
 

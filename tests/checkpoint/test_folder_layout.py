@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint.folders import hide, remove_unfinished, set_aside_damaged, to_delete
+from megatron_cpt.checkpoint.folders import appearing_folder, hide, remove_unfinished, set_aside_damaged, to_delete
 from megatron_cpt.checkpoint.layout import (
     TRACKER,
     check_complete,
@@ -215,3 +215,21 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(name: str, tmp_path: Path) -> 
     os.mkfifo(folder / name)
     with pytest.raises(InputError, match=f"{name} is a pipe or a device; expected a plain file"):
         check_complete(str(folder))
+
+
+@pytest.mark.parametrize("name", ["link/", "link", "there/.", "there/", "new/deep", "lost/../new/deep", "link/../new"])
+def test_a_folder_appears_however_its_place_is_written(tmp_path: Path, name: str) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    path = f"{tmp_path}/{name}"
+    with appearing_folder(path) as temporary:
+        (Path(temporary) / "file").write_text("x")
+    assert (Path(os.path.realpath(path)) / "file").read_text() == "x"
+    assert (tmp_path / "link").is_symlink()
+    assert not [found for found in tmp_path.rglob("*") if ".tmp" in found.name or found.name == "lost"]
+
+
+def test_what_fails_leaves_no_folder_above_it(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), appearing_folder(str(tmp_path / "a" / "b" / "c")):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())

@@ -51,6 +51,14 @@ def test_pairs(chat_model: str, tmp_path: Path) -> None:
         finetune_dpo(config)
 
 
+def test_the_folder_of_a_finished_run_is_no_hindrance(chat_model: str, tmp_path: Path) -> None:
+    """Nothing is written there. What is printed, and the folder of the data, are names of what is there."""
+    config = sft_config(chat_model, tmp_path, export_to=str(tmp_path / "lost" / ".." / "lf"))
+    (Path(config.save) / "hf").mkdir(parents=True)
+    path = finetune_sft(config)
+    assert yaml.safe_load(Path(path).read_text())["dataset_dir"] == str(tmp_path / "lf")
+
+
 @pytest.mark.parametrize("loss", ["apo_zero", "robust"])
 def test_losses_that_only_one_knows(chat_model: str, tmp_path: Path, loss: str) -> None:
     with pytest.raises(InputError, match=f"loss_type is {loss}, which LLaMA-Factory does not have; expected one of sigmoid"):

@@ -183,3 +183,20 @@ def test_a_prompt_without_a_token_is_refused_at_once(tmp_path: Path, tiny_tokeni
     }
     (model / "tokenizer.json").write_text(json.dumps(fields))
     check_chat(ChatConfig(str(model), prompt=""))
+
+
+@pytest.mark.parametrize(("template", "shown"), [("null", "null"), ("nofile.jinja", "nofile.jinja")])
+def test_a_template_that_cannot_be_exported_is_one_mistake(
+    tmp_path: Path, tiny_tokenizer_dir: str, template: str, shown: str
+) -> None:
+    model = Path(shutil.copytree(tiny_tokenizer_dir, tmp_path / "model"))
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    (tmp_path / "run" / "hf").mkdir(parents=True)  # a finished run, of no account here
+    options = ["--model", str(model), "--export_to", str(tmp_path / "new"), "--data.chat_template", template]
+    said = refused(tmp_path, "finetune_sft.py", *options)
+    assert said[0].startswith(f"data.chat_template is {shown}; LLaMA-Factory has templates of its own")
+    assert [line.split(" is ")[0] for line in said[1:]] == [
+        "run.yaml: data.sources[1].path",
+        "run.yaml: data.validation[0].path",
+    ]
