@@ -13,7 +13,7 @@ import orjson
 
 from megatron_cpt.data.manifest import CorpusManifest, SourceInfo
 from megatron_cpt.data.shuffle import document_keys
-from megatron_cpt.errors import InputError
+from megatron_cpt.errors import InputError, brief
 
 UNKNOWN = -1
 Numbers = npt.NDArray[np.int64]
@@ -90,10 +90,13 @@ def _skipped_lines(path: Path, sources: list[SourceInfo]) -> Iterator[tuple[int,
             with path.open("rb") as stream:
                 for row in stream:
                     fields = orjson.loads(row)
-                    lines[fields["file"]].append(int(fields["line"]))
+                    line = fields["line"]
+                    if type(line) is not int or not 1 <= line < 1 << 62:
+                        raise ValueError(f"line is {brief(line)}")
+                    lines[fields["file"]].append(line)
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a file and a line in each row") from None
     for file, source in enumerate(sources):
         found = np.unique(np.array(lines[source.path], np.int64))
-        if source.records is not None and source.records == source.documents + found.size:
+        if source.records == source.documents + found.size and (found <= source.records).all():
             yield file, found

@@ -174,7 +174,19 @@ def read_manifest(prefix: str) -> CorpusManifest:
         if name not in manifest.files:
             raise InputError(f"{path}: files.{name} is missing")
     parse_partition(manifest.partition, f"{path}: ")
+    _check_numbers(path, manifest)
     return manifest
+
+
+def _check_numbers(path: Path, manifest: CorpusManifest) -> None:
+    """Raise InputError for a seed or a number of documents that no corpus can have."""
+    numbers = {"shuffle_documents": (manifest.shuffle_documents, 64)}
+    for i, source in enumerate(manifest.sources):
+        numbers[f"sources[{i}].documents"] = source.documents, 56
+        numbers[f"sources[{i}].records"] = source.records, 56
+    for name, (value, bits) in numbers.items():
+        if value is not None and not 0 <= value < 1 << bits:
+            raise InputError(f"{path}: {name} is {value}; expected a whole number from 0 to 2^{bits} - 1")
 
 
 def _build(record: type[Record], values: Any, where: str) -> Record:

@@ -138,6 +138,16 @@ def test_a_manifest_of_before(folder: Path, tiny_tokenizer_dir: str) -> None:
 
 def test_a_damaged_list_of_skipped_lines(folder: Path, tiny_tokenizer_dir: str) -> None:
     prefix = make(folder, "corpus", "a", tiny_tokenizer_dir)
+    manifest = read_manifest(prefix)
+    for line in ('"1"', "true", "-7", "0", "1.0", str(10**24), str(2**63)):
+        Path(f"{prefix}.errors.jsonl").write_text(f'{{"file": "a", "line": {line}}}\n')
+        with pytest.raises(
+            InputError, match=r"corpus\.errors\.jsonl: cannot be read \(line is .*; expected a file and a line"
+        ):
+            origins_of(prefix, manifest)
+    rows = [json.dumps({"file": manifest.sources[0].path, "line": line}) + "\n" for line in (1, 18, 50)]
+    Path(f"{prefix}.errors.jsonl").write_text("".join(rows))
+    assert not origins_of(prefix, manifest).skipped  # line 50 of 40
     Path(f"{prefix}.errors.jsonl").write_text('{"file": 1}\n')
     with pytest.raises(InputError, match=r"corpus\.errors\.jsonl: cannot be read .*; expected a file and a line"):
         origins_of(prefix, read_manifest(prefix))

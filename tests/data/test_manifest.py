@@ -51,6 +51,8 @@ def test_missing_and_not_json(tmp_path: Path) -> None:
         (["files", "idx"], None, "files.idx is missing"),
         (["files", "bin", "sha256"], 3, "files.bin.sha256 is 3; expected str"),
         (["sources", 0, "sha256"], 3, r"sources\[0\].sha256 is 3; expected str | None"),
+        (["shuffle_documents"], -1, r"shuffle_documents is -1; expected a whole number from 0 to 2\^64 - 1"),
+        (["shuffle_documents"], 2**64, "shuffle_documents is "),
         (["partition"], "5/5", "partition is '5/5'; expected I/N with I from 0 to N - 1"),
         (["languages", "zh"], "all", "languages.zh is 'all'; expected float"),
     ],
