@@ -188,25 +188,38 @@ def read_steps(
             yield ahead.popleft().result()
 
 
-def reads_of_document(
-    stretches: Iterable[Stretch],
+def reads_of_documents(
+    stretches: Sequence[Stretch],
     documents: Sequence[CorpusDocuments],
-    corpus: int,
-    document: int,
+    places: Sequence[tuple[int, int]],
     first_step: int,
     last_step: int,
 ) -> Iterator[Reads]:
-    """The rows of one document: found by the inverse of the order, or, in Megatron-LM's, by looking at all samples."""
-    begin, end = documents[corpus].bounds[document : document + 2].tolist()
-    for stretch in stretches:
-        samples = stretch.samples_of(first_step, last_step)
-        if isinstance(stretch.order, SampleOrder):
-            found = [n for n in stretch.order.find_tokens(corpus, begin, end, samples.stop) if n >= samples.start]
-            pieces: Iterator[Reads] = (read_samples(stretch, documents, n, 1, on_cpu) for n in found)
-        else:
-            pieces = read_steps([stretch], documents, first_step, last_step, on_cpu)
-        for reads in pieces:
-            yield reads.only((reads.corpus == corpus) & (reads.document == document))
+    """The rows of some documents, one document after the other; `places`: corpus and document of each.
+
+    They are found by the inverse of the order, or, in Megatron-LM's, by looking at all samples, once.
+    """
+    if not all(isinstance(stretch.order, SampleOrder) for stretch in stretches):
+        scanned = [_only(reads, places) for reads in read_steps(stretches, documents, first_step, last_step, on_cpu)]
+        for place in places:
+            for reads in scanned:
+                yield _only(reads, [place])
+        return
+    for corpus, document in places:
+        begin, end = documents[corpus].bounds[document : document + 2].tolist()
+        for stretch in stretches:
+            samples = stretch.samples_of(first_step, last_step)
+            if samples and isinstance(stretch.order, SampleOrder):
+                for n in stretch.order.find_tokens(corpus, begin, end, samples.stop, samples.start):
+                    yield _only(read_samples(stretch, documents, n, 1, on_cpu), [(corpus, document)])
+
+
+def _only(reads: Reads, places: Sequence[tuple[int, int]]) -> Reads:
+    """The rows of some documents."""
+    rows = np.zeros(len(reads), np.bool_)
+    for corpus, document in places:
+        rows |= (reads.corpus == corpus) & (reads.document == document)
+    return reads.only(rows)
 
 
 def on_cpu(order: SampleOrder, first: int, count: int) -> Places:

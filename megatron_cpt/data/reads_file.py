@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,15 +26,44 @@ ROW = np.dtype(
 """Of the array: `corpus` and `file` are places in the lists of the JSON file; -1 as file or line: not known."""
 
 
-def write_reads(path: Path, pieces: Iterable[Reads], corpora: Sequence[str], files: Sequence[str]) -> int:
-    """Write rows to a file that appears when it is complete; returns how many.
+def manifest_of(output: str) -> str:
+    """The JSON file beside a file of rows."""
+    return output + ".json"
 
-    `corpora`, `files`: the names behind the numbers of the rows.
+
+def write_reads(path: Path, pieces: Iterable[Reads], made_from: Mapping[str, Any]) -> int:
+    """Write rows, and the JSON file beside them; returns how many. Both appear when all is complete.
+
+    The rows come first, when the JSON file of what they replace is gone: it never says what other rows are.
+
+    Args:
+        made_from: what decides the rows; its `corpora` and `files` are the names behind their numbers
     """
-    with atomic_file(path) as stream:
-        if path.suffix == ".npy":
-            return _write_array(stream, pieces)
-        return _write_parquet(stream, pieces, corpora, files)
+    manifest = Path(manifest_of(str(path)))
+    with atomic_file(manifest) as facts:
+        with atomic_file(path) as stream:
+            if path.suffix == ".npy":
+                rows = _write_array(stream, pieces)
+            else:
+                rows = _write_parquet(stream, pieces, made_from["corpora"], made_from["files"])
+            stream.flush()
+            os.fsync(stream.fileno())
+            content = {**made_from, "rows": rows, "bytes": stream.seek(0, os.SEEK_END)}
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            facts.write(text.encode("utf-8", "backslashreplace"))  # halves of characters, as JSON writes them
+            facts.flush()
+            manifest.unlink(missing_ok=True)
+        return rows
+
+
+def is_of(path: Path, made_from: Mapping[str, Any]) -> bool:
+    """Whether a file of rows is complete, and of just this."""
+    try:
+        known = json.loads(Path(manifest_of(str(path))).read_text(encoding="utf-8"))
+        size = path.stat().st_size
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(known, dict) and {**made_from, "bytes": size}.items() <= known.items()
 
 
 def _write_parquet(stream: IO[bytes], pieces: Iterable[Reads], corpora: Sequence[str], files: Sequence[str]) -> int:

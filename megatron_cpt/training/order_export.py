@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import re
 import sys
@@ -12,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, read_checkpoint_manifest, write_json
+from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, read_checkpoint_manifest
 from megatron_cpt.config.fields import config_from
 from megatron_cpt.config.require import Requirements
 from megatron_cpt.config.run import RunConfig
@@ -24,22 +22,28 @@ from megatron_cpt.data.document_reads import (
     documents_of,
     on_cpu,
     read_steps,
-    reads_of_document,
+    reads_of_documents,
 )
+from megatron_cpt.data.ledger import check_limits
 from megatron_cpt.data.mixture import Mixture
 from megatron_cpt.data.mixture_file import load_mixture
 from megatron_cpt.data.partial import difference
 from megatron_cpt.data.preprocess_config import available_cores
 from megatron_cpt.data.progress import meter
-from megatron_cpt.data.reads_file import FORMATS, write_reads
+from megatron_cpt.data.reads_file import FORMATS, is_of, manifest_of, write_reads
 from megatron_cpt.data.sampling.order import SampleOrder
-from megatron_cpt.data.state import DataState, begin, saved_segments
-from megatron_cpt.errors import InputError, Refusals
+from megatron_cpt.data.state import MOST_SAMPLES, DataState, begin, saved_segments
+from megatron_cpt.errors import InputError, Refusals, RefusedValueError, RunError
 from megatron_cpt.input_files import why_unwritable
+from megatron_cpt.interrupting import interruptible
 from megatron_cpt.training.device_order import OnDevice, check_library
 from megatron_cpt.training.run_files import length_of, schedule_of
 
 MOST_STEPS = 1 << 40
+MOST_IN_A_STEP = 1 << 24  # samples that the order shuffles together
+OUTPUTS = " or ".join(f"NAME{suffix}" for suffix in FORMATS)
+MOST_NAMED = 8  # of files in a message
+OF_A_MIXTURE = ("global_batch_size", "train_iters", "order")  # a run has recorded its own
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class ExportOrderConfig:
     """Of a mixture: samples of a step."""
     train_iters: int | None = None
     """Of a mixture: length of the run in steps."""
-    order: Literal["default", "megatron"] = "default"
-    """Of a mixture: as data.order of a run."""
+    order: Literal["default", "megatron"] | None = None
+    """Of a mixture: as data.order of a run. Default: default."""
     first_step: int = 1
     """The first step to write, from 1 on."""
     last_step: int | None = None
@@ -74,23 +78,32 @@ class ExportOrderConfig:
     def __post_init__(self) -> None:
         with Requirements() as need:
             need.at_least(self, global_batch_size=1, train_iters=1, first_step=1, last_step=1, num_workers=1)
-            need.field(self, "global_batch_size", lambda value: value <= MOST_STEPS, "at most 2**40")
+            need.field(self, "global_batch_size", lambda value: value <= MOST_IN_A_STEP, "at most 2**24")
             need.field(self, "train_iters", lambda value: value <= MOST_STEPS, "at most 2**40")
             with need.noted():
                 if self.run is None:
                     for name in ("mixture", "global_batch_size", "train_iters"):
                         if getattr(self, name) is None:
                             need.add(InputError(f"{name} is missing; expected one, or run"))
+            for name in OF_A_MIXTURE:
+                with need.noted():
+                    if self.run is not None and getattr(self, name) is not None:
+                        raise InputError(f"{name} is {getattr(self, name)} with run; expected none: the run has its own")
             with need.noted():
-                ends = self.output is None or self.output.endswith(FORMATS)
-                need(ends, "output", self.output, f"a name that ends with {' or '.join(FORMATS)}")
+                batch, steps = self.global_batch_size or 0, self.train_iters or 0
+                if batch <= MOST_IN_A_STEP and steps <= MOST_STEPS:
+                    samples = batch * steps
+                    need(samples <= MOST_SAMPLES, "global_batch_size * train_iters", samples, "at most 2**58")
             with need.noted():
-                if self.output is None and not self.find:
-                    raise InputError(f"output is missing; expected a name that ends with {' or '.join(FORMATS)}, or find")
+                ends = self.output is None or Path(self.output).suffix in FORMATS
+                need(ends, "output", self.output or "''", OUTPUTS)
+            with need.noted():
+                if self.output is None and not self.documents:
+                    raise InputError(f"output is missing; expected {OUTPUTS}, or find")
             with need.noted():
                 for name in self.documents:
                     is_number = re.fullmatch(r"\d{1,18}", name.rpartition(":")[2], re.ASCII) is not None
-                    need(is_number and ":" in name, "find", name, "CORPUS:DOCUMENT or FILE:LINE")
+                    need(is_number and ":" in name, "find", name or "''", "CORPUS:DOCUMENT or FILE:LINE")
 
     @property
     def documents(self) -> list[str]:
@@ -111,31 +124,35 @@ def export_order(config: ExportOrderConfig) -> str | None:
 
     Raises:
         InputError: a run or a mixture that cannot be read, steps or documents that it does not have, an output of others
+        RunError: the output cannot be written to its end
     """
-    ordered = open_run(config)
-    first, last = steps_of(config, ordered)
-    made_from = describe(config, ordered, first, last)
-    if config.output is not None and is_there(config, made_from):
-        print(f"{config.output} is there, of the same steps: nothing to do", file=sys.stderr)
+    with interruptible():
+        ordered = open_run(config)
+        first, last = steps_of(config, ordered)
+        made_from = describe(config, ordered, first, last)
+        if config.output is not None and is_there(config, made_from):
+            print(f"{config.output} is there, of the same steps: nothing to do", file=sys.stderr)
+            return config.output
+        documents = documents_of(ordered.mixture.corpora)
+        names, files = made_from["corpora"], made_from["files"]
+        if config.find:
+            wanted = dict.fromkeys(place for name in config.documents for place in places_of(name, documents))
+            pieces = reads_of_documents(ordered.stretches, documents, list(wanted), first, last)
+        else:
+            locate: Locate = OnDevice() if config.device == "cuda" else on_cpu
+            pieces = read_steps(ordered.stretches, documents, first, last, locate, config.num_workers)
+        if config.output is None:
+            if not print_reads(pieces, names, files):
+                print(f"not read in steps {first:,} to {last:,}", file=sys.stderr)
+            return None
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_reads(Path(config.output), with_meter(pieces, ordered, first, last), made_from)
+        except OSError as error:
+            if error.filename is not None:  # one that cannot be opened
+                raise
+            raise RunError(f"output {config.output} could not be written: {error.strerror or error}") from error
         return config.output
-    documents = documents_of(ordered.mixture.corpora)
-    files = [path for one in documents for path in one.origins.files]
-    names = [corpus.name for corpus in ordered.mixture.corpora]
-    if config.find:
-        wanted = [place_of(name, documents) for name in config.documents]
-        found = (reads_of_document(ordered.stretches, documents, *place, first, last) for place in wanted)
-        pieces: Iterator[Reads] = itertools.chain.from_iterable(found)
-    else:
-        locate: Locate = OnDevice() if config.device == "cuda" else on_cpu
-        pieces = read_steps(ordered.stretches, documents, first, last, locate, config.num_workers)
-    if config.output is None:
-        if not print_reads(pieces, names, files):
-            print(f"not read in steps {first:,} to {last:,}", file=sys.stderr)
-        return None
-    Path(manifest_of(config.output)).unlink(missing_ok=True)  # of the output that is replaced
-    rows = write_reads(Path(config.output), with_meter(pieces, ordered, first, last), names, files)
-    write_json(manifest_of(config.output), made_from | {"rows": rows, "corpora": names, "files": files})
-    return config.output
 
 
 def check_files(config: ExportOrderConfig) -> None:
@@ -150,33 +167,55 @@ def check_files(config: ExportOrderConfig) -> None:
             check_library()
     with refusals.noted():
         if config.output is not None:
-            why = why_unwritable(os.path.dirname(config.output))
-            if why:
-                raise InputError(f"output is {config.output}; expected a name in a folder to write to ({why})")
+            check_output(config.output)
+    ordered: OrderedRun | None = None
     with refusals.noted():
-        steps_of(config, open_run(config))
+        ordered = open_run(config)
     with refusals.noted():
-        if config.find:
-            mixture = load_mixture(config.mixture or "") if config.run is None else open_run(config).mixture
+        if ordered is not None:
+            steps_of(config, ordered)
+    with refusals.noted():
+        if config.find and (ordered is not None or config.run is None):
+            mixture = ordered.mixture if ordered is not None else mixture_of(config)
             documents = documents_of(mixture.corpora)
             for name in config.documents:
                 with refusals.noted():
-                    place_of(name, documents)
+                    places_of(name, documents)
     refusals.raise_any()
+
+
+def check_output(output: str) -> None:
+    """Raise InputError unless files of these names can be written."""
+    why = why_unwritable(os.path.dirname(output))
+    for path in (output, manifest_of(output)):
+        if os.path.lexists(path) and not os.path.isfile(path):
+            why = f"{path} is there, and is no file"
+    if why:
+        raise InputError(f"output is {output}; expected a name in a folder to write to ({why})")
+
+
+def mixture_of(config: ExportOrderConfig) -> Mixture:
+    """The mixture that is named. RefusedValueError: none is, which `ExportOrderConfig` says."""
+    if config.mixture is None:
+        raise RefusedValueError
+    return load_mixture(config.mixture)
 
 
 def open_run(config: ExportOrderConfig) -> OrderedRun:
     """The run, or the run that there would be.
 
     Raises:
-        InputError: it cannot be read, or its mixture is another one by now
+        InputError: it cannot be read, or its mixture is another one by now, or training would refuse it
     """
     if config.run is not None:
         return read_run(config.run, config.mixture, config.num_workers)
-    mixture = load_mixture(config.mixture or "")
-    batch, steps = config.global_batch_size or 0, config.train_iters or 0
+    mixture = mixture_of(config)
+    batch, steps = config.global_batch_size, config.train_iters
+    if batch is None or steps is None:  # `ExportOrderConfig` names it
+        raise RefusedValueError
     samples = batch * steps
-    schedule = schedule_of(mixture, config.order, samples, config.num_workers)
+    schedule = schedule_of(mixture, config.order or "default", samples, config.num_workers)
+    check_limits(mixture, schedule, samples)
     order = begin(mixture, schedule, batch).order(mixture, schedule)
     return OrderedRun(mixture, [Stretch(1, 0, samples, batch, order)])
 
@@ -188,6 +227,8 @@ def read_run(path: str, mixture_path: str | None, threads: int) -> OrderedRun:
         raise InputError(f"run is {path}; expected a run's folder, or a checkpoint of one ({folder} has converted weights)")
     manifest = read_checkpoint_manifest(folder)
     config = config_from(RunConfig, manifest["config"], os.path.join(folder, "manifest.json"))
+    if mixture_path is None:
+        check_mixture_file(path, config.mixture)
     mixture = load_mixture(mixture_path or config.mixture)
     samples = length_of(config, mixture.seq_length, manifest).run_samples
     schedule = schedule_of(mixture, config.data.order, samples, threads)
@@ -205,6 +246,15 @@ def read_run(path: str, mixture_path: str | None, threads: int) -> OrderedRun:
             stretches.append(Stretch(step, segment.start, end, segment.global_batch_size, order))
         step += -(-(end - segment.start) // segment.global_batch_size)
     return OrderedRun(mixture, stretches)
+
+
+def check_mixture_file(run: str, mixture: str) -> None:
+    """Raise InputError unless the mixture file of a run is there, whose path is relative to where the run was started."""
+    if not os.path.exists(mixture):
+        relative = "" if os.path.isabs(mixture) else ", seen from where the run was started"
+        raise InputError(
+            f"run {run}: its mixture file is {mixture}{relative}: no such file; expected mixture, where it lies now"
+        )
 
 
 def check_steps(folder: str, state: DataState, iteration: int, consumed_samples: int) -> None:
@@ -246,8 +296,8 @@ def with_meter(pieces: Iterator[Reads], ordered: OrderedRun, first: int, last: i
             yield reads
 
 
-def place_of(name: str, documents: Sequence[CorpusDocuments]) -> tuple[int, int]:
-    """CORPUS:DOCUMENT or FILE:LINE -> the corpus and the document.
+def places_of(name: str, documents: Sequence[CorpusDocuments]) -> list[tuple[int, int]]:
+    """CORPUS:DOCUMENT or FILE:LINE -> corpora and documents: several where several corpora have read that line.
 
     Raises:
         InputError: there is none, or several files have that name
@@ -258,25 +308,27 @@ def place_of(name: str, documents: Sequence[CorpusDocuments]) -> tuple[int, int]
         if one.corpus.name == where:
             if number >= one.corpus.data.num_documents:
                 raise InputError(f"find is {name}; expected a document from 0 to {one.corpus.data.num_documents - 1}")
-            return place, number
-    files = [
-        (place, file)
-        for place, one in enumerate(documents)
-        for file, path in enumerate(one.origins.files)
-        if path == where or os.path.basename(path) == where or os.path.realpath(path) == os.path.realpath(where)
-    ]
-    if len(files) != 1:
-        known = ", ".join(one.corpus.name for one in documents)
-        found = "several files" if files else "no corpus and no file"
-        raise InputError(f"find is {name}, which names {found} of the mixture; expected one of {known}, or a file of one")
-    (place, file) = files[0]
-    document = documents[place].origins.find(file, number)
-    if document is None:
-        corpus = documents[place].corpus.name
+            return [(place, number)]
+    listed = [(place, file, path) for place, one in enumerate(documents) for file, path in enumerate(one.origins.files)]
+    exactly = [of for of in listed if of[2] == where or os.path.realpath(of[2]) == os.path.realpath(where)]
+    files = exactly or [of for of in listed if os.path.basename(of[2]) == where]
+    paths = list(dict.fromkeys(path for _, _, path in files))
+    known = ", ".join(one.corpus.name for one in documents)
+    if not files:
         raise InputError(
-            f"find is {name}: that line gave no document of {corpus}, or its lines are not known; use {corpus}:N"
+            f"find is {name}, which names no corpus and no file of the mixture; expected one of {known}, or a file of one"
         )
-    return place, document
+    if len({os.path.realpath(path) for path in paths}) > 1:
+        raise InputError(f"find is {name}, which names several files; expected one of {', '.join(paths[:MOST_NAMED])}")
+    found = [(place, documents[place].origins.find(file, number)) for place, file, _ in files]
+    places = [(place, document) for place, document in found if document is not None]
+    if not places:
+        corpora = list(dict.fromkeys(documents[place].corpus.name for place, _ in found))
+        raise InputError(
+            f"find is {name}: that line gave no document of {' or '.join(corpora)}, or its lines are not known; "
+            f"use {corpora[0]}:N"
+        )
+    return places
 
 
 def describe(config: ExportOrderConfig, ordered: OrderedRun, first: int, last: int) -> dict[str, Any]:
@@ -291,20 +343,17 @@ def describe(config: ExportOrderConfig, ordered: OrderedRun, first: int, last: i
         for stretch in ordered.stretches
     ]
     return {
-        "run": config.run,
-        "mixture": ordered.mixture.path,
+        "run": None if config.run is None else os.path.normpath(config.run),
+        "mixture": os.path.normpath(ordered.mixture.path),
         "fingerprint": ordered.mixture.fingerprint(),
         "stretches": state,
         "order": "default" if isinstance(ordered.stretches[-1].order, SampleOrder) else "megatron",
         "first_step": first,
         "last_step": last,
         "find": config.documents,
+        "corpora": [corpus.name for corpus in ordered.mixture.corpora],
+        "files": [source.path for corpus in ordered.mixture.corpora for source in corpus.manifest.sources],
     }
-
-
-def manifest_of(output: str) -> str:
-    """The JSON file beside an output."""
-    return output + ".json"
 
 
 def is_there(config: ExportOrderConfig, made_from: dict[str, Any]) -> bool:
@@ -314,19 +363,28 @@ def is_there(config: ExportOrderConfig, made_from: dict[str, Any]) -> bool:
         InputError: it is there, of something else
     """
     output = config.output or ""
-    if not os.path.exists(output) or config.overwrite:
+    existing = [path for path in (output, manifest_of(output)) if os.path.exists(path)]
+    if not existing or config.overwrite:
         return False
-    try:
-        known = json.loads(Path(manifest_of(output)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if isinstance(known, dict) and made_from.items() <= known.items():
+    if is_of(Path(output), made_from):
         return True
-    raise InputError(f"output {output} is there, and was not made of these steps; expected another name, or overwrite")
+    raise InputError(
+        f"output {output}: {existing[0]} is there, and was not made of these steps; expected another name, or overwrite"
+    )
 
 
 def print_reads(pieces: Iterator[Reads], corpora: Sequence[str], files: Sequence[str]) -> int:
     """Print a line for each row; returns how many there are."""
+    try:
+        rows = _print_reads(pieces, corpora, files)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough, as head: what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    return rows
+
+
+def _print_reads(pieces: Iterator[Reads], corpora: Sequence[str], files: Sequence[str]) -> int:
     rows = 0
     for reads in pieces:
         for i in range(len(reads)):

@@ -534,7 +534,7 @@ CASES = {
         [
             "first_step is 4 and last_step 3; expected steps from 1 to 3",
             "find is zh; expected CORPUS:DOCUMENT or FILE:LINE",
-            "output is order.txt; expected a name that ends with .parquet or .npy",
+            "output is order.txt; expected NAME.parquet or NAME.npy",
         ],
     ),
     "an order of nothing": Case(
@@ -543,7 +543,7 @@ CASES = {
         ["--last_step", "0"],
         [
             "run is megatron; expected a run's folder",
-            "output is missing; expected a name that ends with .parquet or .npy, or find",
+            "output is missing; expected NAME.parquet or NAME.npy, or find",
             "last_step is 0",
         ],
     ),

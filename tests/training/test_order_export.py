@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,14 @@ from megatron_cpt.checkpoint.layout import read_checkpoint_manifest
 from megatron_cpt.config.run import DataConfig
 from megatron_cpt.data.document_reads import on_cpu
 from megatron_cpt.data.loader import TrainingData
+from megatron_cpt.data.manifest import read_manifest
+from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.data.sampling.order import SampleOrder
 from megatron_cpt.data.state import DataState, saved_segments
 from megatron_cpt.errors import InputError
 from megatron_cpt.training import device_order
 from megatron_cpt.training.device_order import OnDevice
-from megatron_cpt.training.order_export import ExportOrderConfig, check_steps, open_run
+from megatron_cpt.training.order_export import ExportOrderConfig, check_mixture_file, check_steps, open_run
 
 SEQ_LENGTH = 64  # of `Runs`
 
@@ -175,10 +180,123 @@ def test_an_output_that_is_there(runs: Runs, tmp_path: Path) -> None:
     assert {row["step"] for row in rows_of(tmp_path / "order.npy")} == {1, 2}
 
 
-def test_no_torch_is_needed(runs: Runs, tmp_path: Path) -> None:
-    import subprocess
-    import sys
+def test_an_output_of_others(runs: Runs, tmp_path: Path) -> None:
+    """Neither replaced without being asked to, nor taken for one of these steps."""
+    mixture = ["--mixture", runs.mixture, "--global_batch_size=8", "--train_iters=3"]
+    output = tmp_path / "new" / "folder" / "order.npy"
+    export(*mixture, "--output", str(output))
+    output.write_text("hello")
+    refused = export(*mixture, "--output", str(output), check=False)
+    assert (refused.returncode, output.read_text()) == (2, "hello")
+    assert "order.npy is there, and was not made of these steps" in refused.stderr
+    output.unlink()
+    refused = export(*mixture, "--output", str(output), check=False)
+    assert refused.returncode == 2
+    assert "order.npy.json is there, and was not made of these steps" in refused.stderr
+    for name in ("a.npy", "b.npy.json"):
+        (tmp_path / name).mkdir()
+        refused = export(*mixture, "--output", str(tmp_path / f"{name[0]}.npy"), "--overwrite", check=False)
+        assert refused.returncode == 2
+        assert f"{name} is there, and is no file" in refused.stderr
 
+
+def test_an_export_that_fails_leaves_what_was_there(runs: Runs, tmp_path: Path) -> None:
+    """A disk that is full, and a signal: one line, and the old output with its JSON file."""
+    mixture = ["--mixture", runs.mixture, "--global_batch_size=8", "--output", str(tmp_path / "order.npy")]
+    export(*mixture, "--train_iters=3")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tool = [sys.executable, str(Path(__file__).parents[2] / "tools" / "export_order.py"), *mixture, "--overwrite"]
+    limit = ["bash", "-c", 'ulimit -f 1; exec "$@"', "-", *tool, "--train_iters=300"]
+    full = subprocess.run(limit, capture_output=True, text=True, check=False)
+    assert (full.returncode, full.stderr.count("\n")) == (1, 1)
+    assert f"output {tmp_path / 'order.npy'} could not be written: File too large" in full.stderr
+    stopped = subprocess.Popen([*tool, "--train_iters=40000000"], stderr=subprocess.PIPE, text=True)
+    while not any(path.name.startswith(".order.npy.") and path.stat().st_size > 1 << 20 for path in tmp_path.iterdir()):
+        assert stopped.poll() is None
+        time.sleep(0.02)
+    stopped.terminate()
+    assert stopped.communicate()[1].splitlines()[-1] == "interrupted"
+    assert stopped.returncode == 130
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_rows_that_nobody_reads_to_their_end(runs: Runs) -> None:
+    tool = [sys.executable, str(Path(__file__).parents[2] / "tools" / "export_order.py"), "--mixture", runs.mixture]
+    find = ["--global_batch_size=8", "--train_iters=2000", "--find=zh_train:7"]
+    shown = subprocess.Popen([*tool, *find], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert shown.stdout is not None
+    assert shown.stdout.readline().startswith("step ")
+    shown.stdout.close()
+    assert (shown.wait(), shown.stderr.read() if shown.stderr else None) == (1, "")
+
+
+def test_a_line_that_two_corpora_have_read(runs: Runs) -> None:
+    """It is found in both, and each document is named once."""
+    fields = yaml.safe_load(Path(runs.mixture).read_text())
+    tokenizer = read_manifest(str(runs.folder / "en_train")).tokenizer.path
+    source, again = str(runs.folder / "en_train.jsonl"), str(runs.folder / "again")
+    preprocess(PreprocessConfig(source, tokenizer, again, "en", workers=1, shuffle_documents=3))
+    both = write_yaml(runs.folder / "both.yaml", fields | {"general": [{"prefix": "en_train"}, {"prefix": "again"}]})
+    steps = ["--mixture", both, "--global_batch_size=8", "--train_iters=40"]
+    said = export(*steps, "--find", "en_train.jsonl:4").stdout
+    assert {line.split(": ")[1].split(":")[0] for line in said.splitlines()} == {"en_train", "again"}
+    assert all(f" ({source}:4), tokens " in line for line in said.splitlines())
+    assert export(*steps, "--find", "en_train:3", "en_train.jsonl:4", f"{source}:4", "en_train:3").stdout == said
+
+
+def test_what_does_not_go_together(runs: Runs, tmp_path: Path) -> None:
+    """One line for each mistake."""
+    mixture = ["--mixture", runs.mixture, "--output", str(tmp_path / "a.npy")]
+    limited = yaml.safe_load(Path(runs.mixture).read_text())
+    limited["general"][0]["max_epochs"] = 1
+    often = write_yaml(runs.folder / "limited.yaml", limited)
+    sizes = ["--global_batch_size=8", "--train_iters=3"]
+    for words, said in (
+        ([], ["mixture is missing", "global_batch_size is missing", "train_iters is missing", "output is missing"]),
+        ([*mixture, "--train_iters=3"], ["global_batch_size is missing; expected one, or run"]),
+        ([*mixture, "--global_batch_size=8"], ["train_iters is missing; expected one, or run"]),
+        (
+            [*mixture, "--train_iters=3", f"--global_batch_size={2**24 + 1}"],
+            ["global_batch_size is 16777217; expected at most"],
+        ),
+        ([*mixture, f"--train_iters={2**40}", f"--global_batch_size={2**24}"], ["global_batch_size * train_iters is "]),
+        ([*mixture[:2], *sizes, "--output=.npy"], ["output is .npy; expected NAME.parquet or NAME.npy"]),
+        (
+            ["--mixture", often, "--global_batch_size=8", "--train_iters=3000", *mixture[2:]],
+            ["its max_epochs is 1: give it"],
+        ),
+    ):
+        refused = export(*words, check=False)
+        assert refused.returncode == 2
+        assert len(refused.stderr.splitlines()) == len(said)
+        for line in said:
+            assert line in refused.stderr
+
+
+def test_what_a_run_decides_is_not_asked_for(changed: Path, tmp_path: Path) -> None:
+    words = ["--run", str(changed), "--output", str(tmp_path / "a.npy"), "--first_step=4"]
+    refused = export(*words, "--global_batch_size=4", "--train_iters=3", "--order=default", check=False)
+    assert refused.returncode == 2
+    assert [line.split("; ")[0] for line in refused.stderr.splitlines()] == [
+        "error: global_batch_size is 4 with run",
+        "error: train_iters is 3 with run",
+        "error: order is default with run",
+    ]
+    export(*words)
+    words[1] = f"{changed}/"
+    assert "nothing to do" in export(*words).stderr
+
+
+def test_a_mixture_file_that_lies_elsewhere_by_now(changed: Path, tmp_path: Path) -> None:
+    for name in ("gone/mixture.yaml", str(tmp_path / "mixture.yaml")):
+        where = "" if name.startswith("/") else ", seen from where the run was started"
+        with pytest.raises(
+            InputError, match=rf"its mixture file is {name}{where}: no such file; expected mixture, where it"
+        ):
+            check_mixture_file(str(changed), name)
+
+
+def test_no_torch_is_needed(runs: Runs, tmp_path: Path) -> None:
     program = (
         "import sys; from megatron_cpt.training.order_export import *; "
         f"export_order(ExportOrderConfig(mixture={runs.mixture!r}, global_batch_size=2, train_iters=2, "

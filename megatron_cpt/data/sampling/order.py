@@ -161,13 +161,14 @@ class SampleOrder:
         found = first + self._permutation(self.block_size, BLOCK, first).inverse(place)
         return found if found < stop else None
 
-    def find_tokens(self, corpus: int, begin: int, end: int, stop: int) -> list[int]:
-        """All samples before `stop` that read any of a corpus's tokens `begin` to `end` - 1, in their order.
+    def find_tokens(self, corpus: int, begin: int, end: int, stop: int, start: int = 0) -> list[int]:
+        """All samples from `start` to `stop` - 1 that read any of a corpus's tokens `begin` to `end` - 1, in their order.
 
         A sample reads seq_length + 1 tokens, the last of them as a target only, so two may read the same token in one epoch.
         """
         size, tokens, length = self._sizes[corpus], self.corpora[corpus].tokens, self.seq_length
-        first, last = (self.counts(n)[corpus] for n in (self.block_origin, stop + self.block_size))
+        whole_blocks = max(start - self.block_origin, 0) // self.block_size * self.block_size
+        first, last = (self.counts(n)[corpus] for n in (self.block_origin + whole_blocks, stop + self.block_size))
         found = set[int]()
         for epoch in range(first // size, -(-last // size)):
             phase = self.token_phase(corpus, epoch)
@@ -177,7 +178,7 @@ class SampleOrder:
                 most = min((end - 1 + turn - phase) // length, size - 1)
                 for sample in range(least, most + 1):
                     n = self.find(corpus, epoch * size + permutation.inverse(sample), stop)
-                    found |= {n} if n is not None else set()
+                    found |= {n} if n is not None and n >= start else set()
         return sorted(found)
 
     def token_phase(self, corpus: int, epoch: int) -> int:

@@ -196,6 +196,8 @@ def test_all_samples_that_read_some_tokens_are_found(case: Case, data: st.DataOb
     wanted = [n for n in range(first, stop) if reads(order.locate(n))]
     assert wanted
     assert order.find_tokens(one.corpus, begin, end, stop) == wanted
+    for start in (1, stop // 2, stop - 1):
+        assert order.find_tokens(one.corpus, begin, end, stop, start) == [n for n in wanted if n >= start]
 
 
 def test_tokens_are_found_in_a_run_of_a_trillion_samples() -> None:
