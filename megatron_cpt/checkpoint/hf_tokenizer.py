@@ -16,6 +16,10 @@ from megatron_cpt.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_difference
 from megatron_cpt.tokenizer.hf_files import CONFIG, json_object, read_tokenizer_json
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "tokenizer.tiktoken", "chat_template.jinja", "chat_template.json"),
+)
 AS_THE_FILE_SAYS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of transformers that take tokenizer.json as it is; others build normalizer and pre-tokenizer by themselves."""
 VOCABULARIES = (".json", ".model", ".txt", ".tiktoken", ".bpe", ".vocab", ".spm")  # endings of files with one

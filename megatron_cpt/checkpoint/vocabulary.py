@@ -16,17 +16,13 @@ from pathlib import Path
 import torch
 
 from megatron_cpt.checkpoint.added_tokens import add_tokens
-from megatron_cpt.checkpoint.hf_tokenizer import load
+from megatron_cpt.checkpoint.hf_tokenizer import TOKENIZER_FILES, load
 from megatron_cpt.config.conversion import NewRows
 from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.tokenizer.behaviour import PROBES
 
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
-    *("vocab.json", "merges.txt", "tokenizer.tiktoken", "chat_template.jinja", "chat_template.json"),
-)
 NEAR_ZERO = 0.01  # of the median norm: a row below has hardly been trained
 NOISE = 0.1  # standard deviation of the noise on a mean row, of that of its column
 ROWS_AT_ONCE = 1 << 12

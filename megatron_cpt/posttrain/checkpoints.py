@@ -16,9 +16,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-
 from megatron_cpt.checkpoint.checksums import MANIFEST, MOST_THREADS, check_file, checksums_in, checksums_of, sealed
 from megatron_cpt.checkpoint.layout import check_sizes, read_manifest, sync_files, versions, write_json, write_text
 from megatron_cpt.errors import InputError
@@ -63,6 +60,9 @@ def from_first(call: Callable[[], Answer]) -> Answer:
     Raises:
         InputError: the call did so; on all
     """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     answer: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
-from megatron_cpt.chat_data.templates import Template
-from megatron_cpt.checkpoint.vocabulary import TOKENIZER_FILES
+from megatron_cpt.checkpoint.hf_tokenizer import TOKENIZER_FILES
 from megatron_cpt.checkpoint.weight_files import weight_files
-from megatron_cpt.errors import InputError
-from megatron_cpt.posttrain.data import Prepared
+from megatron_cpt.errors import InputError, Refusals, RefusedValueError
+from megatron_cpt.posttrain.checkpoints import RUN, sealed_steps
+
+if TYPE_CHECKING:
+    from megatron_cpt.chat_data.templates import Template
+    from megatron_cpt.posttrain.data import Prepared
+    from megatron_cpt.posttrain.settings import DpoConfig, SftConfig
 
 WHOLE = 64 << 20  # bytes up to which all of a file is read
 PIECES, PIECE = 64, 1 << 20  # of a larger one: weights that were trained on differ everywhere
@@ -48,15 +51,19 @@ def facts_of(settings: Mapping[str, Any], files: Sequence[str], model: str, temp
         settings: the whole configuration as a dictionary
         files: of the data
     """
-    present = [name for name in ("config.json", *TOKENIZER_FILES) if os.path.exists(os.path.join(model, name))]
-    names = [*present, *weight_files(model)]
     return {
         "settings": flat(settings),
         "data": {path: digest(path) for path in files},
-        "model": {name: digest(os.path.join(model, name)) for name in names},
+        "model": digests_of(model),
         "template": {"chat_template": hashlib.sha256(template.tokenizer.chat_template.encode()).hexdigest()}
         | ({} if template.date is None else {"date": template.date}),
     }
+
+
+def digests_of(model: str) -> dict[str, str]:
+    """File -> digest of a model's folder."""
+    present = [name for name in ("config.json", *TOKENIZER_FILES) if os.path.exists(os.path.join(model, name))]
+    return {name: digest(os.path.join(model, name)) for name in [*present, *weight_files(model)]}
 
 
 def first_start(path: str | None) -> datetime:
@@ -64,6 +71,9 @@ def first_start(path: str | None) -> datetime:
 
     A chat template may write the date into each conversation: the day after, its tokens would be others.
     """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     answer = [datetime.now().replace(microsecond=0)]
     if path is not None and PartialState().is_main_process:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError), open(path, encoding="utf-8") as file:
@@ -98,8 +108,58 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def check_same(path: str, now: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise InputError unless the run that run.json describes began with the same facts, of those that are given."""
+def check_begun(config: SftConfig | DpoConfig) -> None:
+    """Check that a run which would resume does so with what it began with, as far as settings and files tell.
+
+    `config` may have refused values (see config/partial.py); of these nothing is said.
+
+    Raises:
+        InputError: something is another; InputErrors: several things are
+    """
+    if not sealed_steps(config.save):
+        return
+    now: dict[str, dict[str, Any]] = {"settings": flat(readable(config)), "data": {}, "model": {}}
+    with contextlib.suppress(RefusedValueError):
+        paths = [source.path for source in (*config.data.sources, *config.data.validation)]
+        now["data"] = {path: digest(path) for path in paths if os.access(path, os.R_OK) and os.path.isfile(path)}
+    with contextlib.suppress(RefusedValueError, InputError, OSError):  # `check_model` and `check_weights` name what is wrong
+        now["model"] = digests_of(config.model)
+    check_same(os.path.join(config.save, RUN), now, all_known=False)
+
+
+def readable(section: Any) -> dict[str, Any]:
+    """A section as a dictionary, without the values that were refused."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        with contextlib.suppress(RefusedValueError):
+            value = getattr(section, field.name)
+            if dataclasses.is_dataclass(value):
+                found[field.name] = readable(value)
+            elif isinstance(value, list):
+                found[field.name] = [dataclasses.asdict(it) if dataclasses.is_dataclass(it) else it for it in value]  # type: ignore[arg-type]
+            else:
+                found[field.name] = value
+    return found
+
+
+# section -> settings that say where it comes from: where one of them is another, no more need be said
+NAMED_BY = {
+    "data": ("data.sources", "data.validation"),
+    "model": ("model",),
+    "template": ("model", "data.chat_template"),
+    "examples": (),
+    "settings": (),
+}
+
+
+def check_same(path: str, now: Mapping[str, Mapping[str, Any]], all_known: bool = True) -> None:
+    """Check that the run that run.json describes began with the same facts, of those that are given.
+
+    `all_known`: what is not given now was taken away; else it is not known.
+
+    Raises:
+        InputError: a fact is another, or run.json is damaged; InputErrors: several are
+    """
     try:
         with open(path, encoding="utf-8") as file:
             before = json.load(file)
@@ -107,12 +167,22 @@ def check_same(path: str, now: Mapping[str, Mapping[str, Any]]) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = f"{path} does not say what the run began with ({type(error).__name__}: {error})"
         raise InputError(f"{said}; use another folder as save, or remove this one") from error
-    folder = os.path.dirname(path)
+    folder, refusals = os.path.dirname(path), Refusals()
+    others: dict[str, list[str]] = {}
     for section, facts in now.items():
-        for name in sorted(facts.keys() | began[section].keys()):
-            was, now_is = began[section].get(name), facts.get(name)
-            if was == now_is:
-                continue
+        names = facts.keys() | began[section].keys() if all_known else facts.keys()
+        others[section] = [name for name in sorted(names) if began[section].get(name) != facts.get(name)]
+    for section, different in others.items():
+        if set(NAMED_BY[section]) & set(others.get("settings", ())) or (section == "template" and others.get("model")):
+            continue
+        for name in different:
+            was, now_is = began[section].get(name), now[section].get(name)
             if section == "settings":
-                raise InputError(f"{folder} has begun with {name} {was}, now it is {now_is}; use another folder as save")
-            raise InputError(f"{folder} has begun with another {KINDS[section]} {name}; use another folder as save")
+                refusals.add(
+                    InputError(f"{folder} has begun with {name} {was}, now it is {now_is}; use another folder as save")
+                )
+            else:
+                refusals.add(
+                    InputError(f"{folder} has begun with another {KINDS[section]} {name}; use another folder as save")
+                )
+    refusals.raise_any()

@@ -19,6 +19,7 @@ from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.input_files import why_unreadable, why_unwritable
 from megatron_cpt.model.hf_folder import can_look_into, check_model, check_positions, positions_of
+from megatron_cpt.posttrain.identity import check_begun
 
 if TYPE_CHECKING:
     from megatron_cpt.posttrain.settings import ChatConfig, DataConfig, DpoConfig, SftConfig, SourceConfig, TrainingSettings
@@ -39,6 +40,7 @@ def check_settings(config: SftConfig | DpoConfig) -> None:
     with refusals.noted():
         if not exports(config):
             check_save(config.save)
+            check_begun(config)
         elif not config.save:  # LLaMA-Factory will save there
             raise empty_save()
     with refusals.noted():

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_cpt.checkpoint.added_tokens import add_tokens
-from megatron_cpt.checkpoint.hf_tokenizer import load, other_reading
-from megatron_cpt.checkpoint.vocabulary import TOKENIZER_FILES
+from megatron_cpt.checkpoint.hf_tokenizer import TOKENIZER_FILES, load, other_reading
 from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.behaviour import PROBES, behaviour_sha256

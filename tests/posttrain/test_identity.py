@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import pytest
 import torch
 from chats import dpo_config, read_metrics, sft_config
 from safetensors.torch import load_file, save_file
+from tiny_models import ROOT, write_yaml
 from transformers.utils import chat_template_utils
 
 from megatron_cpt.chat_data.conversations import Message
@@ -239,3 +243,26 @@ def test_a_template_asks_for_the_date_only_in_its_code(
     now = datetime(2071, 3, 4)
     template = PromptTemplate(load(chat_tokenizer_dir), str(tmp_path / "mine.jinja"), now)
     assert template.date == (now.isoformat() if asks else None)
+
+
+def test_all_that_is_another_is_named_at_once_before_torch(restored: SftConfig, tmp_path: Path) -> None:
+    """With a mistake of another kind; another model is one difference, whatever files it has."""
+    CHANGES["data"][0](restored)
+    path = write_yaml(tmp_path / "run.yaml", asdict(restored))
+    other = Path(shutil.copytree(restored.model, tmp_path / "other"))
+    (other / "chat_template.jinja").write_text(CHATML)
+    options = ["--optimizer.lr=0.5", "--training.seed=7", "--training.epochs=-1", f"--model={other}"]
+    command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / "finetune_sft.py"), "--config", path, *options]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert not re.search(r"\|\s+torch$", result.stderr, re.MULTILINE)
+    lines = [line.replace(f"{path}: ", "") for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "training.epochs is -1.0" in lines[0]
+    begun = f"error: {restored.save} has begun with "
+    expected = [
+        f"{begun}model {restored.model}, now it is {other}; use another folder as save",
+        f"{begun}optimizer.lr 0.003, now it is 0.5; use another folder as save",
+        f"{begun}training.seed 1234, now it is 7; use another folder as save",
+        f"{begun}another data file {restored.data.sources[0].path}; use another folder as save",
+    ]
+    assert sorted(lines[1:]) == sorted(expected)
