@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,6 +127,8 @@ def export_order(config: ExportOrderConfig) -> str | None:
         InputError: a run or a mixture that cannot be read, steps or documents that it does not have, an output of others
         RunError: the output cannot be written to its end
     """
+    if config.output is not None:
+        config = replace(config, output=os.path.expanduser(config.output))
     with interruptible():
         ordered = open_run(config)
         first, last = steps_of(config, ordered)
@@ -149,7 +152,10 @@ def export_order(config: ExportOrderConfig) -> str | None:
         try:
             write_reads(Path(config.output), with_meter(pieces, ordered, first, last), made_from)
         except OSError as error:
-            if error.filename is not None:  # one that cannot be opened
+            if error.filename is not None and error.errno not in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+            ):  # a name that cannot be opened
                 raise
             raise RunError(f"output {config.output} could not be written: {error.strerror or error}") from error
         return config.output
@@ -167,7 +173,7 @@ def check_files(config: ExportOrderConfig) -> None:
             check_library()
     with refusals.noted():
         if config.output is not None:
-            check_output(config.output)
+            check_output(os.path.expanduser(config.output))
     ordered: OrderedRun | None = None
     with refusals.noted():
         ordered = open_run(config)

@@ -82,9 +82,14 @@ def test_a_file_that_gave_documents_only_to_the_second_corpus(
     """What one corpus refused of a file is nothing that the other did."""
     titled = [json.dumps({"title": f"b the lazy dog {i}", "text": f"b quick {i}"}) for i in range(40)]
     (folder / "b.jsonl").write_text("\n".join(titled) + "\n")
+    (folder / "d.jsonl").write_text("".join(json.dumps({"headline": f"d the fox {i}"}) + "\n" for i in range(40)))
+    make(folder, "none", "db", tiny_tokenizer_dir, text_key="headline")  # refuses as many lines of b as there are
+    make(folder, "all", "b", tiny_tokenizer_dir, text_key="title")
     for name, files, key in (("one", "cb", "title"), ("other", "c", "text"), ("late", "bc", "title"), ("more", "a", "text")):
         make(folder, name, files, tiny_tokenizer_dir, text_key=key)
-    for number, names in enumerate((["one", "other"], ["late", "other"], ["late", "other", "more"], ["other", "one"])):
+    for number, names in enumerate(
+        (["one", "other"], ["late", "other"], ["late", "other", "more"], ["other", "one"], ["none", "all"])
+    ):
         prefix = str(folder / f"joined{number}")
         merge_datasets(MergeConfig([str(folder / name) for name in names], prefix, shuffle_documents=shuffle))
         corpus, tokenizer = IndexedCorpus(prefix), load_tokenizer(tiny_tokenizer_dir)
@@ -98,7 +103,7 @@ def test_a_file_that_gave_documents_only_to_the_second_corpus(
             if line != UNKNOWN:
                 assert text in json.loads(Path(origins.files[file]).read_text().split("\n")[line - 1]).values()
         known = {Path(origins.files[file]).name for file in set(files[lines != UNKNOWN].tolist())}
-        assert known == [set(), {"b.jsonl"}, {"a.jsonl", "b.jsonl"}, {"b.jsonl"}][number]
+        assert known == [set(), {"b.jsonl"}, {"a.jsonl", "b.jsonl"}, {"b.jsonl"}, {"d.jsonl"}][number]
 
 
 def test_a_partition_knows_its_files(folder: Path, tiny_tokenizer_dir: str) -> None:

@@ -200,6 +200,13 @@ def test_an_output_of_others(runs: Runs, tmp_path: Path) -> None:
         assert f"{name} is there, and is no file" in refused.stderr
 
 
+def test_an_output_in_the_home_folder(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = export("--mixture", runs.mixture, "--global_batch_size=8", "--train_iters=3", "--output=~/order.npy")
+    assert found.stdout.strip() == str(tmp_path / "order.npy")
+    assert len(rows_of(tmp_path / "order.npy")) > 24
+
+
 def test_an_export_that_fails_leaves_what_was_there(runs: Runs, tmp_path: Path) -> None:
     """A disk that is full, and a signal: one line, and the old output with its JSON file."""
     mixture = ["--mixture", runs.mixture, "--global_batch_size=8", "--output", str(tmp_path / "order.npy")]
