@@ -46,8 +46,9 @@ def check_tokenizer(model: str, template: str | None, field: str = "chat_templat
     with refusals.noted():
         check_tokens(model, read_folder(model), template, field)
     with refusals.noted():
-        own = own_template(model)
+        own_templates(model)  # which are read with the tokenizer, whatever template is used
         if template is None:
+            own = own_template(model)
             if own is None:
                 raise no_template(model)
             check_jinja(*own)
@@ -95,20 +96,29 @@ def own_template(model: str) -> tuple[str, str] | None:
     Raises:
         InputError: a file of them cannot be read, or there are some, but none for what is done here
     """
-    files = template_files(model)
-    texts = {name: template_in(path) for name, path in files.items()}
-    where, path = FILE, os.path.join(model, CONFIG)
-    if texts:
-        where = os.path.join(model, FILE if FILE in map(os.path.basename, files.values()) else CHAT_TEMPLATES)
-    elif os.path.exists(path):
-        fields, where = json_fields(path), f"{path}: chat_template"
-        check_kinds(path, "chat_template")
-        texts = named_templates(fields.get("chat_template"))
+    where, texts = own_templates(model)
     if not texts:
         return None
     if not isinstance(texts.get("default"), str):
         raise InputError(f"{where} has {', '.join(map(str, texts))} and no default; expected a template of that name")
-    return files.get("default", where), texts["default"]
+    return where, texts["default"]
+
+
+def own_templates(model: str) -> tuple[str, dict[str, Any]]:
+    """(file that says which is the default, name -> Jinja) of all chat templates in a model's folder.
+
+    Raises:
+        InputError: a file of them cannot be read
+    """
+    files, path = template_files(model), os.path.join(model, CONFIG)
+    if files:
+        texts = {name: template_in(path) for name, path in files.items()}
+        return files.get("default", os.path.join(model, CHAT_TEMPLATES)), texts
+    if not os.path.exists(path):
+        return path, {}
+    fields = json_fields(path)
+    check_kinds(path, "chat_template")
+    return f"{path}: chat_template", named_templates(fields.get("chat_template"))
 
 
 def template_files(model: str) -> dict[str, str]:

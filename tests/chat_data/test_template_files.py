@@ -101,6 +101,13 @@ def test_a_template_that_cannot_be_used(model: Path, name: str, check: object) -
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["broken", "empty", "none by default", "no file by default"])
+def test_another_template_is_used_instead(model: Path, name: str) -> None:
+    give(model, *BAD[name][:2])
+    check_tokenizer(str(model), "chatml")
+    load_template(str(model), "chatml")
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_what_transformers_renders_is_let_through(model: Path, name: str) -> None:
     give(model, IN_FILE, GOOD[name])

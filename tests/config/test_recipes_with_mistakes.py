@@ -139,7 +139,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str, ch
     for name in [*HF_FOLDERS, *(f"{megatron}/release/hf" for megatron in MEGATRON_FOLDERS)]:
         shutil.copytree(chat_tokenizer_dir if "cpt" in name else tiny_tokenizer_dir, folder / name)
         (folder / name / "config.json").write_text(json.dumps(SHAPE))
-        (folder / name / "model.safetensors").write_bytes(b"")
+        (folder / name / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # no tensor
         (folder / name / "chat_template.jinja").write_text("{{ messages }}")
     for name in MEGATRON_FOLDERS:
         for file in (".metadata", "common.pt"):
