@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from megatron_cpt.errors import InputError
-from megatron_cpt.input_files import check_folder, load_json
+from megatron_cpt.input_files import check_folder, load_json, shown
 
 KINDS = (ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, SafetensorError)
 OF_THE_MACHINE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -95,5 +95,5 @@ def json_fields(path: str) -> dict[str, Any]:
     """What a JSON file of a HF folder holds. InputError: it is no JSON object."""
     content = load_json(path)
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+        raise InputError(f"{path} is {shown(content)}; expected a JSON object")
     return content

@@ -63,7 +63,7 @@ def read_folder(folder: str) -> Tokenizer | None:
     if os.path.isfile(os.path.join(folder, "tokenizer.json")):
         check_kinds(os.path.join(folder, CONFIG), *KINDS)
     elif not _may_be_tokenizer(folder):
-        raise InputError(f"{folder} has no tokenizer: no tokenizer.json, tokenizer.model or other vocabulary is in it")
+        raise InputError(f"{folder} has no tokenizer; expected tokenizer.json, tokenizer.model or another vocabulary in it")
     files = (os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer.model"))
     return own_reading(folder) if any(map(os.path.isfile, files)) else None
 

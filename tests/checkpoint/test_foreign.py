@@ -235,7 +235,10 @@ def test_no_description_and_wrong_options(hf: Path, converted: Path, tmp_path: P
     (tmp_path / "empty").mkdir()
     for options, message in (
         ({"vocab_size": 0}, "vocab_size is 0; expected a whole number above 0"),
-        ({"tokenizer": str(tmp_path / "empty")}, "tokenizer .*empty cannot be read"),
+        (
+            {"tokenizer": str(tmp_path / "empty")},
+            "empty has no tokenizer; expected tokenizer.json, tokenizer.model or another",
+        ),
         ({"tokenizer": str(hf), "vocab_size": 399}, "tokenizer .* has 400 tokens, more than the model's 399"),
     ):
         with pytest.raises(InputError, match=message):

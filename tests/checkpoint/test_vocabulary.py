@@ -193,7 +193,8 @@ def test_a_tokenizer_that_cannot_be_read(name: str, content: str, untied: Path, 
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (broken / file).write_bytes((untied / file).read_bytes())
     (broken / name).write_text(content)
-    with pytest.raises(InputError, match=rf"broken/{name}: not (a tokenizer\.json|a JSON object|valid JSON).*; expected a"):
+    said = r"(: not a tokenizer\.json.*; expected a| is \[\]; expected a JSON object| is not JSON: Expecting value)"
+    with pytest.raises(InputError, match=f"broken/{name}{said}"):
         hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), extend_tokenizer=str(broken)))
 
 

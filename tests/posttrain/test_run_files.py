@@ -28,7 +28,7 @@ SAID = [
 
 EMPTY_MODEL = [  # of a folder with nothing but a config.json
     "error: model holds no .safetensors file and no pytorch_model.bin; expected weights",
-    "error: model has no tokenizer: no tokenizer.json, tokenizer.model or other vocabulary is in it",
+    "error: model has no tokenizer; expected tokenizer.json, tokenizer.model or another vocabulary in it",
 ]
 
 
