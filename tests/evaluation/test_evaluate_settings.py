@@ -138,6 +138,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer_dir: str) -> d
     for name in ("one", "two"):
         shutil.copytree(chat_tokenizer_dir, folder / name)
         (folder / name / "config.json").write_text('{"model_type": "llama"}')
+        (folder / name / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # no tensor
     fields, found = settings(folder), Seen().found
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch, found)
