@@ -80,12 +80,14 @@ def serve(kind: str, folder: Path) -> None:
             (key, _), *_ = selector.select()  # one at a time: it may undo what another is about
             what, client, pid = key.data
             if what == "end":
+                end_all(selector)
                 return
             if what == "call":
                 client = listener.accept()[0]
                 pid = fork(client, folder)
-                selector.register(os.pidfd_open(pid), selectors.EVENT_READ, ("ended", client, pid))
-                selector.register(client, selectors.EVENT_READ, ("gone", client, pid))
+                if pid is not None:
+                    selector.register(os.pidfd_open(pid), selectors.EVENT_READ, ("ended", client, pid))
+                    selector.register(client, selectors.EVENT_READ, ("gone", client, pid))
             elif what == "gone":  # somebody has killed the client
                 selector.unregister(client)
                 os.kill(pid, signal.SIGKILL)
@@ -104,12 +106,23 @@ def finish(selector: selectors.BaseSelector, pidfd: int, client: socket.socket, 
     client.close()
 
 
-def fork(client: socket.socket, folder: Path) -> int:
-    """Start what a client asks for; gives the process."""
+def end_all(selector: selectors.BaseSelector) -> None:
+    """Kill what still runs."""
+    for key in selector.get_map().values():
+        what, _, pid = key.data
+        if what == "ended":
+            os.kill(pid, signal.SIGKILL)
+
+
+def fork(client: socket.socket, folder: Path) -> int | None:
+    """Start what a client asks for; gives the process, None if the client was killed meanwhile."""
     head, files, *_ = socket.recv_fds(client, 8, 3)
     size, text = int.from_bytes(head, "little"), b""
-    while len(text) < size:
-        text += client.recv(size - len(text))
+    while len(text) < size and (more := client.recv(size - len(text))):
+        text += more
+    if not text or len(text) < size:
+        client.close()
+        return None
     wish = json.loads(text)
     pid = os.fork()
     if pid == 0:

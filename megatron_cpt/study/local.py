@@ -125,11 +125,12 @@ def run_one(
         begun = time.monotonic()
         outcome = read_outcome(folder)
         if outcome is None:
+            is_new = state_of(folder) is None
             outcome = train(study, base, point, stop, lock, environment(study, devices))
             write_outcome(folder, outcome)
             if study.scores is not None and outcome.kind == "finished":
                 measure_run(study, point, environment(study, devices), stop)
-            outcome = dataclasses.replace(outcome, wall_seconds=time.monotonic() - begun)
+            outcome = dataclasses.replace(outcome, wall_seconds=time.monotonic() - begun if is_new else None)
             write_outcome(folder, outcome)
         elif study.scores is not None and outcome.kind == "finished":
             measure_run(study, point, environment(study, devices), stop)

@@ -26,8 +26,8 @@ class Outcome:
     kind: it has read all its tokens, or it was stopped because its loss ran away
     reason: of the latter
     seconds: of training, without start and evaluations
-    wall_seconds: of all that the run took, with its start, its evaluations and its scores; if it was stopped and went on,
-        of the last part; None: it was killed while its scores were measured, or an older study did not record it
+    wall_seconds: of all that the run took, with its start, its evaluations and its scores; None: it was stopped and went on,
+        or was killed while its scores were measured, or an older study did not record it
     """
 
     kind: Literal["finished", "diverged"]

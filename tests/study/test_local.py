@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from megatron_cpt.errors import InputError
+from megatron_cpt.study import local
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.local import device_shares, environment
+from megatron_cpt.study.outcome import Outcome, read_outcome
+from megatron_cpt.study.points import Point, run_folder
 
 
 def study(processes: int, parallel_runs: int) -> StudyConfig:
@@ -27,3 +35,22 @@ def test_without_gpus_they_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     assert environment(study(4, 2), None)["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize(("status", "is_timed"), [(None, True), ('{"state": "stopped"}', False)])
+def test_a_run_that_goes_on_has_no_time_of_its_own(
+    status: str | None, is_timed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a plan takes a run to last is the mean of those that were done in one go."""
+    monkeypatch.setattr(local, "train", lambda *_: Outcome("finished", None, 5.0))
+    config, point = replace(study(1, 1), folder=str(tmp_path)), Point(1, 0.5, 1e-3)
+    folder = Path(run_folder(config.folder, point))
+    folder.mkdir(parents=True)
+    if status is not None:
+        (folder / "status.json").write_text(status)
+    shares: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    shares.put(None)
+    local.run_one(config, None, point, threading.Event(), shares)  # type: ignore[arg-type]
+    outcome = read_outcome(str(folder))
+    assert outcome is not None
+    assert (outcome.wall_seconds is not None) == is_timed
