@@ -57,10 +57,22 @@ def load_checkpoint(folder: str, chunks: Sequence[GPTModel], optimizer: Megatron
     for name, chunk in zip(chunk_names(chunks), chunks, strict=True):
         chunk.load_state_dict(loaded[name])
     if optimizer is not None:
+        take_rates(loaded["optimizer"], optimizer)
         optimizer.load_state_dict(loaded["optimizer"])
     if "rng_state" in loaded:
         restore_rng(loaded["rng_state"])
     return Progress(common.get("iteration", 0), common.get("consumed_samples", 0))
+
+
+def take_rates(saved: dict[str, Any], optimizer: MegatronOptimizer) -> None:
+    """Give the parameter groups of a checkpoint the learning rate of this run, whose groups have one and the same.
+
+    megatron-core 0.19 pairs groups by it, too, and would find none where a run goes on with another (lr.on_continue). What a
+    step learns by is set before each, from the run's schedule.
+    """
+    now = optimizer.param_groups[0]
+    for group in saved["optimizer"]["param_groups"]:
+        group |= {name: now[name] for name in ("max_lr", "min_lr") if name in group and name in now}
 
 
 def load_state(wanted: dict[str, Any], common: dict[str, Any], reader: TorchDistReader) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from megatron_cpt.interrupting import interruptible
 from megatron_cpt.training.device_order import OnDevice, check_library
 from megatron_cpt.training.run_files import length_of, schedule_of
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MOST_STEPS = 1 << 40
 MOST_IN_A_STEP = 1 << 24  # samples that the order shuffles together
 OUTPUTS = " or ".join(f"NAME{suffix}" for suffix in FORMATS)
@@ -152,10 +153,7 @@ def export_order(config: ExportOrderConfig) -> str | None:
         try:
             write_reads(Path(config.output), with_meter(pieces, ordered, first, last), made_from)
         except OSError as error:
-            if error.filename is not None and error.errno not in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-            ):  # a name that cannot be opened
+            if error.filename is not None and error.errno not in DISK_FULL:  # a name that cannot be opened
                 raise
             raise RunError(f"output {config.output} could not be written: {error.strerror or error}") from error
         return config.output

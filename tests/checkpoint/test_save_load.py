@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from ranks import Layout, build, fake_step, run_ranks, tensors_of
 
-from megatron_cpt.checkpoint.save_load import Progress, load_checkpoint
+from megatron_cpt.checkpoint.save_load import Progress, load_checkpoint, take_rates
 
 LAYOUTS = {
     "single": Layout(),
@@ -88,3 +89,14 @@ def test_random_numbers_go_on_in_the_same_layout_and_are_left_alone_in_another(t
     for other, whole_state in ((Layout(data=2), True), (Layout(), True), (layout, False)):
         for after, without in run_ranks(other, load_then_draw, tiny_hf, other, folder, whole_state):
             assert after == without
+
+
+def test_groups_have_another_learning_rate_than_their_checkpoint() -> None:
+    """By which megatron-core 0.19 pairs them; a run that goes on so is in tests/training/test_damaged.py."""
+    now = SimpleNamespace(param_groups=[{"max_lr": 2e-3, "min_lr": None, "wd_mult": 1.0}, {"max_lr": 2e-3, "min_lr": None}])
+    saved = {"optimizer": {"param_groups": [{"max_lr": 1e-3, "min_lr": None, "wd_mult": 1.0}, {"wd_mult": 0.0, "step": 3}]}}
+    take_rates(saved, now)  # type: ignore[arg-type]
+    assert saved["optimizer"]["param_groups"] == [
+        {"max_lr": 2e-3, "min_lr": None, "wd_mult": 1.0},
+        {"wd_mult": 0.0, "step": 3},
+    ]
