@@ -55,11 +55,12 @@ def call(folder: str, python: str, words: list[str]) -> None:
     tool = tool_of(words)
     with open(os.path.join(folder, "environment.json"), encoding="utf-8") as file:
         same = is_same_python(dict(os.environ), json.load(file))
-    if tool is None or not same:
+    place = os.path.join(folder, kind_of(tool or ""))
+    if tool is None or not same or not os.path.exists(place):  # no server of this kind was started
         os.execv(python, [python, *words])
     wish = {"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(os.path.join(folder, kind_of(tool)))
+        server.connect(place)
         text = json.dumps(wish).encode()
         socket.send_fds(server, [len(text).to_bytes(8, "little")], [0, 1, 2])
         server.sendall(text)
