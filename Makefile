@@ -27,14 +27,14 @@ quickstart-chat: setup
 	VENV=$(CURDIR)/$(VENV) examples/quickstart_chat/quickstart_chat.sh
 
 # One thread for each process, and two tests at a time: some start eight processes. File by file, in order: some tests in
-# tests/data count their process's children, and the server of tests/forks.py, which tests/training starts, would be one.
+# tests/corpus count their process's children, and the server of tests/forks.py, which tests/training starts, would be one.
 WORKERS ?= 2
 test: setup
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
 
 # What touches the engine, for another Python and with it another megatron-core:
 # make test-engine PYTHON=python3.12 VENV=.venv-3.12
-ENGINE := tests/platforms tests/model tests/checkpoint tests/data/test_indexed.py tests/data/test_loader.py \
+ENGINE := tests/platforms tests/model tests/checkpoint tests/corpus/test_indexed_dataset.py tests/mixture/test_loader.py \
   $(patsubst %,tests/training/test_%.py,golden hf_losses layouts matrix packed resume_layouts damaged hostile_checkpoints)
 test-engine: setup
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --durations 10 $(ENGINE)
@@ -77,7 +77,7 @@ $(TE)/ready: tests/te_layers/stand_in.py | setup
 	touch $@
 
 # What needs a GPU, and what runs on whichever device there is. `make cuda` first, for the order of the data.
-GPU := tests/platforms/test_cuda_platform.py tests/data/sampling/test_cuda.py
+GPU := tests/platforms/test_cuda_platform.py tests/mixture/order/test_cuda.py
 ANY_DEVICE := tests/model/test_parity.py tests/training/test_packed.py
 test-gpu: setup
 	$(BIN)/python -m pytest $(GPU) -n $(WORKERS)
@@ -103,9 +103,9 @@ sanitize: setup
 	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitized
 	CFLAGS="$(SANITIZE)" LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized OMP_NUM_THREADS=1 \
-	  $(BIN)/python -P -m pytest -q -p no:cacheprovider tests/data/sampling/test_native.py tests/data/test_megatron_order.py
+	  $(BIN)/python -P -m pytest -q -p no:cacheprovider tests/mixture/order/test_native.py tests/mixture/order/test_megatron.py
 
-# The data order on a GPU: a library that megatron_cpt.data.sampling.cuda loads. Needs nvcc, not a GPU.
+# The data order on a GPU: a library that megatron_cpt.mixture.order.cuda loads. Needs nvcc, not a GPU.
 CUDA_LIBRARY := megatron_cpt/lib/libmegatron_cpt_cuda.so
 ARCHITECTURES := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
 cuda: $(CUDA_LIBRARY)
@@ -134,4 +134,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf build *.egg-info megatron_cpt/data/*.so megatron_cpt/lib runs/quickstart runs/quickstart-chat .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build *.egg-info megatron_cpt/mixture/order/*.so megatron_cpt/lib runs/quickstart runs/quickstart-chat .pytest_cache .mypy_cache .ruff_cache

@@ -18,9 +18,9 @@ class OptionalBuildExt(build_ext):
 
 
 def extension(name: str, source: str, headers: list[str], options: list[str]) -> Pybind11Extension:
-    """One module of megatron_cpt.data from csrc/."""
+    """One module of megatron_cpt.mixture.order from csrc/."""
     return Pybind11Extension(
-        f"megatron_cpt.data.{name}",
+        f"megatron_cpt.mixture.order.{name}",
         [f"csrc/{source}"],
         depends=[f"csrc/{header}" for header in headers],
         cxx_std=17,

@@ -136,7 +136,7 @@ def make_checkpoint(folder: Path, shapes: dict[str, int]) -> None:
     import torch
 
     from megatron_cpt.checkpoint.hf_files import TensorInfo, plan_shards, write_safetensors
-    from megatron_cpt.checkpoint.hf_weights import hf_shapes
+    from megatron_cpt.convert.hf_weights import hf_shapes
     from megatron_cpt.model.llama import read_llama_config
 
     folder.mkdir()

@@ -10,9 +10,9 @@ import sys  # noqa: E402
 import psutil  # noqa: E402
 
 from megatron_cpt.config.run import DataConfig  # noqa: E402
-from megatron_cpt.data.loader import BatchShape, TrainingData  # noqa: E402
-from megatron_cpt.data.mixture_file import load_mixture  # noqa: E402
-from megatron_cpt.data.state import begin  # noqa: E402
+from megatron_cpt.mixture.file import load_mixture  # noqa: E402
+from megatron_cpt.mixture.loader import BatchShape, TrainingData  # noqa: E402
+from megatron_cpt.mixture.state import begin  # noqa: E402
 
 if __name__ == "__main__":
     imported, before = time.monotonic(), psutil.Process().memory_info().rss

@@ -140,7 +140,7 @@ def places(count: int) -> Row:
     import torch
 
     from bench.loader import virtual_order
-    from megatron_cpt.data.sampling.cuda import DeviceOrder
+    from megatron_cpt.mixture.order.cuda import DeviceOrder
 
     order = virtual_order()
     on_device = DeviceOrder(order)

@@ -20,10 +20,10 @@ import yaml
 
 from bench.preprocess import REPEATS, REPOSITORY, WORK, fetch_tokenizer, gather_text, ours, run
 from bench.row import Row, compare
-from megatron_cpt.data.indexed import HEADER, MAGIC, VERSION
-from megatron_cpt.data.manifest import CorpusManifest, FileInfo, TokenizerInfo
-from megatron_cpt.data.sampling.order import CorpusTokens, SampleOrder
-from megatron_cpt.data.sampling.splitters import Group, StagePlan, build_stages
+from megatron_cpt.corpus.indexed_dataset import HEADER, MAGIC, VERSION
+from megatron_cpt.corpus.manifest import CorpusManifest, FileInfo, TokenizerInfo
+from megatron_cpt.mixture.order.order import CorpusTokens, SampleOrder
+from megatron_cpt.mixture.order.splitters import Group, StagePlan, build_stages
 
 NAMES = (
     "start first batch",

@@ -20,10 +20,10 @@ def ours(prefixes: list[str]) -> Any:
     from fractions import Fraction
 
     from megatron_cpt.config.run import DataConfig
-    from megatron_cpt.data.indexed import IndexedCorpus
-    from megatron_cpt.data.loader import TrainingData
-    from megatron_cpt.data.sampling.order import CorpusTokens, SampleOrder
-    from megatron_cpt.data.sampling.splitters import Group, StagePlan, build_stages
+    from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
+    from megatron_cpt.mixture.loader import TrainingData
+    from megatron_cpt.mixture.order.order import CorpusTokens, SampleOrder
+    from megatron_cpt.mixture.order.splitters import Group, StagePlan, build_stages
 
     corpora = [IndexedCorpus(prefix) for prefix in prefixes]
     groups = [Group((i,), (Fraction(1),)) for i in range(2)]
@@ -60,12 +60,12 @@ def documents_ours(prefixes: list[str]) -> Any:
     """A function that tells the documents of samples `first` to `first` + `count` - 1, as tools/export_order.py does."""
     from fractions import Fraction
 
-    from megatron_cpt.data.document_reads import CorpusDocuments, Stretch, on_cpu, read_samples
-    from megatron_cpt.data.indexed import IndexedCorpus
-    from megatron_cpt.data.manifest import read_manifest
-    from megatron_cpt.data.mixture import Corpus
-    from megatron_cpt.data.sampling.order import CorpusTokens, SampleOrder
-    from megatron_cpt.data.sampling.splitters import Group, StagePlan, build_stages
+    from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
+    from megatron_cpt.corpus.manifest import read_manifest
+    from megatron_cpt.mixture.document_reads import CorpusDocuments, Stretch, on_cpu, read_samples
+    from megatron_cpt.mixture.mixture import Corpus
+    from megatron_cpt.mixture.order.order import CorpusTokens, SampleOrder
+    from megatron_cpt.mixture.order.splitters import Group, StagePlan, build_stages
 
     corpora = [Corpus(p, p, "en", read_manifest(p), IndexedCorpus(p)) for p in prefixes]
     groups = [Group((i,), (Fraction(1),)) for i in range(2)]

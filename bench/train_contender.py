@@ -87,8 +87,8 @@ def bare(task: Task, gate: Gate) -> None:
     from megatron_cpt.checkpoint.save_load import load_checkpoint
     from megatron_cpt.config.run import CheckpointConfig, RunConfig, TrainingConfig
     from megatron_cpt.platforms.process_groups import process_groups
-    from megatron_cpt.training.building import build, unwrap
-    from megatron_cpt.training.checks import check_run
+    from megatron_cpt.training.model_setup import build, unwrap
+    from megatron_cpt.training.validate_config import check_run
 
     with tempfile.TemporaryDirectory() as save:
         config = RunConfig(
@@ -211,9 +211,9 @@ def batches(task: Task) -> Iterator[list[Any]]:
     import torch
 
     from megatron_cpt.config.run import DataConfig
-    from megatron_cpt.data.loader import BatchShape, TrainingData
-    from megatron_cpt.data.mixture_file import load_mixture
-    from megatron_cpt.data.state import begin
+    from megatron_cpt.mixture.file import load_mixture
+    from megatron_cpt.mixture.loader import BatchShape, TrainingData
+    from megatron_cpt.mixture.state import begin
 
     mixture = load_mixture(str(task.folder / "mixture.yaml"))
     schedule = mixture.schedule(MANY * task.batch)

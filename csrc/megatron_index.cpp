@@ -1,4 +1,4 @@
-// megatron_cpt.data._megatron_index: the two slow builders of megatron_cpt/data/megatron_order.py.
+// megatron_cpt.mixture.order._megatron_index: the two slow builders of megatron_cpt/mixture/order/megatron.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -142,7 +142,7 @@ py::tuple build_blending_index(const DoubleArray& weights, int64_t num_samples) 
 }  // namespace
 
 PYBIND11_MODULE(_megatron_index, module) {
-  module.doc() = "Native twin of the sample and blending index of megatron_cpt.data.megatron_order";
+  module.doc() = "Native twin of the sample and blending index of megatron_cpt.mixture.order.megatron";
   module.def("build_sample_index", &build_sample_index, py::arg("lengths").noconvert(), py::arg("document_index").noconvert(),
              py::arg("seq_length"), py::arg("num_samples"), py::arg("threads"), py::arg("wide"),
              "int32 lengths (documents,), int32 document_index (entries,) -> (num_samples + 1, 2) int32, or int64 if wide: "

@@ -1,5 +1,5 @@
 // Megatron-LM's sample index and blending index, bit-identical to megatron-core's build_sample_idx (with one extra token,
-// last partial sequence dropped) and build_blending_indices. megatron_cpt/data/megatron_order.py is the specification.
+// last partial sequence dropped) and build_blending_indices. megatron_cpt/mixture/order/megatron.py is the specification.
 //
 // Header-only, without allocation or exceptions; the callers check the arguments. Must be compiled without contracting
 // a * b - c into one rounding (-ffp-contract=off), or other samples are drawn on machines with such an instruction.

@@ -1,4 +1,4 @@
-// megatron_cpt.data._sampling: megatron_cpt/data/sampling/order.py for many samples at once.
+// megatron_cpt.mixture.order._sampling: megatron_cpt/mixture/order/order.py for many samples at once.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -48,7 +48,7 @@ class PySampleOrder {
 }  // namespace
 
 PYBIND11_MODULE(_sampling, module) {
-  module.doc() = "Native twin of megatron_cpt.data.sampling.order.SampleOrder";
+  module.doc() = "Native twin of megatron_cpt.mixture.order.order.SampleOrder";
   PYBIND11_NUMPY_DTYPE(Node, left_share, left, right);
   PYBIND11_NUMPY_DTYPE(Stage, start, share, phase, ramp, length, left_before, right_before, left, right);
   PYBIND11_NUMPY_DTYPE(Corpus, tokens, samples, key);

@@ -1,4 +1,4 @@
-// The order of the data in integers: the same definitions as megatron_cpt/data/sampling/, which is the specification.
+// The order of the data in integers: the same definitions as megatron_cpt/mixture/order/, which is the specification.
 //
 // Header-only and without floats, allocation or exceptions: the same functions are compiled for the CPU and, by nvcc, for a
 // GPU. Numbers of samples are below 2^62 and stages with a ramp below 2^46 (the callers check), so no sum here overflows.

@@ -1,4 +1,4 @@
-// The order of the data on a GPU, behind C functions (see megatron_cpt/data/sampling/cuda.py). `make cuda` builds it.
+// The order of the data on a GPU, behind C functions (see megatron_cpt/mixture/order/cuda.py). `make cuda` builds it.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

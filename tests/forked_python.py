@@ -20,7 +20,7 @@ import sys
 # What the same import brings; megatron-core changes torch on a machine without a GPU, so the two are apart.
 IMPORTS = {
     "engine": "torch._dynamo megatron_cpt.training.pretrain megatron_cpt.training.report megatron_cpt.training.step"
-    " megatron_cpt.checkpoint.convert megatron_cpt.checkpoint.verify megatron_cpt.tokenizer torch.distributed.run"
+    " megatron_cpt.convert.convert megatron_cpt.convert.verify megatron_cpt.tokenizer torch.distributed.run"
     " megatron_cpt.study.figures megatron_cpt.study.choose optuna",
     "posttrain": "torch._dynamo transformers.models.llama.modeling_llama megatron_cpt.posttrain.trainers trl peft lm_eval"
     " lm_eval.models.huggingface datasets torch.distributed.run",

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tiny_models import make_tiny_llama
 
-from megatron_cpt.chat_data.conversations import Message
-from megatron_cpt.chat_data.templates import PromptTemplate
-from megatron_cpt.checkpoint.vocabulary import load
+from megatron_cpt.convert.vocabulary import load
+from megatron_cpt.posttrain.conversations import Message
+from megatron_cpt.posttrain.templates import PromptTemplate
 
 
 def make_reciter(folder: Path, tokenizer_dir: str, chain: Sequence[int], **changes: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from tiny_models import write_yaml
 
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.points import Point, read_base, run_folder, write_configuration
+from megatron_cpt.study.grid import Point, read_base, run_folder, write_configuration
 from megatron_cpt.study.results import Results
 
 TOKENS = 1_000_000

@@ -152,14 +152,14 @@ def slow_steps(wish: dict[str, Any]) -> None:
 
 def slow_reads(wish: dict[str, Any]) -> None:
     """In every read of a training micro-batch, which another thread does."""
-    from megatron_cpt.data import loader
+    from megatron_cpt.mixture import loader
 
     slow(loader, "_read_and_finish", Pause(**wish))
 
 
 def slow_saves(wish: dict[str, Any]) -> None:
     """In every save, when its temporary folder is there."""
-    from megatron_cpt.checkpoint.attempt import Attempt
+    from megatron_cpt.checkpoint.save_operation import Attempt
 
     slow(Attempt, "_start_writers", Pause(**wish))
 
@@ -182,7 +182,7 @@ def loading_fails(wish: dict[str, Any]) -> None:
 
 def first_saves_fail(number: int) -> None:
     """The first `number` saves cannot be published."""
-    from megatron_cpt.checkpoint.attempt import Attempt
+    from megatron_cpt.checkpoint.save_operation import Attempt
 
     real, left = Attempt._publish, number
 
@@ -326,7 +326,7 @@ def tell_engine(sign: str) -> None:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_cpt.checkpoint.attempt import Attempt
+    from megatron_cpt.checkpoint.save_operation import Attempt
     from megatron_cpt.training import pretrain, step
     from megatron_cpt.training.stopping import Peers
 

@@ -12,10 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_cpt.data import preprocess as preprocess_module
-from megatron_cpt.data import reading
-from megatron_cpt.data.indexed import IndexedCorpus
-from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.corpus import preprocess as preprocess_module
+from megatron_cpt.corpus import reading
+from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
+from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.config.run import LoggingConfig
-from megatron_cpt.data.ledger import Ledger, LedgerRow, StageTotal
+from megatron_cpt.mixture.ledger import Ledger, LedgerRow, StageTotal
 from megatron_cpt.training.baseline import Baseline, Measurement, extended
 from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.validation import ValidationResult

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from megatron_cpt.data.manifest import CorpusManifest, FileInfo, SourceInfo, TokenizerInfo
+from megatron_cpt.corpus.manifest import CorpusManifest, FileInfo, SourceInfo, TokenizerInfo
 
 MANIFEST = CorpusManifest(
     language="zh",

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from tiny_manifests import manifest
 
-from megatron_cpt.data.indexed import IndexedCorpus, IndexedWriter
-from megatron_cpt.data.mixture import Corpus, GroupName, Mixture
-from megatron_cpt.data.sampling.splitters import Group
-from megatron_cpt.data.stages import AlmrPart, MixtureStage
+from megatron_cpt.corpus.indexed_dataset import IndexedCorpus, IndexedWriter
+from megatron_cpt.mixture.mixture import Corpus, GroupName, Mixture
+from megatron_cpt.mixture.order.splitters import Group
+from megatron_cpt.mixture.stages import AlmrPart, MixtureStage
 
 
 def make_corpus(

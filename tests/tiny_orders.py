@@ -7,8 +7,8 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from megatron_cpt.data.sampling.order import CorpusTokens, SampleOrder
-from megatron_cpt.data.sampling.splitters import Group, Stage, StagePlan, build_stages
+from megatron_cpt.mixture.order.order import CorpusTokens, SampleOrder
+from megatron_cpt.mixture.order.splitters import Group, Stage, StagePlan, build_stages
 
 WEIGHTS = st.one_of(
     st.fractions(Fraction(1, 10**6), 10**6), st.integers(1, 10**12).map(Fraction), st.sampled_from([Fraction(10**40)])

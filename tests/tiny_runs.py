@@ -12,9 +12,9 @@ from typing import Any
 from forks import Forks
 from tiny_models import make_tiny_llama, read_rows, run_tool, write_yaml
 
-from megatron_cpt.checkpoint.convert import hf_to_megatron
-from megatron_cpt.config.conversion import HfToMegatron
-from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.convert.config import HfToMegatron
+from megatron_cpt.convert.convert import hf_to_megatron
+from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 
 STEPS = 5
 SAVE_INTERVAL = 2

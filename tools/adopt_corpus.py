@@ -7,9 +7,9 @@ from megatron_cpt.config.cli import run_tool
 
 if __name__ == "__main__":
     run_tool(
-        "megatron_cpt.data.adopt:adopt_corpora",
-        "megatron_cpt.data.adopt:AdoptConfig",
+        "megatron_cpt.corpus.import_megatron:adopt_corpora",
+        "megatron_cpt.corpus.import_megatron:AdoptConfig",
         "Write the manifest that mixtures need beside .bin/.idx files of Megatron-LM, which stay as they are.",
         positional="input",
-        check="megatron_cpt.data.adopt:check_files",
+        check="megatron_cpt.corpus.import_megatron:check_files",
     )

@@ -10,19 +10,19 @@ if __name__ == "__main__":
     run_subcommands(
         {
             "hf-to-megatron": (
-                "megatron_cpt.checkpoint.convert:hf_to_megatron",
-                "megatron_cpt.config.conversion:HfToMegatron",
-                "megatron_cpt.checkpoint.run_files:check_hf_to_megatron",
+                "megatron_cpt.convert.convert:hf_to_megatron",
+                "megatron_cpt.convert.config:HfToMegatron",
+                "megatron_cpt.convert.run_files:check_hf_to_megatron",
             ),
             "megatron-to-hf": (
-                "megatron_cpt.checkpoint.convert:megatron_to_hf",
-                "megatron_cpt.config.conversion:MegatronToHf",
-                "megatron_cpt.checkpoint.run_files:check_megatron_to_hf",
+                "megatron_cpt.convert.convert:megatron_to_hf",
+                "megatron_cpt.convert.config:MegatronToHf",
+                "megatron_cpt.convert.run_files:check_megatron_to_hf",
             ),
             "verify": (
-                "megatron_cpt.checkpoint.verify:verify",
-                "megatron_cpt.config.conversion:Verify",
-                "megatron_cpt.checkpoint.run_files:check_verify",
+                "megatron_cpt.convert.verify:verify",
+                "megatron_cpt.convert.config:Verify",
+                "megatron_cpt.convert.run_files:check_verify",
             ),
         },
         "Convert Llama checkpoints between Hugging Face and Megatron, or compare two of them.",

@@ -4,8 +4,8 @@ from megatron_cpt.config.cli import run_tool
 
 if __name__ == "__main__":
     run_tool(
-        "megatron_cpt.data.curate:curate",
-        "megatron_cpt.data.curate:CurateConfig",
+        "megatron_cpt.curation.curate:curate",
+        "megatron_cpt.curation.curate:CurateConfig",
         "Identify languages, filter by quality and drop near-duplicates (with datatrove).",
-        check="megatron_cpt.data.curate:check_files",
+        check="megatron_cpt.curation.curate:check_files",
     )

@@ -8,9 +8,9 @@ from megatron_cpt.config.cli import run_tool
 
 if __name__ == "__main__":
     run_tool(
-        "megatron_cpt.data.inspection:inspect_data",
-        "megatron_cpt.data.inspection:InspectConfig",
+        "megatron_cpt.mixture.inspect_data:inspect_data",
+        "megatron_cpt.mixture.inspect_data:InspectConfig",
         "Show what is in Megatron corpora (counts, documents, integrity) or in a mixture of them (table, samples).",
         positional="input",
-        check="megatron_cpt.data.inspection:check_files",
+        check="megatron_cpt.mixture.inspect_data:check_files",
     )

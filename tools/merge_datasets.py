@@ -4,8 +4,8 @@ from megatron_cpt.config.cli import run_tool
 
 if __name__ == "__main__":
     run_tool(
-        "megatron_cpt.data.merge:merge_datasets",
-        "megatron_cpt.data.merge:MergeConfig",
+        "megatron_cpt.corpus.merge:merge_datasets",
+        "megatron_cpt.corpus.merge:MergeConfig",
         "Join Megatron corpora, such as the partitions of a job array, into one.",
-        check="megatron_cpt.data.merge:check_files",
+        check="megatron_cpt.corpus.merge:check_files",
     )

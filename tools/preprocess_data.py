@@ -4,8 +4,8 @@ from megatron_cpt.config.cli import run_tool
 
 if __name__ == "__main__":
     run_tool(
-        "megatron_cpt.data.preprocess:preprocess",
-        "megatron_cpt.data.preprocess_config:PreprocessConfig",
+        "megatron_cpt.corpus.preprocess:preprocess",
+        "megatron_cpt.corpus.config:PreprocessConfig",
         "Tokenize text files into a Megatron corpus: PREFIX.bin, .idx and .json.",
-        check="megatron_cpt.data.preprocess:check_files",
+        check="megatron_cpt.corpus.preprocess:check_files",
     )

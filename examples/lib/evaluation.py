@@ -13,13 +13,13 @@ import sys
 import yaml
 
 from megatron_cpt.config.cli import collect_arguments, exit_on_input_error, normalise, read_arguments
-from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.config import EvaluateConfig
 from megatron_cpt.evaluation.run_files import check_given, check_settings
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.memory import GIB
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.weights import number_of_parameters
+from megatron_cpt.utils.errors import InputError
 
 BF16 = 2  # bytes
 

@@ -17,13 +17,13 @@ from typing import Any
 import yaml
 
 from megatron_cpt.config.cli import exit_on_input_error, read_arguments
-from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.memory import GIB
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.weights import number_of_parameters
 from megatron_cpt.posttrain.run_files import check_settings
 from megatron_cpt.posttrain.settings import DpoConfig, SftConfig, accumulation
+from megatron_cpt.utils.errors import InputError, Refusals
 
 WEIGHTS, TRAINED = 4, 16  # bytes of a parameter: in fp32; with its gradient and AdamW's moments, in fp32 too
 

@@ -15,12 +15,12 @@ import sys
 
 from megatron_cpt.config.cli import exit_on_input_error, normalise, read_arguments
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.mixture_file import read_seq_length
+from megatron_cpt.mixture.file import read_seq_length
 from megatron_cpt.model.layout import check_batch
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.one_run import plan_one, spread, tokens_of
 from megatron_cpt.planning.report import show
-from megatron_cpt.screen import wide_console
+from megatron_cpt.utils.console import wide_console
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Save, load and convert checkpoints.
+"""Save, load and verify checkpoints; read what others wrote without running any of it.
 
 Only modules that need torch import it; those that import megatron prepare the platform.
 """

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from megatron_cpt.errors import InputError, brief
+from megatron_cpt.utils.errors import InputError, brief
 
 CHUNK_BYTES = 4 << 20
 MANIFEST = "manifest.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from megatron_cpt.checkpoint.restricted import Place, load_metadata
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 COMMON_STATE = "common_state/shard_0_1"
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from megatron_cpt.errors import InputError
-from megatron_cpt.input_files import check_folder, load_json, shown
+from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.input_files import check_folder, load_json, shown
 
 KINDS = (ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error, SafetensorError)
 OF_THE_MACHINE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)

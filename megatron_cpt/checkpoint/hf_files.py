@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from megatron_cpt.checkpoint.layout import WEIGHT_INDICES
 from megatron_cpt.checkpoint.restricted import PickledTensors
 from megatron_cpt.checkpoint.weight_files import WHOLE_FILES, weight_files
-from megatron_cpt.errors import InputError
 from megatron_cpt.model.hf_folder import adapter_note
+from megatron_cpt.utils.errors import InputError
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # For transformers' from_pretrained: adapters are looked for in a subfolder that no model has, so that weights into

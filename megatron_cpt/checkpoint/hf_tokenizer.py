@@ -10,11 +10,11 @@ from typing import Any
 
 from megatron_cpt.checkpoint.damage import JSON_FILES, check_json, reading_hf_folder
 from megatron_cpt.checkpoint.layout import WEIGHT_INDICES
-from megatron_cpt.errors import InputError, Refusals, if_on_the_hub
-from megatron_cpt.input_files import load_json, shown
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_difference
 from megatron_cpt.tokenizer.hf_files import CONFIG, json_object, read_tokenizer_json
+from megatron_cpt.utils.errors import InputError, Refusals, if_on_the_hub
+from megatron_cpt.utils.input_files import load_json, shown
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),

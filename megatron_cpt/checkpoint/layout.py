@@ -20,9 +20,9 @@ from typing import Any
 
 from megatron_cpt.checkpoint.checksums import FIELD as CHECKSUMS
 from megatron_cpt.checkpoint.checksums import check_seal, check_small_files
-from megatron_cpt.errors import InputError, brief
-from megatron_cpt.input_files import CHAT_TEMPLATES, check_folder, load_json, shown
 from megatron_cpt.model.hf_folder import ADAPTER_CONFIG
+from megatron_cpt.utils.errors import InputError, brief
+from megatron_cpt.utils.input_files import CHAT_TEMPLATES, check_folder, load_json, shown
 from megatron_cpt.version import __version__
 
 MOST_SAMPLES = 1 << 60  # of a run

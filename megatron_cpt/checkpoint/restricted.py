@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint.archives import Content, Part, check_record, open_mapped, records_of
 from megatron_cpt.checkpoint.safe_pickle import (
     Maker,
     Name,
@@ -29,7 +28,8 @@ from megatron_cpt.checkpoint.safe_pickle import (
     read_pickle,
     shown,
 )
-from megatron_cpt.errors import InputError
+from megatron_cpt.checkpoint.zip_reader import Content, Part, check_record, open_mapped, records_of
+from megatron_cpt.utils.errors import InputError
 
 MOST_METADATA_BYTES = 1 << 30
 MOST_NUMBERS = 1 << 50  # of a tensor

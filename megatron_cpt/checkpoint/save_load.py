@@ -22,14 +22,14 @@ from megatron.core.dist_checkpointing.validation import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_cpt.checkpoint.attempt import CheckpointError, save_checkpoint
 from megatron_cpt.checkpoint.common_state import find_common_state
 from megatron_cpt.checkpoint.layout import check_format
 from megatron_cpt.checkpoint.restricted import Opaque, load_common
 from megatron_cpt.checkpoint.safe_pickle import plain
+from megatron_cpt.checkpoint.save_operation import CheckpointError, save_checkpoint
 from megatron_cpt.checkpoint.state import Progress, chunk_names, restore_rng, state_to_load
 from megatron_cpt.checkpoint.torch_dist import Region, TorchDistReader
-from megatron_cpt.errors import InputError, SharedInputError
+from megatron_cpt.utils.errors import InputError, SharedInputError
 
 ADVICE = "if its files are damaged, move it away to go on from the one before"
 COMMON_KEYS = ("checkpoint_version", "content_metadata", "iteration", "consumed_samples", "rng_name", "optimizer")

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_cpt.checkpoint.attempt import Attempt, CheckpointError, Request, Structure
 from megatron_cpt.checkpoint.folders import hide, remove_unfinished, to_delete
+from megatron_cpt.checkpoint.save_operation import Attempt, CheckpointError, Request, Structure
 from megatron_cpt.checkpoint.staging import Staging, staging_size
 from megatron_cpt.checkpoint.state import Progress
 from megatron_cpt.config.run import CheckpointConfig

@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_cpt.checkpoint.archives import Content, open_mapped
 from megatron_cpt.checkpoint.restricted import (
     DAMAGE,
     Place,
@@ -40,7 +39,8 @@ from megatron_cpt.checkpoint.restricted import (
     read_object,
     read_tensor,
 )
-from megatron_cpt.errors import InputError
+from megatron_cpt.checkpoint.zip_reader import Content, open_mapped
+from megatron_cpt.utils.errors import InputError
 
 
 @dataclass(frozen=True)

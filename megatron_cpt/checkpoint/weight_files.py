@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from megatron_cpt.checkpoint.layout import WEIGHT_INDICES
-from megatron_cpt.errors import InputError, Refusals
-from megatron_cpt.input_files import check_folder, load_json, parse_json, shown
 from megatron_cpt.model.hf_folder import ADAPTER_FILES
+from megatron_cpt.utils.errors import InputError, Refusals
+from megatron_cpt.utils.input_files import check_folder, load_json, parse_json, shown
 
 LENGTH = 8  # bytes with which a .safetensors file begins: the length of its header
 MOST_HEADER = 100_000_000  # bytes that the library reads

@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_cpt.checkpoint.archives import check_archives
 from megatron_cpt.checkpoint.checksums import file_checksum
 from megatron_cpt.checkpoint.layout import fsync, sync_files, write_hf_files
+from megatron_cpt.checkpoint.zip_reader import check_archives
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_cpt.cluster.check import Check, FailedError, Figures
 from megatron_cpt.cluster.job import Job
-from megatron_cpt.locking import open_lock
+from megatron_cpt.utils.lock import open_lock
 
 SIZE = 64 << 20  # bytes that each rank writes
 VISIBLE_SECONDS = 10.0  # after which what one machine has written has to be seen by others

@@ -21,12 +21,12 @@ import torch
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import CheckpointConfig, OptimizerConfig, RunConfig, TrainingConfig
-from megatron_cpt.data.loader import Batch
+from megatron_cpt.mixture.loader import Batch
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import launched_world_size, process_groups
-from megatron_cpt.training.building import build
 from megatron_cpt.training.launch import prepare_arithmetic
+from megatron_cpt.training.model_setup import build
 from megatron_cpt.training.step import StepShape, train_step
 
 WARM_UP, STEPS = 3, 7

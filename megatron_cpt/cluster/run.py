@@ -20,7 +20,7 @@ from megatron_cpt.cluster import engine, file_system, inputs, links, machines, t
 from megatron_cpt.cluster.check import Check, FailedError, Outcome
 from megatron_cpt.cluster.config import CheckConfig
 from megatron_cpt.cluster.job import Job, join
-from megatron_cpt.errors import InputError, RunError
+from megatron_cpt.utils.errors import InputError, RunError
 from megatron_cpt.version import __version__
 
 LONGEST = 1800.0  # seconds in which every rank has ended what a check has it do

@@ -6,7 +6,7 @@ import os
 
 from megatron_cpt.cluster.config import CheckConfig
 from megatron_cpt.config.require import Requirements
-from megatron_cpt.input_files import why_unwritable
+from megatron_cpt.utils.input_files import why_unwritable
 
 
 def check_files(config: CheckConfig) -> None:

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 import yaml
 
 from megatron_cpt.config.fields import ConfigReader
-from megatron_cpt.errors import InputError, InputErrors, ProcessDiedError, Refusals, RefusedValueError, RunError
-from megatron_cpt.input_files import shown
-from megatron_cpt.redaction import redacted, secrets_of
+from megatron_cpt.utils.errors import InputError, InputErrors, ProcessDiedError, Refusals, RefusedValueError, RunError
+from megatron_cpt.utils.input_files import shown
+from megatron_cpt.utils.redaction import redacted, secrets_of
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser

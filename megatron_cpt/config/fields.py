@@ -13,8 +13,8 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from megatron_cpt.config.partial import partial
 from megatron_cpt.config.values import WRONG, Converter, Given, alternatives, expected, hints_of, nearest
-from megatron_cpt.errors import FieldError, InputError, Refusals
-from megatron_cpt.input_files import load_yaml
+from megatron_cpt.utils.errors import FieldError, InputError, Refusals
+from megatron_cpt.utils.input_files import load_yaml
 
 Config = TypeVar("Config")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_cpt.config.require import Requirements, at_most_one
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 
 @dataclass(frozen=True)

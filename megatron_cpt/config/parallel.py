@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_cpt.config.require import Requirements
-from megatron_cpt.errors import FieldError, InputError
+from megatron_cpt.utils.errors import FieldError, InputError
 
 RecomputeModule = Literal["core_attn", "mlp", "layernorm"]
 # Which settings need which others

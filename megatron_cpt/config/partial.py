@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
-from megatron_cpt.errors import Refusals, RefusedValueError
+from megatron_cpt.utils.errors import Refusals, RefusedValueError
 
 
 def partial(kind: type, values: Mapping[str, Any], refused: Collection[str]) -> Any:

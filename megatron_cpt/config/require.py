@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Self
 
-from megatron_cpt.errors import FieldError, InputError, Refusals, RefusedValueError
+from megatron_cpt.utils.errors import FieldError, InputError, Refusals, RefusedValueError
 
 
 def require(condition: bool, name: str, value: Any, wanted: str) -> None:

@@ -1,7 +1,7 @@
 """Everything a training run can be told, with the names Megatron users know.
 
 The dataclasses are frozen and check what can be checked from one field alone; what depends on the model, the data or
-the number of processes is checked in `training/checks.py`.
+the number of processes is checked in `training/validate_config.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from megatron_cpt.config.lr import LrConfig
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.require import Requirements, at_most_one, require, require_at_least
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 MOST_THREADS = 256  # of a process
 

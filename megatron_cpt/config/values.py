@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megatron_cpt.errors import InputError, Refusals, RefusedValueError
-from megatron_cpt.input_files import amount, number, parse_yaml, plain_number, shown, text_of
+from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
+from megatron_cpt.utils.input_files import amount, number, parse_yaml, plain_number, shown, text_of
 
 LARGEST = 2**63 - 1  # whole number
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 
 @dataclass(frozen=True)

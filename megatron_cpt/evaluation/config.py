@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_cpt.config.require import Requirements, require, require_at_least
-from megatron_cpt.errors import InputError
-from megatron_cpt.language_codes import check_language
-from megatron_cpt.redaction import redacted
+from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.language_codes import check_language
+from megatron_cpt.utils.redaction import redacted
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.hf_tokenizer import load
-from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.sandbox import require_sandbox
+from megatron_cpt.posttrain.turn_end import turn_end
+from megatron_cpt.utils.errors import InputError
 
 TASKS = Path(__file__).with_name("tasks")  # of benchmarks that lm-eval lacks
 

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.config import JudgeConfig
 from megatron_cpt.evaluation.votes import Outcome
-from megatron_cpt.redaction import redacted
+from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.redaction import redacted
 
 Letter = Literal["A", "B", "C"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import regex
 
-from megatron_cpt.chat_data.languages import identify
-from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.answer_languages import identify
+from megatron_cpt.utils.errors import InputError
 
 # Scripts that only this language, of those that a model may mix it with, is written in. Latin script tells nothing.
 SCRIPTS = {

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.columns import Measured
 from megatron_cpt.evaluation.config import EvaluateConfig, PairwiseConfig
 from megatron_cpt.evaluation.judge import Judge, JudgeError
 from megatron_cpt.evaluation.table import table
 from megatron_cpt.evaluation.votes import Agreement, Outcome, Vote, agreement, majority, read_votes, votes_on
+from megatron_cpt.utils.errors import InputError
 
 VERDICTS = "verdicts.jsonl"
 Z = 1.959963984540054  # of a normal distribution, 95 % lie within so many standard deviations

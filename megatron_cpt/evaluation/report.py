@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 
 from megatron_cpt.checkpoint.hf_files import say_notes
 from megatron_cpt.checkpoint.layout import versions, write_json, write_text
-from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.evaluation import figures
 from megatron_cpt.evaluation.ablation import ablation_table
 from megatron_cpt.evaluation.columns import Measured
@@ -23,7 +22,8 @@ from megatron_cpt.evaluation.run import benchmarks_of, check_files, measure, wan
 from megatron_cpt.evaluation.run_files import check_settings
 from megatron_cpt.evaluation.table import markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
-from megatron_cpt.locking import open_lock
+from megatron_cpt.utils.errors import InputError, RunError
+from megatron_cpt.utils.lock import open_lock
 
 REPORT = "report.json"
 

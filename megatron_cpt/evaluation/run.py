@@ -15,21 +15,21 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.chat_data.conversations import RowError, check_turns, for_asking, messages_of, parse_preference
-from megatron_cpt.chat_data.rows import read_rows
-from megatron_cpt.chat_data.templates import PromptTemplate
-from megatron_cpt.chat_data.turn_end import TurnEnd, turn_end
 from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.layout import write_json
-from megatron_cpt.checkpoint.vocabulary import load
-from megatron_cpt.errors import InputError
+from megatron_cpt.convert.vocabulary import load
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, Benchmark, Catalog, Harness
 from megatron_cpt.evaluation.identity import answers_identity, benchmark_identity, pairwise_identity, text_identity
 from megatron_cpt.evaluation.language_share import language_share
 from megatron_cpt.platforms.devices import device_type
+from megatron_cpt.posttrain.conversations import RowError, check_turns, for_asking, messages_of, parse_preference
+from megatron_cpt.posttrain.rows import read_rows
+from megatron_cpt.posttrain.templates import PromptTemplate
+from megatron_cpt.posttrain.turn_end import TurnEnd, turn_end
+from megatron_cpt.utils.errors import InputError
 
 FORMAT = 2  # of the files of measurements
 
@@ -267,7 +267,7 @@ class Session:
 
     def _asked(self, tokenizer: Any, question: str) -> str:
         """What the model is given: by its chat template, or the bare question."""
-        from megatron_cpt.chat_data.conversations import Message
+        from megatron_cpt.posttrain.conversations import Message
 
         if tokenizer.chat_template is None and self._config.chat_template is None:
             return question + "\n"

@@ -6,15 +6,15 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_cpt.chat_data.rows import check_rows
-from megatron_cpt.chat_data.template_files import check_asking, read_template
 from megatron_cpt.checkpoint.hf_tokenizer import read_folder
 from megatron_cpt.checkpoint.weight_files import check_weights
 from megatron_cpt.config.require import Requirements, require
-from megatron_cpt.errors import Refusals
 from megatron_cpt.evaluation.config import EvaluateConfig
-from megatron_cpt.input_files import why_unreadable, why_unwritable
 from megatron_cpt.model.hf_folder import can_look_into, check_model, check_positions, positions_of
+from megatron_cpt.posttrain.rows import check_rows
+from megatron_cpt.posttrain.template_files import check_asking, read_template
+from megatron_cpt.utils.errors import Refusals
+from megatron_cpt.utils.input_files import why_unreadable, why_unwritable
 
 
 def check_settings(config: EvaluateConfig) -> None:

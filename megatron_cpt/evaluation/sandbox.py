@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 NOBODY = 65534  # whom the program runs as where this process is root

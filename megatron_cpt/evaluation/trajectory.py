@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint.convert import megatron_to_hf
 from megatron_cpt.checkpoint.layout import (
     check_complete,
     checkpoint_name,
@@ -24,14 +23,15 @@ from megatron_cpt.checkpoint.layout import (
     versions,
     write_json,
 )
-from megatron_cpt.checkpoint.model_card import seq_length
-from megatron_cpt.config.conversion import MegatronToHf
-from megatron_cpt.errors import InputError
+from megatron_cpt.convert.config import MegatronToHf
+from megatron_cpt.convert.convert import megatron_to_hf
+from megatron_cpt.convert.model_card import seq_length
 from megatron_cpt.evaluation.columns import all_columns
 from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
 from megatron_cpt.evaluation.harness import Catalog
 from megatron_cpt.evaluation.identity import folder_identity
 from megatron_cpt.evaluation.run import identities_of, measure, recall, still_true, wanted_parts
+from megatron_cpt.utils.errors import InputError
 
 FOLDER = "trajectory"
 CONVERTED = ".hf"  # in it: the checkpoint that is being measured

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_cpt.chat_data.conversations import RowError
-from megatron_cpt.chat_data.rows import read_rows
-from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.conversations import RowError
+from megatron_cpt.posttrain.rows import read_rows
+from megatron_cpt.utils.errors import InputError
 
 Outcome = Literal["win", "tie", "loss"]  # of the model that is compared with another
 CHOICES = ("a", "b", "tie")

@@ -7,9 +7,9 @@ import os
 from typing import Any
 
 from megatron_cpt.config.require import require
-from megatron_cpt.errors import InputError, Refusals, if_on_the_hub
-from megatron_cpt.input_files import check_folder, load_json, shown
 from megatron_cpt.model.llama import check_size
+from megatron_cpt.utils.errors import InputError, Refusals, if_on_the_hub
+from megatron_cpt.utils.input_files import check_folder, load_json, shown
 
 POSITIONS = "max_position_embeddings"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -6,8 +6,8 @@ import math
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.model.llama import LlamaConfig
+from megatron_cpt.utils.errors import InputError, Refusals
 
 
 def check_layout(llama: LlamaConfig, parallel: ParallelConfig, seq_length: int, where: str = "") -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cpt.config.partial import partly
-from megatron_cpt.errors import InputError, Refusals, brief
-from megatron_cpt.input_files import load_json
+from megatron_cpt.utils.errors import InputError, Refusals, brief
+from megatron_cpt.utils.input_files import load_json
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 # Shares of a peak that are assumed for every device, not fitted to anything.
 LINK_EFFICIENCY = 0.75  # large NCCL collectives, of the link's data rate

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_cpt.config.parallel import ParallelConfig
-from megatron_cpt.errors import InputError
 from megatron_cpt.model.layout import check_layout, check_microbatches, layers_of_stages
 from megatron_cpt.model.llama import LlamaConfig
+from megatron_cpt.utils.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_cpt.config.parallel import ParallelConfig
-from megatron_cpt.errors import InputError
-from megatron_cpt.input_files import load_json, shown
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.hardware import DEVICES, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster, Device
 from megatron_cpt.planning.layouts import Job, Layout
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.timing import throughput
+from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.input_files import load_json, shown
 
 STEPS_TO_EFFICIENCY = 40  # halvings of 0 to 1
 

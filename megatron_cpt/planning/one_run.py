@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from megatron_cpt.config.fields import config_from
 from megatron_cpt.config.run import RunConfig, TrainingConfig
-from megatron_cpt.data.mixture_file import read_seq_length
-from megatron_cpt.errors import InputError
-from megatron_cpt.input_files import load_yaml
+from megatron_cpt.mixture.file import read_seq_length
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.layouts import Layout, check
 from megatron_cpt.planning.search import Plan, fits, make_candidate, make_cluster, make_job, too_big_because
+from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.input_files import load_yaml
 
 
 @dataclass(frozen=True)

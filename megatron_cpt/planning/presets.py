@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.model.llama import LlamaConfig, RopeScaling, read_llama_config
+from megatron_cpt.utils.errors import InputError
 
 
 def llama3(layers: int, hidden: int, intermediate: int, heads: int, tied: bool = False, head_dim: int = 128) -> LlamaConfig:

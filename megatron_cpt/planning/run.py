@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.planning.activations import chunk_bytes
 from megatron_cpt.planning.config import PlanConfig
@@ -21,7 +20,8 @@ from megatron_cpt.planning.run_files import check_place
 from megatron_cpt.planning.search import Size, make_job, make_parallel, plan
 from megatron_cpt.planning.weights import state_bytes
 from megatron_cpt.planning.write import write_layout
-from megatron_cpt.screen import wide_console
+from megatron_cpt.utils.console import wide_console
+from megatron_cpt.utils.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from megatron_cpt.planning.simulate import Simulation

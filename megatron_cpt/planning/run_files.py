@@ -7,14 +7,14 @@ import os
 from megatron_cpt.config.fields import ConfigReader
 from megatron_cpt.config.require import Requirements
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.mixture_file import read_seq_length
-from megatron_cpt.errors import InputError, Refusals
-from megatron_cpt.input_files import load_yaml, why_unwritable
+from megatron_cpt.mixture.file import read_seq_length
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.measured import with_measured
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.search import make_cluster
+from megatron_cpt.utils.errors import InputError, Refusals
+from megatron_cpt.utils.input_files import load_yaml, why_unwritable
 
 
 def check_files(config: PlanConfig) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from megatron_cpt.config.parallel import ParallelConfig
-from megatron_cpt.errors import InputError
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.hardware import Cluster, find_device
 from megatron_cpt.planning.layouts import Job, Layout, check, layers_of_uneven_first_stage
 from megatron_cpt.planning.memory import GIB, Memory, fullest
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.timing import Throughput, throughput
+from megatron_cpt.utils.errors import InputError
 
 NEARLY = 0.98
 TIGHT = 0.95  # of a device's memory: what the plan does not know may be more than what is left

@@ -12,13 +12,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_cpt.config.run import OptimizerConfig
-from megatron_cpt.errors import InputError
 from megatron_cpt.model.build import build_chunks, transformer_config
 from megatron_cpt.planning.collectives import CollectiveCounter, Traffic
 from megatron_cpt.planning.layouts import Job, Layout
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.fake_cluster import fake_rank
-from megatron_cpt.training.building import in_ddp, optimizer_config
+from megatron_cpt.training.model_setup import in_ddp, optimizer_config
+from megatron_cpt.utils.errors import InputError
 
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads  # isort: skip
 from megatron.core.optimizer import get_megatron_optimizer  # isort: skip

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from megatron_cpt.config.parallel import ParallelConfig
-from megatron_cpt.data.indexed import atomic_file
-from megatron_cpt.errors import InputError
+from megatron_cpt.corpus.indexed_dataset import atomic_file
 from megatron_cpt.planning.search import Candidate, Plan
+from megatron_cpt.utils.errors import InputError
 
 
 def write_layout(path: str, plan: Plan, row: int) -> None:

@@ -14,8 +14,8 @@ import warnings
 
 import torch
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.platforms.base import Platform
+from megatron_cpt.utils.errors import InputError
 
 
 @functools.cache

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from megatron_cpt.config.parallel import ParallelConfig
     from megatron_cpt.config.run import TrainingConfig
-    from megatron_cpt.data.loader import Batch
+    from megatron_cpt.mixture.loader import Batch
 
 
 FUSIONS = (

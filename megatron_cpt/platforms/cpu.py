@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from megatron_cpt.config.parallel import ParallelConfig
     from megatron_cpt.config.run import TrainingConfig
-    from megatron_cpt.data.loader import Batch
+    from megatron_cpt.mixture.loader import Batch
 
 # Where megatron-core allocates with a literal device="cuda", and through which factories.
 MODULES_WITH_LITERAL_CUDA = (

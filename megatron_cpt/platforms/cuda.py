@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from megatron_cpt.config.parallel import ParallelConfig
     from megatron_cpt.config.run import TrainingConfig
-    from megatron_cpt.data.loader import Batch
+    from megatron_cpt.mixture.loader import Batch
 
 
 # Words of torch.cuda.get_device_name() -> dense bf16 TFLOP/s; the first that fits counts, so variants come before the rest.

@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.chat_data.conversations import Message, RowError
-from megatron_cpt.chat_data.templates import PromptTemplate
-from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.save_load import dtype_of
-from megatron_cpt.checkpoint.vocabulary import load
-from megatron_cpt.errors import InputError
+from megatron_cpt.convert.vocabulary import load
 from megatron_cpt.model.hf_folder import check_model, check_positions
 from megatron_cpt.platforms.devices import device_type
+from megatron_cpt.posttrain.conversations import Message, RowError
 from megatron_cpt.posttrain.generate import complete
 from megatron_cpt.posttrain.settings import ChatConfig
-from megatron_cpt.screen import counted
+from megatron_cpt.posttrain.templates import PromptTemplate
+from megatron_cpt.posttrain.turn_end import turn_end
+from megatron_cpt.utils.console import counted
+from megatron_cpt.utils.errors import InputError
 
 HELP = """/system TEXT  begin anew with another system prompt (no TEXT: with none)
 /new          begin anew

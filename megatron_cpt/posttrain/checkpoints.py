@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from megatron_cpt.checkpoint.checksums import MANIFEST, MOST_THREADS, check_file, checksums_in, checksums_of, sealed
 from megatron_cpt.checkpoint.layout import check_sizes, read_manifest, sync_files, versions, write_json, write_text
-from megatron_cpt.errors import InputError
-from megatron_cpt.locking import open_lock
+from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.lock import open_lock
 
 Answer = TypeVar("Answer")
 

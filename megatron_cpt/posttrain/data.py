@@ -11,19 +11,19 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from megatron_cpt.chat_data.conversations import (
+from megatron_cpt.posttrain.answer_languages import Identify, mismatch, shares
+from megatron_cpt.posttrain.conversations import (
     RowError,
     describes_tools,
     parse_conversation,
     parse_preference,
     unused_fields,
 )
-from megatron_cpt.chat_data.languages import Identify, mismatch, shares
-from megatron_cpt.chat_data.rows import read_rows
-from megatron_cpt.chat_data.templates import IGNORED, Example, PairExample, Template
-from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.rows import read_rows
 from megatron_cpt.posttrain.settings import DataConfig, Group, SourceConfig
-from megatron_cpt.screen import counted
+from megatron_cpt.posttrain.templates import IGNORED, Example, PairExample, Template
+from megatron_cpt.utils.console import counted
+from megatron_cpt.utils.errors import InputError
 
 NAMED_ROWS = 5  # of each kind of broken row in the report
 TOO_LONG = "too long"

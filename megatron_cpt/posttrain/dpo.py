@@ -15,9 +15,8 @@ from accelerate.utils import set_seed
 from trl import DPOConfig as TrlConfig
 from trl import DPOTrainer
 
-from megatron_cpt.chat_data.languages import language_identifier
-from megatron_cpt.chat_data.templates import PairExample, Template, load_template
 from megatron_cpt.platforms.devices import device_type
+from megatron_cpt.posttrain.answer_languages import language_identifier
 from megatron_cpt.posttrain.checkpoints import find_checkpoint, only_run, sealed_steps
 from megatron_cpt.posttrain.data import Prepared, prepare_dpo
 from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
@@ -27,6 +26,7 @@ from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.runner import check_files, check_resumes, load_dated_template, train
 from megatron_cpt.posttrain.settings import DpoConfig, trainer_arguments
 from megatron_cpt.posttrain.sharding import check_sharding, is_sharded, recomputes, shard
+from megatron_cpt.posttrain.templates import PairExample, Template, load_template
 from megatron_cpt.posttrain.trainers import FILLER_TOKENS, StepTrainer, own_batches
 
 # What a pair of two empty answers costs, whatever the model: fillers are such pairs, and have no gradient

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_cpt.chat_data.template_files import no_tokens
-from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.hf_tokenizer import load
 from megatron_cpt.model.hf_folder import check_model
+from megatron_cpt.posttrain.template_files import no_tokens
+from megatron_cpt.posttrain.turn_end import turn_end
 
 
 def load_model(folder: str) -> tuple[Any, Any]:

@@ -15,13 +15,13 @@ import numpy as np
 
 from megatron_cpt.checkpoint.hf_tokenizer import TOKENIZER_FILES
 from megatron_cpt.checkpoint.weight_files import weight_files
-from megatron_cpt.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.posttrain.checkpoints import RUN, sealed_steps
+from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
 
 if TYPE_CHECKING:
-    from megatron_cpt.chat_data.templates import Template
     from megatron_cpt.posttrain.data import Prepared
     from megatron_cpt.posttrain.settings import DpoConfig, SftConfig
+    from megatron_cpt.posttrain.templates import Template
 
 WHOLE = 64 << 20  # bytes up to which all of a file is read
 PIECES, PIECE = 64, 1 << 20  # of a larger one: weights that were trained on differ everywhere

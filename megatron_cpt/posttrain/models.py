@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.chat_data.templates import Template
-from megatron_cpt.chat_data.turn_end import turn_end
 from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.save_load import dtype_of
-from megatron_cpt.errors import InputError
-from megatron_cpt.input_files import load_json
 from megatron_cpt.model.hf_folder import adapter_note, check_sizes, positions_of
 from megatron_cpt.posttrain.data import Prepared
 from megatron_cpt.posttrain.settings import LoraSettings
 from megatron_cpt.posttrain.sharding import receives_weights, unread_model
+from megatron_cpt.posttrain.templates import Template
+from megatron_cpt.posttrain.turn_end import turn_end
+from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.input_files import load_json
 
 GENERATION = "generation_config.json"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")

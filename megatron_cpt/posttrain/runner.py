@@ -18,18 +18,18 @@ import torch.distributed as dist
 from accelerate import PartialState, init_empty_weights
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from megatron_cpt.chat_data.template_files import read_template
-from megatron_cpt.chat_data.templates import Template, load_template
 from megatron_cpt.checkpoint.folders import appearing_folder
 from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
-from megatron_cpt.errors import InputError, Refusals
 from megatron_cpt.model.hf_folder import check_model
 from megatron_cpt.posttrain.checkpoints import RESULT, RUN, set_aside
 from megatron_cpt.posttrain.identity import check_same, first_start
 from megatron_cpt.posttrain.run_files import check_save
 from megatron_cpt.posttrain.settings import DataConfig
 from megatron_cpt.posttrain.sharding import sum_in_fp32
+from megatron_cpt.posttrain.template_files import read_template
+from megatron_cpt.posttrain.templates import Template, load_template
 from megatron_cpt.training.metrics_file import MetricsFile
+from megatron_cpt.utils.errors import InputError, Refusals
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REPORT, STATUS = "data_report.json", "status.json"

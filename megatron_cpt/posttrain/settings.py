@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_cpt.config.require import Requirements, require, require_at_least
-from megatron_cpt.errors import InputError
-from megatron_cpt.language_codes import check_language
 from megatron_cpt.posttrain.run_files import accumulation, check_data
+from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.language_codes import check_language
 
 Group = Literal["general", "additional"]
 MOST_LENGTH = 2**20  # of an example or a pack: TRL's packing takes memory for each possible length

@@ -12,9 +12,8 @@ from datasets import Dataset
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
-from megatron_cpt.chat_data.languages import language_identifier
-from megatron_cpt.chat_data.templates import IGNORED, Example, Template, load_template
 from megatron_cpt.platforms.devices import device_type
+from megatron_cpt.posttrain.answer_languages import language_identifier
 from megatron_cpt.posttrain.checkpoints import find_checkpoint, only_run, sealed_steps
 from megatron_cpt.posttrain.data import Prepared, prepare_sft
 from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
@@ -24,6 +23,7 @@ from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.runner import check_files, check_resumes, load_dated_template, train
 from megatron_cpt.posttrain.settings import SftConfig, trainer_arguments
 from megatron_cpt.posttrain.sharding import check_sharding, recomputes
+from megatron_cpt.posttrain.templates import IGNORED, Example, Template, load_template
 from megatron_cpt.posttrain.trainers import FILLER_TOKENS, StepTrainer, own_batches
 
 

@@ -12,8 +12,8 @@ from accelerate.utils import DistributedType
 from accelerate.utils.environment import parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.settings import LoraSettings
+from megatron_cpt.utils.errors import InputError
 
 
 def is_sharded() -> bool:

@@ -14,9 +14,9 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import Trainer
 
-from megatron_cpt.errors import RunError
 from megatron_cpt.posttrain.checkpoints import begin_saving, remove_older, seal
 from megatron_cpt.training.schedule import remaining
+from megatron_cpt.utils.errors import RunError
 
 LEAST_FREE = 1 << 16  # bytes; a disk with less is full
 FILLER_TOKENS = 2  # of an example that counts nothing: one to predict from, one to predict

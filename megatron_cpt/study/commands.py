@@ -11,22 +11,22 @@ import threading
 from rich.table import Table
 
 from megatron_cpt.checkpoint.layout import iterations
-from megatron_cpt.errors import InputError
-from megatron_cpt.screen import counted, wide_console
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.critical import predict_critical_ratios
 from megatron_cpt.study.fit import Fit, equation, fit, fit_for_choice, grouped_notes, write_fit
+from megatron_cpt.study.grid import Base, Point, points, read_base, read_proposed, run_folder, write_proposed
+from megatron_cpt.study.html_report import critical_words, interval, noise_words, write_page
 from megatron_cpt.study.inputs import check_inputs, record_inputs
-from megatron_cpt.study.local import alone_in, device_shares, environment, run_locally
-from megatron_cpt.study.outcome import read_outcome
-from megatron_cpt.study.page import critical_words, interval, noise_words, write_page
+from megatron_cpt.study.local_executor import alone_in, device_shares, environment, run_locally
 from megatron_cpt.study.plan import make_plan, plan_table
-from megatron_cpt.study.points import Base, Point, points, read_base, read_proposed, run_folder, write_proposed
 from megatron_cpt.study.results import Results, collect, write_results
+from megatron_cpt.study.run_status import read_outcome
 from megatron_cpt.study.scores import START, measure, read_all_scores, scores_path
 from megatron_cpt.study.settings import Choose, FitOptions, Plan, Plot, Run
-from megatron_cpt.study.slurm import submit
+from megatron_cpt.study.slurm_executor import submit
+from megatron_cpt.utils.console import counted, wide_console
+from megatron_cpt.utils.errors import InputError
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_cpt.config.require import Requirements, require
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 MOST_RATES = 1000
 MOST_RUNS = 100_000  # of a grid

@@ -13,8 +13,6 @@ import numpy as np
 from scipy import stats
 
 from megatron_cpt.checkpoint.layout import write_json
-from megatron_cpt.errors import InputError
-from megatron_cpt.screen import counted
 from megatron_cpt.study.critical import CriticalRatio
 from megatron_cpt.study.frontier import Line, loss_line, metric_frontier
 from megatron_cpt.study.laws import CmrLaw, DCptLaw, HeldOut, check_follows_tokens, fit_cmr, fit_d_cpt, held_out
@@ -22,6 +20,8 @@ from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.settings import Axis
 from megatron_cpt.study.surfaces import Array, Surface, fit_surface
 from megatron_cpt.training.metrics_file import finite
+from megatron_cpt.utils.console import counted
+from megatron_cpt.utils.errors import InputError
 
 FIT = "fit.json"
 LOSSES = ("general", "additional", "mixed", "balanced")

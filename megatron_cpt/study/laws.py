@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.study.surfaces import Array
+from megatron_cpt.utils.errors import InputError
 
 HUBER_DELTA = 1e-3  # on the logarithm of the loss, as in the D-CPT paper
 STARTS = 16

@@ -10,17 +10,13 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from megatron_cpt.checkpoint.hf_weights import hf_shapes
-from megatron_cpt.errors import InputError
+from megatron_cpt.convert.hf_weights import hf_shapes
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.planning.hardware import Cluster, find_device
 from megatron_cpt.planning.layouts import Job, Layout
 from megatron_cpt.planning.timing import throughput
-from megatron_cpt.screen import counted
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.inputs import check_inputs, record_inputs
-from megatron_cpt.study.outcome import Outcome, read_outcome
-from megatron_cpt.study.points import (
+from megatron_cpt.study.grid import (
     Base,
     Point,
     check_same_study,
@@ -30,8 +26,12 @@ from megatron_cpt.study.points import (
     run_folder,
     write_configuration,
 )
-from megatron_cpt.training.checks import check_run
+from megatron_cpt.study.inputs import check_inputs, record_inputs
+from megatron_cpt.study.run_status import Outcome, read_outcome
 from megatron_cpt.training.progress_line import duration
+from megatron_cpt.training.validate_config import check_run
+from megatron_cpt.utils.console import counted
+from megatron_cpt.utils.errors import InputError
 
 MOMENTS_BYTES, MAIN_BYTES = 8, 4  # fp32 moments of Adam, fp32 main weights of a bf16 model
 

@@ -10,11 +10,11 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import GPSampler, QMCSampler
 from optuna.trial import create_trial
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.points import Point, points
+from megatron_cpt.study.grid import Point, points
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import fit_surface
+from megatron_cpt.utils.errors import InputError
 
 MOST_DRAWS = 1000  # in search of a pair that is not there yet
 FEWEST = 4  # pairs with results: below, points are spread over the ranges

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_cpt.errors import InputError
-from megatron_cpt.input_files import check_plain_file
 from megatron_cpt.training.metrics_file import METRICS, read_metrics
+from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.input_files import check_plain_file
 
 LEDGER = "ledger.json"
 KINDS = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number", bool: "true or false", float: "a number"}

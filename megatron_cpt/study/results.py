@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.grid import Base, Point, check_same_study, points, run_folder
 from megatron_cpt.study.inputs import check_inputs
-from megatron_cpt.study.outcome import OUTCOME, Outcome, read_outcome
-from megatron_cpt.study.points import Base, Point, check_same_study, points, run_folder
 from megatron_cpt.study.records import LEDGER, general_languages, planned_tokens, read_ledger, read_run_metrics
+from megatron_cpt.study.run_status import OUTCOME, Outcome, read_outcome
 from megatron_cpt.study.scores import START, read_all_scores
 from megatron_cpt.training.metrics_file import METRICS
+from megatron_cpt.utils.errors import InputError
 
 PARQUET, CSV = "results.parquet", "results.csv"
 MEAN_METRIC = "mean_metric"

@@ -9,14 +9,14 @@ from megatron_cpt.checkpoint.layout import find_checkpoint
 from megatron_cpt.config.fields import ConfigReader
 from megatron_cpt.config.require import Requirements
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.mixture_file import load_mixture
-from megatron_cpt.errors import Refusals, RefusedValueError
-from megatron_cpt.input_files import load_yaml, plain_number
+from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.points import check_folder, check_no_stages, check_one_almr, complete, read_fields
+from megatron_cpt.study.grid import check_folder, check_no_stages, check_one_almr, complete, read_fields
 from megatron_cpt.study.settings import Choose
 from megatron_cpt.training.run_files import check_checkpoint_folder, read_model
+from megatron_cpt.utils.errors import Refusals, RefusedValueError
+from megatron_cpt.utils.input_files import load_yaml, plain_number
 
 
 def check_runs(study: StudyConfig) -> None:

@@ -21,7 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 Array = npt.NDArray[np.float64]
 RESTARTS = 4  # of the search for the kernel's parameters

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from megatron_cpt.errors import InputError, if_on_the_hub
-from megatron_cpt.input_files import check_folder
 from megatron_cpt.tokenizer.base import Tokenizer
+from megatron_cpt.utils.errors import InputError, if_on_the_hub
+from megatron_cpt.utils.input_files import check_folder
 
 __all__ = ["Tokenizer", "load_tokenizer", "tokenizer_file"]
 

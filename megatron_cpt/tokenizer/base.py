@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 

@@ -16,17 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer import tokenizer_file
 from megatron_cpt.tokenizer.hf_files import read_tokenizer_json
 from megatron_cpt.tokenizer.tiktoken_llama3 import SPLIT_PATTERN, read_ranks
+from megatron_cpt.utils.errors import InputError, RunError
 
 
 class NotSupportedError(Exception):
     """gigatoken is not installed or does not know this vocabulary."""
 
 
-class FailedError(Exception):
+class EncodingError(RunError):
     """gigatoken gave up on a text, or on one of several of which this is the first."""
 
     def __init__(self, text: str) -> None:
@@ -78,7 +78,7 @@ class FastTokenizer:
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """(tokens,) ids of one text, no special tokens added."""
-        with _failures_as(FailedError(text)):
+        with _failures_as(EncodingError(text)):
             ids: npt.NDArray[np.uint32] = self._backend.encode(text)
         return ids
 
@@ -89,7 +89,7 @@ class FastTokenizer:
         """
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
-        with _failures_as(FailedError(texts[0])):
+        with _failures_as(EncodingError(texts[0])):
             rows = self._backend.encode_batch(list(texts), parallel=False).layout
         return np.asarray(rows.content.data), np.diff(np.asarray(rows.offsets.data))
 

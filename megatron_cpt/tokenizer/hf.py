@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer.base import SETTING, display_name, fingerprint, no_eos, piece_bytes, unknown_token
 from megatron_cpt.tokenizer.end_of_text import Choice, begin_of_text, end_of_text
 from megatron_cpt.tokenizer.hf_files import CONFIG, read_tokenizer_json
+from megatron_cpt.utils.errors import InputError
 
 NOT_A_CHARACTER = "\U0010ffff"  # of Unicode, for good: no vocabulary has it
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import orjson
 
-from megatron_cpt.errors import InputError
-from megatron_cpt.input_files import shown
+from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.input_files import shown
 
 MOST_GROWTH = 1000  # of a text by its normalizer; that of Llama 2 replaces one character by one
 MOST_STEPS = 500

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer.base import SETTING, display_name, fingerprint, no_eos, piece_bytes, unknown_token
+from megatron_cpt.utils.errors import InputError
 
 
 class SentencePieceTokenizer:

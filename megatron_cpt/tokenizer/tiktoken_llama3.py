@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer.base import SETTING, display_name, fingerprint, unknown_token
+from megatron_cpt.utils.errors import InputError
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

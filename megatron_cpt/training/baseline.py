@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.loader import validation_samples
-from megatron_cpt.data.mixture import Corpus, Mixture
+from megatron_cpt.mixture.loader import validation_samples
+from megatron_cpt.mixture.mixture import Corpus, Mixture
 from megatron_cpt.training.validation import ValidationResult
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.data.sampling.cuda import LIBRARY, DeviceOrder
-from megatron_cpt.data.sampling.order import Places, SampleOrder
-from megatron_cpt.errors import InputError
+from megatron_cpt.mixture.order.cuda import LIBRARY, DeviceOrder
+from megatron_cpt.mixture.order.order import Places, SampleOrder
+from megatron_cpt.utils.errors import InputError
 
 
 def check_library() -> None:

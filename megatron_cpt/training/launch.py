@@ -13,10 +13,10 @@ from typing import TextIO
 import torch
 
 from megatron_cpt.config.run import RunConfig, TrainingConfig
-from megatron_cpt.errors import InputError, RunError, SharedInputError
-from megatron_cpt.locking import open_lock
 from megatron_cpt.training.run_files import find_start
 from megatron_cpt.training.stopping import StopRequestedError, Watch
+from megatron_cpt.utils.errors import InputError, RunError, SharedInputError
+from megatron_cpt.utils.lock import open_lock
 
 
 def leave(watch: Watch) -> None:

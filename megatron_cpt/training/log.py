@@ -18,16 +18,16 @@ from rich.table import Table
 
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.config.run import LoggingConfig
-from megatron_cpt.data.ledger import Ledger
-from megatron_cpt.data.mixture_inspection import ledger_table
-from megatron_cpt.screen import wide_console
+from megatron_cpt.mixture.inspection import ledger_table
+from megatron_cpt.mixture.ledger import Ledger
 from megatron_cpt.training.baseline import Baseline, Measurement
 from megatron_cpt.training.metrics_file import MetricsFile, finite, read_metrics
 from megatron_cpt.training.progress_line import RunProgress, TimeLeft, plain, step_parts
-from megatron_cpt.training.rank_output import output_to_file, rank_file
-from megatron_cpt.training.sinks import Sinks, Start
+from megatron_cpt.training.rank_logs import output_to_file, rank_file
+from megatron_cpt.training.trackers import Sinks, Start
 from megatron_cpt.training.validation import ValidationResult
 from megatron_cpt.training.validation_table import figures, new_languages, validation_lines
+from megatron_cpt.utils.console import wide_console
 
 SECONDS_BETWEEN_STATUS = 30.0
 State = Literal["running", "stopped", "finished", "failed"]

@@ -15,7 +15,8 @@ from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, read_ch
 from megatron_cpt.config.fields import config_from
 from megatron_cpt.config.require import Requirements
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.document_reads import (
+from megatron_cpt.corpus.config import available_cores
+from megatron_cpt.mixture.document_reads import (
     CorpusDocuments,
     Locate,
     Reads,
@@ -25,20 +26,19 @@ from megatron_cpt.data.document_reads import (
     read_steps,
     reads_of_documents,
 )
-from megatron_cpt.data.ledger import check_limits
-from megatron_cpt.data.mixture import Mixture
-from megatron_cpt.data.mixture_file import load_mixture
-from megatron_cpt.data.partial import difference
-from megatron_cpt.data.preprocess_config import available_cores
-from megatron_cpt.data.progress import meter
-from megatron_cpt.data.reads_file import FORMATS, is_of, manifest_of, write_reads
-from megatron_cpt.data.sampling.order import SampleOrder
-from megatron_cpt.data.state import MOST_SAMPLES, DataState, begin, saved_segments
-from megatron_cpt.errors import InputError, Refusals, RefusedValueError, RunError
-from megatron_cpt.input_files import why_unwritable
-from megatron_cpt.interrupting import interruptible
+from megatron_cpt.mixture.file import load_mixture
+from megatron_cpt.mixture.ledger import check_limits
+from megatron_cpt.mixture.mixture import Mixture
+from megatron_cpt.mixture.order.order import SampleOrder
+from megatron_cpt.mixture.reads_file import FORMATS, is_of, manifest_of, write_reads
+from megatron_cpt.mixture.state import MOST_SAMPLES, DataState, begin, saved_segments
 from megatron_cpt.training.device_order import OnDevice, check_library
 from megatron_cpt.training.run_files import length_of, schedule_of
+from megatron_cpt.utils.compare import describe_difference
+from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError, RunError
+from megatron_cpt.utils.input_files import why_unwritable
+from megatron_cpt.utils.progress import meter
+from megatron_cpt.utils.signals import interruptible
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MOST_STEPS = 1 << 40
@@ -239,7 +239,7 @@ def read_run(path: str, mixture_path: str | None, threads: int) -> OrderedRun:
     state = DataState(saved_segments(manifest["data"]))
     for old, new in ((state.now.mixture, mixture.fingerprint()), (state.now.schedule, schedule.describe())):
         if old != new:
-            raise InputError(f"{mixture.path}: not the mixture that {folder} has read: {difference(old, new)}")
+            raise InputError(f"{mixture.path}: not the mixture that {folder} has read: {describe_difference(old, new)}")
     check_steps(folder, state, manifest["iteration"], manifest["consumed_samples"])
     stretches, step = list[Stretch](), 1
     for i, segment in enumerate(state.segments):

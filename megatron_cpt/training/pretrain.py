@@ -16,29 +16,29 @@ from megatron_cpt.checkpoint.save_load import Progress, load_checkpoint
 from megatron_cpt.checkpoint.saver import Saver
 from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.file_checks import ExpectedFile, FileChecks, expected_files
-from megatron_cpt.data.loader import BatchShape, TrainingData, Waited, prefetch, run_microbatches, validation_samples
-from megatron_cpt.data.mixture_inspection import ledger_table
-from megatron_cpt.errors import RunError, SharedInputError
+from megatron_cpt.mixture.corpus_changes import ExpectedFile, FileChecks, expected_files
+from megatron_cpt.mixture.inspection import ledger_table
+from megatron_cpt.mixture.loader import BatchShape, TrainingData, Waited, prefetch, run_microbatches, validation_samples
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import job_store, process_groups
 from megatron_cpt.training.baseline import extended, incomparable, measurements
-from megatron_cpt.training.building import build, unwrap, whole_parameters
-from megatron_cpt.training.checks import CheckedRun, check_run
-from megatron_cpt.training.describe import run_facts
 from megatron_cpt.training.launch import duration, leave, only_run, prepare_arithmetic, telling_others
 from megatron_cpt.training.log import RunLog
+from megatron_cpt.training.loss_spikes import check_replicas, unusual
+from megatron_cpt.training.model_setup import build, unwrap, whole_parameters
 from megatron_cpt.training.profiling import profiling
 from megatron_cpt.training.records import layout, metrics_of_step, peak_memory, run_description, run_ledger, run_manifest
 from megatron_cpt.training.rerun import rerunning
 from megatron_cpt.training.resuming import checking_tensors, intact_run, stop_if_asked
 from megatron_cpt.training.run_files import world_size_of
+from megatron_cpt.training.run_metadata import run_facts
 from megatron_cpt.training.schedule import learning_rate_table
 from megatron_cpt.training.state import RunContext, TrainState
 from megatron_cpt.training.step import StepResult, StepShape, train_step
 from megatron_cpt.training.stopping import StopRequestedError, Watch
-from megatron_cpt.training.trouble import check_replicas, unusual
+from megatron_cpt.training.validate_config import CheckedRun, check_run
 from megatron_cpt.training.validation import validate
+from megatron_cpt.utils.errors import RunError, SharedInputError
 
 SECONDS_FOR_LAST_CHECKS = 10.0  # before the last checkpoint, where the run was shorter than reading its files takes
 

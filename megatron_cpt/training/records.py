@@ -11,15 +11,15 @@ import torch
 
 from megatron_cpt.checkpoint.layout import versions
 from megatron_cpt.checkpoint.save_load import Progress
-from megatron_cpt.data.state import CorpusUse, almr_of
+from megatron_cpt.mixture.state import CorpusUse, almr_of
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import Ranks
 from megatron_cpt.training.baseline import to_json
-from megatron_cpt.training.checks import CheckedRun
 from megatron_cpt.training.state import RunContext, TrainState
 from megatron_cpt.training.step import StepResult
 from megatron_cpt.training.throughput import throughput
+from megatron_cpt.training.validate_config import CheckedRun
 
 
 def metrics_of_step(

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_cpt.checkpoint.layout import write_text
-from megatron_cpt.errors import InputError
 from megatron_cpt.training.asked_mixture import asked_mixture
 from megatron_cpt.training.metrics_file import METRICS, read_metrics
 from megatron_cpt.training.progress_line import duration, number
 from megatron_cpt.training.report_figure import draw
 from megatron_cpt.training.validation_table import baseline_of, change, percent, perplexity, verdict
+from megatron_cpt.utils.errors import InputError
 
 REPORT, FIGURE = "report.md", "report.png"
 SKIPPED_NAMED = 20

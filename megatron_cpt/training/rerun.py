@@ -13,7 +13,7 @@ import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megat
 import torch
 from megatron.core import rerun_state_machine as machinery
 
-from megatron_cpt.data.loader import Batch
+from megatron_cpt.mixture.loader import Batch
 
 
 class Reruns:

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from megatron_cpt.checkpoint.checksums import TensorCheck
 from megatron_cpt.checkpoint.folders import set_aside_damaged
 from megatron_cpt.checkpoint.layout import read_manifest
-from megatron_cpt.errors import InputError, RunError, SharedInputError
 from megatron_cpt.platforms.process_groups import Ranks
-from megatron_cpt.training.checks import CheckedRun, check_run
 from megatron_cpt.training.run_files import is_own
 from megatron_cpt.training.state import RunContext
 from megatron_cpt.training.stopping import StopRequestedError
+from megatron_cpt.training.validate_config import CheckedRun, check_run
+from megatron_cpt.utils.errors import InputError, RunError, SharedInputError
 
 
 @contextlib.contextmanager

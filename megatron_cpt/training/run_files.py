@@ -13,20 +13,20 @@ from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, newest_
 from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.require import require
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.ledger import Ledger, check_limits, make_ledger
-from megatron_cpt.data.mixture import Mixture
-from megatron_cpt.data.mixture_file import load_mixture, read_seq_length
-from megatron_cpt.data.stages import Schedule, describe_megatron
-from megatron_cpt.data.state import DataState, begin, compare, resume
-from megatron_cpt.errors import InputError, Refusals
-from megatron_cpt.input_files import why_unwritable
+from megatron_cpt.mixture.file import load_mixture, read_seq_length
+from megatron_cpt.mixture.ledger import Ledger, check_limits, make_ledger
+from megatron_cpt.mixture.mixture import Mixture
+from megatron_cpt.mixture.stages import Schedule, describe_megatron
+from megatron_cpt.mixture.state import DataState, begin, compare, resume
 from megatron_cpt.model.layout import check_batch, check_layout
 from megatron_cpt.model.llama import LlamaConfig, read_llama_config
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.base import token_bytes_sha256
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256
-from megatron_cpt.training import sinks
+from megatron_cpt.training import trackers
 from megatron_cpt.training.schedule import LearningRate, RunLength, continue_schedule, make_schedule, run_length
+from megatron_cpt.utils.errors import InputError, Refusals
+from megatron_cpt.utils.input_files import why_unwritable
 
 Manifest = dict[str, Any]  # of a checkpoint of a run
 
@@ -57,7 +57,7 @@ def check_files(config: RunConfig) -> None:
     with refusals.noted():
         check_batch(config, world_size_of(config))
     with refusals.noted():
-        sinks.check_logging(config.logging)
+        trackers.check_logging(config.logging)
     with refusals.noted():
         check_together(config)
     start: tuple[str, Manifest | None] | None = None

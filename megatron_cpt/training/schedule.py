@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_cpt.config.run import RunConfig, TrainingConfig
-from megatron_cpt.errors import InputError, RefusedValueError
+from megatron_cpt.utils.errors import InputError, RefusedValueError
 
 TABLE_POINTS = 10  # between the first and the last step
 

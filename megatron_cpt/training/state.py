@@ -14,10 +14,10 @@ from megatron_cpt.checkpoint.saver import Saver
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.platforms.process_groups import Ranks
 from megatron_cpt.training.baseline import Baseline
-from megatron_cpt.training.checks import CheckedRun
 from megatron_cpt.training.log import RunLog
+from megatron_cpt.training.loss_spikes import History
 from megatron_cpt.training.stopping import Watch
-from megatron_cpt.training.trouble import History
+from megatron_cpt.training.validate_config import CheckedRun
 
 
 @dataclass(frozen=True)

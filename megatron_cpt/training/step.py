@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_cpt.config.run import OptimizerConfig
-from megatron_cpt.data.loader import Batch
+from megatron_cpt.mixture.loader import Batch
 from megatron_cpt.platforms.process_groups import Ranks
 from megatron_cpt.training.rerun import Reruns
 from megatron_cpt.training.stopping import Requests, StopRequestedError

@@ -19,7 +19,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from megatron_cpt.errors import ProcessDiedError, StopRequestedError
+from megatron_cpt.utils.errors import ProcessDiedError, StopRequestedError
 
 __all__ = ["ProcessDiedError", "Requests", "StopRequestedError", "Watch"]
 

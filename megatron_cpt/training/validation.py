@@ -12,8 +12,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_cpt.config.run import DataConfig
-from megatron_cpt.data.loader import BatchShape, validation_microbatches, validation_samples
-from megatron_cpt.data.mixture import Corpus
+from megatron_cpt.mixture.loader import BatchShape, validation_microbatches, validation_samples
+from megatron_cpt.mixture.mixture import Corpus
 from megatron_cpt.platforms.process_groups import Ranks
 from megatron_cpt.training.step import StepShape, never, run_schedule
 from megatron_cpt.training.stopping import StopRequestedError

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_cpt.data.ledger import Ledger
+from megatron_cpt.mixture.ledger import Ledger
 from megatron_cpt.training.baseline import Baseline, Measurement, find
 from megatron_cpt.training.validation import ValidationResult
 

@@ -24,8 +24,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
-from megatron_cpt.checkpoint.attempt import Attempt, Request
 from megatron_cpt.checkpoint.layout import read_hf_files
+from megatron_cpt.checkpoint.save_operation import Attempt, Request
 from megatron_cpt.checkpoint.staging import live_tensors
 from megatron_cpt.checkpoint.state import Progress
 from megatron_cpt.config.parallel import ParallelConfig

@@ -15,8 +15,8 @@ import transformers
 from tiny_models import ROOT, VARIANTS, make_tiny_llama, write_yaml
 
 from megatron_cpt.checkpoint.damage import is_damage, reading_hf_model
-from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.models import load_model
+from megatron_cpt.utils.errors import InputError
 
 NOT_DAMAGE = [
     MemoryError("broken on purpose"),

@@ -18,7 +18,7 @@ from megatron_cpt.checkpoint.layout import (
     newest_complete,
     write_tracker,
 )
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 FORMAT = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}'
 FILES = {"metadata.json": len(FORMAT), ".metadata": 30, "common.pt": 40, "hf/config.json": 5, "__0_0.distcp": 1000}

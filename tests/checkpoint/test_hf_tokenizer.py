@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.checkpoint.added_tokens import add_tokens
 from megatron_cpt.checkpoint.hf_tokenizer import TOKENIZER_FILES, load, other_reading
-from megatron_cpt.errors import InputError
+from megatron_cpt.convert.added_tokens import add_tokens
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.behaviour import PROBES, behaviour_sha256
+from megatron_cpt.utils.errors import InputError
 
 NUMBERS = "650841823 and 2024"
 TOKENS = ["公园散步", "Brown Fox", "ＡＢＣ", "公园"]

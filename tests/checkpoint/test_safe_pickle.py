@@ -17,10 +17,10 @@ import pytest
 import torch
 from hostile_pickles import NAMES, harmless, module_spec, mutations, system_call, text
 
-from megatron_cpt.checkpoint import archives
+from megatron_cpt.checkpoint import zip_reader
 from megatron_cpt.checkpoint.restricted import Opaque, PickledTensors, load_common, load_metadata, load_settings
 from megatron_cpt.checkpoint.safe_pickle import Name, PickleError, Record, plain, read_pickle
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 PAIRS = b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))  # a pair of pairs of pairs: 2^60 leaves
 
@@ -192,7 +192,7 @@ def test_an_archive_of_too_many_records(tmp_path: Path, monkeypatch: pytest.Monk
     with zipfile.ZipFile(tmp_path / "common.pt", "w") as file:
         for number in range(20):
             file.writestr(f"archive/data/{number}{'x' * 1000}", b"")
-    monkeypatch.setattr(archives, "MOST_DIRECTORY_BYTES", 20_000)
+    monkeypatch.setattr(zip_reader, "MOST_DIRECTORY_BYTES", 20_000)
     with pytest.raises(InputError, match=r"its list of records has 21,\d+ bytes; expected at most 20,000"):
         load_settings(str(tmp_path / "common.pt"))
 

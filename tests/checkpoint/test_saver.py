@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from ranks import Layout, build, fake_step, fill, run_ranks, tensors_of
 
-from megatron_cpt.checkpoint import attempt, writing
-from megatron_cpt.checkpoint.attempt import CheckpointError
+from megatron_cpt.checkpoint import save_operation, writing
 from megatron_cpt.checkpoint.layout import newest_complete, read_hf_files
+from megatron_cpt.checkpoint.save_operation import CheckpointError
 from megatron_cpt.checkpoint.saver import Saver
 from megatron_cpt.checkpoint.state import Progress
 from megatron_cpt.config.run import CheckpointConfig
@@ -113,16 +113,20 @@ def no_space(*_: Any, **__: Any) -> None:
 def break_disk(where: str, rank: int) -> Any:
     """Make one step of a save fail in this rank; returns what repairs it."""
     patch = pytest.MonkeyPatch()
-    first_only = {"folder": (os, "makedirs"), "common": (writing, "write_hf_files"), "rename": (attempt, "publish_folder")}
+    first_only = {
+        "folder": (os, "makedirs"),
+        "common": (writing, "write_hf_files"),
+        "rename": (save_operation, "publish_folder"),
+    }
     if where in first_only and rank == 0:
         patch.setattr(*first_only[where], no_space)
     elif where == "metadata" and rank == 0:
-        patch.setattr(attempt.FileSystemWriterAsync, "finish", no_space)
+        patch.setattr(save_operation.FileSystemWriterAsync, "finish", no_space)
     elif where == "tensors" and rank == 1:
         patch.setattr(writing, "fsync", no_space)
         patch.setattr(writing, "check_archives", no_space)
     elif where == "fork" and rank == 1:
-        patch.setattr(attempt, "Worker", no_space)
+        patch.setattr(save_operation, "Worker", no_space)
     elif where == "killed" and rank == 1:
         patch.setattr(writing, "check_archives", lambda *_: os.kill(os.getpid(), 9))
     return patch.undo

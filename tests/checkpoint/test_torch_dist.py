@@ -22,17 +22,17 @@ from tiny_models import VARIANTS, make_tiny_llama
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
 
-from megatron_cpt.checkpoint.convert import hf_to_megatron
 from megatron_cpt.checkpoint.hf_files import HfTensors
 from megatron_cpt.checkpoint.layout import read_hf_files
-from megatron_cpt.checkpoint.megatron_weights import open_megatron
 from megatron_cpt.checkpoint.restricted import Opaque, load_settings
 from megatron_cpt.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_cpt.checkpoint.torch_dist import Region, TorchDistReader, tiles
-from megatron_cpt.checkpoint.verify import single_process_model, verify
-from megatron_cpt.config.conversion import HfToMegatron, Verify
-from megatron_cpt.errors import InputError
+from megatron_cpt.convert.config import HfToMegatron, Verify
+from megatron_cpt.convert.convert import hf_to_megatron
+from megatron_cpt.convert.megatron_weights import open_megatron
+from megatron_cpt.convert.verify import single_process_model, verify
 from megatron_cpt.model.llama import read_llama_config
+from megatron_cpt.utils.errors import InputError
 
 
 def described(metadata: Metadata) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_cpt.checkpoint.weight_files import check_weights
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 
 @pytest.fixture

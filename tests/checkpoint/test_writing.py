@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_cpt.checkpoint.archives import DamagedFile, check_archives
+from megatron_cpt.checkpoint.zip_reader import DamagedFile, check_archives
 
 
 @pytest.fixture

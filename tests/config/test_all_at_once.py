@@ -20,7 +20,7 @@ import yaml
 from llama_shapes import TINY
 from tiny_models import ROOT
 
-from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 
 ROW = {"instruction": "2 + 2?", "output": "4"}
 

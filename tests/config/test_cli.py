@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_cpt.config import cli
 from megatron_cpt.config.cli import normalise, run_subcommands, run_tool
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import yaml
 
 from megatron_cpt.config.cli import collect_arguments, normalise, read_arguments, run_subcommands
 from megatron_cpt.config.values import COUNTED, alternatives, is_optional
-from megatron_cpt.errors import InputError, InputErrors
+from megatron_cpt.utils.errors import InputError, InputErrors
 
 CONFIGS = [
     "config.run:RunConfig",
@@ -192,7 +192,7 @@ def test_a_configuration_is_read_without_torch(name: str) -> None:
 def test_a_command_is_imported_after_its_options_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["tool", "verify", "--c", "3"])
     with pytest.raises(SystemExit, match="2"):
-        run_subcommands({"verify": ("no.such.module:verify", "megatron_cpt.config.conversion:Verify", nothing)}, "")
+        run_subcommands({"verify": ("no.such.module:verify", "megatron_cpt.convert.config:Verify", nothing)}, "")
 
 
 def nothing(config: Any) -> None:

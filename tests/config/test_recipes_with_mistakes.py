@@ -24,26 +24,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_shapes import TINY
 
-from megatron_cpt.checkpoint.run_files import check_hf_to_megatron, check_megatron_to_hf, check_verify
 from megatron_cpt.cluster.config import CheckConfig
 from megatron_cpt.cluster.run_files import check_files as check_cluster
 from megatron_cpt.config.cli import read_arguments, start_check
-from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf, Verify
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.config.values import alternatives
-from megatron_cpt.data.adopt import AdoptConfig
-from megatron_cpt.data.adopt import check_files as check_adoption
-from megatron_cpt.data.curate import CurateConfig
-from megatron_cpt.data.curate import check_files as check_curation
-from megatron_cpt.data.inspection import InspectConfig
-from megatron_cpt.data.inspection import check_files as check_inspection
-from megatron_cpt.data.merge import MergeConfig
-from megatron_cpt.data.merge import check_files as check_merge
-from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
-from megatron_cpt.data.preprocess import check_files as check_preprocessing
-from megatron_cpt.errors import InputError, InputErrors
+from megatron_cpt.convert.config import HfToMegatron, MegatronToHf, Verify
+from megatron_cpt.convert.run_files import check_hf_to_megatron, check_megatron_to_hf, check_verify
+from megatron_cpt.corpus.import_megatron import AdoptConfig
+from megatron_cpt.corpus.import_megatron import check_files as check_adoption
+from megatron_cpt.corpus.merge import MergeConfig
+from megatron_cpt.corpus.merge import check_files as check_merge
+from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.corpus.preprocess import check_files as check_preprocessing
+from megatron_cpt.curation.curate import CurateConfig
+from megatron_cpt.curation.curate import check_files as check_curation
 from megatron_cpt.evaluation.config import EvaluateConfig
 from megatron_cpt.evaluation.run_files import check_settings as check_evaluation
+from megatron_cpt.mixture.inspect_data import InspectConfig
+from megatron_cpt.mixture.inspect_data import check_files as check_inspection
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.run_files import check_files as check_plan
 from megatron_cpt.posttrain.run_files import check_chat
@@ -54,6 +53,7 @@ from megatron_cpt.study.settings import Choose, FitOptions, Plan, Plot, Run
 from megatron_cpt.training.order_export import ExportOrderConfig
 from megatron_cpt.training.order_export import check_files as check_order_export
 from megatron_cpt.training.run_files import check_files as check_run
+from megatron_cpt.utils.errors import InputError, InputErrors
 
 ROOT = Path(__file__).resolve().parents[2]
 MIXTURE = "examples/quickstart/mixture.yaml"

@@ -20,7 +20,7 @@ from megatron_cpt.config.run import (
     TroubleConfig,
     ValidationConfig,
 )
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 REQUIRED: dict[type, dict[str, Any]] = {
     TrainingConfig: {"train_iters": 10},

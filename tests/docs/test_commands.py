@@ -158,8 +158,8 @@ def lines_of(language: str, count: int, seed: int = 0) -> str:
 
 def preprocess(folder: Path, name: str, language: str, seed: int) -> None:
     """A corpus data/NAME of some 10,000 tokens."""
-    from megatron_cpt.data.preprocess import PreprocessConfig
-    from megatron_cpt.data.preprocess import preprocess as run
+    from megatron_cpt.corpus.preprocess import PreprocessConfig
+    from megatron_cpt.corpus.preprocess import preprocess as run
 
     source = folder / "sources" / f"{name}.jsonl"
     source.parent.mkdir(exist_ok=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.ablation import ablation_table
 from megatron_cpt.evaluation.config import EvaluateConfig, TextConfig, VariantConfig
+from megatron_cpt.utils.errors import InputError
 
 
 def measured(score: float, bits: float, share: float) -> dict[str, Any]:

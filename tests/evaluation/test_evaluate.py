@@ -19,14 +19,14 @@ import torch
 from fork_server import ENVIRONMENT, forked_python
 from tiny_models import command_of, run_tool, write_yaml
 
-from megatron_cpt.chat_data.turn_end import turn_end
-from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Catalog, Harness, Score, shots_of
 from megatron_cpt.evaluation.report import evaluate
 from megatron_cpt.evaluation.run import answers_to, questions_of
 from megatron_cpt.evaluation.table import markdown
+from megatron_cpt.posttrain.turn_end import turn_end
+from megatron_cpt.utils.errors import InputError
 
 CHOICES = Benchmark("Choices", "tiny_choices", "acc,none", 1)
 

@@ -21,8 +21,8 @@ import transformers
 from every_setting import settings_of
 from tiny_models import write_yaml
 
-from megatron_cpt.checkpoint.vocabulary import load
 from megatron_cpt.config.cli import run_tool
+from megatron_cpt.convert.vocabulary import load
 from megatron_cpt.evaluation import judge, report, run, trajectory
 from megatron_cpt.evaluation.bits_per_byte import TextLoss
 from megatron_cpt.evaluation.config import EvaluateConfig

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from judges import judge_server
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.config import JudgeConfig
 from megatron_cpt.evaluation.judge import JUDGE_PROMPT, Judge, Judged, JudgeError, filled, parse, read_said
+from megatron_cpt.utils.errors import InputError
 
 PAIRS = [("How are you?", "good", "bad"), ("And now?", "bad", "good"), ("Still?", "fine", "fine"), ("Well?", "bad", "poor")]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.language_share import LanguageShare, language_share, sentences
+from megatron_cpt.utils.errors import InputError
 
 CHINESE = "今天天气很好，我们去公园散步。"
 ENGLISH = "The quick brown fox jumps over the lazy dog."

@@ -11,11 +11,11 @@ import pytest
 from judges import judge_server
 
 from megatron_cpt.config.cli import exit_on_input_error
-from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.evaluation.config import EvaluateConfig, JudgeConfig, PairwiseConfig, PromptsConfig
 from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparison, comparisons_table, wilson
 from megatron_cpt.evaluation.report import check_judged, evaluate
 from megatron_cpt.evaluation.votes import Outcome
+from megatron_cpt.utils.errors import InputError, RunError
 
 
 def test_wilson_is_scipys() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.sandbox import Limits, Outcome, require_sandbox, run, threads_of
+from megatron_cpt.utils.errors import InputError
 
 LIMITS = Limits(seconds=20.0)
 

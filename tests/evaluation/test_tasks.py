@@ -15,9 +15,9 @@ import sacrebleu
 from fork_server import ENVIRONMENT, forked_python
 from tiny_models import make_tiny_llama, write_yaml
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Catalog, Harness
 from megatron_cpt.evaluation.tasks import data, metrics
+from megatron_cpt.utils.errors import InputError
 
 OWN = {item.task: item for suite in SUITES.values() for item in suite if (TASKS / f"{item.task}.yaml").exists()}
 

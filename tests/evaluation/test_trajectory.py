@@ -16,12 +16,12 @@ import pytest
 from tiny_models import make_tiny_llama
 
 from megatron_cpt.checkpoint.checksums import checksums_in, sealed
-from megatron_cpt.checkpoint.convert import hf_to_megatron, megatron_to_hf
-from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf
-from megatron_cpt.errors import InputError
+from megatron_cpt.convert.config import HfToMegatron, MegatronToHf
+from megatron_cpt.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_cpt.evaluation.config import CheckpointConfig, EvaluateConfig, TextConfig, TrajectoryConfig
 from megatron_cpt.evaluation.report import evaluate, only_evaluation
 from megatron_cpt.evaluation.trajectory import checkpoints_of, removed_points
+from megatron_cpt.utils.errors import InputError
 
 SEQ_LENGTH, SAMPLES = 64, 8  # samples of each iteration
 

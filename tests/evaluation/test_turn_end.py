@@ -13,10 +13,10 @@ from judges import judge_server
 from rigged_models import last_of_prompt, make_reciter, set_json, tokens_of
 from tiny_models import run_tool, write_yaml
 
-from megatron_cpt.chat_data.template_files import CHATML, LLAMA3
 from megatron_cpt.evaluation.config import EvaluateConfig, JudgeConfig, PairwiseConfig, PromptsConfig
 from megatron_cpt.evaluation.harness import Benchmark, Catalog, Harness
 from megatron_cpt.evaluation.report import evaluate
+from megatron_cpt.posttrain.template_files import CHATML, LLAMA3
 
 ANSWER, REST = "狗", " quick brown fox"
 IM_END, EOT, OTHER = 401, 405, 402  # of the tokenizer with the templates' tokens; 0 is its end of text

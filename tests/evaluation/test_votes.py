@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.evaluation.votes import Agreement, Outcome, Vote, agreement, majority, read_votes, votes_on
+from megatron_cpt.utils.errors import InputError
 
 
 def write(path: Path, *rows: Any) -> str:

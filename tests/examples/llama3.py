@@ -13,7 +13,7 @@ from tiny_models import ROOT
 
 from megatron_cpt.config.cli import read_arguments
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 
 # What both models' published config.json have in common, and what they have not.
 LLAMA_3: dict[str, Any] = {

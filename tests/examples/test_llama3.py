@@ -15,11 +15,10 @@ from llama3 import RECIPES, Recipe, make_project
 from tiny_models import ROOT
 
 from megatron_cpt.config.cli import read_arguments
-from megatron_cpt.config.conversion import HfToMegatron, MegatronToHf
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.data.merge import MergeConfig
-from megatron_cpt.data.preprocess_config import PreprocessConfig
-from megatron_cpt.errors import InputError
+from megatron_cpt.convert.config import HfToMegatron, MegatronToHf
+from megatron_cpt.corpus.config import PreprocessConfig
+from megatron_cpt.corpus.merge import MergeConfig
 from megatron_cpt.evaluation.config import EvaluateConfig
 from megatron_cpt.planning.activations import chunk_bytes
 from megatron_cpt.planning.config import PlanConfig
@@ -32,8 +31,9 @@ from megatron_cpt.planning.weights import state_bytes
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.posttrain.dpo import DpoConfig
 from megatron_cpt.posttrain.sft import SftConfig
-from megatron_cpt.training.checks import check_run
 from megatron_cpt.training.pretrain import setup
+from megatron_cpt.training.validate_config import check_run
+from megatron_cpt.utils.errors import InputError
 
 SIZES = ("8b", "70b")
 TOOLS: dict[str, type] = {  # of a command in a README: the tool, and its subcommand

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.model.hf_folder import check_positions, positions_of
+from megatron_cpt.utils.errors import InputError
 
 
 @pytest.mark.parametrize(("fields", "refused"), [({"max_position_embeddings": 8}, True), ({}, False), ([8], False)])

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from llama_shapes import LLAMA_3_1_8B, SMOLLM
 
 from megatron_cpt.config.parallel import ParallelConfig
-from megatron_cpt.errors import InputError
 from megatron_cpt.model.layout import check_layout, check_microbatches, layers_of_stages
 from megatron_cpt.model.llama import LlamaConfig
+from megatron_cpt.utils.errors import InputError
 
 
 def refusal(llama: LlamaConfig, seq_length: int = 2048, **parallel: Any) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from llama_shapes import LLAMA_3_1_8B, SCALING, SIZES
 
-from megatron_cpt.errors import InputError, InputErrors
 from megatron_cpt.model.llama import LlamaConfig, read_llama_config
+from megatron_cpt.utils.errors import InputError, InputErrors
 
 COMMON: dict[str, Any] = SIZES | {
     "architectures": ["LlamaForCausalLM"],

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_models import VARIANTS, make_tiny_llama
 
-from megatron_cpt.checkpoint.convert import hf_to_megatron
 from megatron_cpt.checkpoint.save_load import load_checkpoint
-from megatron_cpt.checkpoint.verify import single_process_model
-from megatron_cpt.config.conversion import HfToMegatron
+from megatron_cpt.convert.config import HfToMegatron
+from megatron_cpt.convert.convert import hf_to_megatron
+from megatron_cpt.convert.verify import single_process_model
 from megatron_cpt.model.llama import read_llama_config
 
 SEQ_LENGTH = 128  # beyond original_max_position_embeddings, so that rope scaling matters

@@ -13,8 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import OptimizerConfig as Settings
-from megatron_cpt.data.loader import Batch
-from megatron_cpt.errors import InputError
+from megatron_cpt.mixture.loader import Batch
 from megatron_cpt.model.build import build_model, transformer_config
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.planning.activations import chunk_bytes
@@ -26,6 +25,7 @@ from megatron_cpt.planning.weights import state_bytes
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import process_groups
 from megatron_cpt.training.step import StepShape, train_step
+from megatron_cpt.utils.errors import InputError
 
 TINY = dataclasses.replace(
     MODELS["8B"],

@@ -19,7 +19,6 @@ from rich.console import Console
 from tiny_models import ROOT, make_tiny_llama, run_tool, write_yaml
 
 from megatron_cpt.config.parallel import ParallelConfig
-from megatron_cpt.errors import InputError
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.planning.activations import chunk_bytes, layer_bytes, microbatches_in_flight
 from megatron_cpt.planning.config import PlanConfig
@@ -34,6 +33,7 @@ from megatron_cpt.planning.search import Candidate, Plan, make_candidate, make_j
 from megatron_cpt.planning.timing import StepTime, throughput
 from megatron_cpt.platforms.cuda import known_peak_tflops
 from megatron_cpt.training.throughput import throughput as run_throughput
+from megatron_cpt.utils.errors import InputError
 
 PAGE = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
 FITTED_CONSTANTS = 4  # matrix products on A100, on H100 in bf16 and in FP8; what tp_comm_overlap hides

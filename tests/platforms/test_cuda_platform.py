@@ -16,9 +16,9 @@ from tiny_models import VARIANTS, read_rows
 from tiny_runs import SAVE_INTERVAL, STEPS, Layout, Runs
 
 import megatron_cpt.training  # noqa: F401  (prepares the platform)
-from megatron_cpt.checkpoint.verify import verify
-from megatron_cpt.config.conversion import Verify
-from megatron_cpt.data.loader import Batch
+from megatron_cpt.convert.config import Verify
+from megatron_cpt.convert.verify import verify
+from megatron_cpt.mixture.loader import Batch
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.cuda import CudaPlatform
 from megatron_cpt.platforms.fused_adam import FusedAdam

@@ -14,11 +14,11 @@ from fork_server import ENVIRONMENT
 from rigged_models import make_reciter, set_json, tokens_of
 from tiny_models import ROOT, command_of, make_tiny_llama
 
-from megatron_cpt.chat_data.conversations import Message
-from megatron_cpt.chat_data.template_files import CHATML
-from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.chat import Chat, Speaker, chat
+from megatron_cpt.posttrain.conversations import Message
 from megatron_cpt.posttrain.settings import ChatConfig
+from megatron_cpt.posttrain.template_files import CHATML
+from megatron_cpt.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,12 @@ import torch
 from chats import dpo_config, read_metrics, sft_config
 from safetensors.torch import load_file
 
-from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.posttrain import trainers
 from megatron_cpt.posttrain.checkpoints import check_sealed, only_run, sealed_steps
 from megatron_cpt.posttrain.dpo import finetune_dpo
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
+from megatron_cpt.utils.errors import InputError, RunError
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from megatron_cpt.chat_data.template_files import CHATML
-from megatron_cpt.chat_data.templates import IGNORED, Example, Template, load_template
-from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.data import DataConfig, Prepared, SourceConfig, prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.models import check_fit
 from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.settings import LoraSettings
+from megatron_cpt.posttrain.template_files import CHATML
+from megatron_cpt.posttrain.templates import IGNORED, Example, Template, load_template
+from megatron_cpt.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 from trl import DPOConfig as TrlConfig
 
-from megatron_cpt.chat_data.conversations import Message, Preference
-from megatron_cpt.chat_data.templates import PairExample, load_template
+from megatron_cpt.posttrain.conversations import Message, Preference
 from megatron_cpt.posttrain.dpo import DpoConfig, PairTrainer, as_dataset, finetune_dpo
 from megatron_cpt.posttrain.models import load_model
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings
+from megatron_cpt.posttrain.templates import PairExample, load_template
 
 
 def log_probability(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:

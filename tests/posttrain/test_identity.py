@@ -22,16 +22,16 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ROOT, write_yaml
 from transformers.utils import chat_template_utils
 
-from megatron_cpt.chat_data.conversations import Message
-from megatron_cpt.chat_data.template_files import CHATML
-from megatron_cpt.chat_data.templates import PromptTemplate
-from megatron_cpt.checkpoint.vocabulary import load
-from megatron_cpt.errors import InputError
+from megatron_cpt.convert.vocabulary import load
 from megatron_cpt.posttrain import identity, runner
+from megatron_cpt.posttrain.conversations import Message
 from megatron_cpt.posttrain.dpo import finetune_dpo
 from megatron_cpt.posttrain.identity import digest
 from megatron_cpt.posttrain.settings import RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
+from megatron_cpt.posttrain.template_files import CHATML
+from megatron_cpt.posttrain.templates import PromptTemplate
+from megatron_cpt.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

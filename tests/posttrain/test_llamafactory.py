@@ -13,14 +13,14 @@ import pytest
 import yaml
 from chats import dpo_config, sft_config
 
-from megatron_cpt.chat_data.conversations import Conversation, Message, Preference, parse_conversation, parse_preference
-from megatron_cpt.chat_data.templates import load_template
-from megatron_cpt.errors import InputError
+from megatron_cpt.posttrain.conversations import Conversation, Message, Preference, parse_conversation, parse_preference
 from megatron_cpt.posttrain.data import prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.dpo import finetune_dpo
 from megatron_cpt.posttrain.llamafactory import check_messages
 from megatron_cpt.posttrain.settings import LoraSettings, OptimizerSettings
 from megatron_cpt.posttrain.sft import finetune_sft
+from megatron_cpt.posttrain.templates import load_template
+from megatron_cpt.utils.errors import InputError
 
 
 def test_conversations(chat_model: str, tmp_path: Path) -> None:

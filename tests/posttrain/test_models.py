@@ -11,11 +11,11 @@ import pytest
 import torch
 from tiny_models import make_tiny_llama
 
-from megatron_cpt.chat_data.templates import load_template
 from megatron_cpt.checkpoint.weight_files import weight_files
-from megatron_cpt.errors import InputError
 from megatron_cpt.model.hf_folder import adapter_note, check_model
 from megatron_cpt.posttrain.models import load_model, model_to_train
+from megatron_cpt.posttrain.templates import load_template
+from megatron_cpt.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

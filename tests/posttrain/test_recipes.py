@@ -14,10 +14,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from tiny_models import ROOT
 
 from megatron_cpt.config.cli import read_arguments
-from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.dpo import DpoConfig
 from megatron_cpt.posttrain.run_files import accumulation
 from megatron_cpt.posttrain.sft import SftConfig
+from megatron_cpt.utils.errors import InputError
 
 EXAMPLES = ROOT / "examples"
 ACCELERATE = EXAMPLES / "posttrain" / "accelerate"

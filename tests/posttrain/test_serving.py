@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from tiny_models import ROOT
 
-from megatron_cpt.chat_data.conversations import Message
-from megatron_cpt.chat_data.templates import load_template
 from megatron_cpt.posttrain.chat import Speaker
+from megatron_cpt.posttrain.conversations import Message
 from megatron_cpt.posttrain.settings import ChatConfig
+from megatron_cpt.posttrain.templates import load_template
 
 
 def free_port() -> int:

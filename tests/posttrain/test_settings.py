@@ -15,15 +15,15 @@ from chats import conversations, preferences, read_metrics, write_rows
 from safetensors.torch import load_file
 from test_dpo import log_probability
 
-from megatron_cpt.chat_data.templates import IGNORED, load_template
 from megatron_cpt.config.cli import run_tool
-from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain import dpo, sft
 from megatron_cpt.posttrain.data import DataConfig, SourceConfig, prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.dpo import DpoConfig, finetune_dpo
 from megatron_cpt.posttrain.models import load_model
 from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
+from megatron_cpt.posttrain.templates import IGNORED, load_template
 from megatron_cpt.posttrain.trainers import EpochSampler
+from megatron_cpt.utils.errors import InputError
 
 TOOLS = {"sft": (sft, finetune_sft, SftConfig, conversations), "dpo": (dpo, finetune_dpo, DpoConfig, preferences)}
 STEPS = 10  # of the schedule that is looked at

@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from tiny_models import command_of, run_tool
 from trl import SFTConfig as TrlConfig
 
-from megatron_cpt.chat_data.templates import IGNORED, load_template
-from megatron_cpt.errors import InputError, InputErrors
 from megatron_cpt.posttrain.data import SourceConfig, prepare_sft
 from megatron_cpt.posttrain.models import load_model
 from megatron_cpt.posttrain.run_files import accumulation
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import AnswerLossTrainer, SftConfig, as_dataset, finetune_sft
+from megatron_cpt.posttrain.templates import IGNORED, load_template
+from megatron_cpt.utils.errors import InputError, InputErrors
 
 
 def losses_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from tiny_models import ROOT, make_tiny_llama
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.posttrain.dpo import finetune_dpo
 from megatron_cpt.posttrain.models import load_model
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import finetune_sft
 from megatron_cpt.posttrain.sharding import check_sharding, is_sharded, receives_weights, sum_in_fp32, unread_model
+from megatron_cpt.utils.errors import InputError
 
 FSDP = ROOT / "examples" / "posttrain" / "accelerate" / "fsdp_8gpu.yaml"
 FSDP_TO_ONE = 1e-5  # how far losses and weights may be apart: sums in another order

@@ -14,11 +14,11 @@ from datasets import Dataset
 from tiny_models import run_tool
 from trl import DPOConfig as TrlConfig
 
-from megatron_cpt.chat_data.templates import IGNORED, load_template
 from megatron_cpt.posttrain.dpo import LOSS_OF_FILLERS, DpoConfig, PairTrainer, filler_of, finetune_dpo, loss_of
 from megatron_cpt.posttrain.models import load_model
 from megatron_cpt.posttrain.settings import OptimizerSettings, RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import SftConfig, fillers_in, finetune_sft
+from megatron_cpt.posttrain.templates import IGNORED, load_template
 from megatron_cpt.posttrain.trainers import EpochSampler, own_batches, share_of_rate
 
 # Figures that do not depend on how pairs and conversations lie in batches

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from study_results import START, additional_loss, general_loss, make_results, tilted_metric
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.study.choose import choose
 from megatron_cpt.study.fit import Fit, fit_for_choice
 from megatron_cpt.study.results import Results
+from megatron_cpt.utils.errors import InputError
 
 
 @pytest.fixture(scope="module")

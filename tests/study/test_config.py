@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.study.commands import choose_command, fit_command
 from megatron_cpt.study.config import LimitsConfig, LogRange, ScoresConfig, StudyConfig
 from megatron_cpt.study.settings import Choose, FitOptions
+from megatron_cpt.utils.errors import InputError
 
 FIELDS: dict[str, Any] = {"base": "base.yaml", "folder": "study", "almr": [0.5], "lr": [1e-3], "train_tokens": 1000}
 

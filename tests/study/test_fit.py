@@ -15,7 +15,7 @@ from study_results import make_results, tilted_metric
 from megatron_cpt.study import frontier
 from megatron_cpt.study.commands import fit_table
 from megatron_cpt.study.fit import Fit, chance_of_flat, fit, write_fit
-from megatron_cpt.study.page import surfaces_table
+from megatron_cpt.study.html_report import surfaces_table
 from megatron_cpt.study.results import Results
 
 

@@ -13,14 +13,14 @@ import pytest
 from study_folders import TOKENS, write_base, write_folder
 from study_results import make_results
 
-from megatron_cpt.errors import InputError, InputErrors
 from megatron_cpt.study.choose import read_choice
 from megatron_cpt.study.commands import choose_command, fit_command, plot
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.local import read_status, training_seconds
-from megatron_cpt.study.points import Base, points, read_base, read_proposed, run_folder, write_configuration, write_proposed
+from megatron_cpt.study.grid import Base, points, read_base, read_proposed, run_folder, write_configuration, write_proposed
+from megatron_cpt.study.local_executor import read_status, training_seconds
 from megatron_cpt.study.results import collect
 from megatron_cpt.study.settings import Choose, FitOptions, Plot
+from megatron_cpt.utils.errors import InputError, InputErrors
 
 CHOICE = {"almr": 0.5, "lr": 1e-3, "almr_interval": [0.4, 0.6], "lr_interval": None, "max_general_rise": 0.01}
 NAME = "almr0_lr0.0001_seed1"

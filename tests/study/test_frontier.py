@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from study_results import ALMRS, RATES
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.study.frontier import FIELD, gradients, interpolated, loss_line, metric_frontier, steepest_curve
 from megatron_cpt.study.settings import Axis
 from megatron_cpt.study.surfaces import Surface, fit_surface, unit_grid
+from megatron_cpt.utils.errors import InputError
 
 A, B = 1.4, 0.3  # ALMR 0.2 at a learning rate of 1e-4, 0.8 at 1e-2
 

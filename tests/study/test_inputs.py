@@ -18,17 +18,17 @@ from study_results import make_results
 from tiny_models import make_tiny_llama, run_tool, write_yaml
 from tiny_runs import Layout, Runs
 
-from megatron_cpt.checkpoint.convert import hf_to_megatron
-from megatron_cpt.config.conversion import HfToMegatron
-from megatron_cpt.data.mixture_file import load_mixture
-from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
-from megatron_cpt.errors import InputError
+from megatron_cpt.convert.config import HfToMegatron
+from megatron_cpt.convert.convert import hf_to_megatron
+from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.study.commands import choose_command, fit_command, plan, plot, run
 from megatron_cpt.study.config import StudyConfig
+from megatron_cpt.study.grid import points, read_base
 from megatron_cpt.study.inputs import checkpoint_checksum, record_inputs, record_start
-from megatron_cpt.study.points import points, read_base
 from megatron_cpt.study.settings import Choose, FitOptions, Plan, Plot, Run
 from megatron_cpt.training.baseline import measurements
+from megatron_cpt.utils.errors import InputError
 
 COMMANDS: dict[str, tuple[Callable[[Any], str], type[StudyConfig]]] = {
     "plan": (plan, Plan),

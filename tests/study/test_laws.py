@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.study.critical import CriticalRatio, predict_critical_ratios
 from megatron_cpt.study.laws import critical_ratio, fit_cmr, fit_d_cpt, held_out, predict, slopes
 from megatron_cpt.study.results import Results
+from megatron_cpt.utils.errors import InputError
 
 TRUE = np.array([2.0, 0.35, 0.4, 0.3, 0.25, 0.05, 0.6])  # E, B, eta, beta, C, epsilon, gamma
 # 5 ratios, 16 evaluations, 3 seeds

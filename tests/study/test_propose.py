@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from study_results import ALMRS, RATES, make_results
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.points import grid, points, write_proposed
+from megatron_cpt.study.grid import grid, points, write_proposed
 from megatron_cpt.study.propose import new_pair, propose
 from megatron_cpt.study.results import Results
+from megatron_cpt.utils.errors import InputError
 
 
 def peak(almr: float, lr: float) -> float:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.errors import InputError, RunError
 from megatron_cpt.study.scores import read_all_scores, read_scores
+from megatron_cpt.utils.errors import InputError, RunError
 
 
 def test_scores_by_name_and_of_lm_eval(tmp_path: Path) -> None:

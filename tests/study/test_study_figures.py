@@ -12,7 +12,7 @@ from study_results import make_results
 from megatron_cpt.study.figures import contours, draw_line, ends_within, languages, plt, spread
 from megatron_cpt.study.fit import fit, grouped_notes
 from megatron_cpt.study.frontier import Line, no_line
-from megatron_cpt.study.page import write_page
+from megatron_cpt.study.html_report import write_page
 
 LIMITS = ((1e-4, 1e-2), (0.0, 1.0))
 

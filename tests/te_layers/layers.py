@@ -51,7 +51,7 @@ def prepare(folder: str) -> None:
 
     prepare_platform()
     sys.modules.update(shown)
-    import megatron_cpt.checkpoint.attempt
+    import megatron_cpt.checkpoint.save_operation
     import megatron_cpt.model.build
     import megatron_cpt.platforms.process_groups  # noqa: F401
 
@@ -88,12 +88,12 @@ def fork(task: dict[str, Any], rank: int, port: int) -> int:
 
 def main(task: dict[str, Any]) -> dict[str, Any]:
     """Compare and save, as the task asks for; what was found."""
-    from megatron_cpt.checkpoint.attempt import Attempt, Request
-    from megatron_cpt.checkpoint.hf_weights import extra_states, pieces_of
     from megatron_cpt.checkpoint.layout import read_hf_files
     from megatron_cpt.checkpoint.save_load import dtype_of
+    from megatron_cpt.checkpoint.save_operation import Attempt, Request
     from megatron_cpt.checkpoint.state import Progress
     from megatron_cpt.config.parallel import ParallelConfig
+    from megatron_cpt.convert.hf_weights import extra_states, pieces_of
     from megatron_cpt.model.llama import read_llama_config
     from megatron_cpt.platforms import current_platform
     from megatron_cpt.platforms.cuda import CudaPlatform

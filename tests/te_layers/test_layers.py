@@ -16,9 +16,9 @@ import pytest
 import torch
 from tiny_models import VARIANTS, make_tiny_llama
 
-from megatron_cpt.checkpoint.convert import hf_to_megatron
-from megatron_cpt.checkpoint.verify import verify
-from megatron_cpt.config.conversion import HfToMegatron, Verify
+from megatron_cpt.convert.config import HfToMegatron, Verify
+from megatron_cpt.convert.convert import hf_to_megatron
+from megatron_cpt.convert.verify import verify
 
 FOLDER = os.environ.get("TRANSFORMER_ENGINE", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="needs a folder with Transformer Engine (make test-te)")

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from test_tokenizer import rank_file, sentencepiece_file  # noqa: F401
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.base import token_bytes_sha256
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_difference, lost_letters
 from megatron_cpt.tokenizer.fast import _from_ranks
 from megatron_cpt.tokenizer.tiktoken_llama3 import read_ranks
+from megatron_cpt.utils.errors import InputError
 
 FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
 

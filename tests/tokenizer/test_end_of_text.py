@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from tiny_tokenizer import make_tiny_tokenizer
 
-from megatron_cpt.data.indexed import IndexedCorpus
-from megatron_cpt.errors import InputError
+from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.tokenizer import load_tokenizer
+from megatron_cpt.utils.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"]

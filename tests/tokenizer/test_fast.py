@@ -17,11 +17,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_tokenizer import rank_file, sentencepiece_file  # noqa: F401
 
-from megatron_cpt.data.audit import ODD_TEXTS
-from megatron_cpt.data.encoding import per_text
-from megatron_cpt.errors import InputError
+from megatron_cpt.corpus.audit import ODD_TEXTS
+from megatron_cpt.corpus.encoding import per_text
 from megatron_cpt.tokenizer import load_tokenizer
-from megatron_cpt.tokenizer.fast import FailedError, FastTokenizer, NotSupportedError
+from megatron_cpt.tokenizer.fast import EncodingError, FastTokenizer, NotSupportedError
+from megatron_cpt.utils.errors import InputError
 
 SPECIALS = ["<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "<s>", "</s>", "<unk>", "<0x0A>", "<|eot_id|>", "▁"]
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
@@ -236,7 +236,7 @@ def test_a_panic_is_one_line_without_rust(tiny_tokenizer_dir: str, capfd: Any) -
     tokenizer = FastTokenizer(tiny_tokenizer_dir)
     tokenizer._backend = _Panics()
     for encode in (lambda: tokenizer.encode_batch(["the 哈", "x"]), lambda: tokenizer.encode("the 哈")):
-        with pytest.raises(FailedError, match=r"^it cannot encode a text that begins with 'the 哈'$"):
+        with pytest.raises(EncodingError, match=r"^it cannot encode a text that begins with 'the 哈'$"):
             encode()
     print("still heard", file=sys.stderr)
     assert capfd.readouterr().err == "still heard\n"

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import Unigram
 
-from megatron_cpt.errors import InputError
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer
 from megatron_cpt.tokenizer.tiktoken_llama3 import LONGEST_WHITESPACE, special_tokens
+from megatron_cpt.utils.errors import InputError
 
 SENTENCES = [
     "The fox's 12345 days.\n\n  Tabs\tand  spaces ",
@@ -183,6 +183,6 @@ def test_missing_paths_are_refused(tmp_path: Path) -> None:
 
 
 def test_imports_neither_torch_nor_transformers() -> None:
-    program = "import sys, megatron_cpt.data.preprocess; print({'torch', 'transformers', 'tiktoken'} & set(sys.modules))"
+    program = "import sys, megatron_cpt.corpus.preprocess; print({'torch', 'transformers', 'tiktoken'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

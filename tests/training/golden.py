@@ -25,7 +25,6 @@ from tiny_runs import Runs
 from tiny_tokenizer import make_tiny_tokenizer
 
 import megatron_cpt.training  # noqa: F401  (prepares the platform)
-from megatron_cpt.checkpoint.megatron_weights import open_megatron
 from megatron_cpt.config.lr import LrConfig
 from megatron_cpt.config.run import (
     CheckpointConfig,
@@ -35,6 +34,7 @@ from megatron_cpt.config.run import (
     TrainingConfig,
     ValidationConfig,
 )
+from megatron_cpt.convert.megatron_weights import open_megatron
 from megatron_cpt.training.pretrain import setup
 
 PATH = Path(__file__).with_name("golden.json")

@@ -23,10 +23,10 @@ from llama_shapes import TINY
 from megatron_cpt.checkpoint.layout import write_tracker
 from megatron_cpt.config.cli import run_tool
 from megatron_cpt.config.run import CheckpointConfig, RunConfig, TrainingConfig
-from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
-from megatron_cpt.errors import InputError
-from megatron_cpt.training.checks import CheckedRun, check_run
+from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.training.pretrain import setup
+from megatron_cpt.training.validate_config import CheckedRun, check_run
+from megatron_cpt.utils.errors import InputError
 
 TOOL = Path(__file__).parents[2] / "tools" / "pretrain_cpt.py"
 TEXTS = {"en": "The quick brown fox number {} jumps over the dog.", "zh": "第{}天，今天天气很好，我们去公园散步。"}

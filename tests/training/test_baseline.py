@@ -12,7 +12,7 @@ from forks import Forks
 from tiny_models import VARIANTS, read_rows, write_yaml
 from tiny_runs import SAVE_INTERVAL, STEPS, Layout, Runs
 
-from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.training.baseline import from_json
 from megatron_cpt.training.validation_table import baseline_of
 

@@ -17,9 +17,9 @@ from tiny_runs import Layout, Runs
 
 from megatron_cpt.checkpoint.checksums import TensorCheck
 from megatron_cpt.checkpoint.layout import find_checkpoint, read_manifest
-from megatron_cpt.checkpoint.verify import verify
-from megatron_cpt.config.conversion import Verify
-from megatron_cpt.errors import InputError
+from megatron_cpt.convert.config import Verify
+from megatron_cpt.convert.verify import verify
+from megatron_cpt.utils.errors import InputError
 
 STEPS = 3
 SETTINGS = (f"--training.train_iters={STEPS}", "--training.global_batch_size=4", "--checkpoint.save_interval=1")

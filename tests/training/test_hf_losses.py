@@ -11,10 +11,10 @@ from layout_cases import FP32, Case
 from tiny_models import VARIANTS, read_rows
 from tiny_runs import Layout, Runs
 
-from megatron_cpt.checkpoint.convert import megatron_to_hf
 from megatron_cpt.checkpoint.hf_files import HfTensors
-from megatron_cpt.config.conversion import MegatronToHf
-from megatron_cpt.data.indexed import IndexedCorpus
+from megatron_cpt.convert.config import MegatronToHf
+from megatron_cpt.convert.convert import megatron_to_hf
+from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 
 CASES = [Case(), Case(tp=2, sp=True), Case(pp=2), Case(tp=2, pp=2)]
 SEQ_LENGTH = 64

@@ -26,8 +26,8 @@ from recipes import saving_as
 from tiny_models import VARIANTS
 from tiny_runs import Layout, Runs
 
-from megatron_cpt.checkpoint.verify import verify
-from megatron_cpt.config.conversion import Verify
+from megatron_cpt.convert.config import Verify
+from megatron_cpt.convert.verify import verify
 from megatron_cpt.training.metrics_file import read_metrics
 
 SETTINGS = ("--validation.eval_interval=4", "--training.global_batch_size=4")

@@ -19,8 +19,8 @@ from forks import Forks
 from tiny_models import VARIANTS, read_rows, run_tool, write_yaml
 from tiny_runs import SAVE_INTERVAL, STEPS, Layout, Runs
 
-from megatron_cpt.checkpoint.verify import verify
-from megatron_cpt.config.conversion import Verify
+from megatron_cpt.convert.config import Verify
+from megatron_cpt.convert.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -22,16 +22,16 @@ from tiny_runs import Layout, Runs
 
 from megatron_cpt.checkpoint.layout import read_checkpoint_manifest
 from megatron_cpt.config.run import DataConfig
-from megatron_cpt.data.document_reads import on_cpu
-from megatron_cpt.data.loader import TrainingData
-from megatron_cpt.data.manifest import read_manifest
-from megatron_cpt.data.preprocess import PreprocessConfig, preprocess
-from megatron_cpt.data.sampling.order import SampleOrder
-from megatron_cpt.data.state import DataState, saved_segments
-from megatron_cpt.errors import InputError
+from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
+from megatron_cpt.mixture.document_reads import on_cpu
+from megatron_cpt.mixture.loader import TrainingData
+from megatron_cpt.mixture.order.order import SampleOrder
+from megatron_cpt.mixture.state import DataState, saved_segments
 from megatron_cpt.training import device_order
 from megatron_cpt.training.device_order import OnDevice
 from megatron_cpt.training.order_export import ExportOrderConfig, check_mixture_file, check_steps, open_run
+from megatron_cpt.utils.errors import InputError
 
 SEQ_LENGTH = 64  # of `Runs`
 
@@ -314,7 +314,7 @@ def test_no_torch_is_needed(runs: Runs, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_an_order_on_a_device(runs: Runs, tmp_path: Path) -> None:
-    """The source for GPUs, compiled for the CPU; tests/data/sampling/test_cuda.py has it on a GPU."""
+    """The source for GPUs, compiled for the CPU; tests/mixture/order/test_cuda.py has it on a GPU."""
     (stretch,) = open_run(ExportOrderConfig(None, runs.mixture, 8, 30, output="order.npy")).stretches
     assert isinstance(stretch.order, SampleOrder)
     locate = OnDevice("cpu", compile_emulated(tmp_path))

@@ -12,11 +12,11 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from tiny_models import VARIANTS, make_tiny_llama
 
 import megatron_cpt.training  # noqa: F401  (prepares the platform)
-from megatron_cpt.checkpoint.convert import hf_to_megatron
 from megatron_cpt.checkpoint.save_load import load_checkpoint
-from megatron_cpt.config.conversion import HfToMegatron
 from megatron_cpt.config.run import OptimizerConfig, ParallelConfig
-from megatron_cpt.data.loader import Batch
+from megatron_cpt.convert.config import HfToMegatron
+from megatron_cpt.convert.convert import hf_to_megatron
+from megatron_cpt.mixture.loader import Batch
 from megatron_cpt.model.build import build_model, transformer_config
 from megatron_cpt.model.llama import read_llama_config
 from megatron_cpt.platforms import current_platform

@@ -16,13 +16,13 @@ from PIL import Image
 from tiny_logs import record, results, start, step_row, validated
 
 from megatron_cpt.config.run import LoggingConfig
-from megatron_cpt.data.stages import Schedule, StagePlan
-from megatron_cpt.errors import InputError
+from megatron_cpt.mixture.stages import Schedule, StagePlan
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.report import main, markdown, parameters, ranges, read_run, write_report
 from megatron_cpt.training.report_figure import binned, draw, draw_learning_rate, limit, running_median
 from megatron_cpt.training.validation import ValidationResult
+from megatron_cpt.utils.errors import InputError
 
 
 def report(folder: Path) -> str:
@@ -129,7 +129,7 @@ def llama_config(**changes: Any) -> LlamaConfig:
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}])
 def test_parameters_are_those_of_the_checkpoint(changes: dict[str, Any]) -> None:
-    from megatron_cpt.checkpoint.hf_weights import hf_shapes
+    from megatron_cpt.convert.hf_weights import hf_shapes
 
     for tied in (False, True):
         llama = dataclasses.replace(llama_config(**changes), tie_word_embeddings=tied)

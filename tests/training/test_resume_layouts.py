@@ -19,8 +19,8 @@ from metrics_rows import clockless
 from tiny_models import ROOT, VARIANTS, read_rows, run_tool, write_yaml
 from tiny_runs import SAVE_INTERVAL, Layout, Runs
 
-from megatron_cpt.checkpoint.verify import verify
-from megatron_cpt.config.conversion import Verify
+from megatron_cpt.convert.config import Verify
+from megatron_cpt.convert.verify import verify
 
 STEPS = 4
 SINGLE = Case()

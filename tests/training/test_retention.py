@@ -15,8 +15,8 @@ from tampering import signs
 from tiny_models import VARIANTS
 from tiny_runs import Layout, Runs
 
-from megatron_cpt.checkpoint.verify import verify
-from megatron_cpt.config.conversion import Verify
+from megatron_cpt.convert.config import Verify
+from megatron_cpt.convert.verify import verify
 
 STEPS = 5
 SETTINGS = (f"--training.train_iters={STEPS}", "--training.global_batch_size=4", "--checkpoint.save_retry_seconds=0")

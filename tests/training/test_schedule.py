@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from megatron_cpt.config.lr import LrConfig
 from megatron_cpt.config.run import CheckpointConfig, OptimizerConfig, RunConfig, TrainingConfig
-from megatron_cpt.errors import InputError
 from megatron_cpt.training.schedule import (
     LearningRate,
     continue_schedule,
@@ -22,6 +21,7 @@ from megatron_cpt.training.schedule import (
     make_schedule,
     run_length,
 )
+from megatron_cpt.utils.errors import InputError
 
 SEQ_LENGTH = 64
 STYLES = ("linear", "cosine", "WSD", "constant")

@@ -24,8 +24,8 @@ from tampering import sign_of, signs
 from tiny_models import VARIANTS
 from tiny_runs import Layout, Runs
 
-from megatron_cpt.checkpoint.verify import verify
-from megatron_cpt.config.conversion import Verify
+from megatron_cpt.convert.config import Verify
+from megatron_cpt.convert.verify import verify
 
 STEPS, MICROBATCHES = 4, 16
 SETTINGS = (

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_cpt.errors import ProcessDiedError
 from megatron_cpt.training import stopping
 from megatron_cpt.training.stopping import Peers, Requests, Watch
+from megatron_cpt.utils.errors import ProcessDiedError
 
 
 def test_a_rank_that_was_asked_to_stop_has_told_the_others_when_it_leaves(

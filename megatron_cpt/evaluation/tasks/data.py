@@ -14,7 +14,7 @@ import datasets
 import lxml.etree
 import orjson
 
-from megatron_cpt.errors import InputError
+from megatron_cpt.utils.errors import InputError
 
 Row = dict[str, Any]
 

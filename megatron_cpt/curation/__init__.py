@@ -1,0 +1,1 @@
+"""Raw corpora -> curated JSON Lines: filters, language identification and deduplication, on datatrove."""
