@@ -105,9 +105,9 @@ def virtual_mixture(folder: Path) -> Path:
 
 def megatron_seconds() -> float:
     """Document, sample, shuffle and blending index for the whole, from what an item of each takes at several sizes."""
-    from megatron_cpt.platforms import current_platform
+    from megatron_cpt.platforms import prepare_platform
 
-    current_platform().prepare()
+    prepare_platform()
     from megatron.core.datasets import helpers
     from megatron.core.datasets.gpt_dataset import _build_document_index, _build_shuffle_index
 

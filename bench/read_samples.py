@@ -36,9 +36,9 @@ def ours(prefixes: list[str]) -> Any:
 
 def megatron(prefixes: list[str]) -> Any:
     """The same from megatron-core's BlendedDataset of GPTDatasets."""
-    from megatron_cpt.platforms import current_platform
+    from megatron_cpt.platforms import prepare_platform
 
-    current_platform().prepare()
+    prepare_platform()
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 

@@ -9,7 +9,7 @@ from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.mixture.ledger import Ledger, LedgerRow, StageTotal
 from megatron_cpt.training.baseline import Baseline, Measurement, extended
 from megatron_cpt.training.log import RunLog
-from megatron_cpt.training.validation import ValidationResult
+from megatron_cpt.training.validation_result import ValidationResult
 
 
 def make_ledger() -> Ledger:

@@ -35,7 +35,13 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 # Files that tell a reader to do something to the weights beside them: to apply an adapter, which makes weights of other
 # names, or to take them for quantized. Whole weights that have gone through Megatron need neither.
 ABOUT_OTHER_WEIGHTS = (ADAPTER_CONFIG, "quantize_config.json", "quant_config.json", "hf_quant_config.json")
-FORMAT_FIELDS = frozenset({"sharded_backend", "sharded_backend_version", "common_backend", "common_backend_version"})
+# What megatron-core's save_config writes, whose import takes a second
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 A_CHECKPOINT = "expected the folder of a checkpoint or of a run"
 MOST_TRACKER = 100  # characters that are read of it
 
@@ -150,11 +156,17 @@ def check_sizes(folder: str, manifest: Mapping[str, Any]) -> None:
             raise InputError(f"checkpoint {folder} is not complete: {name} has {found} bytes, manifest.json says {size}")
 
 
+def write_format(folder: str) -> None:
+    """Write metadata.json, by which megatron-core knows how a checkpoint is stored."""
+    with open(os.path.join(folder, "metadata.json"), "w", encoding="utf-8") as file:
+        json.dump(FORMAT, file)
+
+
 def check_format(path: str) -> None:
     """Raise InputError unless a metadata.json, which megatron-core reads without a look, names our format."""
     fields = load_json(path)
-    if not isinstance(fields, dict) or not FORMAT_FIELDS.issuperset(fields) or "sharded_backend" not in fields:
-        raise InputError(f"{path} is {shown(fields)}; expected {', '.join(sorted(FORMAT_FIELDS))}")
+    if not isinstance(fields, dict) or not FORMAT.keys() >= fields.keys() or "sharded_backend" not in fields:
+        raise InputError(f"{path} is {shown(fields)}; expected {', '.join(sorted(FORMAT))}")
     for name, value in fields.items():
         expected = (1,) if name.endswith("_version") else ("torch_dist", "torch")
         if type(value) not in (str, int) or value not in expected:

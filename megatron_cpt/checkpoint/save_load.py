@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, merge
@@ -36,7 +36,7 @@ COMMON_KEYS = ("checkpoint_version", "content_metadata", "iteration", "consumed_
 
 T = TypeVar("T")
 
-__all__ = ["CheckpointError", "Progress", "dtype_of", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CheckpointError", "Progress", "load_checkpoint", "save_checkpoint"]
 
 
 def load_checkpoint(folder: str, chunks: Sequence[GPTModel], optimizer: MegatronOptimizer | None = None) -> Progress:
@@ -178,10 +178,3 @@ def load_tensor(reader: TorchDistReader, wanted: ShardedTensor) -> torch.Tensor:
         target = target[tuple(slice(0, length) for length in lengths)]
     reader.read_into(Region(wanted.key, offset, tuple(target.shape)), target)
     return data
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """torch dtype from our names (fp32, bf16, fp16) or HF's (float32, bfloat16, float16)."""
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    names |= {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    return names[name]

@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
@@ -33,7 +32,15 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_cpt.checkpoint.background import Worker, WorkerError, error_text
 from megatron_cpt.checkpoint.checksums import file_checksum, sealed
 from megatron_cpt.checkpoint.folders import publish_folder, temporary_name
-from megatron_cpt.checkpoint.layout import check_complete, checkpoint_name, fsync, versions, write_json, write_tracker
+from megatron_cpt.checkpoint.layout import (
+    check_complete,
+    checkpoint_name,
+    fsync,
+    versions,
+    write_format,
+    write_json,
+    write_tracker,
+)
 from megatron_cpt.checkpoint.staging import Staging, kept_from_children, live_tensors
 from megatron_cpt.checkpoint.state import Progress, state_to_save
 from megatron_cpt.checkpoint.writing import Written, bucket_writer, common_writer
@@ -193,7 +200,7 @@ class Attempt:
         checksums = {name: value for item in written for name, value in item.checksums.items()}
         self._writer.finish(self.structure.metadata, [item.results for item in written])  # .metadata
         check_places([result for item in written for result in item.results], sizes)
-        save_config(CheckpointingConfig("torch_dist", 1), folder)
+        write_format(folder)
         fsync(os.path.join(folder, "metadata.json"))
         for name in (".metadata", "metadata.json"):
             sizes[name] = os.path.getsize(os.path.join(folder, name))

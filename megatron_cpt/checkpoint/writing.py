@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket

@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import sys
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 from transformers import LlamaForCausalLM
 
 from megatron_cpt.checkpoint.layout import find_checkpoint
-from megatron_cpt.checkpoint.save_load import dtype_of, load_checkpoint
+from megatron_cpt.checkpoint.save_load import load_checkpoint
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.model.build import Arithmetic, build_model, transformer_config
+from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.llama import read_llama_config
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import process_groups

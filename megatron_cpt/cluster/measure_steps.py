@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import numpy as np
 import torch
 

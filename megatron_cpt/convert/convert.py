@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from rich.filesize import decimal
 
 from megatron_cpt.checkpoint.checksums import checksums_of, sealed
@@ -35,11 +33,11 @@ from megatron_cpt.checkpoint.layout import (
     read_manifest,
     sync_files,
     versions,
+    write_format,
     write_json,
     write_text,
     write_tracker,
 )
-from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.checkpoint.torch_dist import (
     TorchDistReader,
     WrittenItem,
@@ -60,6 +58,7 @@ from megatron_cpt.convert.model_card import model_card
 from megatron_cpt.convert.run_files import check_ours
 from megatron_cpt.convert.targets import check_hf_target, check_megatron_target, is_done, job_name
 from megatron_cpt.convert.vocabulary import ExtendedTensors, Extension, extension, replace_tokenizer, sentences
+from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.llama import LlamaConfig, llama_from, read_llama_config
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.input_files import load_json
@@ -166,7 +165,7 @@ def finish_megatron(folder: str, hf: str, dtype: str, manifest: dict[str, Any], 
     torch.save({"checkpoint_version": 3.0}, common)  # not to a file: torch has no OSError for a full disk
     with open(os.path.join(folder, "common.pt"), "wb") as file:
         file.write(common.getvalue())
-    save_config(CheckpointingConfig("torch_dist", 1), folder)
+    write_format(folder)
     target = os.path.join(folder, "hf")
     copy_hf_files(hf, target)
     if plan.tokenizer is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -19,7 +19,6 @@ from rich.progress import track
 from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import HfTensors
 from megatron_cpt.checkpoint.layout import find_checkpoint, is_ours
-from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.checkpoint.torch_dist import TorchDistReader
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.convert.config import Verify
@@ -28,6 +27,7 @@ from megatron_cpt.convert.megatron_lm import foreign_config
 from megatron_cpt.convert.megatron_weights import MegatronTensors
 from megatron_cpt.convert.run_files import is_hf
 from megatron_cpt.model.build import build_model, transformer_config
+from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.llama import LlamaConfig, llama_from, read_llama_config
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import process_groups

@@ -1,8 +1,8 @@
 """Where code meets hardware: the one place that says "cuda".
 
 `current_platform()` is CUDA when torch sees a device and CPU otherwise; `MEGATRON_CPT_PLATFORM=cpu|cuda` overrides.
-`prepare_platform()` must run before megatron is imported. Modules that import megatron import `prepared` before, which
-calls it (a test says so).
+Importing a room changes nothing: `prepare_platform()` adapts torch and megatron-core where a model is run. Modules that
+import from megatron import `imported_megatron` before (a test says so).
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def current_platform() -> Platform:
 @functools.cache
 def prepare_platform() -> Platform:
     """Make megatron-core run on this machine (once per process; hardly anything on CUDA); returns the platform."""
-    # megatron-core warns at import about each optional package (we say once in the docs what is used without them), and
-    # uses torch interfaces that warn of their future; a user can act on neither.
+    import megatron_cpt.platforms.imported_megatron  # noqa: F401
+
+    # megatron-core uses torch interfaces that warn of their future; a user can do nothing about it.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     # Since 0.19 every GPTModel says that it is deprecated; docs/platforms.md has what that means here

@@ -45,8 +45,11 @@ class Platform(Protocol):
     name: str
     backend: str  # of torch.distributed
 
+    def importing(self) -> contextlib.AbstractContextManager[None]:
+        """For the import of megatron-core: what it must not find or do on this machine. Nothing of it lasts."""
+
     def prepare(self) -> None:
-        """Adapt torch and megatron-core; before megatron is imported."""
+        """Adapt torch and megatron-core, when that is imported, to this machine: once in a process that runs a model."""
 
     def device(self, local_rank: int) -> torch.device:
         """Select and return the device of the process with this local rank."""

@@ -2,7 +2,7 @@
 
 megatron-core 0.16 assumes CUDA in a handful of places, and takes detours in others that cost time on a CPU only. Each
 function below mends one of them, says why, and has a test that fails when megatron-core changes there. All are applied once,
-by `prepare()`, and only on CPU.
+by `prepare()`, and only on CPU; but for `without_compiler`, which ends with the import of megatron-core.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import contextlib
 import functools
 import importlib
 import inspect
-import logging
 import math
 import os
 import platform
 import resource
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +49,9 @@ MODULES_WITH_LITERAL_CUDA = (
     "rerun_state_machine",
     "utils",
 )
+# megatron-core takes their kernels where they are installed, as in containers, and these want tensors on a GPU. Without one
+# their own libraries may not even load, which ends the import of megatron-core.
+GPU_KERNELS = ("transformer_engine", "apex")
 FACTORIES = ("tensor", "empty", "empty_like", "zeros", "ones")
 NORM_ROW = 128  # numbers whose squares are added up in fp32 before fp64 takes over
 
@@ -60,17 +62,22 @@ class CpuPlatform:
     name = "cpu"
     backend = "gloo"
 
-    def prepare(self) -> None:
-        from megatron_cpt.platforms.everywhere import hide, save_without_queue_server, withheld
+    @contextlib.contextmanager
+    def importing(self) -> Iterator[None]:
+        from megatron_cpt.platforms.everywhere import quiet, withheld
 
-        # Megatron-core takes their kernels where they are installed, as in containers, and these want tensors on a GPU.
-        # Without a GPU their own libraries may not even load, which ends the import of megatron-core.
-        for package in ("transformer_engine", "apex"):
-            hide(package)
         # On a login node with CUDA's compiler: "No CUDA runtime is found", before everything that a tool has to say
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        with withheld("wandb"):
-            import_without_compiler()
+        with withheld(*GPU_KERNELS, "wandb"), quiet("torch.utils.cpp_extension"), without_compiler():
+            yield
+
+    def prepare(self) -> None:
+        import megatron.core.jit
+
+        from megatron_cpt.platforms.everywhere import hide, save_without_queue_server
+
+        for package in GPU_KERNELS:  # for what megatron-core imports later
+            hide(package)
+        megatron.core.jit.disable_jit_fuser()
         redirect_factories()
         answer_for_cuda_runtime()
         name_tensor_types_as_on_cuda()
@@ -144,7 +151,8 @@ def cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
     return platform.processor() or platform.machine()
 
 
-def import_without_compiler() -> None:
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
     """megatron-core wraps its small fusions in torch.compile as it is imported, which imports the whole compiler.
 
     None of them is used on CPU, and the compiler takes longer to import than everything else (docs/platforms.md).
@@ -152,10 +160,9 @@ def import_without_compiler() -> None:
     compile_ = torch.compile
     torch.compile = lambda function=None, **_: function  # type: ignore[assignment]
     try:
-        import megatron.core.transformer.transformer_config
+        yield
     finally:
         torch.compile = compile_
-    megatron.core.jit.disable_jit_fuser()  # modules imported later
 
 
 def redirect_factories() -> None:

@@ -132,12 +132,17 @@ class CudaPlatform:
     name = "cuda"
     backend = "nccl"
 
-    def prepare(self) -> None:
-        from megatron_cpt.platforms.everywhere import save_without_queue_server, withheld
+    @contextlib.contextmanager
+    def importing(self) -> Iterator[None]:
+        from megatron_cpt.platforms.everywhere import quiet, withheld
 
         leave_out_broken_transformer_engine()
-        with withheld("wandb"):
-            import megatron.core  # noqa: F401 (with most of its modules)
+        with withheld("wandb"), quiet("torch.utils.cpp_extension"):
+            yield
+
+    def prepare(self) -> None:
+        from megatron_cpt.platforms.everywhere import save_without_queue_server
+
         save_without_queue_server()
         if not has_weight_gradient_kernel():
             from megatron_cpt.platforms.torch_fusions import add_weight_gradients_where_they_are_summed

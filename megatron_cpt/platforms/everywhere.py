@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import sys
+import warnings
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def withheld(package: str) -> Iterator[None]:
-    """Let a package that somebody imports where it is there seem not to be there; nothing changes if it is imported already.
+def withheld(*packages: str) -> Iterator[None]:
+    """Let packages that somebody imports where they are there seem not to be there; those imported already stay.
 
     megatron-core imports wandb for the figures of its inference, which is a quarter of the time that a start takes. What
     logs to W&B here imports it when it is asked to.
     """
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # type: ignore[assignment]
+    hidden = [package for package in packages if package not in sys.modules]
+    for package in hidden:
+        hide(package)
     try:
         yield
     finally:
-        del sys.modules[package]
+        for package in hidden:
+            del sys.modules[package]
+
+
+@contextlib.contextmanager
+def quiet(logger: str) -> Iterator[None]:
+    """No warnings of this logger, and none of Python's: megatron-core's import warns of each optional package.
+
+    The pages say once what is used without them; a user can do nothing about it at each start.
+    """
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
 
 
 def hide(package: str) -> None:

@@ -14,8 +14,8 @@ import torch
 
 from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
-from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.convert.vocabulary import load
+from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.hf_folder import check_model, check_positions
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.conversations import Message, RowError

@@ -12,7 +12,7 @@ import torch
 
 from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
-from megatron_cpt.checkpoint.save_load import dtype_of
+from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.hf_folder import adapter_note, check_sizes, positions_of
 from megatron_cpt.posttrain.data import Prepared
 from megatron_cpt.posttrain.settings import LoraSettings

@@ -29,7 +29,6 @@ from megatron_cpt.study.grid import (
 from megatron_cpt.study.inputs import check_inputs, record_inputs
 from megatron_cpt.study.run_status import Outcome, read_outcome
 from megatron_cpt.training.progress_line import duration
-from megatron_cpt.training.validate_config import check_run
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
 
@@ -77,6 +76,8 @@ def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, fl
         InputError: a run would refuse its configuration, what the runs read was replaced since the study began, or the study
             is above its limits
     """
+    from megatron_cpt.training.validate_config import check_run  # imports megatron-core
+
     outcomes = {point: read_outcome(run_folder(study.folder, point)) for point in points(study, proposed)}
     checked: dict[float, Point] = {}
     for point in outcomes:

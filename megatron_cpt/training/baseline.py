@@ -13,7 +13,7 @@ from typing import Any
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.mixture.loader import validation_samples
 from megatron_cpt.mixture.mixture import Corpus, Mixture
-from megatron_cpt.training.validation import ValidationResult
+from megatron_cpt.training.validation_result import ValidationResult
 
 
 @dataclass(frozen=True)

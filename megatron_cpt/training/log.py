@@ -25,7 +25,7 @@ from megatron_cpt.training.metrics_file import MetricsFile, finite, read_metrics
 from megatron_cpt.training.progress_line import RunProgress, TimeLeft, plain, step_parts
 from megatron_cpt.training.rank_logs import output_to_file, rank_file
 from megatron_cpt.training.trackers import Sinks, Start
-from megatron_cpt.training.validation import ValidationResult
+from megatron_cpt.training.validation_result import ValidationResult
 from megatron_cpt.training.validation_table import figures, new_languages, validation_lines
 from megatron_cpt.utils.console import wide_console
 

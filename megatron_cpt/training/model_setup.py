@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -17,10 +17,10 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import OptimizerConfig, RunConfig
 from megatron_cpt.model.build import arithmetic_of, build_chunks, transformer_config
+from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import Ranks

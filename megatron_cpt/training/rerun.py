@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 from megatron.core import rerun_state_machine as machinery
 

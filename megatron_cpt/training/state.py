@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 

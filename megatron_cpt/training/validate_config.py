@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.checkpoint.layout import newest_complete
-from megatron_cpt.checkpoint.save_load import dtype_of
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.mixture.ledger import unreached
 from megatron_cpt.mixture.mixture import Mixture
 from megatron_cpt.model.build import LayerType, TransformerConfig, arithmetic_of, transformer_config
+from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.layout import check_batch, check_layout, check_recomputed_chunk
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.platforms import current_platform

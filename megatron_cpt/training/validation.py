@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron is imported)
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
@@ -17,33 +17,9 @@ from megatron_cpt.mixture.mixture import Corpus
 from megatron_cpt.platforms.process_groups import Ranks
 from megatron_cpt.training.step import StepShape, never, run_schedule
 from megatron_cpt.training.stopping import StopRequestedError
+from megatron_cpt.training.validation_result import ValidationResult
 
 ROUNDS_PER_CALL = 8  # micro-batches sent through the pipeline between two updates of the progress bar
-
-
-@dataclass(frozen=True)
-class ValidationResult:
-    """One validation set at one moment.
-
-    Attributes:
-        loss: nats per token, over all targets that count
-        bits_per_byte: bits per UTF-8 byte of text, over the targets that count and stand for text (not for
-            end-of-document)
-        tokens: number of targets that count
-        text_bytes: UTF-8 bytes they stand for
-    """
-
-    name: str
-    language: str
-    loss: float
-    bits_per_byte: float
-    tokens: int
-    text_bytes: int
-
-    @property
-    def perplexity(self) -> float:
-        """Per token: compares only where the tokenizer is the same."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_cpt.mixture.ledger import Ledger
 from megatron_cpt.training.baseline import Baseline, Measurement, find
-from megatron_cpt.training.validation import ValidationResult
+from megatron_cpt.training.validation_result import ValidationResult
 
 UNCHANGED = 0.0005  # of bits per byte, relative: what the table would show as 0.0 %
 TITLES = {"loss_change": "change", "bits_per_byte_change": "change", "verdict": ""}  # of columns that step 0 does not have

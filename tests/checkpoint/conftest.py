@@ -5,7 +5,12 @@ from multiprocessing import forkserver, resource_tracker
 import pytest
 from tiny_models import make_tiny_llama
 
-import megatron_cpt.checkpoint  # noqa: F401  (prepares the platform)
+from megatron_cpt.platforms import prepare_platform
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prepared() -> None:
+    prepare_platform()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import megatron_cpt.platforms.prepared  # noqa: F401  isort: skip  (before megatron)
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron)
 import numpy as np
 import pytest
 import torch

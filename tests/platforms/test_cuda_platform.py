@@ -15,16 +15,21 @@ from metrics_rows import clockless
 from tiny_models import VARIANTS, read_rows
 from tiny_runs import SAVE_INTERVAL, STEPS, Layout, Runs
 
-import megatron_cpt.training  # noqa: F401  (prepares the platform)
 from megatron_cpt.convert.config import Verify
 from megatron_cpt.convert.verify import verify
 from megatron_cpt.mixture.loader import Batch
-from megatron_cpt.platforms import current_platform
+from megatron_cpt.platforms import current_platform, prepare_platform
 from megatron_cpt.platforms.cuda import CudaPlatform
 from megatron_cpt.platforms.fused_adam import FusedAdam
 from megatron_cpt.platforms.torch_layers import SdpaCoreAttention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prepared() -> None:
+    prepare_platform()
+
 
 BF16 = ("--training.params_dtype=bf16",)
 FULL = ("--parallel.recompute_granularity=full",)

@@ -89,11 +89,11 @@ def fork(task: dict[str, Any], rank: int, port: int) -> int:
 def main(task: dict[str, Any]) -> dict[str, Any]:
     """Compare and save, as the task asks for; what was found."""
     from megatron_cpt.checkpoint.layout import read_hf_files
-    from megatron_cpt.checkpoint.save_load import dtype_of
     from megatron_cpt.checkpoint.save_operation import Attempt, Request
     from megatron_cpt.checkpoint.state import Progress
     from megatron_cpt.config.parallel import ParallelConfig
     from megatron_cpt.convert.hf_weights import extra_states, pieces_of
+    from megatron_cpt.model.dtypes import dtype_of
     from megatron_cpt.model.llama import read_llama_config
     from megatron_cpt.platforms import current_platform
     from megatron_cpt.platforms.cuda import CudaPlatform
@@ -118,9 +118,10 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
 
 def loaded(task: dict[str, Any], transformer_impl: str, platform: Any, ranks: Any) -> list[Any]:
     """This rank's model chunks with a platform's layers and the checkpoint's weights."""
-    from megatron_cpt.checkpoint.save_load import dtype_of, load_checkpoint
+    from megatron_cpt.checkpoint.save_load import load_checkpoint
     from megatron_cpt.config.parallel import ParallelConfig
     from megatron_cpt.model.build import Arithmetic, build_chunks, transformer_config
+    from megatron_cpt.model.dtypes import dtype_of
     from megatron_cpt.model.llama import read_llama_config
 
     llama, dtype = read_llama_config(task["hf"]), dtype_of(task["dtype"])

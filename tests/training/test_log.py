@@ -19,7 +19,7 @@ from tiny_logs import record, results, start, step_row, validated
 from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.metrics_file import MetricsFile, read_metrics
-from megatron_cpt.training.validation import ValidationResult
+from megatron_cpt.training.validation_result import ValidationResult
 
 
 def test_names_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

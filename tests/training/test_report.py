@@ -21,7 +21,7 @@ from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.report import main, markdown, parameters, ranges, read_run, write_report
 from megatron_cpt.training.report_figure import binned, draw, draw_learning_rate, limit, running_median
-from megatron_cpt.training.validation import ValidationResult
+from megatron_cpt.training.validation_result import ValidationResult
 from megatron_cpt.utils.errors import InputError
 
 
