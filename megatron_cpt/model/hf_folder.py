@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from typing import Any
 
 from megatron_cpt.config.require import require
@@ -14,6 +15,11 @@ from megatron_cpt.utils.input_files import check_folder, load_json, shown
 POSITIONS = "max_position_embeddings"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+# The JSON files that transformers reads in a model's folder; what else lies there, broken or not, is nobody's matter
+READ_BY_TRANSFORMERS = re.compile(
+    r"((generation_|tokenizer_|adapter_|(\w+_)?processor_|(\w+_)?preprocessor_)?config|special_tokens_map|added_tokens"
+    r"|chat_template|tokenizer(\..+)?|tekken|(\w+_)?vocab(-\w+)?|(model|pytorch_model)\.(safetensors|bin)\.index)\.json"
+)
 
 
 def check_model(model: str, field: str = "model") -> None:
@@ -34,7 +40,7 @@ def check_model(model: str, field: str = "model") -> None:
     refusals = Refusals()
     for name in sorted(os.listdir(model)):
         with refusals.noted():
-            if name.endswith(".json"):  # transformers reads them without limits
+            if READ_BY_TRANSFORMERS.fullmatch(name):  # without limits
                 fields = load_json(os.path.join(model, name))
                 if name == "config.json":
                     check_sizes(os.path.join(model, name), fields)
