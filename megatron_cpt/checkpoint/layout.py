@@ -72,12 +72,14 @@ def tracked_name(root: str) -> str | None:
 def newest_complete(root: str, own: bool = False, damaged: Mapping[str, str] | None = None) -> tuple[str | None, list[str]]:
     """The newest complete checkpoint below `root` (or None), and a sentence for each that was passed over.
 
-    `own`: only those with a manifest.json, as all have that this project writes. `damaged`: folders known
-    to be damaged, and a sentence for each.
+    `own`: only those with a manifest.json, as all have that this project writes, under the name they were saved under.
+    `damaged`: folders known to be damaged, and a sentence for each.
 
     A checkpoint gets its name when it is complete, so the tracker is not needed to find it: a run that was killed between
     the two has saved it all the same. "release" comes after all checkpoints of training steps.
     """
+    if own:
+        check_names(root)
     names = [name for _, name in sorted(iterations(root).items(), reverse=True)]
     if os.path.isdir(os.path.join(root, RELEASE)):
         names.append(RELEASE)
@@ -95,13 +97,37 @@ def newest_complete(root: str, own: bool = False, damaged: Mapping[str, str] | N
             if damaged and folder in damaged:
                 raise InputError(damaged[folder])
             check_intact(folder)
-            if own and not os.path.exists(os.path.join(folder, "manifest.json")):
-                raise InputError(f"checkpoint {folder} is not complete: manifest.json is missing")
+            if own:
+                check_name(folder)
         except InputError as error:
             passed_over.append(str(error))
             continue
         return folder, passed_over
     return None, passed_over
+
+
+def check_names(root: str) -> None:
+    """Raise InputError for what has the name of a checkpoint and is no folder: a save could not put one there."""
+    for name in sorted(os.listdir(root)) if os.path.isdir(root) else []:
+        path = os.path.join(root, name)
+        if re.fullmatch(r"iter_\d{7,}", name) and not os.path.isdir(path):
+            kind = "a link to what is not there" if os.path.islink(path) and not os.path.exists(path) else "a file"
+            raise InputError(f"{path} is {kind}; expected the folder of a checkpoint, or nothing of that name")
+
+
+def check_name(folder: str) -> None:
+    """Raise InputError unless a checkpoint has a manifest.json, and lies in the folder that it was saved in.
+
+    The names say which one is the newest, and which ones a save replaces and retention deletes.
+    """
+    path = os.path.join(folder, "manifest.json")
+    if not os.path.exists(path):
+        raise InputError(f"checkpoint {folder} is not complete: manifest.json is missing")
+    if (name := os.path.basename(folder)) == RELEASE:
+        return
+    iteration = read_manifest(path).get("iteration")
+    if type(iteration) is not int or not 0 <= iteration <= MOST_SAMPLES or checkpoint_name(iteration) != name:
+        raise InputError(f"checkpoint {folder}: manifest.json: iteration is {brief(iteration)}; expected that of its name")
 
 
 def iterations(root: str) -> dict[int, str]:

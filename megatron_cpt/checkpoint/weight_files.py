@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence, Set
 
 from megatron_cpt.checkpoint.layout import WEIGHT_INDICES
 from megatron_cpt.model.hf_folder import ADAPTER_FILES
-from megatron_cpt.utils.errors import InputError, Refusals
+from megatron_cpt.model.llama import hf_shapes, read_llama_config
+from megatron_cpt.utils.errors import InputError, InputErrors, Refusals
 from megatron_cpt.utils.input_files import check_folder, load_json, parse_json, shown
 
 LENGTH = 8  # bytes with which a .safetensors file begins: the length of its header
@@ -18,7 +21,7 @@ def weight_files(folder: str) -> list[str]:
     """The files that transformers would load the weights from; without the names it gives them, all .safetensors files.
 
     Raises:
-        InputError: there is none, or one that an index names is missing
+        InputError: there is none, or one that an index names is missing; InputErrors: several of an index are
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
@@ -41,20 +44,54 @@ def weight_files(folder: str) -> list[str]:
 def check_weights(folder: str) -> None:
     """Check that the files are there that the weights would be loaded from, and .safetensors files have all their bytes.
 
+    Of a Llama's, also that no tensor is missing. Those of other models are known to transformers alone (`load_hf_model`),
+    and those in .bin files to torch.
+
     Raises:
         InputError: naming the file; InputErrors: several are missing bytes
     """
     refusals = Refusals()
     with refusals.noted():
-        for name in weight_files(folder):
+        files = weight_files(folder)
+        tensors: set[str] = set()
+        for name in files:
             with refusals.noted():
                 if name.endswith(".safetensors"):
-                    check_safetensors(os.path.join(folder, name))
+                    tensors |= check_safetensors(os.path.join(folder, name))
+        if not refusals.errors and all(name.endswith(".safetensors") for name in files):
+            check_tensors(folder, tensors)
     refusals.raise_any()
 
 
-def check_safetensors(path: str) -> None:
-    """Raise InputError unless a .safetensors file has the bytes that its header says."""
+def check_tensors(folder: str, tensors: Set[str]) -> None:
+    """Raise InputError unless a Llama's tensors are all there, and none is of a layer that it does not have."""
+    try:
+        fields = load_json(os.path.join(folder, "config.json"))
+        if not isinstance(fields, dict) or fields.get("model_type") != "llama" or "quantization_config" in fields:
+            return
+        llama = read_llama_config(folder)
+    except (InputError, OSError):
+        return  # `check_model` says so, or transformers knows more of configurations
+    # As transformers reads them: the model without the class that adds the output layer has saved them without "model."
+    own = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}" for name in tensors}
+    if missing := [name for name in hf_shapes(llama) if name not in own]:
+        raise InputError(f"{folder}: its weights lack {named(missing)}; expected all that config.json asks for")
+    layers = {int(match[1]) for name in own if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    if beyond := sorted(layers - set(range(llama.num_hidden_layers))):
+        raise InputError(
+            f"{folder}: its weights have a layer {beyond[0]}, counted from 0; expected config.json's num_hidden_layers, "
+            f"{llama.num_hidden_layers}"
+        )
+
+
+def named(tensors: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    more = f" and {len(tensors) - 1:,} more" if len(tensors) > 1 else ""
+    return f"tensor {tensors[0]}{more}"
+
+
+def check_safetensors(path: str) -> set[str]:
+    """The names of its tensors; InputError unless a .safetensors file has the bytes that its header says."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(LENGTH), "little")
@@ -68,17 +105,17 @@ def check_safetensors(path: str) -> None:
         raise InputError(f"{path}: its header has a tensor without data_offsets; expected a .safetensors file") from error
     if size != expected:
         raise InputError(f"{path} has {size:,} bytes; expected {expected:,}, as its header says (was it copied wholly?)")
+    return set(tensors)
 
 
 def _named_files(folder: str, index: str, present: list[str]) -> list[str]:
     """Those that an index names."""
     path = os.path.join(folder, index)
     fields = load_json(path)
-    named = fields.get("weight_map") if isinstance(fields, dict) else None
-    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
-        raise InputError(f"{path} is not an index of weights: weight_map is {shown(named)}; expected {{tensor: file}}")
-    names = set(named.values())
-    for name in sorted(names):
-        if name not in present:
-            raise InputError(f"{os.path.join(folder, name)} is missing; {index} names it")
-    return sorted(names)
+    files = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise InputError(f"{path} is not an index of weights: weight_map is {shown(files)}; expected {{tensor: file}}")
+    names = sorted(set(files.values()))
+    if missing := [os.path.join(folder, name) for name in names if name not in present]:
+        raise InputErrors([InputError(f"{path} is missing; {index} names it") for path in missing])
+    return names

@@ -14,7 +14,7 @@ import torch
 
 from megatron_cpt.checkpoint.hf_files import HfTensors
 from megatron_cpt.checkpoint.torch_dist import Chunk
-from megatron_cpt.model.llama import LlamaConfig
+from megatron_cpt.model.llama import LlamaConfig, hf_shapes
 from megatron_cpt.utils.errors import InputError
 
 LAYERS = "decoder.layers."
@@ -47,33 +47,6 @@ OTHER_NAMES = {
     f"{FC1}.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 WITH_EXTRA_STATE = ("self_attention.linear_proj", QKV, FC1, "mlp.linear_fc2")
-
-
-def hf_shapes(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor a HF checkpoint of this architecture holds, with its shape, in transformers' order."""
-    hidden, ffn = llama.hidden_size, llama.intermediate_size
-    queries, keys = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (llama.vocab_size, hidden)}
-    projections = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-    }
-    for layer in range(llama.num_hidden_layers):
-        below = f"model.layers.{layer}."
-        for name, shape in projections.items():
-            shapes[f"{below}{name}.weight"] = shape
-            if llama.attention_bias if name.startswith("self_attn") else llama.mlp_bias:
-                shapes[f"{below}{name}.bias"] = shape[:1]
-        shapes |= {below + "input_layernorm.weight": (hidden,), below + "post_attention_layernorm.weight": (hidden,)}
-    shapes["model.norm.weight"] = (hidden,)
-    if not llama.tie_word_embeddings:
-        shapes["lm_head.weight"] = (llama.vocab_size, hidden)
-    return shapes
 
 
 def open_hf(folder: str, llama: LlamaConfig) -> HfTensors:

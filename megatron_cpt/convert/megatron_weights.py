@@ -17,11 +17,10 @@ from megatron_cpt.convert.hf_weights import (
     MODEL_NAMES,
     OTHER_NAMES,
     OUTPUT,
-    hf_shapes,
     pieces_of,
     split_qkv,
 )
-from megatron_cpt.model.llama import LlamaConfig, read_llama_config
+from megatron_cpt.model.llama import LlamaConfig, hf_shapes, read_llama_config
 from megatron_cpt.utils.errors import InputError
 
 

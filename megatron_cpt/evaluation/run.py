@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint.damage import reading_hf_model
-from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
+from megatron_cpt.checkpoint.hf_model import load_hf_model
 from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.convert.vocabulary import load
 from megatron_cpt.evaluation.bits_per_byte import text_loss
@@ -236,14 +235,7 @@ class Session:
         if self._loaded is None:
             transformers.utils.logging.disable_progress_bar()
             tokenizer = load(self._folder)
-            with reading_hf_model(f"model {self._folder}", self._folder):
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    self._folder,
-                    dtype="auto",
-                    device_map=self._config.device_map or self._device,
-                    trust_remote_code=False,
-                    **WITHOUT_ADAPTERS,
-                )
+            model = load_hf_model(self._folder, dtype="auto", device_map=self._config.device_map or self._device)
             self._loaded = (model.eval(), tokenizer)
         return self._loaded
 

@@ -136,6 +136,33 @@ def llama_from(fields: dict[str, Any], path: str) -> LlamaConfig:
     return llama
 
 
+def hf_shapes(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor a HF checkpoint of this architecture holds, with its shape, in transformers' order."""
+    hidden, ffn = llama.hidden_size, llama.intermediate_size
+    queries, keys = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (llama.vocab_size, hidden)}
+    projections = {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    for layer in range(llama.num_hidden_layers):
+        below = f"model.layers.{layer}."
+        for name, shape in projections.items():
+            shapes[f"{below}{name}.weight"] = shape
+            if llama.attention_bias if name.startswith("self_attn") else llama.mlp_bias:
+                shapes[f"{below}{name}.bias"] = shape[:1]
+        shapes |= {below + "input_layernorm.weight": (hidden,), below + "post_attention_layernorm.weight": (hidden,)}
+    shapes["model.norm.weight"] = (hidden,)
+    if not llama.tie_word_embeddings:
+        shapes["lm_head.weight"] = (llama.vocab_size, hidden)
+    return shapes
+
+
 def _check_only(path: str, fields: Mapping[str, Any], name: str) -> None:
     if fields.get(name, ONLY[name]) != ONLY[name]:
         raise InputError(f"{path}: {name} is {brief(fields[name])}; supported is {ONLY[name]!r}")

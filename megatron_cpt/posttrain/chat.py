@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint.damage import reading_hf_model
-from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
+from megatron_cpt.checkpoint.hf_model import load_hf_model
 from megatron_cpt.convert.vocabulary import load
 from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.hf_folder import check_model, check_positions
@@ -54,13 +53,7 @@ class Speaker:
         check_positions(config.model, config.max_new_tokens)
         transformers.utils.logging.disable_progress_bar()
         self.template = PromptTemplate(load(config.model), config.chat_template)
-        with reading_hf_model(f"model {config.model}", config.model):
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                config.model,
-                dtype=dtype_of(config.dtype) if config.dtype else "auto",
-                trust_remote_code=False,
-                **WITHOUT_ADAPTERS,
-            )
+        model = load_hf_model(config.model, dtype=dtype_of(config.dtype) if config.dtype else "auto")
         self._model: Any = model.to(device_type()).eval()
         self._config = config
         self.end = turn_end(self.template.tokenizer, self._model.generation_config)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_cpt.checkpoint.damage import reading_hf_model
-from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
+from megatron_cpt.checkpoint.hf_model import load_hf_model
 from megatron_cpt.checkpoint.hf_tokenizer import load
 from megatron_cpt.model.hf_folder import check_model
 from megatron_cpt.posttrain.template_files import no_tokens
@@ -24,11 +23,7 @@ def load_model(folder: str) -> tuple[Any, Any]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with reading_hf_model(f"model {folder}", folder):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=False, **WITHOUT_ADAPTERS
-        )
-    return model.eval(), load(folder)
+    return load_hf_model(folder, dtype="auto").eval(), load(folder)
 
 
 def complete(folder: str, prompts: Sequence[str], max_new_tokens: int) -> list[str]:

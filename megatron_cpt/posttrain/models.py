@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.damage import reading_hf_model
-from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
+from megatron_cpt.checkpoint.hf_model import load_hf_model
 from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.hf_folder import adapter_note, check_sizes, positions_of
 from megatron_cpt.posttrain.data import Prepared
@@ -37,12 +37,10 @@ def load_model(folder: str) -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    with reading_hf_model(f"model {folder}", folder):
-        if receives_weights():
+    if receives_weights():
+        with reading_hf_model(f"model {folder}", folder):
             return unread_model(folder)
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False, **WITHOUT_ADAPTERS
-        )
+    return load_hf_model(folder, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def config_of(folder: str) -> dict[str, Any]:

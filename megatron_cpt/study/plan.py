@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from megatron_cpt.convert.hf_weights import hf_shapes
-from megatron_cpt.model.llama import LlamaConfig
+from megatron_cpt.model.llama import LlamaConfig, hf_shapes
 from megatron_cpt.planning.hardware import Cluster, find_device
 from megatron_cpt.planning.layouts import Job, Layout
 from megatron_cpt.planning.timing import throughput

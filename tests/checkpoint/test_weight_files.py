@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tiny_models import make_tiny_llama
 
+from megatron_cpt.checkpoint.hf_model import load_hf_model
 from megatron_cpt.checkpoint.weight_files import check_weights
 from megatron_cpt.utils.errors import InputError
 
@@ -62,3 +66,82 @@ def test_a_file_that_is_missing(folder: Path) -> None:
     (folder / "b.safetensors").unlink()
     with pytest.raises(InputError, match=r"b\.safetensors is missing; model\.safetensors\.index\.json names it"):
         check_weights(str(folder))
+
+
+def test_all_files_that_are_missing(folder: Path) -> None:
+    for name in ("a", "b"):
+        (folder / f"{name}.safetensors").unlink()
+    with pytest.raises(InputError) as caught:
+        check_weights(str(folder))
+    assert [line.split()[0] for line in str(caught.value).splitlines()] == [
+        str(folder / f"{name}.safetensors") for name in ("a", "b")
+    ]
+
+
+# --- tensors of a model: transformers makes up what it does not find ---
+
+DOWN = "model.layers.{}.mlp.down_proj.weight"
+
+
+def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As LlamaModel, which has no output layer, saves them; the output layer beside them."""
+    return {name.removeprefix("model."): value for name, value in tensors.items()}
+
+
+def changed(tiny_hf: str, folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> str:
+    """The tiny model with other tensors."""
+    shutil.copytree(tiny_hf, folder)
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ([DOWN.format(1)], f"tensor {DOWN.format(1)};"),
+        (["lm_head.weight", DOWN.format(3)], f"tensor {DOWN.format(3)} and 1 more;"),
+    ],
+)
+def test_tensors_that_are_missing(tiny_hf: str, tmp_path: Path, lost: list[str], said: str) -> None:
+    model = changed(tiny_hf, tmp_path / "m", lambda all_: {name: value for name, value in all_.items() if name not in lost})
+    with pytest.raises(InputError) as caught:
+        check_weights(model)
+    assert f"{model}: its weights lack {said} expected all that config.json asks for" in str(caught.value)
+    with pytest.raises(InputError, match="its weights lack tensor"):
+        load_hf_model(model)
+
+
+def test_a_tensor_of_a_layer_that_there_is_not(tiny_hf: str, tmp_path: Path) -> None:
+    model = changed(tiny_hf, tmp_path / "m", lambda all_: all_ | {DOWN.format(4): torch.ones(64, 160)})
+    with pytest.raises(InputError, match=r"have a layer 4, counted from 0; expected config.json's num_hidden_layers, 4"):
+        check_weights(model)
+
+
+@pytest.mark.parametrize("change", [dict, without_prefix], ids=["as saved", "without the class of the output layer"])
+def test_whole_models(tiny_hf: str, tmp_path: Path, change: Callable[..., dict[str, torch.Tensor]]) -> None:
+    model = changed(tiny_hf, tmp_path / "m", change)
+    check_weights(model)
+    assert load_hf_model(model).num_parameters() > 0
+
+
+def test_a_shared_output_layer_is_not_missed(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    model = make_tiny_llama(tmp_path / "tied", tiny_tokenizer_dir, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    check_weights(model)
+    assert load_hf_model(model).num_parameters() > 0
+
+
+def test_tensors_of_another_model_are_known_to_transformers(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    path = tmp_path / "gpt2" / "model.safetensors"
+    load_hf_model(str(path.parent))
+    tensors = load_file(path)
+    del tensors["transformer.h.0.mlp.c_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    check_weights(str(path.parent))
+    with pytest.raises(InputError, match=r"its weights lack tensor transformer\.h\.0\.mlp\.c_proj\.weight; expected"):
+        load_hf_model(str(path.parent))

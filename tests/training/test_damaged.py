@@ -85,6 +85,39 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(damaged: Damaged
     assert [path.name for path in folder.glob("iter_*")] == ["iter_0000003"]
 
 
+@pytest.mark.parametrize("how", ["renamed", "no iteration"])
+def test_a_checkpoint_under_another_name_is_not_the_newest(damaged: Damaged, how: str) -> None:
+    """It was taken for that of its name, and then for a damaged one and away from under the run that loaded it."""
+    run = how.replace(" ", "-")
+    checkpoint = damaged.copy(run, steps=2)
+    renamed = checkpoint.with_name("iter_0000003")
+    if how == "renamed":
+        checkpoint.rename(renamed)
+    else:
+        renamed = checkpoint
+        (checkpoint / "manifest.json").write_text("{}")
+    job = damaged.start(run)
+    job.finish()
+    said = " ".join(job.text().split())
+    found = "2" if how == "renamed" else "None"
+    assert f"passed over: checkpoint {renamed}: manifest.json: iteration is {found}; expected that of its name" in said
+    assert f"resuming from {checkpoint.parent}/iter_0000001" in said
+    assert clockless(checkpoint.parent) == clockless(damaged.whole(ONE))
+
+
+@pytest.mark.parametrize("kind", ["a link to what is not there", "a file"])
+def test_what_has_the_name_of_a_checkpoint_is_refused_before_a_save_meets_it(damaged: Damaged, kind: str) -> None:
+    run = kind.replace(" ", "-")
+    place = damaged.copy(run, steps=2).with_name("iter_0000003")
+    if kind == "a file":
+        place.write_text("")
+    else:
+        place.symlink_to("nowhere")
+    job = damaged.start(run)
+    assert job.wait() == [2]
+    assert f"error: {place} is {kind}; expected the folder of a checkpoint" in " ".join(job.text().split())
+
+
 @pytest.mark.parametrize("which", range(4))  # two files of each rank
 def test_ranks_agree_on_what_one_of_them_has_found(damaged: Damaged, which: int) -> None:
     checkpoint = damaged.copy(f"two{which}", steps=2, case=TWO)

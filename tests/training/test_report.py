@@ -129,7 +129,7 @@ def llama_config(**changes: Any) -> LlamaConfig:
 
 @pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}])
 def test_parameters_are_those_of_the_checkpoint(changes: dict[str, Any]) -> None:
-    from megatron_cpt.convert.hf_weights import hf_shapes
+    from megatron_cpt.model.llama import hf_shapes
 
     for tied in (False, True):
         llama = dataclasses.replace(llama_config(**changes), tie_word_embeddings=tied)
