@@ -47,6 +47,7 @@ def run(config: CheckConfig) -> str | None:
     if not job.first:
         return None
     report = config.report or str(Path(config.folder) / "check_cluster.json")
+    os.makedirs(os.path.dirname(os.path.abspath(report)), exist_ok=True)
     write_text(report, json.dumps(as_json(job, outcomes, time.monotonic() - begin), indent=1) + "\n")
     shutil.rmtree(folder / "runs", ignore_errors=True)
     return conclusion(outcomes, report)

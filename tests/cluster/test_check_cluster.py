@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from fork_server import ENVIRONMENT
 from tiny_models import command_of
 
+from megatron_cpt.cluster.check import FailedError
 from megatron_cpt.cluster.job import free_port
+from megatron_cpt.cluster.training_runs import STEPS, Run, judge
 
 TAMPER = """
 import os, sys
@@ -112,6 +115,30 @@ def test_a_rank_that_computes_something_else(tmp_path: Path) -> None:
     assert row["said"].startswith("the loss is ")
     assert "NCCL_ALGO=Ring" in row["advice"]
     assert "sums are wrong on rank 1" in result.stderr
+
+
+@pytest.mark.parametrize("step", [None, 1, 2])
+def test_packed_documents_are_told_apart_by_any_step(step: int | None, tmp_path: Path) -> None:
+    """All samples of the first step may lie within a document each, and its loss is then the one without packing."""
+    for name, changed in (("one process", None), ("one process, packed", step)):
+        folder = tmp_path / "runs" / Run(name).folder_name
+        folder.mkdir(parents=True)
+        rows = [{"iteration": i, "loss": 6.0 - i + 0.1 * (i == changed), "grad_norm": 1.0} for i in range(1, STEPS + 1)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job, found = SimpleNamespace(folder=tmp_path), [{"seconds": 1.0, "log": "a.log"}]
+    run = Run("one process, packed")
+    if step is None:
+        with pytest.raises(FailedError, match="documents are not told apart"):
+            judge(run, job, found)  # type: ignore[arg-type]
+    else:
+        assert judge(run, job, found)[0].startswith("loss ")  # type: ignore[arg-type]
+
+
+def test_a_report_in_a_folder_that_is_made_for_it(tmp_path: Path) -> None:
+    target = tmp_path / "not" / "there" / "yet.json"
+    result, _ = check(tmp_path / "here", "--only", "clocks", "--report", str(target))
+    assert result.returncode == 0, result.stderr
+    assert states(json.loads(target.read_text())) == {"clocks": "passed"}
 
 
 @pytest.mark.slow
