@@ -16,6 +16,7 @@ import numpy as np
 from megatron_cpt.checkpoint.hf_tokenizer import TOKENIZER_FILES
 from megatron_cpt.checkpoint.weight_files import weight_files
 from megatron_cpt.posttrain.checkpoints import RUN, sealed_steps
+from megatron_cpt.posttrain.template_files import template_to_use
 from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
 
 if TYPE_CHECKING:
@@ -55,9 +56,14 @@ def facts_of(settings: Mapping[str, Any], files: Sequence[str], model: str, temp
         "settings": flat(settings),
         "data": {path: digest(path) for path in files},
         "model": digests_of(model),
-        "template": {"chat_template": hashlib.sha256(template.tokenizer.chat_template.encode()).hexdigest()}
+        "template": digest_of_template(template.tokenizer.chat_template)
         | ({} if template.date is None else {"date": template.date}),
     }
+
+
+def digest_of_template(text: str) -> dict[str, str]:
+    """{"chat_template": SHA-256 of its Jinja text}."""
+    return {"chat_template": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def digests_of(model: str) -> dict[str, str]:
@@ -118,12 +124,17 @@ def check_begun(config: SftConfig | DpoConfig) -> None:
     """
     if not sealed_steps(config.save):
         return
-    now: dict[str, dict[str, Any]] = {"settings": flat(readable(config)), "data": {}, "model": {}}
+    now: dict[str, dict[str, Any]] = {"settings": flat(readable(config)), "data": {}, "model": {}, "template": {}}
     with contextlib.suppress(RefusedValueError):
         paths = [source.path for source in (*config.data.sources, *config.data.validation)]
         now["data"] = {path: digest(path) for path in paths if os.access(path, os.R_OK) and os.path.isfile(path)}
     with contextlib.suppress(RefusedValueError, InputError, OSError):  # `check_model` and `check_weights` name what is wrong
         now["model"] = digests_of(config.model)
+    with contextlib.suppress(
+        RefusedValueError, InputError, OSError
+    ):  # `read_template` does; a model's own is one of its files
+        if config.data.chat_template is not None:
+            now["template"] = digest_of_template(template_to_use(config.data.chat_template))
     check_same(os.path.join(config.save, RUN), now, all_known=False)
 
 
@@ -146,7 +157,7 @@ def readable(section: Any) -> dict[str, Any]:
 NAMED_BY = {
     "data": ("data.sources", "data.validation"),
     "model": ("model",),
-    "template": ("model", "data.chat_template"),
+    "template": ("data.chat_template",),
     "examples": (),
     "settings": (),
 }
@@ -164,6 +175,7 @@ def check_same(path: str, now: Mapping[str, Mapping[str, Any]], all_known: bool 
         with open(path, encoding="utf-8") as file:
             before = json.load(file)
         began = {section: dict(before[section]) for section in now}
+        now = respelled(now, began)
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = f"{path} does not say what the run began with ({type(error).__name__}: {error})"
         raise InputError(f"{said}; use another folder as save, or remove this one") from error
@@ -172,9 +184,12 @@ def check_same(path: str, now: Mapping[str, Mapping[str, Any]], all_known: bool 
     for section, facts in now.items():
         names = facts.keys() | began[section].keys() if all_known else facts.keys()
         others[section] = [name for name in sorted(names) if began[section].get(name) != facts.get(name)]
+    other_model = bool(others.get("model")) or "model" in others.get("settings", ())
     for section, different in others.items():
-        if set(NAMED_BY[section]) & set(others.get("settings", ())) or (section == "template" and others.get("model")):
+        if set(NAMED_BY[section]) & set(others.get("settings", ())):
             continue
+        if section == "template" and other_model and now["settings"].get("data.chat_template") is None:
+            continue  # it is the model's own
         for name in different:
             was, now_is = began[section].get(name), now[section].get(name)
             if section == "settings":
@@ -186,3 +201,37 @@ def check_same(path: str, now: Mapping[str, Mapping[str, Any]], all_known: bool 
                     InputError(f"{folder} has begun with another {KINDS[section]} {name}; use another folder as save")
                 )
     refusals.raise_any()
+
+
+def respelled(now: Mapping[str, Mapping[str, Any]], began: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The facts of now; what is the same model, file or template as at the beginning has the name that it had then.
+
+    It may be spelled in another way, be linked to, or lie elsewhere with the same content.
+    """
+    facts = {section: dict(values) for section, values in now.items()}
+    settings, before = facts["settings"], began["settings"]
+    same_content = {
+        "model": facts["model"] == began["model"],
+        "data.chat_template": facts["template"].get("chat_template") == began["template"].get("chat_template"),
+    }
+    for name, same in same_content.items():
+        if name in settings and (same or is_same_place(settings[name], before.get(name))):
+            settings[name] = before.get(name)
+    names: dict[str, str] = {}
+    for name in NAMED_BY["data"]:
+        for source, was in zip(settings.get(name) or [], before.get(name) or [], strict=False):
+            content = now["data"].get(source["path"])
+            same = content is not None and content == began["data"].get(was["path"])
+            if same or is_same_place(source["path"], was["path"]):
+                names[source["path"]] = was["path"]
+        if name in settings:
+            settings[name] = [source | {"path": names.get(source["path"], source["path"])} for source in settings[name]]
+    facts["data"] = {names.get(path, path): content for path, content in now["data"].items()}
+    return facts
+
+
+def is_same_place(first: object, second: object) -> bool:
+    """Whether two values are paths of one file or folder."""
+    with contextlib.suppress(ValueError):  # no path at all
+        return isinstance(first, str) and isinstance(second, str) and os.path.realpath(first) == os.path.realpath(second)
+    return False

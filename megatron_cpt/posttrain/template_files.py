@@ -160,12 +160,24 @@ def missing_token(template: str, model: str, token: str, field: str = "chat_temp
 
 
 def read_template(name: str, field: str = "chat_template") -> str:
+    """As `template_to_use`, checked.
+
+    Raises:
+        InputError: there is no such file, or no template in it
+    """
+    text = template_to_use(name, field)
+    if name not in TEMPLATES:
+        check_jinja(name, text)
+    return text
+
+
+def template_to_use(name: str, field: str = "chat_template") -> str:
     """The Jinja text of a chat template: llama3, chatml, or a file.
 
     `field`: of the configuration, which names it.
 
     Raises:
-        InputError: there is no such file, or no template in it
+        InputError: there is no such file, or no text in it
     """
     if name in TEMPLATES:
         return TEMPLATES[name][0]
@@ -178,5 +190,4 @@ def read_template(name: str, field: str = "chat_template") -> str:
             raise InputError(f"{field} is {name}, which is no text in UTF-8: {error}") from error
     if len(text) > MOST_CHARACTERS:
         raise InputError(f"{field} is {name}, which has more than {MOST_CHARACTERS:,} characters; expected fewer")
-    check_jinja(name, text)
     return text

@@ -27,6 +27,7 @@ from megatron_cpt.posttrain import identity, runner
 from megatron_cpt.posttrain.conversations import Message
 from megatron_cpt.posttrain.dpo import finetune_dpo
 from megatron_cpt.posttrain.identity import digest
+from megatron_cpt.posttrain.run_files import check_settings
 from megatron_cpt.posttrain.settings import RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
 from megatron_cpt.posttrain.template_files import CHATML
@@ -248,6 +249,8 @@ def test_a_template_asks_for_the_date_only_in_its_code(
 def test_all_that_is_another_is_named_at_once_before_torch(restored: SftConfig, tmp_path: Path) -> None:
     """With a mistake of another kind; another model is one difference, whatever files it has."""
     CHANGES["data"][0](restored)
+    with Path(str(restored.data.chat_template)).open("a") as file:
+        file.write("{% if %}")
     path = write_yaml(tmp_path / "run.yaml", asdict(restored))
     other = Path(shutil.copytree(restored.model, tmp_path / "other"))
     (other / "chat_template.jinja").write_text(CHATML)
@@ -264,5 +267,38 @@ def test_all_that_is_another_is_named_at_once_before_torch(restored: SftConfig, 
         f"{begun}optimizer.lr 0.003, now it is 0.5; use another folder as save",
         f"{begun}training.seed 1234, now it is 7; use another folder as save",
         f"{begun}another data file {restored.data.sources[0].path}; use another folder as save",
+        f"{begun}another text of chat_template; use another folder as save",
     ]
-    assert sorted(lines[1:]) == sorted(expected)
+    assert sorted(lines[1:-1]) == sorted(expected)
+    assert "mine.jinja" in lines[-1], "what is wrong with it, too"
+
+
+def test_what_is_spelled_otherwise_is_the_same(
+    stopped: tuple[SftConfig, SftConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model by a link, a file by a path from its folder, a copy of another, and the template with dots."""
+    began, whole = stopped
+    shutil.copytree(began.save, tmp_path / "run")
+    (tmp_path / "link").symlink_to(began.model)
+    first, second = began.data.sources
+    shutil.copy(second.path, tmp_path / "copy.json")
+    monkeypatch.chdir(Path(first.path).parent)
+    data = replace(
+        began.data,
+        sources=[replace(first, path=Path(first.path).name), replace(second, path=str(tmp_path / "copy.json"))],
+        chat_template=str(Path(first.path).parent / "." / ".." / Path(first.path).parent.name / "mine.jinja"),
+    )
+    config = replace(began, model=f"{tmp_path}/./link/", data=data, save=str(tmp_path / "run"))
+    check_settings(config)
+    result = finetune_sft(config)
+    weights, expected = (load_file(Path(folder) / "model.safetensors") for folder in (result, f"{whole.save}/hf"))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_another_file_of_another_name_is_named_by_both(restored: SftConfig, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    shutil.copy(restored.data.sources[0].path, other)
+    edit(str(other), "dog 0", "fox 0")
+    sources = [replace(restored.data.sources[0], path=str(other)), restored.data.sources[1]]
+    with pytest.raises(InputError, match=rf"has begun with data\.sources .*, now it is .*{re.escape(str(other))}"):
+        check_settings(replace(restored, data=replace(restored.data, sources=sources)))
