@@ -122,10 +122,14 @@ def model_to_train(folder: str, template: Template, speaks: bool) -> Any:
 
 
 def make_ready_to_answer(model: Any, template: Template) -> None:
-    """A model that has learned to end its turns stops there when it generates."""
-    model.generation_config.eos_token_id = list(turn_end(template.tokenizer, model.generation_config).token_ids)
-    if template.tokenizer.pad_token is None:
-        template.tokenizer.pad_token = template.tokenizer.eos_token
+    """A model that has learned to end its turns stops there when it generates.
+
+    A tokenizer without a token to pad with gets one, which trainers want; what is padded does not count.
+    """
+    tokenizer = template.tokenizer
+    model.generation_config.eos_token_id = list(turn_end(tokenizer, model.generation_config).token_ids)
+    if tokenizer.pad_token is None:  # nor need it know an end of text: the template's end of a turn is always there
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(template.end_of_turn)
     model.config.use_cache = True
 
 

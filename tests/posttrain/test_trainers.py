@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,12 @@ from datasets import Dataset
 from tiny_models import run_tool
 from trl import DPOConfig as TrlConfig
 
+from megatron_cpt.posttrain.chat import chat
 from megatron_cpt.posttrain.dpo import LOSS_OF_FILLERS, DpoConfig, PairTrainer, filler_of, finetune_dpo, loss_of
 from megatron_cpt.posttrain.models import load_model
-from megatron_cpt.posttrain.settings import OptimizerSettings, RunSettings, TrainingSettings
+from megatron_cpt.posttrain.settings import ChatConfig, OptimizerSettings, RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import SftConfig, fillers_in, finetune_sft
+from megatron_cpt.posttrain.template_files import CHATML
 from megatron_cpt.posttrain.templates import IGNORED, load_template
 from megatron_cpt.posttrain.trainers import EpochSampler, own_batches, share_of_rate
 
@@ -173,3 +179,29 @@ def test_every_step_has_a_learning_rate(style: str, full: Any, warmup: int) -> N
     assert rates[peak:] == pytest.approx([full((step - peak) / (11 - peak)) for step in range(peak + 1, 11)])
     assert min(rates) > 0
     assert share_of_rate(style, 1, 0, 0) == 1.0  # a run of which all steps are done
+
+
+@pytest.mark.parametrize("tool", ["sft", "dpo"])
+def test_a_tokenizer_without_an_end_of_text_pads_with_the_end_of_a_turn(
+    chat_model: str, tmp_path: Path, tool: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What padding is does not count; the folder that is written can be talked with."""
+    model = Path(shutil.copytree(chat_model, tmp_path / "model"))
+    (model / "tokenizer_config.json").unlink()
+    (model / "chat_template.jinja").write_text(CHATML)
+    changes: dict[str, Any] = {"training": TrainingSettings(max_steps=1, micro_batch_size=2, global_batch_size=4)}
+    made = {"sft": sft_config, "dpo": dpo_config}[tool]
+    config: Any = made(str(model), tmp_path, **changes | ({"packing": False} if tool == "sft" else {}))
+    finetune: Any = {"sft": finetune_sft, "dpo": finetune_dpo}[tool]
+    result = Path(finetune(replace(config, data=replace(config.data, chat_template=None))))
+    known = replace(config, model=chat_model, save=str(tmp_path / "known"))
+    finetune(known)
+    assert figures(Path(config.save)) == figures(Path(known.save))
+    generation, tokens = (json.loads((result / f"{n}_config.json").read_text()) for n in ("generation", "tokenizer"))
+    end = load_template(str(result), None).end_of_turn
+    assert end in generation["eos_token_id"]
+    assert generation["pad_token_id"] == end
+    assert tokens["pad_token"] == "<|im_end|>"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    chat(ChatConfig(str(result), max_new_tokens=3))
+    assert "[3 tokens" in capfd.readouterr().err
