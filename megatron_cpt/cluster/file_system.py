@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_cpt.cluster.check import Check, FailedError, Figures
 from megatron_cpt.cluster.job import Job
-from megatron_cpt.utils.lock import open_lock
+from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.lock import locked
 
 SIZE = 64 << 20  # bytes that each rank writes
 VISIBLE_SECONDS = 10.0  # after which what one machine has written has to be seen by others
@@ -44,7 +45,7 @@ def use(job: Job) -> dict[str, Any]:
         "write_gb_per_s": SIZE / written / 1e9,
         "read_gb_per_s": SIZE / read / 1e9,
         "rename_seconds": renamed(job, folder / "latest"),
-        "locks": locked(job, folder / "lock"),
+        "locks": kept_out(job, folder / "lock"),
     }
     job.gather("files/done", True)
     path.unlink()
@@ -94,20 +95,20 @@ def renamed(job: Job, path: os.PathLike[str]) -> float:
     raise FailedError(f"rank {job.rank} still sees the old {path} {VISIBLE_SECONDS:g} s after it was renamed over", ADVICE)
 
 
-def locked(job: Job, path: os.PathLike[str]) -> bool:
+def kept_out(job: Job, path: os.PathLike[str]) -> bool:
     """Whether a lock that the first rank holds keeps this one out (true for the first)."""
-    with open_lock(os.fspath(path)) as file:
+    with contextlib.ExitStack() as stack:
         if job.first:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locked(os.fspath(path), "busy"))
         job.gather("files/locked", True)
-        kept_out = job.first
+        out = job.first
         if not job.first:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                kept_out = True
+                stack.enter_context(locked(os.fspath(path), "busy"))
+            except InputError:
+                out = True
         job.gather("files/tried", True)
-        return kept_out
+        return out
 
 
 def judge(found: Sequence[dict[str, Any]]) -> tuple[str, Figures]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import mmap
@@ -24,7 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_cpt.checkpoint.background import Worker, WorkerError
 from megatron_cpt.checkpoint.folders import missing_parents, publish_folder, remove_empty, temporary_name
 from megatron_cpt.utils.errors import InputError
-from megatron_cpt.utils.lock import open_lock
+from megatron_cpt.utils.lock import is_named, open_lock, try_inherited
 
 JOB = ".job"  # folder beside the files: what the job is, and a marker for each complete file
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -87,12 +86,7 @@ class BusyError(InputError):
 def _locked(path: str, what: str) -> Iterator[TextIO]:
     """A file that only one process has at a time, at its beginning."""
     with open_lock(path) as raw, io.TextIOWrapper(raw, encoding="utf-8", write_through=True) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            there = os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-        except BlockingIOError:
-            there = False
-        if not there:
+        if not (try_inherited(file) and is_named(file, path)):
             raise BusyError(f"{what} is being written by another process")
         file.seek(0)
         yield file

@@ -12,7 +12,6 @@ Every few seconds the files are synced and state.json is replaced; a resumed run
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -32,7 +31,7 @@ from megatron_cpt.corpus.encoding import EncodedUnit
 from megatron_cpt.corpus.indexed_dataset import atomic_file
 from megatron_cpt.utils.compare import describe_difference
 from megatron_cpt.utils.errors import InputError
-from megatron_cpt.utils.lock import open_lock
+from megatron_cpt.utils.lock import is_named, locked
 
 STREAMS = ("tokens.bin", "lengths.bin", "metadata.jsonl", "errors.jsonl", "documents.bin")
 SECONDS_BETWEEN_CHECKPOINTS = 10.0
@@ -177,14 +176,10 @@ def lock(folder: Path) -> Iterator[None]:
     The lock goes with the process, however it ends. The file stays out of the folder, which is removed at the end.
     """
     path = folder.with_name(folder.name + ".lock")
-    with open_lock(path) as stream:
-        busy = InputError(f"{folder}: another process is writing this corpus; expected one at a time")
-        try:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit that
-        except (BlockingIOError, PermissionError):
-            raise busy from None
-        if not path.exists() or not os.path.samestat(os.fstat(stream.fileno()), path.stat()):
-            raise busy  # its owner removed the file between our opening and locking it
+    busy = f"{folder}: another process is writing this corpus; expected one at a time"
+    with locked(path, busy) as file:
+        if not is_named(file, path):
+            raise InputError(busy)
         try:
             yield
         finally:

@@ -13,7 +13,6 @@ datatrove is imported when a curation starts, not with this module.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib.util
 import json
 import os
@@ -33,7 +32,7 @@ from megatron_cpt.curation import report as curation_report
 from megatron_cpt.curation.languages import FILTERS
 from megatron_cpt.utils.errors import InputError, RefusedValueError
 from megatron_cpt.utils.input_files import why_unreadable, why_unwritable
-from megatron_cpt.utils.lock import open_lock
+from megatron_cpt.utils.lock import locked, share
 
 # How it runs, not what comes out: these may change when a curation is continued.
 RUN_SETTINGS = ("workers", "executor", "slurm", "dry_run", "overwrite")
@@ -326,11 +325,7 @@ def _short(value: Any) -> str:
 @contextmanager
 def sole_writer(root: Path, folder: Path) -> Iterator[None]:
     """Hold the folder for this run. InputError when a run, or a task that outlived a killed run, is writing in it."""
-    with open_lock(root / "lock") as lock:
-        try:
-            # Of the kind that a forked process does not inherit: datatrove forks one that a killed run leaves behind.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"output_folder {folder}: another run is writing there; expected it to end first") from None
-        fcntl.lockf(lock, fcntl.LOCK_SH)  # the tasks take it too, each for as long as it runs
+    # datatrove forks a process that a killed run leaves behind: the lock must not be its, too
+    with locked(root / "lock", f"output_folder {folder}: another run is writing there; expected it to end first") as lock:
+        share(lock)  # the tasks take it too, each for as long as it runs
         yield

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -25,7 +24,7 @@ from loguru import logger
 from megatron_cpt.curation.jobs import Job
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
-from megatron_cpt.utils.lock import open_lock
+from megatron_cpt.utils.lock import open_lock, share
 
 if TYPE_CHECKING:
     from megatron_cpt.curation.curate import CurateConfig, SlurmConfig
@@ -43,7 +42,7 @@ class LocalExecutor(LocalPipelineExecutor):
             if os.getpid() == self.main_process:  # a single worker; the lock is held already, and closing it would end that
                 return super()._launch_run_for_rank(*arguments, **named)
             with open_lock(self.lock) as lock:
-                fcntl.lockf(lock, fcntl.LOCK_SH)
+                share(lock)
                 return super()._launch_run_for_rank(*arguments, **named)
 
 

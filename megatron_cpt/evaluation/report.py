@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,8 +21,8 @@ from megatron_cpt.evaluation.run import benchmarks_of, check_files, measure, wan
 from megatron_cpt.evaluation.run_files import check_settings
 from megatron_cpt.evaluation.table import markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
-from megatron_cpt.utils.errors import InputError, RunError
-from megatron_cpt.utils.lock import open_lock
+from megatron_cpt.utils.errors import RunError
+from megatron_cpt.utils.lock import locked
 
 REPORT = "report.json"
 
@@ -57,11 +56,7 @@ def only_evaluation(output: str) -> Iterator[None]:
         InputError: there is another
     """
     path = os.path.join(output, ".lock")
-    with open_lock(path) as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
-        except OSError as error:
-            raise InputError(f"another evaluation is under way in {output} (it holds {path}); use another output") from error
+    with locked(path, f"another evaluation is under way in {output} (it holds {path}); use another output"):
         try:
             yield
         except Exception:

@@ -5,7 +5,6 @@ folder."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 from megatron_cpt.checkpoint.checksums import MANIFEST, MOST_THREADS, check_file, checksums_in, checksums_of, sealed
 from megatron_cpt.checkpoint.layout import check_sizes, read_manifest, sync_files, versions, write_json, write_text
 from megatron_cpt.utils.errors import InputError
-from megatron_cpt.utils.lock import open_lock
+from megatron_cpt.utils.lock import locked
 
 Answer = TypeVar("Answer")
 
@@ -91,11 +90,8 @@ def only_run(root: str, seen: list[int]) -> Iterator[None]:
     def take() -> None:
         os.makedirs(root, exist_ok=True)
         path = os.path.join(root, LOCK)
-        file = stack.enter_context(open_lock(path))
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
-        except OSError as error:
-            raise InputError(f"another run is under way in {root} (it holds {path}); use another folder as save") from error
+        busy = f"another run is under way in {root} (it holds {path}); use another folder as save"
+        stack.enter_context(locked(path, busy))
         if os.path.exists(os.path.join(root, RESULT)):
             raise InputError(f"another run has just finished in {root}; use another folder as save")
         if sealed_steps(root) != seen:

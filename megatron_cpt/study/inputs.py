@@ -9,7 +9,6 @@ and no tensor is read.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -27,7 +26,7 @@ from megatron_cpt.study.grid import Base
 from megatron_cpt.study.records import LEDGER, has_begun, ledger_corpora, of_kind, read_json, read_ledger, read_run_metrics
 from megatron_cpt.training.baseline import measurements
 from megatron_cpt.utils.errors import InputError
-from megatron_cpt.utils.lock import open_lock
+from megatron_cpt.utils.lock import open_lock, wait_for
 
 INPUTS, LOCK = "inputs.json", ".inputs.lock"
 START_CHECKPOINT = "checksum of checkpoint.load"
@@ -88,7 +87,7 @@ def record_inputs(study: StudyConfig, base: Base) -> None:
     """
     os.makedirs(study.folder, exist_ok=True)
     with open_lock(os.path.join(study.folder, LOCK)) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for(file)
         known = read_record(study.folder) if is_under_way(study.folder) else {}
         now = facts_now(base) | known
         if now != known:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import os
 import queue
 import shutil
@@ -28,7 +27,7 @@ from megatron_cpt.study.run_status import Outcome, StoppedError, divergence, rea
 from megatron_cpt.study.scores import measure_run
 from megatron_cpt.training.stopping import STOP_FILE
 from megatron_cpt.utils.errors import InputError, RunError
-from megatron_cpt.utils.lock import open_lock
+from megatron_cpt.utils.lock import open_lock, try_inherited
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "pretrain_cpt.py"
 POLL_SECONDS = 0.5
@@ -163,11 +162,9 @@ def alone_in(study: StudyConfig, name: str, stop: threading.Event) -> Iterator[i
         while True:
             if stop.is_set():
                 raise StoppedError
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the open file: what inherits it shares it
+            if try_inherited(file):
                 break
-            except OSError:
-                time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         os.set_inheritable(file.fileno(), True)
         yield file.fileno()
 

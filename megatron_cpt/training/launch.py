@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sys
 import traceback
@@ -16,7 +15,7 @@ from megatron_cpt.config.run import RunConfig, TrainingConfig
 from megatron_cpt.training.run_files import find_start
 from megatron_cpt.training.stopping import StopRequestedError, Watch
 from megatron_cpt.utils.errors import InputError, RunError, SharedInputError
-from megatron_cpt.utils.lock import open_lock
+from megatron_cpt.utils.lock import locked
 
 
 def leave(watch: Watch) -> None:
@@ -41,13 +40,7 @@ def only_run(config: RunConfig, start_from: str) -> Iterator[None]:
     folder = config.checkpoint.save
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "run.lock")
-    with open_lock(path) as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
-        except OSError as error:
-            raise InputError(
-                f"another run is under way in {folder} (it holds {path}); use another checkpoint.save"
-            ) from error
+    with locked(path, f"another run is under way in {folder} (it holds {path}); use another checkpoint.save"):
         if find_start(config)[0] != start_from:
             raise InputError(f"another run has just saved a checkpoint in {folder}; start again to go on from it")
         yield
