@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench import convert, gpu, loader, preprocess, train
+from bench import convert, gpu, loader, preprocess, start, train
 from bench.row import Row
 
-GROUPS = (preprocess, loader, train, convert, gpu)
+GROUPS = (preprocess, start, loader, train, convert, gpu)
 
 
 def main() -> None:
