@@ -8,7 +8,8 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 
-from megatron_cpt.checkpoint.layout import RELEASE, checkpoint_name, fsync, is_complete, iterations
+from megatron_cpt.checkpoint.layout import RELEASE, checkpoint_name, is_complete, iterations
+from megatron_cpt.utils.files import fsync
 
 
 def temporary_name(path: str) -> str:

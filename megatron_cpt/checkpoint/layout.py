@@ -22,6 +22,7 @@ from megatron_cpt.checkpoint.checksums import FIELD as CHECKSUMS
 from megatron_cpt.checkpoint.checksums import check_seal, check_small_files
 from megatron_cpt.model.hf_folder import ADAPTER_CONFIG
 from megatron_cpt.utils.errors import InputError, brief
+from megatron_cpt.utils.files import write_text
 from megatron_cpt.utils.input_files import CHAT_TEMPLATES, check_folder, load_json, shown
 from megatron_cpt.version import __version__
 
@@ -282,41 +283,6 @@ def read_checkpoint_manifest(folder: str) -> dict[str, Any]:
 def write_tracker(root: str, iteration: int | None) -> None:
     """Publish a checkpoint as the newest one."""
     write_text(os.path.join(root, TRACKER), RELEASE if iteration is None else str(iteration))
-
-
-def fsync(path: str) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_files(folder: str) -> dict[str, int]:
-    """Force all files below a folder to disk; their sizes by name relative to it."""
-    sizes = {}
-    for parent, _, names in os.walk(folder):
-        for path in (os.path.join(parent, name) for name in names):
-            fsync(path)
-            sizes[os.path.relpath(path, folder)] = os.path.getsize(path)
-        fsync(parent)
-    return dict(sorted(sizes.items()))
-
-
-def write_text(path: str, text: str) -> None:
-    """Write a file so that it appears whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def write_json(path: str, content: Any) -> None:
-    """`write_text` of indented JSON."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_text(path, text.encode("utf-8", "backslashreplace").decode())  # halves of characters, as JSON writes them
 
 
 def versions() -> dict[str, str]:

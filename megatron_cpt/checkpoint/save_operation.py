@@ -32,19 +32,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_cpt.checkpoint.background import Worker, WorkerError, error_text
 from megatron_cpt.checkpoint.checksums import file_checksum, sealed
 from megatron_cpt.checkpoint.folders import publish_folder, temporary_name
-from megatron_cpt.checkpoint.layout import (
-    check_complete,
-    checkpoint_name,
-    fsync,
-    versions,
-    write_format,
-    write_json,
-    write_tracker,
-)
+from megatron_cpt.checkpoint.layout import check_complete, checkpoint_name, versions, write_format, write_tracker
 from megatron_cpt.checkpoint.staging import Staging, kept_from_children, live_tensors
 from megatron_cpt.checkpoint.state import Progress, state_to_save
 from megatron_cpt.checkpoint.writing import Written, bucket_writer, common_writer
 from megatron_cpt.utils.errors import InputError, RunError
+from megatron_cpt.utils.files import fsync, write_json
 
 FILES_PER_RANK = 2  # written at the same time, by a process each
 

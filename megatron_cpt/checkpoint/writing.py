@@ -15,8 +15,9 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cpt.checkpoint.checksums import file_checksum
-from megatron_cpt.checkpoint.layout import fsync, sync_files, write_hf_files
+from megatron_cpt.checkpoint.layout import write_hf_files
 from megatron_cpt.checkpoint.zip_reader import check_archives
+from megatron_cpt.utils.files import fsync, sync_files
 
 
 @dataclass(frozen=True)

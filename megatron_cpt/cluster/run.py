@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.cluster import engine, file_system, inputs, links, machines, training_runs
 from megatron_cpt.cluster.check import Check, FailedError, Outcome
 from megatron_cpt.cluster.config import CheckConfig
 from megatron_cpt.cluster.job import Job, join
 from megatron_cpt.utils.errors import InputError, RunError
+from megatron_cpt.utils.files import write_text
 from megatron_cpt.version import __version__
 
 LONGEST = 1800.0  # seconds in which every rank has ended what a check has it do

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_cpt.checkpoint.background import Worker, WorkerError
 from megatron_cpt.checkpoint.folders import missing_parents, publish_folder, remove_empty, temporary_name
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import replacing
 from megatron_cpt.utils.lock import is_named, open_lock, try_inherited
 
 JOB = ".job"  # folder beside the files: what the job is, and a marker for each complete file
@@ -150,9 +151,8 @@ def write_files(folder: str, jobs: Sequence[FileJob], num_workers: int, descript
 def _write_some(folder: str, jobs: Sequence[FileJob], meter: _Meter, number: int) -> None:
     for job in jobs:
         result = job.write(os.path.join(folder, job.name), partial(meter.advance, number))
-        with open(_marker(folder, job) + ".tmp", "w", encoding="utf-8") as file:
+        with replacing(_marker(folder, job)) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump(result, file)
-        os.replace(file.name, _marker(folder, job))
 
 
 def _marker(folder: str, job: FileJob) -> str:

@@ -31,11 +31,8 @@ from megatron_cpt.checkpoint.layout import (
     hf_files,
     is_ours,
     read_manifest,
-    sync_files,
     versions,
     write_format,
-    write_json,
-    write_text,
     write_tracker,
 )
 from megatron_cpt.checkpoint.torch_dist import (
@@ -61,6 +58,7 @@ from megatron_cpt.convert.vocabulary import ExtendedTensors, Extension, extensio
 from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.llama import LlamaConfig, llama_from, read_llama_config
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import sync_files, write_json, write_text
 from megatron_cpt.utils.input_files import load_json
 from megatron_cpt.utils.signals import interruptible
 

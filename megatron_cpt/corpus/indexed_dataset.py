@@ -14,8 +14,8 @@ import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_cpt.utils.errors import InputError, RunError
+from megatron_cpt.utils.files import atomic_file
 
 WINDOW = 1 << 22  # tokens read at a time
 MAGIC = b"MMIDIDX\x00\x00"
@@ -46,20 +47,6 @@ Tokens = npt.NDArray[Any]
 def best_dtype(vocab_size: int) -> np.dtype[Any]:
     """uint16 for vocabularies below 65,500, else int32: Megatron's own choice."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A stream under a temporary name in the same folder; renamed to `path` on a clean exit, removed on an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_index(idx: IO[bytes], lengths: npt.NDArray[np.int32], dtype: npt.DTypeLike) -> None:

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 import orjson
 
-from megatron_cpt.corpus.indexed_dataset import atomic_file
 from megatron_cpt.corpus.sources import parse_partition, printable
 from megatron_cpt.tokenizer.base import Tokenizer, token_bytes_sha256
 from megatron_cpt.tokenizer.behaviour import behaviour_sha256, lost_letters
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import atomic_file
 from megatron_cpt.version import __version__
 
 FORMAT_VERSION = 2

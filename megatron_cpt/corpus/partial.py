@@ -28,9 +28,9 @@ import numpy as np
 import orjson
 
 from megatron_cpt.corpus.encoding import EncodedUnit
-from megatron_cpt.corpus.indexed_dataset import atomic_file
 from megatron_cpt.utils.compare import describe_difference
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import atomic_file
 from megatron_cpt.utils.lock import is_named, locked
 
 STREAMS = ("tokens.bin", "lengths.bin", "metadata.jsonl", "errors.jsonl", "documents.bin")

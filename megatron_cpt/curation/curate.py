@@ -31,6 +31,7 @@ from megatron_cpt.curation import languages
 from megatron_cpt.curation import report as curation_report
 from megatron_cpt.curation.languages import FILTERS
 from megatron_cpt.utils.errors import InputError, RefusedValueError
+from megatron_cpt.utils.files import write_json
 from megatron_cpt.utils.input_files import why_unreadable, why_unwritable
 from megatron_cpt.utils.lock import locked, share
 
@@ -306,7 +307,7 @@ def prepare_folder(folder: Path, wanted: dict[str, Any], overwrite: bool) -> Non
         return
     refuse_others(folder)
     root.mkdir(parents=True, exist_ok=True)
-    curation_report.write_json(root / "config.json", wanted)
+    write_json(root / "config.json", wanted)
 
 
 def refuse_others(folder: Path) -> None:

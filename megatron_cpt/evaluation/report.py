@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from megatron_cpt.checkpoint.hf_files import say_notes
-from megatron_cpt.checkpoint.layout import versions, write_json, write_text
+from megatron_cpt.checkpoint.layout import versions
 from megatron_cpt.evaluation import figures
 from megatron_cpt.evaluation.ablation import ablation_table
 from megatron_cpt.evaluation.columns import Measured
@@ -22,6 +22,7 @@ from megatron_cpt.evaluation.run_files import check_settings
 from megatron_cpt.evaluation.table import markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
 from megatron_cpt.utils.errors import RunError
+from megatron_cpt.utils.files import write_json, write_text
 from megatron_cpt.utils.lock import locked
 
 REPORT = "report.json"

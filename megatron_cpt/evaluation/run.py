@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.hf_model import load_hf_model
-from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.convert.vocabulary import load
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextConfig
@@ -29,6 +28,7 @@ from megatron_cpt.posttrain.rows import read_rows
 from megatron_cpt.posttrain.templates import PromptTemplate
 from megatron_cpt.posttrain.turn_end import TurnEnd, turn_end
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import write_json
 
 FORMAT = 2  # of the files of measurements
 

@@ -15,14 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint.layout import (
-    check_complete,
-    checkpoint_name,
-    iterations,
-    read_checkpoint_manifest,
-    versions,
-    write_json,
-)
+from megatron_cpt.checkpoint.layout import check_complete, checkpoint_name, iterations, read_checkpoint_manifest, versions
 from megatron_cpt.convert.config import MegatronToHf
 from megatron_cpt.convert.convert import megatron_to_hf
 from megatron_cpt.convert.model_card import seq_length
@@ -32,6 +25,7 @@ from megatron_cpt.evaluation.harness import Catalog
 from megatron_cpt.evaluation.identity import folder_identity
 from megatron_cpt.evaluation.run import identities_of, measure, recall, still_true, wanted_parts
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import write_json
 
 FOLDER = "trajectory"
 CONVERTED = ".hf"  # in it: the checkpoint that is being measured

@@ -16,9 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_cpt.corpus.indexed_dataset import FileReader, atomic_file
+from megatron_cpt.corpus.indexed_dataset import FileReader
 from megatron_cpt.mixture.mixture import Corpus
 from megatron_cpt.utils.errors import RunError
+from megatron_cpt.utils.files import atomic_file
 
 CHECKED = "checked_files.json"
 CHUNK = 1 << 22  # bytes

@@ -10,8 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from megatron_cpt.corpus.indexed_dataset import atomic_file
 from megatron_cpt.mixture.document_reads import Reads
+from megatron_cpt.utils.files import atomic_file
 
 FORMATS = (".parquet", ".npy")
 ROW = np.dtype(

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from megatron_cpt.config.parallel import ParallelConfig
-from megatron_cpt.corpus.indexed_dataset import atomic_file
 from megatron_cpt.planning.search import Candidate, Plan
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import atomic_file
 
 
 def write_layout(path: str, plan: Plan, row: int) -> None:

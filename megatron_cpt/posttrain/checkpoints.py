@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from megatron_cpt.checkpoint.checksums import MANIFEST, MOST_THREADS, check_file, checksums_in, checksums_of, sealed
-from megatron_cpt.checkpoint.layout import check_sizes, read_manifest, sync_files, versions, write_json, write_text
+from megatron_cpt.checkpoint.layout import check_sizes, read_manifest, versions
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import sync_files, write_json, write_text
 from megatron_cpt.utils.lock import locked
 
 Answer = TypeVar("Answer")

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from megatron_cpt.checkpoint.folders import appearing_folder
-from megatron_cpt.checkpoint.layout import write_json, write_text
 from megatron_cpt.posttrain.conversations import Conversation, Message, Preference
 from megatron_cpt.posttrain.data import Prepared
 from megatron_cpt.posttrain.run_files import accumulation, check_export
 from megatron_cpt.posttrain.settings import LoraSettings
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import write_json, write_text
 
 if TYPE_CHECKING:
     from megatron_cpt.posttrain.settings import DpoConfig, SftConfig

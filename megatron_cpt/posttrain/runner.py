@@ -19,7 +19,7 @@ from accelerate import PartialState, init_empty_weights
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from megatron_cpt.checkpoint.folders import appearing_folder
-from megatron_cpt.checkpoint.layout import sync_files, versions, write_json
+from megatron_cpt.checkpoint.layout import versions
 from megatron_cpt.model.hf_folder import check_model
 from megatron_cpt.posttrain.checkpoints import RESULT, RUN, set_aside
 from megatron_cpt.posttrain.identity import check_same, first_start
@@ -30,6 +30,7 @@ from megatron_cpt.posttrain.template_files import read_template
 from megatron_cpt.posttrain.templates import Template, load_template
 from megatron_cpt.training.metrics_file import MetricsFile
 from megatron_cpt.utils.errors import InputError, Refusals
+from megatron_cpt.utils.files import sync_files, write_json
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REPORT, STATUS = "data_report.json", "status.json"

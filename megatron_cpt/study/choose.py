@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_cpt.checkpoint.layout import write_json, write_text
 from megatron_cpt.study.fit import Fit, outcome_notes, seed_note
 from megatron_cpt.study.grid import absolute, check_no_stages, parse, read_fields
 from megatron_cpt.study.records import is_number, number, of_kind, read_json
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import INTERVAL, Array, Surface, bound_between_pairs, pairs_around, unit_grid
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import write_json, write_text
 from megatron_cpt.utils.input_files import load_yaml, plain_number
 
 CHOICE, CONFIG, MIXTURE = "choice.json", "chosen.yaml", "chosen.mixture.yaml"

@@ -21,6 +21,7 @@ from megatron_cpt.study.fit import FEWEST_POINTS, Fit, FittedSurface, equation
 from megatron_cpt.study.frontier import Line
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import Array, Surface, unit_grid
+from megatron_cpt.utils.files import replacing
 
 GRID = 101
 LEVELS = 14
@@ -328,9 +329,9 @@ def save_all(folder: str, drawn: Iterable[tuple[str, Callable[[], Figure | None]
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)  # of other results
             continue
-        figure.savefig(path + ".tmp.png", dpi=130)
+        with replacing(path, ".png") as temporary:
+            figure.savefig(temporary, dpi=130)
         plt.close(figure)
-        os.replace(path + ".tmp.png", path)
         paths.append(path)
     return paths
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.study.critical import CriticalRatio
 from megatron_cpt.study.frontier import Line, loss_line, metric_frontier
 from megatron_cpt.study.laws import CmrLaw, DCptLaw, HeldOut, check_follows_tokens, fit_cmr, fit_d_cpt, held_out
@@ -22,6 +21,7 @@ from megatron_cpt.study.surfaces import Array, Surface, fit_surface
 from megatron_cpt.training.metrics_file import finite
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import write_json
 
 FIT = "fit.json"
 LOSSES = ("general", "additional", "mixed", "balanced")

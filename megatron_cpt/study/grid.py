@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from megatron_cpt.checkpoint.layout import write_json, write_text
 from megatron_cpt.config.fields import config_from
 from megatron_cpt.config.require import require
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.records import has_begun, number, of_kind, read_json
 from megatron_cpt.utils.errors import InputError, Refusals
+from megatron_cpt.utils.files import write_json, write_text
 from megatron_cpt.utils.input_files import load_yaml, plain_number, shown
 
 PROPOSED = "proposed.json"

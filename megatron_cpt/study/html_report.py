@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.study.critical import CriticalRatio
 from megatron_cpt.study.fit import Fit, FittedSurface, equation, grouped_notes
 from megatron_cpt.study.frontier import Line
 from megatron_cpt.study.results import MEAN_METRIC, Results
+from megatron_cpt.utils.files import write_text
 
 PAGE = "report.html"
 STYLE = """

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.checkpoint.checksums import TENSORS, checksums_in
-from megatron_cpt.checkpoint.layout import find_checkpoint, read_manifest, write_json
+from megatron_cpt.checkpoint.layout import find_checkpoint, read_manifest
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import Base
 from megatron_cpt.study.records import LEDGER, has_begun, ledger_corpora, of_kind, read_json, read_ledger, read_run_metrics
 from megatron_cpt.training.baseline import measurements
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import write_json
 from megatron_cpt.utils.lock import open_lock, wait_for
 
 INPUTS, LOCK = "inputs.json", ".inputs.lock"

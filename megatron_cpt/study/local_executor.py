@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.platforms.devices import visible_gpus
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import Base, Point, run_folder, write_configuration
@@ -27,6 +26,7 @@ from megatron_cpt.study.run_status import Outcome, StoppedError, divergence, rea
 from megatron_cpt.study.scores import measure_run
 from megatron_cpt.training.stopping import STOP_FILE
 from megatron_cpt.utils.errors import InputError, RunError
+from megatron_cpt.utils.files import write_text
 from megatron_cpt.utils.lock import open_lock, try_inherited
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "pretrain_cpt.py"

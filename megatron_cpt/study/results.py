@@ -20,6 +20,7 @@ from megatron_cpt.study.run_status import OUTCOME, Outcome, read_outcome
 from megatron_cpt.study.scores import START, read_all_scores
 from megatron_cpt.training.metrics_file import METRICS
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import replacing
 
 PARQUET, CSV = "results.parquet", "results.csv"
 MEAN_METRIC = "mean_metric"
@@ -194,6 +195,6 @@ def write_results(study: StudyConfig, results: Results) -> str | None:
     table = pa.Table.from_pylist(results.rows)
     for name, write in ((PARQUET, pyarrow.parquet.write_table), (CSV, pyarrow.csv.write_csv)):
         path = os.path.join(study.folder, name)
-        write(table, path + ".tmp")
-        os.replace(path + ".tmp", path)
+        with replacing(path) as temporary:
+            write(table, temporary)
     return os.path.join(study.folder, PARQUET)

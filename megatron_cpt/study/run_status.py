@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.study.records import described, number, number_or_none, of_kind, read_json
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import write_json
 
 OUTCOME = "outcome.json"
 STEPS_OF_MEAN = 10

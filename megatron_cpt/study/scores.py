@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint.layout import iterations, write_json
+from megatron_cpt.checkpoint.layout import iterations
 from megatron_cpt.convert.config import MegatronToHf
 from megatron_cpt.convert.convert import megatron_to_hf
 from megatron_cpt.study.config import StudyConfig
@@ -19,6 +19,7 @@ from megatron_cpt.study.grid import Point, run_folder
 from megatron_cpt.study.records import is_number, read_json
 from megatron_cpt.study.run_status import StoppedError
 from megatron_cpt.utils.errors import InputError, RunError
+from megatron_cpt.utils.files import write_json
 
 # Of lm-eval's results, which of a task's metrics is its score: the first of these that is there.
 LM_EVAL_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "rouge1", "rougeL", "bleu")

@@ -13,11 +13,11 @@ from typing import Any
 
 import yaml
 
-from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import Point
 from megatron_cpt.study.scores import START
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import write_text
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "almr_study.py"
 

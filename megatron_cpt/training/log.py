@@ -16,7 +16,6 @@ from typing import Any, Literal, TextIO
 
 from rich.table import Table
 
-from megatron_cpt.checkpoint.layout import write_json
 from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.mixture.inspection import ledger_table
 from megatron_cpt.mixture.ledger import Ledger
@@ -28,6 +27,7 @@ from megatron_cpt.training.trackers import Sinks, Start
 from megatron_cpt.training.validation_result import ValidationResult
 from megatron_cpt.training.validation_table import figures, new_languages, validation_lines
 from megatron_cpt.utils.console import wide_console
+from megatron_cpt.utils.files import write_json
 
 SECONDS_BETWEEN_STATUS = 30.0
 State = Literal["running", "stopped", "finished", "failed"]

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from megatron_cpt.checkpoint.layout import write_text
+from megatron_cpt.utils.files import write_text
 
 METRICS = "metrics.jsonl"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from torch.profiler import ProfilerAction, profile
 
-from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.config.run import LoggingConfig
+from megatron_cpt.utils.files import replacing, write_text
 
 WARMUP_STEPS = 1  # traced and thrown away: the profiler's own start would be in them
 TOP_OPERATORS = 40
@@ -51,8 +51,8 @@ class Window:
         first = max(self.first, self.begin)
         last = max(first, min(self.last, self.begin + profiler.step_num - 1))
         name = os.path.join(self.folder, f"rank_{self.rank:05d}_steps_{first}-{last}")
-        profiler.export_chrome_trace(name + ".partial.json.gz")
-        os.replace(name + ".partial.json.gz", name + ".json.gz")
+        with replacing(name + ".json.gz", ".json.gz") as temporary:
+            profiler.export_chrome_trace(temporary)
         averages = profiler.key_averages()
         on_device = any(event.self_device_time_total for event in averages)
         by = "self_device_time_total" if on_device else "self_cpu_time_total"

@@ -16,13 +16,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.training.asked_mixture import asked_mixture
 from megatron_cpt.training.metrics_file import METRICS, read_metrics
 from megatron_cpt.training.progress_line import duration, number
 from megatron_cpt.training.report_figure import draw
 from megatron_cpt.training.validation_table import baseline_of, change, percent, perplexity, verdict
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import replacing, write_text
 
 REPORT, FIGURE = "report.md", "report.png"
 SKIPPED_NAMED = 20
@@ -94,8 +94,8 @@ def write_report(folder: str) -> str:
     resumed = [start["iteration"] for start in recorded.run.get("starts", []) if start["iteration"]]
     if recorded.steps or recorded.evaluations:
         figure = os.path.join(folder, FIGURE)
-        draw(recorded.steps, recorded.evaluations, resumed, figure + ".tmp.png", asked_mixture(recorded.ledger))
-        os.replace(figure + ".tmp.png", figure)
+        with replacing(figure, ".png") as temporary:
+            draw(recorded.steps, recorded.evaluations, resumed, temporary, asked_mixture(recorded.ledger))
     write_text(path, markdown(recorded))
     return path
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_cpt.checkpoint.layout import write_text
 from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.files import write_text
 from megatron_cpt.utils.redaction import redacted, secrets_of
 
 WANDB_ID = "wandb_id"
