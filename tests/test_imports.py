@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,17 @@ print(sorted({name for name in sys.modules if name.startswith("megatron.")} - be
     names = [name for room in sorted(RUN_A_MODEL) for name in modules(room)]
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout == "[]\n"
+
+
+FIRST = "import megatron_cpt.platforms.imported_megatron"
+
+
+def test_who_imports_from_megatron_has_it_imported_as_the_machine_can() -> None:
+    """Also a test: the one that is collected first decides for all in its process."""
+    found = 0
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "tests").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if match := re.search(r"^(?:from|import) megatron[. ]", text, re.MULTILINE):
+            found += 1
+            assert FIRST in text[: match.start()], f"{path} imports from megatron; expected {FIRST!r} before"
+    assert found > 15

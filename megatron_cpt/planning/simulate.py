@@ -8,7 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import get_megatron_optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_cpt.config.run import OptimizerConfig
@@ -19,9 +22,6 @@ from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.fake_cluster import fake_rank
 from megatron_cpt.training.model_setup import in_ddp, optimizer_config
 from megatron_cpt.utils.errors import InputError
-
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads  # isort: skip
-from megatron.core.optimizer import get_megatron_optimizer  # isort: skip
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+import megatron_cpt.platforms.imported_megatron
 import megatron_cpt.training  # noqa: F401  (prepares the platform)
 from megatron_cpt.platforms.torch_layers import SdpaCoreAttention
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import numpy as np
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from tiny_models import VARIANTS, make_tiny_llama
 
-import megatron_cpt.training  # noqa: F401  (prepares the platform)
 from megatron_cpt.checkpoint.save_load import load_checkpoint
 from megatron_cpt.config.run import OptimizerConfig, ParallelConfig
 from megatron_cpt.convert.config import HfToMegatron
