@@ -22,6 +22,7 @@ from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextCo
 from megatron_cpt.evaluation.harness import SUITES, Benchmark, Catalog, Harness
 from megatron_cpt.evaluation.identity import answers_identity, benchmark_identity, pairwise_identity, text_identity
 from megatron_cpt.evaluation.language_share import language_share
+from megatron_cpt.model.hf_folder import check_room, positions_of_config
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.conversations import RowError, check_turns, for_asking, messages_of, parse_preference
 from megatron_cpt.posttrain.rows import read_rows
@@ -193,7 +194,7 @@ class Session:
     def text(self, language: str) -> dict[str, Any]:
         """Loss, bits per byte."""
         model, tokenizer = self._model()
-        window = min(self._config.window, model.config.max_position_embeddings)
+        window = int(min(self._config.window, positions_of_config(model.config)))
         documents = [text for item in self._config.text if item.language == language for text in documents_of(item)]
         return dataclasses.asdict(text_loss(model, tokenizer, documents, window))
 
@@ -284,10 +285,16 @@ class Answer:
 
 @torch.inference_mode()
 def answers_to(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, end: TurnEnd) -> list[Answer]:
-    """The likeliest continuations, token by token, of all at once, each up to its end."""
+    """The likeliest continuations, token by token, of all at once, each up to its end.
+
+    Raises:
+        InputError: a prompt leaves the model too few positions
+    """
     from transformers import GenerationConfig, StoppingCriteriaList
 
     ids = [tokenizer.encode(prompt, add_special_tokens=tokenizer.chat_template is None) for prompt in prompts]
+    for prompt, row in zip(prompts, ids, strict=True):
+        check_room(model.name_or_path, positions_of_config(model.config), prompt, len(row), max_new_tokens)
     width = max(map(len, ids))
     padding = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=model.device)

@@ -13,6 +13,8 @@ from megatron_cpt.utils.errors import InputError, Refusals, if_on_the_hub
 from megatron_cpt.utils.input_files import check_folder, load_json, shown
 
 POSITIONS = "max_position_embeddings"
+OTHER_POSITIONS = ("n_positions", "max_seq_len", "context_length")  # names that transformers takes for it, as GPT-2's
+NEW_TOKENS = 512  # of an answer, where nobody says how many and the model has the room
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 # The JSON files that transformers reads in a model's folder; what else lies there, broken or not, is nobody's matter
@@ -60,15 +62,40 @@ def positions_of(model: str) -> float:
     """
     path = os.path.join(model, "config.json")
     fields = load_json(path) if os.path.exists(path) else None
-    positions = fields.get(POSITIONS, math.inf) if isinstance(fields, dict) else math.inf
+    if not isinstance(fields, dict):
+        return math.inf
+    others = (fields[name] for name in OTHER_POSITIONS if type(fields.get(name)) is int and fields[name] > 0)
+    positions = fields[POSITIONS] if POSITIONS in fields else next(others, math.inf)
     if positions != math.inf and (not isinstance(positions, int) or isinstance(positions, bool) or positions < 1):
         raise InputError(f"{path}: {POSITIONS} is {shown(positions)}; expected a whole number, 1 or more")
     return float(positions)
 
 
-def check_positions(model: str, max_new_tokens: int) -> None:
-    """Raise InputError where an answer may leave a prompt no position of a model, if its config.json can be read."""
-    if max_new_tokens >= (positions := positions_of(model)):
+def positions_of_config(config: Any) -> float:
+    """`positions_of` a model that transformers has read; infinity where its kind has no such limit."""
+    positions = getattr(config, POSITIONS, None)
+    return math.inf if positions is None else float(positions)
+
+
+def most_new_tokens(positions: float) -> int:
+    """Tokens of an answer where nobody says how many: a model of few positions has half of them for what is asked."""
+    return int(min(NEW_TOKENS, max(positions // 2, 1)))
+
+
+def check_room(model: str, positions: float, prompt: str, tokens: int, max_new_tokens: int) -> None:
+    """Raise InputError where a prompt of so many tokens leaves an answer too few positions."""
+    if tokens + max_new_tokens > positions:
+        found = f"prompt {prompt[:40]!r} has {tokens} tokens, and max_new_tokens is {max_new_tokens}"
+        raise InputError(f"{found}; expected at most {positions:.0f} together, the positions of {model}")
+
+
+def check_positions(model: str, max_new_tokens: int, positions: float | None = None) -> None:
+    """Raise InputError where an answer may leave a prompt no position of a model.
+
+    `positions`: None: as its config.json says, if that can be read.
+    """
+    positions = positions_of(model) if positions is None else positions
+    if max_new_tokens >= positions:
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected less than {positions:.0f}, the positions of {model}")
 
 

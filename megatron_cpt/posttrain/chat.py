@@ -15,10 +15,10 @@ import torch
 from megatron_cpt.checkpoint.hf_model import load_hf_model
 from megatron_cpt.convert.vocabulary import load
 from megatron_cpt.model.dtypes import dtype_of
-from megatron_cpt.model.hf_folder import check_model, check_positions
+from megatron_cpt.model.hf_folder import check_model, check_positions, most_new_tokens, positions_of_config
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.conversations import Message, RowError
-from megatron_cpt.posttrain.generate import complete
+from megatron_cpt.posttrain.generate import complete, sampling
 from megatron_cpt.posttrain.settings import ChatConfig
 from megatron_cpt.posttrain.templates import PromptTemplate
 from megatron_cpt.posttrain.turn_end import turn_end
@@ -50,20 +50,24 @@ class Speaker:
         import transformers
 
         check_model(config.model)
-        check_positions(config.model, config.max_new_tokens)
+        if config.max_new_tokens is not None:
+            check_positions(config.model, config.max_new_tokens)
         transformers.utils.logging.disable_progress_bar()
         self.template = PromptTemplate(load(config.model), config.chat_template)
         model = load_hf_model(config.model, dtype=dtype_of(config.dtype) if config.dtype else "auto")
         self._model: Any = model.to(device_type()).eval()
         self._config = config
+        self._positions = positions_of_config(self._model.config)
+        self._new_tokens = config.max_new_tokens or most_new_tokens(self._positions)
+        check_positions(config.model, self._new_tokens, self._positions)  # config.json need not name them
         self.end = turn_end(self.template.tokenizer, self._model.generation_config)
         self._model.generation_config = transformers.GenerationConfig()  # ChatConfig says how, not the model's folder
         self.tokens, self.seconds, self.cut_off = 0, 0.0, False
         self._generator_seed = config.seed
 
-    def room(self) -> int:
+    def room(self) -> float:
         """Tokens that a prompt may have."""
-        return int(self._model.config.max_position_embeddings) - self._config.max_new_tokens
+        return self._positions - self._new_tokens
 
     def count(self, messages: list[Message]) -> int:
         """Tokens of a prompt."""
@@ -88,20 +92,15 @@ class Speaker:
         def watch(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             self.tokens += 1
             at_end = stops(ids, scores)
-            self.cut_off = self.tokens == config.max_new_tokens and int(ids[0, -1]) not in ends and not bool(at_end.all())
+            self.cut_off = self.tokens == self._new_tokens and int(ids[0, -1]) not in ends and not bool(at_end.all())
             return at_end | ended.is_set()
 
-        sampling = (
-            {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}  # 0: of all tokens
-            if config.temperature
-            else {}
-        )
         ends, padding = list(self.end.token_ids), tokenizer.pad_token_id
         options = {
             **prompt,
-            **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
-            "max_new_tokens": config.max_new_tokens,
-            "repetition_penalty": config.repetition_penalty,
+            **sampling(config.temperature_used(), config.top_p),
+            "max_new_tokens": self._new_tokens,
+            "repetition_penalty": config.penalty_used(),
             "eos_token_id": ends or None,
             "pad_token_id": padding if padding is not None else next(iter(ends), 0),
             "stopping_criteria": StoppingCriteriaList([watch]),
@@ -149,7 +148,7 @@ class Chat:
             first += 2
             if first >= len(self.turns):
                 raise InputError(
-                    f"the question has more than {self.speaker.room()} tokens, the room that the model leaves for it"
+                    f"the question has more than {self.speaker.room():.0f} tokens, the room that the model leaves for it"
                 )
         if first:
             print(f"[the first {first} turns no longer fit and are left out]", file=sys.stderr)
@@ -196,9 +195,17 @@ class Chat:
 def chat(config: ChatConfig) -> str | None:
     """Read questions until the end of the input; or return the prompts with what completes them, a paragraph each."""
     if config.prompt is not None:
-        prompts = [config.prompt] if isinstance(config.prompt, str) else config.prompt
-        texts = complete(config.model, prompts, config.max_new_tokens)
-        return "\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True))
+        texts = complete(
+            config.model,
+            config.prompts(),
+            config.max_new_tokens,
+            temperature=config.temperature_used(),
+            top_p=config.top_p,
+            repetition_penalty=config.penalty_used(),
+            seed=config.seed,
+            dtype=dtype_of(config.dtype) if config.dtype else "auto",
+        )
+        return "\n\n".join(prompt + text for prompt, text in zip(config.prompts(), texts, strict=True))
     if sys.stdin is None:
         raise InputError("stdin is closed; expected a terminal, or questions on it")
     talk = Chat(Speaker(config), config.system)

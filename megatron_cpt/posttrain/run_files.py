@@ -14,10 +14,10 @@ from megatron_cpt.checkpoint.hf_tokenizer import read_folder
 from megatron_cpt.checkpoint.weight_files import check_weights
 from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.require import Requirements, require
-from megatron_cpt.model.hf_folder import can_look_into, check_model, check_positions, positions_of
+from megatron_cpt.model.hf_folder import can_look_into, check_model, check_positions, most_new_tokens, positions_of
 from megatron_cpt.posttrain.identity import check_begun
 from megatron_cpt.posttrain.rows import check_rows
-from megatron_cpt.posttrain.template_files import check_prompts, check_tokenizer, read_template
+from megatron_cpt.posttrain.template_files import check_prompts, check_prompts_fit, check_tokenizer, read_template
 from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.utils.input_files import why_unreadable, why_unwritable
 
@@ -71,12 +71,13 @@ def check_chat(config: ChatConfig) -> None:
                 check_weights(config.model)
             with refusals.noted():
                 if config.prompt is not None:  # the text is gone on with, without a template
-                    check_prompts(config.model, [config.prompt] if isinstance(config.prompt, str) else config.prompt)
+                    check_prompts(config.model, config.prompts())
                 else:
                     check_tokenizer(config.model, config.chat_template)
             with refusals.noted():
-                if config.prompt is None:
-                    check_positions(config.model, config.max_new_tokens)
+                new_tokens = config.max_new_tokens or most_new_tokens(positions_of(config.model))
+                check_positions(config.model, new_tokens)
+                check_prompts_fit(config.model, config.prompts(), new_tokens)
     with refusals.noted():
         if config.chat_template is not None:
             read_template(config.chat_template)

@@ -285,6 +285,9 @@ class DpoConfig:
                 require(self.loss_type in SMOOTHED or not smooths, "label_smoothing", self.label_smoothing, wanted)
 
 
+REPETITION_PENALTY = 1.2  # where a text is completed: small base models would say the same again and again
+
+
 @dataclass(frozen=True)
 class ChatConfig:
     """Talk to a Hugging Face checkpoint."""
@@ -296,15 +299,15 @@ class ChatConfig:
     chat_template: str | None = None
     """llama3, chatml, or a file with a Jinja template. Default: the tokenizer's own."""
     prompt: list[str] | str | None = None
-    """Text to complete instead of a conversation, greedily, as base models do; several one after the other."""
-    max_new_tokens: int = 512
-    """Longest answer."""
-    temperature: float = 0.7
-    """0: always the likeliest token."""
+    """Text to complete instead of a conversation, as base models do; several one after the other."""
+    max_new_tokens: int | None = None
+    """Longest answer. Default: 512, at most half of the model's positions."""
+    temperature: float | None = None
+    """0: always the likeliest token. Default: 0.7; 0 with prompt."""
     top_p: float = 0.9
     """Draw from the likeliest tokens that have this probability together."""
-    repetition_penalty: float = 1.0
-    """Above 1: tokens that were there become less likely."""
+    repetition_penalty: float | None = None
+    """Above 1: tokens that were there become less likely. Default: 1.0; 1.2 with prompt."""
     seed: int | None = None
     """The same answers again. Default: others each time."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -315,3 +318,17 @@ class ChatConfig:
             need.at_least(self, max_new_tokens=1, temperature=0)
             need.field(self, "top_p", lambda share: 0 < share <= 1, "a number above 0, at most 1")
             need.field(self, "repetition_penalty", lambda penalty: penalty > 0, "a number above 0")
+            for name in ("system", "chat_template"):
+                need.field(self, name, lambda _: self.prompt is None, "nothing with prompt, a text to go on with as it is")
+
+    def temperature_used(self) -> float:
+        """What is given, or the default."""
+        return self.temperature if self.temperature is not None else 0.7 if self.prompt is None else 0.0
+
+    def penalty_used(self) -> float:
+        """What is given, or the default."""
+        return self.repetition_penalty or (1.0 if self.prompt is None else REPETITION_PENALTY)
+
+    def prompts(self) -> list[str]:
+        """The texts to complete, none in a conversation."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt or []

@@ -8,12 +8,13 @@ from typing import Any
 
 from megatron_cpt.checkpoint.damage import json_fields
 from megatron_cpt.checkpoint.hf_tokenizer import check_kinds, read_folder
+from megatron_cpt.model.hf_folder import check_room, positions_of
 from megatron_cpt.posttrain.template_limits import check_jinja
 from megatron_cpt.tokenizer import Tokenizer
 from megatron_cpt.tokenizer.hf import HuggingFaceTokenizer
 from megatron_cpt.tokenizer.hf_files import CONFIG
 from megatron_cpt.utils.errors import InputError, Refusals
-from megatron_cpt.utils.input_files import CHAT_TEMPLATES, decoded, why_unreadable
+from megatron_cpt.utils.input_files import CHAT_TEMPLATES, decoded, shown, why_unreadable
 
 MOST_CHARACTERS = 1_000_000  # of a template
 LLAMA3 = (
@@ -85,6 +86,14 @@ def check_prompts(model: str, prompts: Sequence[str]) -> None:
             raise no_tokens(prompt, model)
 
 
+def check_prompts_fit(model: str, prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Raise InputError for a text that leaves what a model goes on with too few positions."""
+    tokenizer, positions = read_folder(model), positions_of(model)
+    for prompt in prompts:
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            check_room(model, positions, prompt, len(tokenizer.encode_prompt(prompt)), max_new_tokens)
+
+
 def no_tokens(prompt: str, model: str) -> InputError:
     """Why nothing can be made of a prompt."""
     return InputError(f"prompt is {prompt!r}, of which the tokenizer {model} makes no token; expected a text")
@@ -99,7 +108,9 @@ def own_template(model: str) -> tuple[str, str] | None:
     where, texts = own_templates(model)
     if not texts:
         return None
-    if not isinstance(texts.get("default"), str):
+    if "default" in texts and not isinstance(texts["default"], str):
+        raise InputError(f"{where}: default is {shown(texts['default'])}; expected a text")
+    if "default" not in texts:
         raise InputError(f"{where} has {', '.join(map(str, texts))} and no default; expected a template of that name")
     return where, texts["default"]
 

@@ -357,6 +357,16 @@ def test_answers_do_not_depend_on_the_batch(model: str) -> None:
     assert alone[1].text == tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def test_a_question_and_its_answer_have_to_fit(model: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    end = turn_end(tokenizer, network.generation_config)
+    said = r"prompt 'x+' has \d+ tokens, and max_new_tokens is 12; expected"
+    with pytest.raises(InputError, match=said):
+        answers_to(network, tokenizer, ["The dog", "x" * network.config.max_position_embeddings], 12, end)
+
+
 def test_questions_of_one_language_are_put_together(config: EvaluateConfig) -> None:
     config = replace(config, models={"base": config.models["base"]}, text=[], tasks=[])
     config = replace(config, prompts=[*config.prompts, replace(config.prompts[0], max_prompts=1)])

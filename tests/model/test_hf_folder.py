@@ -10,8 +10,10 @@ import pytest
 from megatron_cpt.model.hf_folder import check_model, check_positions, positions_of
 from megatron_cpt.utils.errors import InputError
 
+FEW = [({"max_position_embeddings": 8}, True), ({"n_positions": 8}, True), ({}, False), ([8], False)]
 
-@pytest.mark.parametrize(("fields", "refused"), [({"max_position_embeddings": 8}, True), ({}, False), ([8], False)])
+
+@pytest.mark.parametrize(("fields", "refused"), FEW)
 def test_an_answer_leaves_room_for_a_prompt(tmp_path: Path, fields: Any, refused: bool) -> None:
     check_positions(str(tmp_path), 8)  # `check_model` says that there is no model
     (tmp_path / "config.json").write_text(json.dumps(fields))

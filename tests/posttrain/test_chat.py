@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,8 +15,10 @@ from fork_server import ENVIRONMENT
 from rigged_models import make_reciter, set_json, tokens_of
 from tiny_models import ROOT, command_of, make_tiny_llama
 
+from megatron_cpt.convert.vocabulary import load
 from megatron_cpt.posttrain.chat import Chat, Speaker, chat
 from megatron_cpt.posttrain.conversations import Message
+from megatron_cpt.posttrain.run_files import check_chat
 from megatron_cpt.posttrain.settings import ChatConfig
 from megatron_cpt.posttrain.template_files import CHATML
 from megatron_cpt.utils.errors import InputError
@@ -144,7 +147,7 @@ def test_the_tool_reads_lines(config: ChatConfig) -> None:
 
 
 def test_text_is_completed(config: ChatConfig) -> None:
-    completed = chat(replace(config, prompt=["The dog", "狗"]))
+    completed = chat(replace(config, chat_template=None, prompt=["The dog", "狗"]))
     assert completed is not None
     assert completed.startswith("The dog")
     assert "\n\n狗" in completed
@@ -194,4 +197,62 @@ def test_stdin_that_is_closed_or_no_text(config: ChatConfig) -> None:
 
 def test_a_model_goes_on_with_a_token_or_more(config: ChatConfig) -> None:
     with pytest.raises(InputError, match=r"prompt is '', of which the tokenizer .* makes no token; expected a text"):
-        chat(replace(config, prompt=["The dog", ""]))
+        chat(replace(config, chat_template=None, prompt=["The dog", ""]))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer_dir: str) -> str:
+    """A model whose config.json has n_positions, with 64 of them, which it cannot go beyond."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = Path(shutil.copytree(chat_tokenizer_dir, tmp_path_factory.mktemp("gpt2") / "hf"))
+    torch.manual_seed(0)
+    shape = {"vocab_size": 406, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_answer_has_half_of_few_positions(
+    gpt2: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody says how long it may be; what was said is not changed."""
+    config = ChatConfig(gpt2, chat_template="chatml", temperature=0)
+    check_chat(config)
+    talk = Chat(Speaker(config), None)
+    assert talk.speaker.room() == 32
+    talk.say("Hi")
+    assert "[32 tokens" in capfd.readouterr().err
+    talk.say("dog " * 60)
+    assert "error: the question has more than 32 tokens" in capfd.readouterr().err
+    for check in (check_chat, Speaker):
+        with pytest.raises(InputError, match="max_new_tokens is 64; expected less than 64, the positions of"):
+            check(replace(config, max_new_tokens=64))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_text_to_complete_fits_with_what_completes_it(config: ChatConfig, gpt2: str, early: bool) -> None:
+    """In the positions of a model that cannot go beyond them, and of one that gets lost there."""
+    asks = check_chat if early else chat
+    for model, positions in ((gpt2, 64), (config.model, 256)):
+        text, new_tokens = "x" * (positions - 8), 9
+        said = f"has {len(text)} tokens, and max_new_tokens is {new_tokens}; expected at most {positions} together"
+        with pytest.raises(InputError, match=said):
+            asks(ChatConfig(model, prompt=["The", text], max_new_tokens=new_tokens))
+        asks(ChatConfig(model, prompt=["The", text], max_new_tokens=8))
+
+
+def test_completion_is_as_it_was_asked_for(config: ChatConfig) -> None:
+    """By default greedy with a penalty; else as transformers does what is said."""
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(config.model), load(config.model)
+    ids = tokenizer("The dog", return_tensors="pt")
+    for penalty in (None, 1.0, 1.2):
+        output = model.generate(**ids, max_new_tokens=24, do_sample=False, repetition_penalty=penalty or 1.2)
+        expected = tokenizer.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        asked = ChatConfig(config.model, prompt="The dog", max_new_tokens=24, repetition_penalty=penalty)
+        assert chat(asked) == "The dog" + expected
+    hot = replace(asked, temperature=3.0, top_p=1.0, seed=5)
+    assert chat(hot) == chat(hot)
+    assert len({chat(hot), chat(replace(hot, seed=6)), chat(asked)}) == 3

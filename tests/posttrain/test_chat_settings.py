@@ -24,7 +24,7 @@ ROWS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "model": ([], {"folder": "MODEL"}),
     "system": (["--system", "Be kind."], {"prompt": "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi"}),
     "chat_template": (["--chat_template", "llama3"], {"prompt": "<|start_header_id|>user<|end_header_id|>\n\nHi"}),
-    "prompt": (["--prompt", "The dog"], {"completed": (["The dog"], 512)}),
+    "prompt": (["--prompt", "The dog"], {"completed": ["The dog"], "temperature": 0.0, "repetition_penalty": 1.2}),
     "max_new_tokens": (["--max_new_tokens", "7"], {"max_new_tokens": 7}),
     "temperature": (["--temperature", "0.3"], {"temperature": 0.3, "do_sample": True, "top_k": 0}),
     "top_p": (["--top_p", "0.4"], {"top_p": 0.4}),
@@ -41,7 +41,7 @@ def test_a_setting_arrives(setting: str, chat_tokenizer_dir: str, tmp_path: Path
     folder = tmp_path / "MODEL"
     shutil.copytree(chat_tokenizer_dir, folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    template = [] if "--chat_template" in given else ["--chat_template", "chatml"]
+    template = [] if {"--chat_template", "--prompt"} & {*given} else ["--chat_template", "chatml"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nHi\n"))
     run_tool(chat, ChatConfig, "", [str(folder), *template, *given], positional="model")
     found = {name: seen[name] for name in expected}
@@ -49,6 +49,40 @@ def test_a_setting_arrives(setting: str, chat_tokenizer_dir: str, tmp_path: Path
         assert expected["prompt"] in found.pop("prompt")
         expected = {name: value for name, value in expected.items() if name != "prompt"}
     assert found == expected
+
+
+WITH_PROMPT = {  # setting -> what is given, and what completes the text
+    "max_new_tokens": (["--max_new_tokens", "7"], 7),
+    "temperature": (["--temperature", "0.3"], 0.3),
+    "top_p": (["--top_p", "0.4"], 0.4),
+    "repetition_penalty": (["--repetition_penalty", "1.0"], 1.0),
+    "seed": (["--seed", "5"], 5),
+    "dtype": (["--dtype", "bfloat16"], torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("setting", sorted(settings_of(ChatConfig) - {"model", "prompt"}))
+def test_a_setting_acts_on_a_prompt_or_is_refused(
+    setting: str,
+    chat_tokenizer_dir: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    seen = stand_in(monkeypatch)
+    shutil.copytree(chat_tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    given, expected = WITH_PROMPT.get(setting, (ROWS[setting][0], None))
+    options = [str(tmp_path), "--prompt", "The dog", *given]
+    if setting in WITH_PROMPT:
+        run_tool(chat, ChatConfig, "", options, positional="model")
+        assert (seen["completed"], seen[setting]) == (["The dog"], expected)
+        return
+    with pytest.raises(SystemExit) as end:
+        run_tool(chat, ChatConfig, "", options, positional="model")
+    assert end.value.code == 2
+    said = f"error: {setting} is {given[1]}; expected nothing with prompt, a text to go on with as it is"
+    assert capsys.readouterr().err.splitlines()[-1] == said
 
 
 def test_temperature_0_is_greedy(chat_tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,13 +111,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         def eval(self) -> Model:
             return self
 
-    def load(folder: str, dtype: Any, **_: Any) -> Model:
+    def load(folder: str, dtype: Any, **_: Any) -> tuple[Model, dict[str, list[str]]]:
         seen.update(folder=Path(folder).name, dtype=dtype)
         limits = SimpleNamespace(max_position_embeddings=2048)
-        return Model(config=limits, generation_config=transformers.GenerationConfig(), device="cpu")
+        model = Model(config=limits, generation_config=transformers.GenerationConfig(), device="cpu")
+        return model, {"missing_keys": []}
 
-    def completed(folder: str, prompts: list[str], number: int) -> list[str]:
-        seen["completed"] = (prompts, number)
+    def completed(folder: str, prompts: list[str], number: int | None, **options: Any) -> list[str]:
+        seen.update(options, completed=prompts, max_new_tokens=number)
         return [""] * len(prompts)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)

@@ -61,6 +61,8 @@ BAD: dict[str, tuple[str, object, str]] = {
     "no text": (IN_FILE, b"\xe9\xff{{ messages }}", "byte 0 is not UTF-8; expected UTF-8 text"),
     "empty in the configuration": (IN_CONFIG, "", r"tokenizer_config\.json: chat_template is empty"),
     "a number": (IN_CONFIG, 7, "chat_template is 7; expected a text, or a list of objects with name and template"),
+    "a default that is null": (IN_CONFIG, {"default": None}, "chat_template: default is null; expected a text"),
+    "a default that is a number": (IN_CONFIG, {"default": 5}, "chat_template: default is 5; expected a text"),
     "none by default": (IN_CONFIG, [{"name": "tool_use", "template": "x"}], "chat_template has tool_use and no default"),
     "no file by default": (
         "additional_chat_templates/tool_use.jinja",
