@@ -8,7 +8,5 @@ from tampering import tamper, wishes_of_environment
 TOOL = str(Path(__file__).parent.parent / "tools" / "pretrain_cpt.py")
 
 if __name__ == "__main__":
-    import megatron_cpt.training  # noqa: F401  (prepares the platform)
-
     tamper(wishes_of_environment())
     runpy.run_path(TOOL, run_name="__main__")

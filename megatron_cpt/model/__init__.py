@@ -1,4 +1,4 @@
 """HF LlamaConfig <-> megatron-core, and the GPTModel of this rank.
 
-Only `build` imports torch and megatron (and prepares the platform first); architecture, layouts and FLOPs do not.
+Only `build` imports torch and megatron; architecture, layouts and FLOPs do not.
 """

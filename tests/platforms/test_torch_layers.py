@@ -6,12 +6,11 @@ import math
 from itertools import pairwise
 from types import SimpleNamespace
 
+import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-import megatron_cpt.platforms.imported_megatron
-import megatron_cpt.training  # noqa: F401  (prepares the platform)
 from megatron_cpt.platforms.torch_layers import SdpaCoreAttention
 
 HEAD_DIM = 8

@@ -24,7 +24,6 @@ from tiny_models import VARIANTS
 from tiny_runs import Runs
 from tiny_tokenizer import make_tiny_tokenizer
 
-import megatron_cpt.training  # noqa: F401  (prepares the platform)
 from megatron_cpt.config.lr import LrConfig
 from megatron_cpt.config.run import (
     CheckpointConfig,
