@@ -159,9 +159,9 @@ def slow_reads(wish: dict[str, Any]) -> None:
 
 def slow_saves(wish: dict[str, Any]) -> None:
     """In every save, when its temporary folder is there."""
-    from megatron_cpt.checkpoint.save_operation import Attempt
+    from megatron_cpt.checkpoint.save_operation import SaveOperation
 
-    slow(Attempt, "_start_writers", Pause(**wish))
+    slow(SaveOperation, "_start_writers", Pause(**wish))
 
 
 def loading_fails(wish: dict[str, Any]) -> None:
@@ -182,18 +182,18 @@ def loading_fails(wish: dict[str, Any]) -> None:
 
 def first_saves_fail(number: int) -> None:
     """The first `number` saves cannot be published."""
-    from megatron_cpt.checkpoint.save_operation import Attempt
+    from megatron_cpt.checkpoint.save_operation import SaveOperation
 
-    real, left = Attempt._publish, number
+    real, left = SaveOperation._publish, number
 
-    def call(self: Attempt, *args: Any) -> None:
+    def call(self: SaveOperation, *args: Any) -> None:
         nonlocal left
         if left:
             left -= 1
             raise OSError("broken on purpose")
         real(self, *args)
 
-    Attempt._publish = call  # type: ignore[method-assign]
+    SaveOperation._publish = call  # type: ignore[method-assign]
 
 
 def slow_end(wish: dict[str, Any]) -> None:
@@ -326,7 +326,7 @@ def tell_engine(sign: str) -> None:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_cpt.checkpoint.save_operation import Attempt
+    from megatron_cpt.checkpoint.save_operation import SaveOperation
     from megatron_cpt.training import pretrain, step
     from megatron_cpt.training.stopping import Peers
 
@@ -359,7 +359,7 @@ def tell_engine(sign: str) -> None:
     before(pretrain, "rerunning", lambda wanted, batches: tell("rerunning", wanted=wanted))
     before(Peers, "__init__", lambda self, *args: tell("heartbeat", seconds=args[-1]))
     before(
-        Attempt,
+        SaveOperation,
         "__init__",
         lambda self, request: tell("save", optimizer=request.optimizer is not None, background=request.staging is not None),
     )
@@ -410,4 +410,4 @@ def failing_saves(_: Any) -> None:
     def attempt(request: Any) -> None:
         raise saver.CheckpointError("broken on purpose")
 
-    saver.Attempt = attempt  # type: ignore[assignment, misc]
+    saver.SaveOperation = attempt  # type: ignore[assignment, misc]

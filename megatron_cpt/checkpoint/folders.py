@@ -47,7 +47,7 @@ def remove_empty(folders: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def appearing_folder(path: str) -> Iterator[str]:
+def atomic_folder(path: str) -> Iterator[str]:
     """A temporary folder beside `path` that takes its name when the block succeeds and vanishes when it fails."""
     path = os.path.realpath(path)  # a link keeps its place; `a/../b` is one folder, and needs no a
     temporary = temporary_name(path)

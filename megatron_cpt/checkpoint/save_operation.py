@@ -81,7 +81,7 @@ class Request:
     staging: Staging | None = None
 
 
-class Attempt:
+class SaveOperation:
     """The writing of one checkpoint, in the background from the start on; all ranks call every method.
 
     Attributes:
@@ -249,6 +249,6 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written; what was there before is untouched
     """
-    attempt = Attempt(Request(root, chunks, optimizer, hf_files, manifest, progress))
+    attempt = SaveOperation(Request(root, chunks, optimizer, hf_files, manifest, progress))
     attempt.finish()
     return attempt.folder

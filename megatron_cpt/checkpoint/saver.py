@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_cpt.checkpoint.folders import hide, remove_unfinished, to_delete
-from megatron_cpt.checkpoint.save_operation import Attempt, CheckpointError, Request, Structure
+from megatron_cpt.checkpoint.save_operation import CheckpointError, Request, SaveOperation, Structure
 from megatron_cpt.checkpoint.staging import Staging, staging_size
 from megatron_cpt.checkpoint.state import Progress
 from megatron_cpt.config.run import CheckpointConfig
@@ -41,7 +41,7 @@ class Saver:
         self.published: int | None = None
         self.seconds_blocked = 0.0
         self._config, self._say = config, say
-        self._attempt: Attempt | None = None
+        self._attempt: SaveOperation | None = None
         self._iteration = 0
         self._started = 0.0
         self._failures = 0  # in a row
@@ -138,7 +138,7 @@ class Saver:
         begin = time.perf_counter()
         self._started, self._iteration = time.monotonic(), iteration
         try:
-            self._attempt = Attempt(request)
+            self._attempt = SaveOperation(request)
         except CheckpointError as error:
             self._failed(error)
         else:

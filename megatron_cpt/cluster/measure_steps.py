@@ -25,7 +25,7 @@ from megatron_cpt.mixture.loader import Batch
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import launched_world_size, process_groups
-from megatron_cpt.training.launch import prepare_arithmetic
+from megatron_cpt.training.launch import set_numerics
 from megatron_cpt.training.model_setup import build
 from megatron_cpt.training.step import StepShape, train_step
 
@@ -77,7 +77,7 @@ def main(target: str, settings: str) -> None:
     several = launched_world_size() > 1
     parallel = ParallelConfig(overlap_grad_reduce=several, overlap_param_gather=several)
     config = RunConfig("", CheckpointConfig("", ""), stack.training(), parallel=parallel)
-    prepare_arithmetic(config.training)
+    set_numerics(config.training)
     with process_groups(parallel, 1) as ranks:
         chunks, optimizer = build(config, llama, stack.seq_length, ranks)
         with torch.no_grad():

@@ -28,19 +28,19 @@ from megatron_cpt.platforms import Platform, current_platform
 from megatron_cpt.platforms.process_groups import Ranks
 
 __all__ = [
-    "Arithmetic",
     "LayerType",
+    "Numerics",
     "TransformerConfig",
-    "arithmetic_of",
     "build_chunks",
     "build_model",
     "mark_tensor_parallel",
+    "numerics_of",
     "transformer_config",
 ]
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Numerics:
     """Settings of TransformerConfig that change how it computes, with its names."""
 
     fp8: str | None = None
@@ -50,13 +50,13 @@ class Arithmetic:
     """Whose layers; None: the platform's choice."""
 
 
-def arithmetic_of(training: TrainingConfig) -> Arithmetic:
+def numerics_of(training: TrainingConfig) -> Numerics:
     """As a run's configuration asks for."""
-    return Arithmetic(training.fp8, training.fp8_recipe, training.deterministic, training.transformer_impl)
+    return Numerics(training.fp8, training.fp8_recipe, training.deterministic, training.transformer_impl)
 
 
 def transformer_config(
-    llama: LlamaConfig, parallel: ParallelConfig, params_dtype: torch.dtype, arithmetic: Arithmetic = Arithmetic()
+    llama: LlamaConfig, parallel: ParallelConfig, params_dtype: torch.dtype, arithmetic: Numerics = Numerics()
 ) -> TransformerConfig:
     """What megatron-core needs to know to build and train this architecture; no dropout anywhere, as in Llama."""
     platform = current_platform()

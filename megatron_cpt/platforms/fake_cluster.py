@@ -35,7 +35,7 @@ def fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         with what_fake_tensors_cannot_do(), FakeTensorMode(allow_non_fake_inputs=True):
-            yield ranks_here(torch.device("cpu"), same_samples=None)  # nobody to agree with
+            yield ranks_here(torch.device("cpu"), model_parallel_group=None)  # nobody to agree with
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -33,7 +33,7 @@ class Ranks:
     context_rank: int
     context_size: int
     device: torch.device
-    same_samples: dist.ProcessGroup | None
+    model_parallel_group: dist.ProcessGroup | None
     """Gloo group of the ranks that compute the same samples of the same stage (tensor and context parallel); None: alone."""
 
     @property
@@ -56,12 +56,12 @@ class Ranks:
         """Speaks for the run."""
         return self.rank == 0
 
-    def any_of_same_samples(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank of `same_samples`: on the host, so that no device has to be waited for."""
-        if self.same_samples is None:
+    def model_parallel_any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank of `model_parallel_group`: on the host, so that no device is waited for."""
+        if self.model_parallel_group is None:
             return flag
         value = torch.tensor([int(flag)])
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.same_samples)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.model_parallel_group)
         return bool(value.item())
 
     def gather(self, thing: Any) -> list[Any]:
@@ -76,7 +76,7 @@ class Ranks:
         dist.all_reduce(told, op=dist.ReduceOp.MAX)
         return bool(told.item())
 
-    def sum_from_last_stage(self, values: torch.Tensor, *flags: bool) -> tuple[list[float], list[bool]]:
+    def reduce_from_last_pipeline_stage(self, values: torch.Tensor, *flags: bool) -> tuple[list[float], list[bool]]:
         """Sums over data-parallel replicas of `values` as the last pipeline stages have them; the same on every rank.
 
         `values` (1-D) counts on the last stage only; tensor-parallel ranks there hold equal copies, so the first speaks;
@@ -96,7 +96,7 @@ def job_store() -> dist.Store:
     return store
 
 
-def gloo_groups_of_same_samples() -> dist.ProcessGroup | None:
+def gloo_model_parallel_group() -> dist.ProcessGroup | None:
     """This rank's group of tensor x context parallel ranks, over gloo also where these talk NCCL; None if it is alone."""
     from megatron.core import parallel_state
 
@@ -113,7 +113,7 @@ def gloo_groups_of_same_samples() -> dist.ProcessGroup | None:
     return mine
 
 
-def ranks_here(device: torch.device, same_samples: dist.ProcessGroup | None) -> Ranks:
+def ranks_here(device: torch.device, model_parallel_group: dist.ProcessGroup | None) -> Ranks:
     """Where this process stands in megatron-core's groups."""
     from megatron.core import parallel_state
 
@@ -129,7 +129,7 @@ def ranks_here(device: torch.device, same_samples: dist.ProcessGroup | None) -> 
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel_state.get_context_parallel_world_size(),
         device=device,
-        same_samples=same_samples,
+        model_parallel_group=model_parallel_group,
     )
 
 
@@ -216,7 +216,7 @@ def process_groups(parallel: ParallelConfig, seed: int = 1234, alone: bool = Fal
             context_parallel_size=parallel.context_parallel_size,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        yield ranks_here(device, gloo_groups_of_same_samples())
+        yield ranks_here(device, gloo_model_parallel_group())
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

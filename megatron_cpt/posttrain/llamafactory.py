@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from megatron_cpt.checkpoint.folders import appearing_folder
+from megatron_cpt.checkpoint.folders import atomic_folder
 from megatron_cpt.posttrain.conversations import Conversation, Message, Preference
 from megatron_cpt.posttrain.data import Prepared
 from megatron_cpt.posttrain.run_files import accumulation, check_export
@@ -38,7 +38,7 @@ def export(folder: str, config: SftConfig | DpoConfig, prepared: Prepared[Any], 
         check_messages(item.origin, item.row)
     stage = "dpo" if hasattr(config, "beta") else "sft"
     sets = {"train": prepared.train, "validation": [item for items in prepared.validation.values() for item in items]}
-    with appearing_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         info = {}
         for name, items in sets.items():
             if items:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from accelerate import PartialState, init_empty_weights
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from megatron_cpt.checkpoint.folders import appearing_folder
+from megatron_cpt.checkpoint.folders import atomic_folder
 from megatron_cpt.checkpoint.layout import versions
 from megatron_cpt.model.hf_folder import check_model
 from megatron_cpt.posttrain.checkpoints import RESULT, RUN, set_aside
@@ -243,7 +243,7 @@ def train(
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes, on the first
     if first:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        with appearing_folder(target) as temporary:
+        with atomic_folder(target) as temporary:
             write_model(model, weights, temporary, merge, dtype)
             tokenizer.save_pretrained(temporary)
             facts = {"kind": "finetune", "iteration": steps, "config": settings, "versions": versions()}

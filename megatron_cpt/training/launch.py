@@ -13,12 +13,12 @@ import torch
 
 from megatron_cpt.config.run import RunConfig, TrainingConfig
 from megatron_cpt.training.run_files import find_start
-from megatron_cpt.training.stopping import StopRequestedError, Watch
+from megatron_cpt.training.stopping import StopController, StopRequestedError
 from megatron_cpt.utils.errors import InputError, RunError, SharedInputError
 from megatron_cpt.utils.lock import locked
 
 
-def leave(watch: Watch) -> None:
+def leave(watch: StopController) -> None:
     """The store that ranks talk through goes with the first of them that leaves: by then none may listen any more."""
     watch.close()
     torch.distributed.barrier()
@@ -47,7 +47,9 @@ def only_run(config: RunConfig, start_from: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def telling_others(watch: Watch, world_size: int, error_stream: TextIO, failed: Callable[[str], None]) -> Iterator[None]:
+def propagate_failure(
+    watch: StopController, world_size: int, error_stream: TextIO, failed: Callable[[str], None]
+) -> Iterator[None]:
     """If this rank fails alone, say so at once: the others would wait for it in a collective until that times out.
 
     `failed` notes the reason of any end that is not one of a run's own.
@@ -69,7 +71,7 @@ def telling_others(watch: Watch, world_size: int, error_stream: TextIO, failed: 
         os._exit(1)  # process groups cannot be left in good order while others wait in them
 
 
-def prepare_arithmetic(training: TrainingConfig) -> None:
+def set_numerics(training: TrainingConfig) -> None:
     """Settings of torch that hold for the whole process."""
     torch.set_float32_matmul_precision(training.float32_matmul_precision)
     torch.manual_seed(training.seed)

@@ -23,7 +23,7 @@ from megatron_cpt.training.baseline import Baseline, Measurement
 from megatron_cpt.training.metrics_file import MetricsFile, finite, read_metrics
 from megatron_cpt.training.progress_line import RunProgress, TimeLeft, plain, step_parts
 from megatron_cpt.training.rank_logs import output_to_file, rank_file
-from megatron_cpt.training.trackers import Sinks, Start
+from megatron_cpt.training.trackers import Start, Trackers
 from megatron_cpt.training.validation_result import ValidationResult
 from megatron_cpt.training.validation_table import figures, new_languages, validation_lines
 from megatron_cpt.utils.console import wide_console
@@ -56,7 +56,7 @@ class RunLog:
         self.progress = RunProgress(self.console, self.live)
         self.file = MetricsFile(folder)
         self.time_left = TimeLeft()
-        self.sinks: Sinks | None = None
+        self.trackers: Trackers | None = None
         self.new: frozenset[str] = frozenset()
         self.stack = ExitStack()
         self._position: tuple[int, int | None] | None = None  # (iteration, train_iters) while the run is under way
@@ -73,8 +73,8 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self.progress.stop()  # first: it gives the terminal its cursor back
-            if self.sinks is not None:
-                self.sinks.close(failed=kind is not None)
+            if self.trackers is not None:
+                self.trackers.close(failed=kind is not None)
         finally:
             self.stack.__exit__(kind, error, trace)
             self.error_stream = sys.stderr
@@ -107,7 +107,7 @@ class RunLog:
         last_recorded = max((row["iteration"] for row in read_metrics(self.folder)), default=-1)
         for problem in self.file.keep_until(iteration if (iteration if resumed is None else resumed) else -1):
             self.say(problem)
-        self.sinks = Sinks(self.config, Start(self.folder, iteration, last_recorded, run), self.say)
+        self.trackers = Trackers(self.config, Start(self.folder, iteration, last_recorded, run), self.say)
         self.say(ledger_table(ledger))
         self.say(learning_rate_lines(rates))
 
@@ -131,8 +131,8 @@ class RunLog:
         self._position = (row["iteration"], train_iters)
         if time.monotonic() - self._said_status > SECONDS_BETWEEN_STATUS:
             self.status("running", *self._position)
-        if self.sinks is not None:
-            self.sinks.training(row)
+        if self.trackers is not None:
+            self.trackers.training(row)
         self.time_left.step(row["seconds"])
         left = self.time_left.seconds(train_iters - row["iteration"])
         if row.get("skipped"):
@@ -154,8 +154,8 @@ class RunLog:
             return
         sets = figures(results, measured, baselines)
         self.metrics({"iteration": iteration, "validation": sets})
-        if self.sinks is not None:
-            self.sinks.validation(iteration, finite(sets))
+        if self.trackers is not None:
+            self.trackers.validation(iteration, finite(sets))
         width = self.console.width if self.live else None
         self.say("\n".join(validation_lines(iteration, sets, self.new, width)))
 

@@ -1,4 +1,4 @@
-"""Steps that go wrong: what is unusual, how often it may be, and whether replicas still agree."""
+"""Steps that go wrong: which step is a spike, how often one may be, and whether replicas still agree."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from megatron_cpt.utils.errors import RunError
 
 
 @dataclass(frozen=True)
-class History:
-    """What decides whether the next step is unusual; a part of every checkpoint, so that a resume decides alike.
+class SpikeHistory:
+    """What decides whether the next step is a spike; a part of every checkpoint, so that a resume decides alike.
 
     Attributes:
         losses: of the last accepted steps, oldest first, at most spike_window of them
@@ -37,22 +37,22 @@ class History:
         return dataclasses.asdict(self)
 
     @staticmethod
-    def from_json(saved: dict[str, Any]) -> History:
+    def from_json(saved: dict[str, Any]) -> SpikeHistory:
         """What `to_json` made."""
         before = saved["before"]
-        return History(tuple(saved["losses"]), saved["skipped"], before and Progress(**before))
+        return SpikeHistory(tuple(saved["losses"]), saved["skipped"], before and Progress(**before))
 
-    def accepted(self, loss: float, config: TroubleConfig) -> History:
+    def accepted(self, loss: float, config: TroubleConfig) -> SpikeHistory:
         """After a step that changed the weights."""
         kept = (*self.losses, loss)[-config.spike_window :] if config.spike_sigmas is not None else ()
-        return History(kept)
+        return SpikeHistory(kept)
 
-    def rejected(self, progress: Progress) -> History:
+    def rejected(self, progress: Progress) -> SpikeHistory:
         """After a step that did not; `progress` as before it."""
         return dataclasses.replace(self, skipped=self.skipped + 1, before=self.before or progress)
 
 
-def unusual(history: History, config: TroubleConfig, loss: float, grad_norm: float) -> str | None:
+def is_spike(history: SpikeHistory, config: TroubleConfig, loss: float, grad_norm: float) -> str | None:
     """Why a step with this loss and gradient norm is a spike; None if it is not."""
     if config.spike_grad_norm is not None and grad_norm > config.spike_grad_norm:
         return f"the gradient norm {grad_norm:.4g} is above trouble.spike_grad_norm {config.spike_grad_norm:g}"

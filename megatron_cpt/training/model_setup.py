@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import OptimizerConfig, RunConfig
-from megatron_cpt.model.build import arithmetic_of, build_chunks, transformer_config
+from megatron_cpt.model.build import build_chunks, numerics_of, transformer_config
 from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.platforms import current_platform
@@ -31,7 +31,7 @@ def build(
 ) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Model chunks (one, unless the pipeline is interleaved) with uninitialised weights, and their optimizer."""
     params_dtype, parallel = dtype_of(config.training.params_dtype), config.parallel
-    engine = transformer_config(llama, parallel, params_dtype, arithmetic_of(config.training))
+    engine = transformer_config(llama, parallel, params_dtype, numerics_of(config.training))
     current_platform().before_layers(parallel, config.training, seq_length, llama.hidden_size)
     chunks = in_ddp(build_chunks(llama, engine, seq_length, current_platform(), ranks), engine, parallel)
     optimizer = get_megatron_optimizer(
@@ -83,7 +83,7 @@ def unwrap(chunks: Sequence[DistributedDataParallel]) -> list[GPTModel]:
 
 
 @contextlib.contextmanager
-def whole_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+def gathered_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """Within the block the parameters are up to date everywhere, also where the next forward pass would gather them."""
     overlapping = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
     for chunk in overlapping:

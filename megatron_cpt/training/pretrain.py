@@ -22,10 +22,10 @@ from megatron_cpt.mixture.loader import BatchShape, TrainingData, Waited, prefet
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import job_store, process_groups
 from megatron_cpt.training.baseline import extended, incomparable, measurements
-from megatron_cpt.training.launch import duration, leave, only_run, prepare_arithmetic, telling_others
+from megatron_cpt.training.launch import duration, leave, only_run, propagate_failure, set_numerics
 from megatron_cpt.training.log import RunLog
-from megatron_cpt.training.loss_spikes import check_replicas, unusual
-from megatron_cpt.training.model_setup import build, unwrap, whole_parameters
+from megatron_cpt.training.loss_spikes import check_replicas, is_spike
+from megatron_cpt.training.model_setup import build, gathered_parameters, unwrap
 from megatron_cpt.training.profiling import profiling
 from megatron_cpt.training.records import layout, metrics_of_step, peak_memory, run_description, run_ledger, run_manifest
 from megatron_cpt.training.rerun import rerunning
@@ -35,7 +35,7 @@ from megatron_cpt.training.run_metadata import run_facts
 from megatron_cpt.training.schedule import learning_rate_table
 from megatron_cpt.training.state import RunContext, TrainState
 from megatron_cpt.training.step import StepResult, StepShape, train_step
-from megatron_cpt.training.stopping import StopRequestedError, Watch
+from megatron_cpt.training.stopping import StopController, StopRequestedError
 from megatron_cpt.training.validate_config import CheckedRun, check_run
 from megatron_cpt.training.validation import validate
 from megatron_cpt.utils.errors import RunError, SharedInputError
@@ -53,7 +53,7 @@ def setup(config: RunConfig) -> str | None:
             log.say(note)
         log.say(ledger_table(run.data.ledger(run.mixture)))
         return None
-    with Watch(folder, duration(config.training), launched_world_size()) as watch:
+    with StopController(folder, duration(config.training), launched_world_size()) as watch:
         try:
             run = check_run(config, launched_world_size())
             if not run.complete:
@@ -72,17 +72,17 @@ def setup(config: RunConfig) -> str | None:
     return folder if first else None
 
 
-def start(run: CheckedRun, watch: Watch) -> None:
+def start(run: CheckedRun, watch: StopController) -> None:
     """Start the process groups and run."""
     config = run.config
-    prepare_arithmetic(config.training)
+    set_numerics(config.training)
     with (
         process_groups(config.parallel, config.training.seed) as ranks,
         RunLog(config.checkpoint.save, config.logging, ranks.rank) as log,
     ):
         heartbeat = config.trouble.heartbeat_seconds
         watch.share(job_store(), ranks.rank, ranks.world_size, heartbeat, log.error_stream, log.failed)
-        with telling_others(watch, ranks.world_size, log.error_stream, log.failed):
+        with propagate_failure(watch, ranks.world_size, log.error_stream, log.failed):
             try:
                 main(RunContext(run, ranks, log, watch, Saver(config.checkpoint, log.say)))
             except StopRequestedError:
@@ -215,7 +215,7 @@ def fit(context: RunContext, state: TrainState) -> None:
                 ranks,
                 requests,
                 reruns,
-                lambda loss, grad_norm: unusual(state.history, config.trouble, loss, grad_norm),
+                lambda loss, grad_norm: is_spike(state.history, config.trouble, loss, grad_norm),
             )
             take(context, state, result, after)
             seconds = time.perf_counter() - start
@@ -275,7 +275,7 @@ def finish_step(context: RunContext, state: TrainState, shape: StepShape, result
     config, iteration = context.config, state.progress.iteration
     last = iteration == context.run.length.train_iters
     if due(iteration, config.trouble.check_weights_interval):
-        with whole_parameters(state.chunks):
+        with gathered_parameters(state.chunks):
             check_replicas(state.chunks, iteration, context.ranks)
     context.saver.poll()
     state.evaluated = not (last or due(iteration, config.validation.eval_interval))
@@ -317,7 +317,7 @@ def save(context: RunContext, state: TrainState, last: bool = False) -> None:
     run, config = context.run, context.config
     if context.saver.published == state.progress.iteration:
         return
-    with whole_parameters(state.chunks):
+    with gathered_parameters(state.chunks):
         optimizer = state.optimizer if config.checkpoint.save_optim else None
         context.saver.save(
             unwrap(state.chunks), optimizer, context.hf_files, run_manifest(context, state), state.progress, last
@@ -338,7 +338,7 @@ def evaluate(context: RunContext, state: TrainState, shape: StepShape) -> None:
         wanted = config.validation.eval_samples
         samples = sum(validation_samples(corpus, mixture.seq_length, wanted) for corpus in mixture.validation)
         task = log.progress.add_task("validation", total=samples, note="")
-        with whole_parameters(state.chunks):
+        with gathered_parameters(state.chunks):
             results = validate(
                 state.chunks,
                 mixture.validation,

@@ -15,8 +15,8 @@ from megatron_cpt.config.run import RunConfig
 from megatron_cpt.platforms.process_groups import Ranks
 from megatron_cpt.training.baseline import Baseline
 from megatron_cpt.training.log import RunLog
-from megatron_cpt.training.loss_spikes import History
-from megatron_cpt.training.stopping import Watch
+from megatron_cpt.training.loss_spikes import SpikeHistory
+from megatron_cpt.training.stopping import StopController
 from megatron_cpt.training.validate_config import CheckedRun
 
 
@@ -32,7 +32,7 @@ class RunContext:
     run: CheckedRun
     ranks: Ranks
     log: RunLog
-    watch: Watch
+    watch: StopController
     saver: Saver
     hf_files: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -55,6 +55,6 @@ class TrainState:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     progress: Progress = field(default_factory=Progress)
-    history: History = field(default_factory=History)
+    history: SpikeHistory = field(default_factory=SpikeHistory)
     baselines: list[Baseline] = field(default_factory=list)
     evaluated: bool = False

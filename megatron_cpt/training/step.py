@@ -25,7 +25,7 @@ from megatron_cpt.config.run import OptimizerConfig
 from megatron_cpt.mixture.loader import Batch
 from megatron_cpt.platforms.process_groups import Ranks
 from megatron_cpt.training.rerun import Reruns
-from megatron_cpt.training.stopping import Requests, StopRequestedError
+from megatron_cpt.training.stopping import StopRequestedError, StopRequests
 
 # Per-token losses [b, s], targets [b, s], loss mask [b, s] -> (summed loss to differentiate, sums to report)
 LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -104,10 +104,10 @@ class Microbatches:
         """Forward pass of one micro-batch through one model chunk: its output, and what makes a loss of it."""
         batch = Batch(None, None, None) if iterator is None else next(iterator)
         self.calls[id(module)] += 1
-        if self.ranks.any_of_same_samples(batch is None or self.stopping()):
+        if self.ranks.model_parallel_any(batch is None or self.stopping()):
             self.skipped = True
             if not self._has_to_be_computed(module):
-                return self._uncomputed(module.module)
+                return self._dummy_forward(module.module)
             batch = Batch(None, None, None) if iterator is None else self._any_batch()
         assert batch is not None
         return self._compute(batch, module)
@@ -122,7 +122,7 @@ class Microbatches:
         packing = np.array([0, size * length], np.int32) if self.shape.packed else None
         return Batch(np.zeros((size, length + 1), np.int64), np.ones((size, length), np.float32), packing)
 
-    def _uncomputed(self, chunk: GPTModel) -> tuple[torch.Tensor, Callable[..., Any]]:
+    def _dummy_forward(self, chunk: GPTModel) -> tuple[torch.Tensor, Callable[..., Any]]:
         """Something of the right shape that can be differentiated."""
         if chunk.pre_process:
             config, shape = chunk.config, self.shape
@@ -238,20 +238,20 @@ def train_step(
     lr: float,
     settings: OptimizerConfig,
     ranks: Ranks,
-    requests: Requests | None = None,
+    requests: StopRequests | None = None,
     reruns: Reruns | None = None,
-    unusual: Callable[[float, float], str | None] = lambda loss, grad_norm: None,
+    is_spike: Callable[[float, float], str | None] = lambda loss, grad_norm: None,
 ) -> StepResult:
     """Forward, backward, clip and update; the result is the same on every rank.
 
     The weights stay as they were if the loss or the gradient is not finite, if no target of the global batch counts, or if
-    `unusual(loss, grad_norm)` gives a reason to. With `reruns`, `batches` are its.
+    `is_spike(loss, grad_norm)` gives a reason to. With `reruns`, `batches` are its.
 
     Raises:
         StopRequestedError: the run was asked to stop on the way; nothing has changed
     """
     apply_settings(optimizer, lr, settings)
-    requests = requests or Requests()
+    requests = requests or StopRequests()
     for _ in reruns.attempts() if reruns is not None else range(1):
         for chunk in chunks:
             chunk.zero_grad_buffer()
@@ -261,7 +261,7 @@ def train_step(
             reruns.check(report[0])
     if report is None:
         report = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    (loss_sum, targets), flags = ranks.sum_from_last_stage(report, skipped, requests.stopping(), requests.save)
+    (loss_sum, targets), flags = ranks.reduce_from_last_pipeline_stage(report, skipped, requests.stopping(), requests.save)
     any_skipped, stop, save = flags
     if any_skipped:
         raise StopRequestedError
@@ -271,7 +271,7 @@ def train_step(
         return StepResult(loss, math.nan, reason, stop, save)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    rejected = unusual(loss, grad_norm) if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
+    rejected = is_spike(loss, grad_norm) if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
     if rejected is None:
         apply_gradients(optimizer, grad_norm, settings.clip_grad)
     return StepResult(loss, grad_norm, rejected, stop, save)

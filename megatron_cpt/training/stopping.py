@@ -1,4 +1,4 @@
-"""Requests to save or to stop (signals, a time limit, files in the run's folder) and processes that are gone.
+"""StopRequests to save or to stop (signals, a time limit, files in the run's folder) and processes that are gone.
 
 A request that reaches one rank reaches all of them within a second, through the store that the process groups were made
 with: no collective is needed, so it arrives whatever the ranks are doing. A thread of each process watches.
@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from megatron_cpt.utils.errors import ProcessDiedError, StopRequestedError
 
-__all__ = ["ProcessDiedError", "Requests", "StopRequestedError", "Watch"]
+__all__ = ["ProcessDiedError", "StopController", "StopRequestedError", "StopRequests"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOP_FILE, SAVE_FILE = "stop_now", "save_now"
@@ -29,7 +29,7 @@ POLL_SECONDS = 0.5
 
 
 @dataclass
-class Requests:
+class StopRequests:
     """What was asked for so far: written by signal handlers and the watching thread, read by the loop."""
 
     stop: str | None = None
@@ -42,7 +42,7 @@ class Requests:
         return self.stop is not None
 
 
-class Watch:
+class StopController:
     """Listens for requests, and for dead processes, for the length of the block.
 
     Until `working` is called there is nothing to save: in a run of one process a request then raises StopRequestedError in
@@ -50,7 +50,7 @@ class Watch:
     """
 
     def __init__(self, folder: str, seconds: float | None, world_size: int) -> None:
-        self.requests = Requests()
+        self.requests = StopRequests()
         self._alone = world_size == 1
         self._folder = folder
         self._deadline = None if seconds is None else time.monotonic() + seconds
@@ -64,7 +64,7 @@ class Watch:
         self._on_death: Callable[[str], None] = lambda reason: None
         self._complained: set[str] = set()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> StopController:
         for number in SIGNALS:
             self._handlers[number] = signal.signal(number, self._on_signal)
         return self
@@ -207,7 +207,7 @@ class Peers:
         self.rank, self.world_size, self.heartbeat_seconds = rank, world_size, heartbeat_seconds
         self._beats: dict[int, tuple[bytes, float]] = {}
 
-    def exchange(self, requests: Requests) -> None:
+    def exchange(self, requests: StopRequests) -> None:
         """Tell and hear.
 
         Raises:

@@ -89,7 +89,7 @@ class Start:
     run: dict[str, Any]
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     """Takes named figures of steps."""
 
     name: str
@@ -174,12 +174,12 @@ def wandb_id(start: Start) -> tuple[str, bool]:
     return identity, False
 
 
-class Sinks:
-    """The sinks that the configuration asks for. One that fails is left out from there on, and that is said."""
+class Trackers:
+    """The trackers that the configuration asks for. One that fails is left out from there on, and that is said."""
 
     def __init__(self, config: LoggingConfig, start: Start, say: Callable[[str], None]) -> None:
         self.say = say
-        self.open: list[Sink] = []
+        self.open: list[Tracker] = []
         if config.tensorboard:
             try:
                 self.open.append(TensorBoard(start))

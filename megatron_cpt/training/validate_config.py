@@ -15,13 +15,13 @@ from megatron_cpt.config.run import RunConfig
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.mixture.ledger import unreached
 from megatron_cpt.mixture.mixture import Mixture
-from megatron_cpt.model.build import LayerType, TransformerConfig, arithmetic_of, transformer_config
+from megatron_cpt.model.build import LayerType, TransformerConfig, numerics_of, transformer_config
 from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.layout import check_batch, check_layout, check_recomputed_chunk
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.training.baseline import Baseline, from_json
-from megatron_cpt.training.loss_spikes import History
+from megatron_cpt.training.loss_spikes import SpikeHistory
 from megatron_cpt.training.run_files import (
     RunData,
     check_began_with,
@@ -49,13 +49,13 @@ class Resumed:
 
     Attributes:
         manifest: as a whole
-        history: see `History`
+        history: see `SpikeHistory`
         baselines: what the figures of validation sets are compared with
         evaluated: whether the evaluation that was due at its step was done
     """
 
     manifest: dict[str, Any]
-    history: History
+    history: SpikeHistory
     baselines: list[Baseline]
     evaluated: bool
 
@@ -163,7 +163,7 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
 def resumed_from(manifest: dict[str, Any]) -> Resumed:
     """A manifest's parts."""
     state = manifest["training"]
-    return Resumed(manifest, History.from_json(state["history"]), from_json(state["baseline"]), state["evaluated"])
+    return Resumed(manifest, SpikeHistory.from_json(state["history"]), from_json(state["baseline"]), state["evaluated"])
 
 
 def check_machine(config: RunConfig) -> None:
@@ -182,7 +182,7 @@ def check_engine(config: RunConfig, llama: LlamaConfig) -> None:
     """
     try:
         engine = transformer_config(
-            llama, config.parallel, dtype_of(config.training.params_dtype), arithmetic_of(config.training)
+            llama, config.parallel, dtype_of(config.training.params_dtype), numerics_of(config.training)
         )
     except (AssertionError, ValueError) as error:
         raise InputError(f"megatron-core refuses this configuration: {error}") from error

@@ -62,7 +62,7 @@ def validate(
             part, left_out = run_schedule(chunks, batches, call, ranks, sums, forward_only=True, stopping=stopping)
             report, skipped = report if part is None else report + part, skipped or left_out
             on_samples(max(min(call.num_microbatches * per_round, samples - start * per_round), 0))
-        totals, (any_skipped,) = ranks.sum_from_last_stage(report, skipped)
+        totals, (any_skipped,) = ranks.reduce_from_last_pipeline_stage(report, skipped)
         if any_skipped:
             raise StopRequestedError
         results.append(result_of(corpus, *totals))

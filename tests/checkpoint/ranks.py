@@ -26,7 +26,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from megatron_cpt.checkpoint.layout import read_hf_files
-from megatron_cpt.checkpoint.save_operation import Attempt, Request
+from megatron_cpt.checkpoint.save_operation import Request, SaveOperation
 from megatron_cpt.checkpoint.staging import live_tensors
 from megatron_cpt.checkpoint.state import Progress
 from megatron_cpt.config.parallel import ParallelConfig
@@ -61,7 +61,7 @@ class Trained:
         )
 
     def save(self, root: str, iteration: int) -> str:
-        attempt = Attempt(self.request(root, iteration))
+        attempt = SaveOperation(self.request(root, iteration))
         attempt.finish()
         return attempt.folder
 
@@ -103,6 +103,7 @@ def _run(
     folder: str, layout: Layout, rank: int, job: Callable[..., Any], arguments: tuple[Any, ...], timeout: float
 ) -> None:
     torch.set_num_threads(1)
+    prepare_platform()
     faulthandler.dump_traceback_later(timeout)
     try:
         store = dist.FileStore(os.path.join(folder, "store"), layout.world_size)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint.folders import appearing_folder, hide, remove_unfinished, set_aside_damaged, to_delete
+from megatron_cpt.checkpoint.folders import atomic_folder, hide, remove_unfinished, set_aside_damaged, to_delete
 from megatron_cpt.checkpoint.layout import (
     TRACKER,
     check_complete,
@@ -222,7 +222,7 @@ def test_a_folder_appears_however_its_place_is_written(tmp_path: Path, name: str
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")
     path = f"{tmp_path}/{name}"
-    with appearing_folder(path) as temporary:
+    with atomic_folder(path) as temporary:
         (Path(temporary) / "file").write_text("x")
     assert (Path(os.path.realpath(path)) / "file").read_text() == "x"
     assert (tmp_path / "link").is_symlink()
@@ -230,6 +230,6 @@ def test_a_folder_appears_however_its_place_is_written(tmp_path: Path, name: str
 
 
 def test_what_fails_leaves_no_folder_above_it(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), appearing_folder(str(tmp_path / "a" / "b" / "c")):
+    with pytest.raises(RuntimeError), atomic_folder(str(tmp_path / "a" / "b" / "c")):
         raise RuntimeError
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from tiny_models import ROOT, write_yaml
 
+from megatron_cpt.evaluation.report import only_evaluation
+from megatron_cpt.utils.errors import InputError
+
 MODEL = "which has no config.json; expected a Hugging Face folder, such as convert_checkpoint.py megatron-to-hf writes"
 HUB = "if it is a model on the Hugging Face hub, get it first: hf download my-org/model --local-dir model"
 FIELDS: dict[str, Any] = {
@@ -110,3 +113,14 @@ def test_tokenizers_that_do_not_go_with_the_template_are_all_named(tmp_path: Pat
     said = refused(tmp_path, {"models": models, "tasks": [TASK], "text": TEXT})
     assert len(said) == 1
     assert "last/tokenizer.json" in said[0]
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_folder_in_which_nothing_was_measured_goes_with_its_lock(tmp_path: Path, written: bool) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    with pytest.raises(InputError, match="a model is refused"), only_evaluation(str(output)):
+        if written:
+            (output / "report.json").write_text("{}")
+        raise InputError("a model is refused")
+    assert output.exists() == written

@@ -18,7 +18,7 @@ from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import TrainingConfig
 from megatron_cpt.platforms import cuda
 from megatron_cpt.platforms.cuda import CudaPlatform, leave_out_broken_transformer_engine
-from megatron_cpt.training.launch import prepare_arithmetic
+from megatron_cpt.training.launch import set_numerics
 
 BF16 = TrainingConfig(global_batch_size=8, train_iters=1, params_dtype="bf16")
 FP8 = TrainingConfig(global_batch_size=8, train_iters=1, params_dtype="bf16", fp8="hybrid")
@@ -103,7 +103,7 @@ def test_deterministic_runs_tell_transformer_engine(monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     try:
-        prepare_arithmetic(TrainingConfig(global_batch_size=8, train_iters=1, deterministic=True))
+        set_numerics(TrainingConfig(global_batch_size=8, train_iters=1, deterministic=True))
         assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
     finally:
         torch.use_deterministic_algorithms(False)

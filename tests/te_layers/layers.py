@@ -89,7 +89,7 @@ def fork(task: dict[str, Any], rank: int, port: int) -> int:
 def main(task: dict[str, Any]) -> dict[str, Any]:
     """Compare and save, as the task asks for; what was found."""
     from megatron_cpt.checkpoint.layout import read_hf_files
-    from megatron_cpt.checkpoint.save_operation import Attempt, Request
+    from megatron_cpt.checkpoint.save_operation import Request, SaveOperation
     from megatron_cpt.checkpoint.state import Progress
     from megatron_cpt.config.parallel import ParallelConfig
     from megatron_cpt.convert.hf_weights import extra_states, pieces_of
@@ -103,7 +103,9 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
     with process_groups(ParallelConfig(**task["parallel"]), alone=not task["parallel"]) as ranks:
         theirs = loaded(task, "transformer_engine", CudaPlatform(), ranks)
         compared = compare(theirs, loaded(task, "local", current_platform(), ranks))
-        Attempt(Request(task["save"], theirs, None, read_hf_files(task["hf"]), {"kind": "test"}, Progress(1, 1))).finish()
+        SaveOperation(
+            Request(task["save"], theirs, None, read_hf_files(task["hf"]), {"kind": "test"}, Progress(1, 1))
+        ).finish()
         everything = ranks.gather((compared, keys_of(theirs)))
     keys = set().union(*(keys for _, keys in everything))
     known = {piece.chunk.key for piece in pieces_of(llama, dtype)} | set(extra_states(llama))
@@ -120,13 +122,13 @@ def loaded(task: dict[str, Any], transformer_impl: str, platform: Any, ranks: An
     """This rank's model chunks with a platform's layers and the checkpoint's weights."""
     from megatron_cpt.checkpoint.save_load import load_checkpoint
     from megatron_cpt.config.parallel import ParallelConfig
-    from megatron_cpt.model.build import Arithmetic, build_chunks, transformer_config
+    from megatron_cpt.model.build import Numerics, build_chunks, transformer_config
     from megatron_cpt.model.dtypes import dtype_of
     from megatron_cpt.model.llama import read_llama_config
 
     llama, dtype = read_llama_config(task["hf"]), dtype_of(task["dtype"])
     on_gpu = transformer_impl == "transformer_engine"
-    arithmetic = Arithmetic(**(task.get("arithmetic", {}) if on_gpu else {}), transformer_impl=transformer_impl)
+    arithmetic = Numerics(**(task.get("arithmetic", {}) if on_gpu else {}), transformer_impl=transformer_impl)
     config = transformer_config(llama, ParallelConfig(**task["parallel"]), dtype, arithmetic)
     with as_on_a_gpu() if on_gpu else contextlib.nullcontext():
         chunks = build_chunks(llama, config, 64, platform, ranks)

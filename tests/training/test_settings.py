@@ -25,7 +25,7 @@ from tiny_runs import Runs
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import RunConfig, TrainingConfig
-from megatron_cpt.model.build import arithmetic_of, transformer_config
+from megatron_cpt.model.build import numerics_of, transformer_config
 from megatron_cpt.model.llama import read_llama_config
 
 SEQ_LENGTH = 64
@@ -440,6 +440,6 @@ def test_what_needs_a_gpu_reaches_megatron_core(starts: Starts, setting: str) ->
         read_llama_config(str(starts.runs.folder / "hf")),
         ParallelConfig(**given["parallel"]),
         torch.bfloat16,
-        arithmetic_of(TrainingConfig(**given["training"])),
+        numerics_of(TrainingConfig(**given["training"])),
     )
     assert getattr(config, name) == value

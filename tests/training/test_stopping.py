@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_cpt.training import stopping
-from megatron_cpt.training.stopping import Peers, Requests, Watch
+from megatron_cpt.training.stopping import Peers, StopController, StopRequests
 from megatron_cpt.utils.errors import ProcessDiedError
 
 
@@ -19,7 +19,7 @@ def test_a_rank_that_was_asked_to_stop_has_told_the_others_when_it_leaves(
     """They wait for the reason; its thread may not have looked at the request yet."""
     monkeypatch.setattr(stopping, "POLL_SECONDS", 3600.0)
     store = dist.HashStore()
-    with Watch(str(tmp_path), None, world_size=2) as watch:
+    with StopController(str(tmp_path), None, world_size=2) as watch:
         watch.share(store, 1, 2, 0.0, io.StringIO())
         watch.requests.stop = "SIGTERM"
         assert watch.reason() == "SIGTERM"
@@ -32,7 +32,7 @@ def test_a_rank_that_never_showed_a_sign_of_life_is_noticed(monkeypatch: pytest.
     """It may hang between the start of the process group and its first sign."""
     clock = iter(range(100))
     monkeypatch.setattr(stopping.time, "monotonic", lambda: float(next(clock)))
-    peers, requests = Peers(dist.HashStore(), 0, 2, 4.0), Requests()
+    peers, requests = Peers(dist.HashStore(), 0, 2, 4.0), StopRequests()
     for _ in range(5):
         peers.exchange(requests)
     with pytest.raises(ProcessDiedError, match="rank 1 has shown no sign of life for 5 s"):
@@ -41,14 +41,14 @@ def test_a_rank_that_never_showed_a_sign_of_life_is_noticed(monkeypatch: pytest.
 
 def test_a_request_that_cannot_be_removed_is_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "stop_now").mkdir()
-    with Watch(str(tmp_path), None, 2) as watch:
+    with StopController(str(tmp_path), None, 2) as watch:
         for _ in range(3):
             watch._look_around()
         assert not watch.requests.stopping()
     assert capsys.readouterr().err.count("stop_now is not obeyed, as it cannot be removed") <= 1
     (tmp_path / "stop_now").rmdir()
     (tmp_path / "stop_now").touch()
-    with Watch(str(tmp_path), None, 2) as watch:
+    with StopController(str(tmp_path), None, 2) as watch:
         watch._look_around()
         assert watch.requests.stop == "the file stop_now"
     assert not (tmp_path / "stop_now").exists()

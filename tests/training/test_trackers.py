@@ -103,8 +103,8 @@ def test_wandb_of_a_run_that_begins_anew_is_another(tmp_path: Path) -> None:
 def test_a_sink_that_fails_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(str(tmp_path), LoggingConfig(tensorboard=True), 0) as log:
         start(log)
-        assert log.sinks is not None
-        failing = log.sinks.open[0]
+        assert log.trackers is not None
+        failing = log.trackers.open[0]
 
         def full(*_: object) -> None:
             raise OSError("no space left")
