@@ -119,8 +119,13 @@ def test_tokenizers_that_do_not_go_with_the_template_are_all_named(tmp_path: Pat
 def test_a_folder_in_which_nothing_was_measured_goes_with_its_lock(tmp_path: Path, written: bool) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    with pytest.raises(InputError, match="a model is refused"), only_evaluation(str(output)):
-        if written:
-            (output / "report.json").write_text("{}")
-        raise InputError("a model is refused")
+
+    def measure() -> None:
+        with only_evaluation(str(output)):
+            if written:
+                (output / "report.json").write_text("{}")
+            raise InputError("a model is refused")
+
+    with pytest.raises(InputError, match="a model is refused"):
+        measure()
     assert output.exists() == written
