@@ -1,7 +1,7 @@
 """gigatoken, several times faster than the reference implementations, behind the same few methods.
 
 It is a young library that re-implements what `tokenizers`, `tiktoken` and `sentencepiece` do, so nothing here is to be
-trusted by itself: preprocessing compares it with the reference on the very input (`data.audit`).
+trusted by itself: preprocessing compares it with the reference on the very input (`corpus.audit`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _failures_as(error: Exception) -> Iterator[None]:
 
 
 class FastTokenizer:
-    """Text -> ids with gigatoken. Keeps every distinct word it has met: see `CACHE_BYTES` of `data.encoding`.
+    """Text -> ids with gigatoken. Keeps every distinct word it has met: see `CACHE_BYTES` of `corpus.encoding`.
 
     The text of special tokens is encoded as ordinary characters, as all tokenizers of this package do.
     """

@@ -23,6 +23,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_shapes import TINY
+from tiny_models import write_empty_weights
 
 from megatron_cpt.cluster.config import CheckConfig
 from megatron_cpt.cluster.run_files import check_files as check_cluster
@@ -139,7 +140,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str, ch
     for name in [*HF_FOLDERS, *(f"{megatron}/release/hf" for megatron in MEGATRON_FOLDERS)]:
         shutil.copytree(chat_tokenizer_dir if "cpt" in name else tiny_tokenizer_dir, folder / name)
         (folder / name / "config.json").write_text(json.dumps(SHAPE))
-        (folder / name / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # no tensor
+        write_empty_weights(folder / name)
         (folder / name / "chat_template.jinja").write_text("{{ messages }}")
     for name in MEGATRON_FOLDERS:
         for file in (".metadata", "common.pt"):

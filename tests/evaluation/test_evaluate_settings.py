@@ -19,7 +19,7 @@ import openai
 import pytest
 import transformers
 from every_setting import settings_of
-from tiny_models import write_yaml
+from tiny_models import write_empty_weights, write_yaml
 
 from megatron_cpt.config.cli import run_tool
 from megatron_cpt.convert.vocabulary import load
@@ -138,7 +138,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer_dir: str) -> d
     for name in ("one", "two"):
         shutil.copytree(chat_tokenizer_dir, folder / name)
         (folder / name / "config.json").write_text('{"model_type": "llama"}')
-        (folder / name / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # no tensor
+        write_empty_weights(folder / name)
     fields, found = settings(folder), Seen().found
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch, found)
@@ -187,7 +187,7 @@ def stand_in(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
         limits = SimpleNamespace(max_position_embeddings=4096)
         model = SimpleNamespace(config=limits, generation_config=None, name=Path(folder).name)
         model.eval = lambda: model
-        return model
+        return model, {"missing_keys": []}
 
     def text_loss(model: Any, tokenizer: Any, documents: list[str], window: int) -> TextLoss:
         found.update(documents=documents, window=window)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import ROOT, write_yaml
+from tiny_models import ROOT, write_empty_weights, write_yaml
 
 from megatron_cpt.evaluation.report import only_evaluation
 from megatron_cpt.utils.errors import InputError
@@ -97,7 +97,7 @@ def test_tokenizers_that_do_not_go_with_the_template_are_all_named(tmp_path: Pat
     for name, template in (("first", None), ("own", "{{ messages }}"), ("broken", "{% if %}"), ("last", None)):
         folder = Path(shutil.copytree(tiny_tokenizer_dir, tmp_path / name))
         (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+        write_empty_weights(folder)
         if template is not None:
             (folder / "chat_template.jinja").write_text(template)
     lacks = "has no token <|im_start|>; use another template, or add its tokens"

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import ROOT, write_yaml
+from tiny_models import ROOT, write_empty_weights, write_yaml
 from without_rights import LAUNCHER, lock, needs_somebody
 
 from megatron_cpt.posttrain.run_files import check_chat, check_data
@@ -170,7 +170,7 @@ def test_a_prompt_without_a_token_is_refused_at_once(tmp_path: Path, tiny_tokeni
     """Unless the tokenizer puts one before each text."""
     model = Path(shutil.copytree(tiny_tokenizer_dir, tmp_path / "model"))
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    write_empty_weights(model)
     command = [sys.executable, "-X", "importtime", str(ROOT / "tools" / "chat.py"), str(model), "--prompt", ""]
     assert errors_of(command) == [f"prompt is '', of which the tokenizer {model} makes no token; expected a text"]
     fields = json.loads((model / "tokenizer.json").read_text())
@@ -191,7 +191,7 @@ def test_a_template_that_cannot_be_exported_is_one_mistake(
 ) -> None:
     model = Path(shutil.copytree(tiny_tokenizer_dir, tmp_path / "model"))
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    write_empty_weights(model)
     (tmp_path / "run" / "hf").mkdir(parents=True)  # a finished run, of no account here
     options = ["--model", str(model), "--export_to", str(tmp_path / "new"), "--data.chat_template", template]
     said = refused(tmp_path, "finetune_sft.py", *options)
