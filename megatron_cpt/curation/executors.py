@@ -25,6 +25,7 @@ from megatron_cpt.curation.jobs import Job
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.lock import open_lock, share
+from megatron_cpt.utils.signals import handling
 
 if TYPE_CHECKING:
     from megatron_cpt.curation.curate import CurateConfig, SlurmConfig
@@ -60,11 +61,8 @@ def terminated_like_interrupted() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         sys.exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
+    with handling(stop, signal.SIGTERM):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def run_locally(jobs: list[Job], workers: int, root: Path) -> None:

@@ -31,6 +31,7 @@ from megatron_cpt.posttrain.templates import Template, load_template
 from megatron_cpt.training.metrics_file import MetricsFile
 from megatron_cpt.utils.errors import InputError, Refusals
 from megatron_cpt.utils.files import sync_files, write_json
+from megatron_cpt.utils.signals import handling
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REPORT, STATUS = "data_report.json", "status.json"
@@ -169,12 +170,8 @@ class Stop(TrainerCallback):
         def ask(number: int, frame: object) -> None:
             self.asked = signal.Signals(number).name
 
-        before = {number: signal.signal(number, ask) for number in SIGNALS}
-        try:
+        with handling(ask, *SIGNALS):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
         """Ask the trainer to save and to stop."""

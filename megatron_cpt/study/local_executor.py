@@ -28,6 +28,7 @@ from megatron_cpt.training.stopping import STOP_FILE
 from megatron_cpt.utils.errors import InputError, RunError
 from megatron_cpt.utils.files import write_text
 from megatron_cpt.utils.lock import open_lock, try_inherited
+from megatron_cpt.utils.signals import handling
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "pretrain_cpt.py"
 POLL_SECONDS = 0.5
@@ -74,13 +75,8 @@ def run_locally(study: StudyConfig, base: Base, todo: Sequence[Point], say: Call
 @contextlib.contextmanager
 def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
     """SIGINT and SIGTERM set `stop` instead of ending this process."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
-    try:
+    with handling(lambda *_: stop.set(), signal.SIGINT, signal.SIGTERM):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def sentence(outcome: Outcome) -> str:
