@@ -15,18 +15,14 @@ from accelerate.utils import set_seed
 from trl import DPOConfig as TrlConfig
 from trl import DPOTrainer
 
-from megatron_cpt.platforms.devices import device_type
-from megatron_cpt.posttrain.answer_languages import language_identifier
-from megatron_cpt.posttrain.checkpoints import find_checkpoint, only_run, sealed_steps
-from megatron_cpt.posttrain.data import Prepared, prepare_dpo
-from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
-from megatron_cpt.posttrain.llamafactory import export
-from megatron_cpt.posttrain.models import check_fit, load_model, lora, model_to_train, saved_dtype
+from megatron_cpt.posttrain.data import prepare_dpo
+from megatron_cpt.posttrain.models import load_model, lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.runner import check_files, check_resumes, load_dated_template, train
-from megatron_cpt.posttrain.settings import DpoConfig, trainer_arguments
-from megatron_cpt.posttrain.sharding import check_sharding, is_sharded, recomputes, shard
-from megatron_cpt.posttrain.templates import PairExample, Template, load_template
+from megatron_cpt.posttrain.runner import train
+from megatron_cpt.posttrain.settings import DpoConfig
+from megatron_cpt.posttrain.sharding import is_sharded, shard
+from megatron_cpt.posttrain.stage import Stage, finetune
+from megatron_cpt.posttrain.templates import PairExample
 from megatron_cpt.posttrain.trainers import FILLER_TOKENS, StepTrainer, own_batches
 
 # What a pair of two empty answers costs, whatever the model: fillers are such pairs, and have no gradient
@@ -147,50 +143,12 @@ def pairs_in(inputs: dict[str, torch.Tensor]) -> int:
 
 def finetune_dpo(config: DpoConfig) -> str:
     """Run it; returns the folder of the result."""
-    files = check_files(None if config.export_to is not None else config.save, config.model, config.data)
-    datasets.disable_progress_bars()
-    use_cpu = device_type() == "cpu"
-    process = PartialState(cpu=use_cpu)
-    check_sharding(config.lora)
-    arguments = trainer_arguments(config.save, config.training, config.optimizer, config.run, process.num_processes, use_cpu)
-    arguments["gradient_checkpointing"] = config.training.gradient_checkpointing and not recomputes()
-    if config.export_to is not None:
-        template = load_template(config.model, config.data.chat_template)
-        prepared = prepare_dpo(config.data, template, config.training.seed, language_identifier())
-        show_report(prepared)
-        return export(config.export_to, config, prepared, process.num_processes)
-    seen = sealed_steps(config.save)
-    checkpoint = find_checkpoint(config.save)
-    template = load_dated_template(config.model, config.data.chat_template, checkpoint)
-    facts = facts_of(dataclasses.asdict(config), files, config.model, template)
-    check_resumes(checkpoint, facts)
-    identify = language_identifier() if process.is_main_process else None  # which writes the report
-    prepared = prepare_dpo(config.data, template, config.training.seed, identify)
-    facts |= facts_of_examples(prepared)
-    check_resumes(checkpoint, facts)  # such as other rows that an older version would have left out
-    check_fit(config.model, prepared)
-    with only_run(config.save, seen):
-        return run_dpo(config, arguments, template, prepared, checkpoint, facts)
+    return finetune(config, prepare_dpo, train_dpo)
 
 
-def run_dpo(
-    config: DpoConfig,
-    arguments: dict[str, Any],
-    template: Template,
-    prepared: Prepared[PairExample],
-    checkpoint: str | None,
-    facts: dict[str, Any],
-) -> str:
-    """Train on what was prepared; returns the folder of the result.
-
-    Args:
-        config: of the run
-        arguments: of transformers' trainer
-        template: with the tokenizer
-        prepared: the data
-        checkpoint: where the run resumes
-        facts: for run.json
-    """
+def train_dpo(stage: Stage[DpoConfig, PairExample]) -> str:
+    """Train on what was prepared; returns the folder of the result."""
+    config, template, prepared = stage.config, stage.template, stage.prepared
     process, settings = PartialState(), dataclasses.asdict(config)
     folder = os.path.join(config.save, "data")
     if process.is_main_process:
@@ -208,7 +166,7 @@ def run_dpo(
     # TRL would put the reference whole on every GPU to compute these; a sharded one beside the model takes little
     precompute = config.lora is None and not is_sharded()
     trl_config = TrlConfig(  # before the model: it says whether DeepSpeed is to partition it as it is read
-        **arguments,
+        **stage.arguments,
         max_length=None,
         beta=config.beta,
         **loss_of(config),
@@ -229,7 +187,8 @@ def run_dpo(
         peft_config=lora(config.lora, model),
     )
     merge = config.lora is None or config.lora.merge
-    return train(trainer, config.save, checkpoint, template.tokenizer, settings, facts, merge, saved_dtype(config.model))
+    dtype = saved_dtype(config.model)
+    return train(trainer, config.save, stage.checkpoint, template.tokenizer, settings, stage.facts, merge, dtype)
 
 
 def loss_of(config: DpoConfig) -> dict[str, Any]:

@@ -5,25 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import datasets
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from trl import SFTConfig as TrlConfig
 from trl import SFTTrainer
 
-from megatron_cpt.platforms.devices import device_type
-from megatron_cpt.posttrain.answer_languages import language_identifier
-from megatron_cpt.posttrain.checkpoints import find_checkpoint, only_run, sealed_steps
-from megatron_cpt.posttrain.data import Prepared, prepare_sft
-from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
-from megatron_cpt.posttrain.llamafactory import export
-from megatron_cpt.posttrain.models import check_fit, lora, model_to_train, saved_dtype
+from megatron_cpt.posttrain.data import prepare_sft
+from megatron_cpt.posttrain.models import lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.runner import check_files, check_resumes, load_dated_template, train
-from megatron_cpt.posttrain.settings import SftConfig, trainer_arguments
-from megatron_cpt.posttrain.sharding import check_sharding, recomputes
-from megatron_cpt.posttrain.templates import IGNORED, Example, Template, load_template
+from megatron_cpt.posttrain.runner import train
+from megatron_cpt.posttrain.settings import SftConfig
+from megatron_cpt.posttrain.stage import Stage, finetune
+from megatron_cpt.posttrain.templates import IGNORED, Example
 from megatron_cpt.posttrain.trainers import FILLER_TOKENS, StepTrainer, own_batches
 
 
@@ -90,50 +84,12 @@ def fillers_in(inputs: dict[str, torch.Tensor]) -> int:
 
 def finetune_sft(config: SftConfig) -> str:
     """Run it; returns the folder of the result."""
-    files = check_files(None if config.export_to is not None else config.save, config.model, config.data)
-    datasets.disable_progress_bars()
-    use_cpu = device_type() == "cpu"
-    process = PartialState(cpu=use_cpu)
-    check_sharding(config.lora)
-    arguments = trainer_arguments(config.save, config.training, config.optimizer, config.run, process.num_processes, use_cpu)
-    arguments["gradient_checkpointing"] = config.training.gradient_checkpointing and not recomputes()
-    if config.export_to is not None:
-        template = load_template(config.model, config.data.chat_template)
-        prepared = prepare_sft(config.data, template, config.training.seed, language_identifier())
-        show_report(prepared)
-        return export(config.export_to, config, prepared, process.num_processes)
-    seen = sealed_steps(config.save)
-    checkpoint = find_checkpoint(config.save)
-    template = load_dated_template(config.model, config.data.chat_template, checkpoint)
-    facts = facts_of(dataclasses.asdict(config), files, config.model, template)
-    check_resumes(checkpoint, facts)
-    identify = language_identifier() if process.is_main_process else None  # which writes the report
-    prepared = prepare_sft(config.data, template, config.training.seed, identify)
-    facts |= facts_of_examples(prepared)
-    check_resumes(checkpoint, facts)  # such as other rows that an older version would have left out
-    check_fit(config.model, prepared)
-    with only_run(config.save, seen):
-        return run_sft(config, arguments, template, prepared, checkpoint, facts)
+    return finetune(config, prepare_sft, train_sft)
 
 
-def run_sft(
-    config: SftConfig,
-    arguments: dict[str, Any],
-    template: Template,
-    prepared: Prepared[Example],
-    checkpoint: str | None,
-    facts: dict[str, Any],
-) -> str:
-    """Train on what was prepared; returns the folder of the result.
-
-    Args:
-        config: of the run
-        arguments: of transformers' trainer
-        template: with the tokenizer
-        prepared: the data
-        checkpoint: where the run resumes
-        facts: for run.json
-    """
+def train_sft(stage: Stage[SftConfig, Example]) -> str:
+    """Train on what was prepared; returns the folder of the result."""
+    config, template, prepared = stage.config, stage.template, stage.prepared
     process, settings = PartialState(), dataclasses.asdict(config)
     if process.is_main_process:
         write_report(config.save, prepared)
@@ -141,7 +97,7 @@ def run_sft(
     process.wait_for_everyone()
     torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
     trl_config = TrlConfig(  # before the model: it says whether DeepSpeed is to partition it as it is read
-        **arguments,
+        **stage.arguments,
         max_length=config.data.max_length,
         packing=config.packing,
         eval_packing=False,
@@ -157,7 +113,8 @@ def run_sft(
         peft_config=lora(config.lora, model),
     )
     merge = config.lora is None or config.lora.merge
-    return train(trainer, config.save, checkpoint, template.tokenizer, settings, facts, merge, saved_dtype(config.model))
+    dtype = saved_dtype(config.model)
+    return train(trainer, config.save, stage.checkpoint, template.tokenizer, settings, stage.facts, merge, dtype)
 
 
 def as_dataset(examples: list[Example]) -> Dataset:

@@ -1,0 +1,87 @@
+"""A stage of post-training: what SFT and DPO check, read and decide before they train."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import datasets
+from accelerate import PartialState
+
+from megatron_cpt.platforms.devices import device_type
+from megatron_cpt.posttrain.answer_languages import Identify, language_identifier
+from megatron_cpt.posttrain.checkpoints import find_checkpoint, only_run, sealed_steps
+from megatron_cpt.posttrain.data import Prepared
+from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
+from megatron_cpt.posttrain.llamafactory import export
+from megatron_cpt.posttrain.models import check_fit
+from megatron_cpt.posttrain.report import show_report
+from megatron_cpt.posttrain.runner import check_files, check_resumes, load_dated_template
+from megatron_cpt.posttrain.settings import DataConfig, DpoConfig, SftConfig, trainer_arguments
+from megatron_cpt.posttrain.sharding import check_sharding, recomputes
+from megatron_cpt.posttrain.templates import Example as Conversation
+from megatron_cpt.posttrain.templates import PairExample, Template, load_template
+
+Example = TypeVar("Example", Conversation, PairExample)
+Config = TypeVar("Config", SftConfig, DpoConfig)
+
+
+@dataclass(frozen=True)
+class Stage(Generic[Config, Example]):
+    """A run that is ready to train.
+
+    Attributes:
+        config: of the run
+        arguments: of transformers' trainer
+        template: with the tokenizer
+        prepared: the data
+        checkpoint: where the run resumes
+        facts: for run.json
+    """
+
+    config: Config
+    arguments: dict[str, Any]
+    template: Template
+    prepared: Prepared[Example]
+    checkpoint: str | None
+    facts: dict[str, Any]
+
+
+def finetune(
+    config: Config,
+    prepare: Callable[[DataConfig, Template, int, Identify | None], Prepared[Example]],
+    train: Callable[[Stage[Config, Example]], str],
+) -> str:
+    """Prepare a stage, and train or export it; returns the folder of the result.
+
+    Args:
+        config: of the run
+        prepare: makes examples of (the settings of the data, the template, the seed, what names languages)
+        train: trains on what was prepared; returns the folder
+    """
+    files = check_files(None if config.export_to is not None else config.save, config.model, config.data)
+    datasets.disable_progress_bars()
+    use_cpu = device_type() == "cpu"
+    process = PartialState(cpu=use_cpu)
+    check_sharding(config.lora)
+    arguments = trainer_arguments(config.save, config.training, config.optimizer, config.run, process.num_processes, use_cpu)
+    arguments["gradient_checkpointing"] = config.training.gradient_checkpointing and not recomputes()
+    if config.export_to is not None:
+        template = load_template(config.model, config.data.chat_template)
+        prepared = prepare(config.data, template, config.training.seed, language_identifier())
+        show_report(prepared)
+        return export(config.export_to, config, prepared, process.num_processes)
+    seen = sealed_steps(config.save)
+    checkpoint = find_checkpoint(config.save)
+    template = load_dated_template(config.model, config.data.chat_template, checkpoint)
+    facts = facts_of(dataclasses.asdict(config), files, config.model, template)
+    check_resumes(checkpoint, facts)
+    identify = language_identifier() if process.is_main_process else None  # which writes the report
+    prepared = prepare(config.data, template, config.training.seed, identify)
+    facts |= facts_of_examples(prepared)
+    check_resumes(checkpoint, facts)  # such as other rows that an older version would have left out
+    check_fit(config.model, prepared)
+    with only_run(config.save, seen):
+        return train(Stage(config, arguments, template, prepared, checkpoint, facts))
