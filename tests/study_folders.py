@@ -9,7 +9,7 @@ from typing import Any
 from tiny_models import write_yaml
 
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import Point, read_base, run_folder, write_configuration
+from megatron_cpt.study.grid import GridPoint, read_base, run_folder, write_configuration
 from megatron_cpt.study.results import Results
 
 TOKENS = 1_000_000
@@ -33,7 +33,7 @@ def write_folder(folder: Path, results: Results, **fields: Any) -> StudyConfig:
     almrs, rates, seeds = (sorted({row[name] for row in results.rows}) for name in ("almr", "lr", "seed"))
     base = fields.pop("base", None) or write_base(folder)
     study = StudyConfig(base, str(folder / "study"), almrs, rates, TOKENS, seeds, **fields)
-    for point in sorted({Point(row["seed"], row["almr"], row["lr"]) for row in results.rows}):
+    for point in sorted({GridPoint(row["seed"], row["almr"], row["lr"]) for row in results.rows}):
         write_configuration(study, read_base(study), point)
         write_run(Path(run_folder(study.folder, point)), [row for row in results.rows if row["run"] == point.name])
         for row in results.rows:

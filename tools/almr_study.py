@@ -10,11 +10,11 @@ COMMANDS, SETTINGS, FILES = (f"megatron_cpt.study.{module}:" for module in ("com
 if __name__ == "__main__":
     run_subcommands(
         {
-            "plan": (COMMANDS + "plan", SETTINGS + "Plan", FILES + "check_runs"),
-            "run": (COMMANDS + "run", SETTINGS + "Run", FILES + "check_runs"),
+            "plan": (COMMANDS + "plan", SETTINGS + "PlanOptions", FILES + "check_runs"),
+            "run": (COMMANDS + "run", SETTINGS + "RunOptions", FILES + "check_runs"),
             "fit": (COMMANDS + "fit_command", SETTINGS + "FitOptions", FILES + "check_study"),
-            "plot": (COMMANDS + "plot", SETTINGS + "Plot", FILES + "check_study"),
-            "choose": (COMMANDS + "choose_command", SETTINGS + "Choose", FILES + "check_choice"),
+            "plot": (COMMANDS + "plot", SETTINGS + "PlotOptions", FILES + "check_study"),
+            "choose": (COMMANDS + "choose_command", SETTINGS + "ChooseOptions", FILES + "check_choice"),
         },
         "The study over ALMR and learning rate.",
     )

@@ -26,7 +26,7 @@ class WorkerError(Exception):
     """The work failed; the text says why."""
 
 
-class Worker(Generic[Result]):
+class ForkedWork(Generic[Result]):
     """One piece of work in a forked process; its result, or its error's text, comes back through a pipe.
 
     The child has the parent's memory as it was (copy on write, nothing is copied before either of them writes), but none of

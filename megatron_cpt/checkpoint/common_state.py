@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 
-from megatron_cpt.checkpoint.restricted import Place, load_metadata
+from megatron_cpt.checkpoint.restricted import ChunkPlace, load_metadata
 from megatron_cpt.utils.errors import InputError
 
 COMMON_STATE = "common_state/shard_0_1"
 
 
-def find_common_state(folder: str) -> tuple[str, Place | None]:
+def find_common_state(folder: str) -> tuple[str, ChunkPlace | None]:
     """(path of the file, where it lies in it; None: all of it) for `load_settings` and `load_common`.
 
     Raises:

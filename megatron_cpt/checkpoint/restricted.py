@@ -21,14 +21,14 @@ from megatron_cpt.checkpoint.safe_pickle import (
     Name,
     Pair,
     PickleError,
-    Record,
-    Reference,
+    PickleRecord,
+    PickleReference,
     is_key,
     plain,
     read_pickle,
     shown,
 )
-from megatron_cpt.checkpoint.zip_reader import Content, Part, check_record, open_mapped, records_of
+from megatron_cpt.checkpoint.zip_reader import Content, ZipPart, check_record, open_mapped, records_of
 from megatron_cpt.utils.errors import InputError
 
 MOST_METADATA_BYTES = 1 << 30
@@ -83,7 +83,7 @@ NAMESPACES = (("argparse", "Namespace"), ("types", "SimpleNamespace"))
 
 
 @dataclass(frozen=True)
-class Place:
+class ChunkPlace:
     """Where something lies: bytes [offset, offset + length) of a file in the checkpoint's folder."""
 
     file: str
@@ -120,7 +120,7 @@ class Description:
 
     tensors: dict[str, StoredTensor]
     objects: frozenset[str]
-    places: dict[tuple[str, tuple[int, ...]], Place]
+    places: dict[tuple[str, tuple[int, ...]], ChunkPlace]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def load_metadata(path: str) -> Description:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def load_settings(path: str, place: Place | None = None) -> dict[str, Any]:
+def load_settings(path: str, place: ChunkPlace | None = None) -> dict[str, Any]:
     """The dictionary in a common.pt: its numbers, texts and settings.
 
     Functions and classes are their names as text; tensors and objects of unknown classes are `Opaque`. `place`: of the
@@ -169,7 +169,7 @@ def load_settings(path: str, place: Place | None = None) -> dict[str, Any]:
     """
 
     def convert(value: Any, copy: Callable[[Any], Any]) -> Any:
-        if type(value) is Record and value.kind.pair in NAMESPACES:
+        if type(value) is PickleRecord and value.kind.pair in NAMESPACES:
             space = Namespace()
             vars(space).update({name: field for name, field in copy(value.fields()).items() if type(name) is str})
             return space
@@ -180,7 +180,7 @@ def load_settings(path: str, place: Place | None = None) -> dict[str, Any]:
     )
 
 
-def load_common(path: str, place: Place | None = None) -> dict[str, Any]:
+def load_common(path: str, place: ChunkPlace | None = None) -> dict[str, Any]:
     """The dictionary in a common.pt, tensors included, for a run that resumes from it; objects of any class are `Opaque`.
 
     `place`: see `load_settings`.
@@ -191,7 +191,7 @@ def load_common(path: str, place: Place | None = None) -> dict[str, Any]:
     return _dictionary(path, place, lambda content, offset, length: read_object(content, offset, length, None))
 
 
-def _dictionary(path: str, place: Place | None, read: Callable[[Content, int, int], Any]) -> dict[str, Any]:
+def _dictionary(path: str, place: ChunkPlace | None, read: Callable[[Content, int, int], Any]) -> dict[str, Any]:
     """What lies at a place of a file, or is all of it. What is in .metadata lies in a list."""
     content = open_mapped(path)
     offset, length = (0, len(content)) if place is None else (place.offset, place.length)
@@ -325,7 +325,7 @@ class _Archive:
         flat = torch.frombuffer(self._content, dtype=described.dtype, count=count, offset=part.begin)
         return flat.as_strided(described.shape, described.stride, described.offset)
 
-    def _record(self, name: str) -> Part:
+    def _record(self, name: str) -> ZipPart:
         name = self._folder + name
         if name not in self._records:
             raise zipfile.BadZipFile(f"{name} is missing")
@@ -346,7 +346,7 @@ def _description(found: Any) -> Description:
         raise PickleError("state_dict_metadata or storage_data is no dictionary")
     tensors, objects, left = {}, set(), len(places)
     for key, entry in entries.items():
-        if type(key) is not str or type(entry) is not Record:
+        if type(key) is not str or type(entry) is not PickleRecord:
             raise PickleError(f"the entry {shown(key)} is a {shown(entry)}; expected the description of a tensor")
         if entry.kind.pair == OBJECT:
             objects.add(key)
@@ -358,10 +358,10 @@ def _description(found: Any) -> Description:
     return Description(tensors, frozenset(objects), found_places)
 
 
-def _stored_tensor(key: str, entry: Record, most_chunks: int) -> StoredTensor:
+def _stored_tensor(key: str, entry: PickleRecord, most_chunks: int) -> StoredTensor:
     fields = _fields(entry, TENSOR, key)
     shape, chunks, properties = _numbers(fields.get("size"), key), fields.get("chunks"), fields.get("properties")
-    if type(properties) is not Record or properties.kind.pair not in PROPERTIES or type(properties.state) is not tuple:
+    if type(properties) is not PickleRecord or properties.kind.pair not in PROPERTIES or type(properties.state) is not tuple:
         raise PickleError(f"the properties of {key} are {shown(properties)}")
     dtype = properties.state[0] if properties.state else None
     if type(dtype) is not torch.dtype:
@@ -383,7 +383,7 @@ def _stored_chunk(key: str, shape: tuple[int, ...], chunk: Any) -> StoredChunk:
     return StoredChunk(offset, sizes)
 
 
-def _places(found: dict[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]], Place]]:
+def _places(found: dict[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]], ChunkPlace]]:
     seen = set()
     for index, place in found.items():
         names, where = _fields(index, INDEX, "an index"), _fields(place, PLACE, "a place")
@@ -401,10 +401,10 @@ def _places(found: dict[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]]
         if at in seen:
             raise PickleError(f"the place of {key} at {list(at[1])} is said twice")
         seen.add(at)
-        yield at, Place(file, begin, length)
+        yield at, ChunkPlace(file, begin, length)
 
 
-def _check_apart(places: Iterable[Place]) -> None:
+def _check_apart(places: Iterable[ChunkPlace]) -> None:
     """PickleError where two places have bytes in common: what is read would be larger than the files."""
     ordered = sorted(places, key=lambda place: (place.file, place.offset))
     for one, next_one in itertools.pairwise(ordered):
@@ -414,7 +414,7 @@ def _check_apart(places: Iterable[Place]) -> None:
 
 def _fields(value: Any, kind: Pair, what: str) -> dict[Any, Any]:
     """Attributes of the object of this class."""
-    if type(value) is not Record or value.kind.pair != kind:
+    if type(value) is not PickleRecord or value.kind.pair != kind:
         raise PickleError(f"{what} is a {shown(value)}; expected {kind[1]}")
     return value.fields()
 
@@ -462,7 +462,7 @@ def _encode(args: tuple[Any, ...]) -> bytes:
 
 def _rebuild_tensor(args: tuple[Any, ...]) -> TensorRecord:
     """(memory, offset, shape, stride, ...); the memory is ("storage", its dtype, its record, device, count)."""
-    if len(args) < 4 or type(args[0]) is not Reference or type(args[0].pid) is not tuple or len(args[0].pid) < 3:
+    if len(args) < 4 or type(args[0]) is not PickleReference or type(args[0].pid) is not tuple or len(args[0].pid) < 3:
         raise PickleError("a tensor without memory")
     (kind, dtype, key), (offset, shape, stride) = args[0].pid[:3], args[1:4]
     if kind != "storage" or type(dtype) is not torch.dtype or type(key) is not str or not key.isalnum():

@@ -2,7 +2,7 @@
 
 Python's own unpickler is a machine that calls what a file tells it to call. This one knows the instructions that torch and
 pickle write today, makes plain values of them, and has no instruction that could run anything: where a pickle names a class
-it gets a `Name`, where it makes an object it gets a `Record` of what it said.
+it gets a `Name`, where it makes an object it gets a `PickleRecord` of what it said.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Name:
 
 
 @dataclass(eq=False, slots=True)
-class Record:
+class PickleRecord:
     """An object in a pickle: its class's name, what it is made of, and its state. Equal to itself only."""
 
     kind: Name
@@ -58,7 +58,7 @@ class Record:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Reference:
+class PickleReference:
     """What a pickle says of something that is not in it: the memory of a tensor."""
 
     pid: Any
@@ -70,7 +70,7 @@ Maker = Callable[[tuple[Any, ...]], Any]
 def read_pickle(
     content: bytes, values: Mapping[Pair, Any], makers: Mapping[Pair, Maker], known: Collection[Pair] | None = None
 ) -> Any:
-    """What a pickle holds: plain values, `Name`, `Record` and `Reference`.
+    """What a pickle holds: plain values, `Name`, `PickleRecord` and `PickleReference`.
 
     Args:
         content: the pickle; what follows its end is not looked at
@@ -116,7 +116,7 @@ def plain(value: Any, convert: Callable[[Any, Callable[[Any], Any]], Any], most:
         return convert(value, lambda part: copy(part, depth + 1))
 
     def copied_key(key: Any, depth: int) -> Any:
-        if type(key) is Record:
+        if type(key) is PickleRecord:
             raise PickleError(f"it holds a {key.kind} as a key; expected numbers and texts")
         return copy(key, depth + 1)
 
@@ -129,7 +129,9 @@ def shown(value: Any) -> str:
         return repr(value[:60]) + ("..." if len(value) > 60 else "")
     if type(value) in (int, float, bool, type(None)):
         return repr(value)
-    return str(value.kind if type(value) is Record else value) if type(value) in (Record, Name) else type(value).__name__
+    if type(value) in (PickleRecord, Name):
+        return str(value.kind if type(value) is PickleRecord else value)
+    return type(value).__name__
 
 
 def is_key(value: Any) -> bool:
@@ -144,7 +146,7 @@ def is_key(value: Any) -> bool:
         )
     if type(value) in (int, float):
         return abs(value) < MOST_KEY or value != value
-    return type(value) in (*SCALARS, Record, Name)
+    return type(value) in (*SCALARS, PickleRecord, Name)
 
 
 class _Reader:
@@ -240,14 +242,14 @@ class _Reader:
         target = self._stack[-1]
         if type(target) is list:
             target.extend(items)
-        elif type(target) is not Record:  # that of a list of another kind
+        elif type(target) is not PickleRecord:  # that of a list of another kind
             raise PickleError(f"it appends to a {type(target).__name__}")
 
     def set_items(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        if len(items) % 2 or type(target) not in (dict, Record):
+        if len(items) % 2 or type(target) not in (dict, PickleRecord):
             raise PickleError(f"it sets {len(items)} keys and values in a {type(target).__name__}")
-        if type(target) is Record:  # that of a dictionary of another kind
+        if type(target) is PickleRecord:  # that of a dictionary of another kind
             return
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[_key(key)] = value
@@ -294,25 +296,25 @@ class _Reader:
         """An object: the record of it, or a plain value if there is a maker."""
         more = self._stack.pop() if named else {}
         args, kind = self._stack.pop(), self._stack.pop()
-        if type(args) is not tuple or type(more) is not dict or type(kind) not in (Name, Record):
+        if type(args) is not tuple or type(more) is not dict or type(kind) not in (Name, PickleRecord):
             raise PickleError(f"it calls a {type(kind).__name__} with a {type(args).__name__}")
-        if type(kind) is Record:  # what another call gave
-            self.push(Record(kind.kind, args))
+        if type(kind) is PickleRecord:  # what another call gave
+            self.push(PickleRecord(kind.kind, args))
         elif kind.pair in self._makers and not more:
             self.charge(SET_COST + len(args) + sum(len(arg) for arg in args if type(arg) in (str, bytes, list, tuple)))
             self.push(self._makers[kind.pair](args))
         else:
-            self.push(Record(kind, args, more or None))
+            self.push(PickleRecord(kind, args, more or None))
 
     def build(self) -> None:
         state, target = self._stack.pop(), self._stack[-1]
-        if type(target) is Record:
+        if type(target) is PickleRecord:
             target.state = state
         elif type(target) is not dict:  # an OrderedDict with attributes: not wanted
             raise PickleError(f"it sets the state of a {type(target).__name__}")
 
     def reference(self) -> None:
-        self.push(Reference(self._stack.pop()))
+        self.push(PickleReference(self._stack.pop()))
 
 
 def _key(value: Any) -> Any:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_cpt.checkpoint.background import Worker, WorkerError, error_text
+from megatron_cpt.checkpoint.background import ForkedWork, WorkerError, error_text
 from megatron_cpt.checkpoint.checksums import file_checksum, sealed
 from megatron_cpt.checkpoint.folders import publish_folder, temporary_name
 from megatron_cpt.checkpoint.layout import check_complete, checkpoint_name, versions, write_format, write_tracker
@@ -100,7 +100,7 @@ class SaveOperation:
         self._request = request
         self._device = next(request.chunks[0].parameters()).device
         self._temporary = temporary_name(self.folder)
-        self._workers: list[Worker[list[Written]]] = []
+        self._workers: list[ForkedWork[list[Written]]] = []
         self._error: str | None = None
         self._make_folder()
         state = state_to_save(request.chunks, request.optimizer, progress)
@@ -169,7 +169,7 @@ class SaveOperation:
             with kept_from_children(live):
                 # A fork takes time that grows with the memory of the process
                 for jobs in [work] if request.staging is not None else [[job] for job in work]:
-                    self._workers.append(Worker(partial(run_all, jobs)))
+                    self._workers.append(ForkedWork(partial(run_all, jobs)))
         except OSError as error:
             self._error = error_text(error)
             for worker in self._workers:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_cpt.checkpoint.restricted import (
     DAMAGE,
-    Place,
+    ChunkPlace,
     StoredChunk,
     StoredTensor,
     load_metadata,
@@ -53,7 +53,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TensorChunk:
     """A part of a tensor that is written as one; `size` is the shape of the whole."""
 
     key: str
@@ -82,7 +82,7 @@ class TorchDistReader:
         self.folder = folder
         self._description = load_metadata(os.path.join(folder, ".metadata"))
         self._files: dict[str, Content] = {}
-        self._read: dict[Place, torch.Tensor] = {}
+        self._read: dict[ChunkPlace, torch.Tensor] = {}
 
     def keys(self) -> list[str]:
         """Keys of all tensors, optimizer states among them."""
@@ -171,7 +171,7 @@ class TorchDistReader:
             raise InputError(f"{self.folder}: a part of tensor {key} is {found}, .metadata says {expected}")
         return tensor
 
-    def _place(self, key: str, chunk: StoredChunk) -> Place:
+    def _place(self, key: str, chunk: StoredChunk) -> ChunkPlace:
         places = self._description.places
         place = places.get((key, chunk.offset)) or (places.get((key, ())) if not any(chunk.offset) else None)
         if place is None:
@@ -189,7 +189,7 @@ class TorchDistReader:
                 raise zipfile.BadZipFile(f"a part of it has {size} bytes; its place has {place.length}")
 
     @contextlib.contextmanager
-    def _damage(self, place: Place, what: str) -> Iterator[None]:
+    def _damage(self, place: ChunkPlace, what: str) -> Iterator[None]:
         try:
             yield
         except DAMAGE as error:
@@ -254,7 +254,7 @@ class _Writer(FileSystemWriter):
         return StorageMeta()
 
 
-def plan_of(chunks: Sequence[Chunk], extra_states: Sequence[str] = ()) -> SavePlan:
+def plan_of(chunks: Sequence[TensorChunk], extra_states: Sequence[str] = ()) -> SavePlan:
     """What one .distcp file holds; `extra_states` are keys of empty extra states, which megatron-core expects to find."""
     items = [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_states]
     for chunk in chunks:
@@ -264,7 +264,7 @@ def plan_of(chunks: Sequence[Chunk], extra_states: Sequence[str] = ()) -> SavePl
     return SavePlan(items)
 
 
-def metadata_of(chunks: Sequence[Chunk], extra_states: Sequence[str] = ()) -> Metadata:
+def metadata_of(chunks: Sequence[TensorChunk], extra_states: Sequence[str] = ()) -> Metadata:
     """.metadata of a checkpoint of these chunks, without the places."""
     entries: dict[str, Any] = {key: BytesStorageMetadata() for key in extra_states}
     for chunk in chunks:
@@ -313,9 +313,9 @@ def distcp_name(number: int) -> str:
     return f"__{number}_0.distcp"
 
 
-def split(chunks: Sequence[Chunk], most: int) -> Iterator[list[Chunk]]:
+def split(chunks: Sequence[TensorChunk], most: int) -> Iterator[list[TensorChunk]]:
     """The chunks of each file, in order: files of at most `most` bytes, or of one chunk."""
-    file: list[Chunk] = []
+    file: list[TensorChunk] = []
     for chunk in chunks:
         if file and sum(other.bytes for other in file) + chunk.bytes > most:
             yield file

@@ -25,7 +25,7 @@ class DamagedFile(OSError):
 
 
 @dataclass(frozen=True)
-class Part:
+class ZipPart:
     """A file of an archive: bytes [begin, end) of the mapped file, and their CRC-32 as the archive has it."""
 
     begin: int
@@ -52,7 +52,7 @@ def open_mapped(path: str) -> Content:
     return content
 
 
-def records_of(content: Content, offset: int, length: int) -> dict[str, Part]:
+def records_of(content: Content, offset: int, length: int) -> dict[str, ZipPart]:
     """The records of the archive at this place, by name; they are stored, not compressed.
 
     Raises:
@@ -74,8 +74,8 @@ def records_of(content: Content, offset: int, length: int) -> dict[str, Part]:
     return records
 
 
-def _records(content: Content, offset: int, length: int) -> dict[str, Part]:
-    records: dict[str, Part] = {}
+def _records(content: Content, offset: int, length: int) -> dict[str, ZipPart]:
+    records: dict[str, ZipPart] = {}
     with zipfile.ZipFile(_Stretch(content, offset, length)) as archive:
         for info in archive.infolist():
             if info.compress_type != zipfile.ZIP_STORED:
@@ -88,14 +88,14 @@ def _records(content: Content, offset: int, length: int) -> dict[str, Part]:
             begin = header + ZIP_LOCAL_HEADER.size + sum(ZIP_LOCAL_HEADER.unpack_from(content, header))
             if begin + info.file_size > offset + length:
                 raise zipfile.BadZipFile(f"{info.filename} goes beyond the archive")
-            records[info.filename] = Part(begin, begin + info.file_size, info.CRC)
+            records[info.filename] = ZipPart(begin, begin + info.file_size, info.CRC)
     for one, other in itertools.pairwise(sorted(records.values(), key=lambda part: (part.begin, part.end))):
         if one.end > other.begin:
             raise zipfile.BadZipFile(f"two records lie at byte {other.begin}")
     return records
 
 
-def check_record(content: Content, name: str, record: Part) -> None:
+def check_record(content: Content, name: str, record: ZipPart) -> None:
     """Raise zipfile.BadZipFile unless the record has the checksum that the archive says; copies nothing."""
     with memoryview(content) as view, view[record.begin : record.end] as data:
         if zlib.crc32(data) != record.crc:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_cpt.cluster.job import Ended, Job
+from megatron_cpt.cluster.job import ClusterJob, Ended
 
 State = Literal["passed", "failed", "skipped"]
 Figures = Mapping[str, Any]
 
 
-class FailedError(Exception):
+class CheckFailedError(Exception):
     """A check has failed.
 
     Attributes:
@@ -34,11 +34,11 @@ def succeeded(ended: Ended | None, rank: int, advice: str = "see its log") -> No
     if ended is not None and ended.status != 0:
         state = "was killed, since time was up" if ended.status is None else f"ended with status {ended.status}"
         found = f"rank {rank} {state}: {ended.said()}"
-        raise FailedError(found, f"{advice} ({ended.log})", waited=ended.status is None)
+        raise CheckFailedError(found, f"{advice} ({ended.log})", waited=ended.status is None)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """A row of the table.
 
     Attributes:
@@ -68,7 +68,7 @@ class Check:
     """
 
     name: str
-    measure: Callable[[Job], Any]
+    measure: Callable[[ClusterJob], Any]
     judge: Callable[[Sequence[Any]], tuple[str, Figures]]
     needs: Sequence[str] = ()
-    here: Callable[[Job], str | None] = lambda job: None
+    here: Callable[[ClusterJob], str | None] = lambda job: None

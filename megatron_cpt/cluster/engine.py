@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.cluster.check import Check, FailedError, Figures, succeeded
-from megatron_cpt.cluster.job import Job
+from megatron_cpt.cluster.check import Check, CheckFailedError, Figures, succeeded
+from megatron_cpt.cluster.job import ClusterJob
 from megatron_cpt.cluster.machines import read_measured
 from megatron_cpt.planning.measured import known_device, planned_rate
 from megatron_cpt.platforms.cuda import has_transformer_engine
@@ -27,7 +27,7 @@ def has_te() -> bool:
     return torch.cuda.is_available() and has_transformer_engine()
 
 
-def logits(job: Job, name: str, dtype: str, transformer_impl: str) -> dict[str, Any] | None:
+def logits(job: ClusterJob, name: str, dtype: str, transformer_impl: str) -> dict[str, Any] | None:
     """Compare with transformers, in a process of its own."""
     target = job.folder / f"{name}.json"
     words = {"fp32": "float32", "bf16": "bfloat16"}
@@ -47,7 +47,7 @@ def judge_logits(found: Sequence[dict[str, Any] | None]) -> tuple[str, Figures]:
     most_logit, most_loss = ALLOWED[one["dtype"]]
     said = f"logits within {logit:.1e} of their spread, loss within {loss:.1e} of transformers' in fp32 ({one['layers']})"
     if not (logit <= most_logit and loss <= most_loss):
-        raise FailedError(
+        raise CheckFailedError(
             f"{said}; expected {most_logit:g} and {most_loss:g}",
             "the kernels of this GPU or build compute something else",
             one,
@@ -55,7 +55,7 @@ def judge_logits(found: Sequence[dict[str, Any] | None]) -> tuple[str, Figures]:
     return said, one
 
 
-def stacks(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
+def stacks(job: ClusterJob) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and settings of measure_steps."""
     if not torch.cuda.is_available():
         batch = {"model": str(job.folder / "hf"), "layers": 4, "seq_length": 64, "micro_batch_size": 1, "microbatches": 2}
@@ -78,7 +78,7 @@ def stacks(job: Job) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"speed, {shape}, FP8", {**batch, "transformer_impl": "transformer_engine", "fp8": "hybrid"}
 
 
-def speed(job: Job, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+def speed(job: ClusterJob, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train such layers on all devices."""
     key = name.replace(" ", "_").replace(",", "")
     target = job.folder / f"{key}.json"
@@ -88,7 +88,7 @@ def speed(job: Job, name: str, settings: dict[str, Any]) -> dict[str, Any] | Non
     return read_measured(target) if job.first else None
 
 
-def judge_speed(job: Job, settings: dict[str, Any], found: Sequence[dict[str, Any] | None]) -> tuple[str, Figures]:
+def judge_speed(job: ClusterJob, settings: dict[str, Any], found: Sequence[dict[str, Any] | None]) -> tuple[str, Figures]:
     one = found[0]
     assert one is not None
     rate = one["tokens_per_second_per_device"]
@@ -98,22 +98,22 @@ def judge_speed(job: Job, settings: dict[str, Any], found: Sequence[dict[str, An
         return f"{rate:,.0f} tokens/s for each device; the plan does not know this device", figures
     said = f"{rate:,.0f} tokens/s for each device, {rate / planned:.0%} of the plan's {planned:,.0f}"
     if rate < LEAST_OF_PLAN * planned:
-        raise FailedError(said, "compare `devices` and `links` with the hardware's data sheet", figures)
+        raise CheckFailedError(said, "compare `devices` and `links` with the hardware's data sheet", figures)
     return said, figures
 
 
-def plan(job: Job, settings: dict[str, Any]) -> float | None:
+def plan(job: ClusterJob, settings: dict[str, Any]) -> float | None:
     """What the planner expects, tokens per second of each device; None: it does not know the device."""
     known = known_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return None if known is None else planned_rate(settings, known, job.world_size)
 
 
-def no_te(job: Job) -> str | None:
+def no_te(job: ClusterJob) -> str | None:
     """Why its layers cannot be tried."""
     return None if has_te() else "needs a GPU and Transformer Engine"
 
 
-def checks(job: Job) -> list[Check]:
+def checks(job: ClusterJob) -> list[Check]:
     """Logits, then speed."""
     found = [
         Check(

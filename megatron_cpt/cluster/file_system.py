@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_cpt.cluster.check import Check, FailedError, Figures
-from megatron_cpt.cluster.job import Job
+from megatron_cpt.cluster.check import Check, CheckFailedError, Figures
+from megatron_cpt.cluster.job import ClusterJob
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.lock import locked
 
@@ -20,7 +20,7 @@ ADVICE = (
 )
 
 
-def use(job: Job) -> dict[str, Any]:
+def use(job: ClusterJob) -> dict[str, Any]:
     """Write, read another rank's file, rename over an older one, and lock, all ranks at once."""
     folder = job.folder / "files"
     if job.first:
@@ -40,7 +40,7 @@ def use(job: Job) -> dict[str, Any]:
     theirs = read_when_there(folder / f"{other}.bin", SIZE)
     read = time.monotonic() - begin
     if theirs[:64] != heads[other]:
-        raise FailedError(f"rank {job.rank} reads something else in {other}.bin than rank {other} has written", ADVICE)
+        raise CheckFailedError(f"rank {job.rank} reads something else in {other}.bin than rank {other} has written", ADVICE)
     found = {
         "write_gb_per_s": SIZE / written / 1e9,
         "read_gb_per_s": SIZE / read / 1e9,
@@ -68,11 +68,13 @@ def read_when_there(path: os.PathLike[str], size: int) -> bytes:
         if len(content) == size:
             return content
         if time.monotonic() > deadline:
-            raise FailedError(f"{path} is not to be seen {VISIBLE_SECONDS:g} s after another rank has written it", ADVICE)
+            raise CheckFailedError(
+                f"{path} is not to be seen {VISIBLE_SECONDS:g} s after another rank has written it", ADVICE
+            )
         time.sleep(0.05)
 
 
-def renamed(job: Job, path: os.PathLike[str]) -> float:
+def renamed(job: ClusterJob, path: os.PathLike[str]) -> float:
     """Seconds until this rank sees the first one's new file in the place of an old one."""
     if job.first:
         with open(path, "w", encoding="utf-8") as file:
@@ -92,10 +94,12 @@ def renamed(job: Job, path: os.PathLike[str]) -> float:
             if file.read() == "new":
                 return time.monotonic() - begin
         time.sleep(0.05)
-    raise FailedError(f"rank {job.rank} still sees the old {path} {VISIBLE_SECONDS:g} s after it was renamed over", ADVICE)
+    raise CheckFailedError(
+        f"rank {job.rank} still sees the old {path} {VISIBLE_SECONDS:g} s after it was renamed over", ADVICE
+    )
 
 
-def kept_out(job: Job, path: os.PathLike[str]) -> bool:
+def kept_out(job: ClusterJob, path: os.PathLike[str]) -> bool:
     """Whether a lock that the first rank holds keeps this one out (true for the first)."""
     with contextlib.ExitStack() as stack:
         if job.first:
@@ -117,7 +121,7 @@ def judge(found: Sequence[dict[str, Any]]) -> tuple[str, Figures]:
     figures = {**total, "rename_seconds": slowest, "ranks": list(found)}
     for rank, one in enumerate(found):
         if not one["locks"]:
-            raise FailedError(
+            raise CheckFailedError(
                 f"a lock of rank 0 does not keep rank {rank} out: two jobs could write to one run",
                 "mount with locks (Lustre: -o flock), or never start a run twice",
                 figures,

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_cpt.cluster.check import Check, Figures, succeeded
-from megatron_cpt.cluster.job import Job
+from megatron_cpt.cluster.job import ClusterJob
 
 PACKAGE = Path(__file__).parent.parent
 TOOLS = PACKAGE.parent / "tools"
@@ -40,7 +40,7 @@ MODEL = {
 WEIGHT_STD = 0.05  # larger than at a usual start, so that differences show
 
 
-def make(job: Job) -> str | None:
+def make(job: ClusterJob) -> str | None:
     """Model, corpora and mixture, through the tools, on the first rank; what went wrong, or None."""
     if job.first:
         make_tokenizer_and_model(job.folder / "hf")

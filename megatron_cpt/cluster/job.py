@@ -48,7 +48,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Job:
+class ClusterJob:
     """Where this process stands among those of the job.
 
     Attributes:
@@ -187,15 +187,15 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def join(folder: Path) -> Job:
+def join(folder: Path) -> ClusterJob:
     """Find the other processes of the job, as torchrun's environment describes it."""
     rank, world_size = int(os.environ.get("RANK", "0")), launched_world_size()
     store: dist.Store = dist.HashStore()
     if world_size > 1:
         store = bound_store(os.environ) or dist.PrefixStore("default_pg", tcp_store(rank, world_size))
     store = dist.PrefixStore("check_cluster", store)
-    alone = Job(rank, world_size, ("",) * world_size, folder, store)
-    return Job(rank, world_size, tuple(alone.gather("hosts", socket.gethostname())), folder, store)
+    alone = ClusterJob(rank, world_size, ("",) * world_size, folder, store)
+    return ClusterJob(rank, world_size, tuple(alone.gather("hosts", socket.gethostname())), folder, store)
 
 
 def tcp_store(rank: int, world_size: int) -> dist.TCPStore:

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_cpt.cluster.check import Check, FailedError, Figures, succeeded
-from megatron_cpt.cluster.job import Job
+from megatron_cpt.cluster.check import Check, CheckFailedError, Figures, succeeded
+from megatron_cpt.cluster.job import ClusterJob
 from megatron_cpt.cluster.machines import read_measured
 
 ADVICE = (
@@ -16,7 +16,7 @@ ADVICE = (
 )
 
 
-def exchange(job: Job) -> dict[str, Any]:
+def exchange(job: ClusterJob) -> dict[str, Any]:
     """All-reduce, all-gather and sends between neighbours, in processes of their own."""
     command = [
         sys.executable,
@@ -36,7 +36,7 @@ def judge(found: Sequence[dict[str, Any]]) -> tuple[str, Figures]:
     slowest = {name: min(one[name] for one in found) for name in names}
     figures = {**slowest, "ranks": list(found)}
     if wrong:
-        raise FailedError(
+        raise CheckFailedError(
             f"sums are wrong on rank {wrong[0]}" + f" and {len(wrong) - 1} more" * (len(wrong) > 1), ADVICE, figures
         )
     words = (f"{name.removesuffix('_gb_per_s').replace('_', ' ')} {value:,.3g}" for name, value in slowest.items())

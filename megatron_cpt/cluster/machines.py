@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.cluster.check import Check, FailedError, Figures, succeeded
-from megatron_cpt.cluster.job import Job
+from megatron_cpt.cluster.check import Check, CheckFailedError, Figures, succeeded
+from megatron_cpt.cluster.job import ClusterJob
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.cuda import import_transformer_engine
 
@@ -35,7 +35,7 @@ SKEW_SECONDS = 1.0  # time limits and the order of log lines bear as much
 ROUNDS = 20
 
 
-def versions(job: Job) -> dict[str, str]:
+def versions(job: ClusterJob) -> dict[str, str]:
     """Of everything that computes, on this machine."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -74,32 +74,32 @@ def judge_versions(found: Sequence[dict[str, str]]) -> tuple[str, Figures]:
         differing = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
         if differing:
             name = differing[0]
-            raise FailedError(
+            raise CheckFailedError(
                 f"{name} is {first.get(name, 'missing')} on rank 0 and {other.get(name, 'missing')} on rank {rank}",
                 "use the same environment, or container image, on all machines",
                 first,
             )
     core = tuple(int(part) for part in first["megatron-core"].split(".")[:3] if part.isdigit())
     if not LOWEST <= core < BELOW:
-        raise FailedError(
+        raise CheckFailedError(
             f"megatron-core is {first['megatron-core']}",
             "install 0.16.1 (Python 3.11) or 0.19.2 (Python 3.12 and later)",
             first,
         )
     if first.get("transformer_engine", "imports") != "imports":
-        raise FailedError(
+        raise CheckFailedError(
             f"Transformer Engine cannot be imported ({first['transformer_engine']}), so that torch's layers are used",
             "build its extension for the installed torch: docs/platforms.md has the command",
             first,
         )
     if first.get("cudnn", "").startswith("refused"):
         advice = "unset LD_LIBRARY_PATH, or put the folder of torch's own cuDNN (site-packages/nvidia/cudnn/lib) first in it"
-        raise FailedError(f"cuDNN is {first['cudnn']}", advice, first)
+        raise CheckFailedError(f"cuDNN is {first['cudnn']}", advice, first)
     names = ("python", "torch", "megatron-core", "transformer-engine", "nccl", "driver")
     return ", ".join(f"{name} {first[name]}" for name in names if name in first), first
 
 
-def clock(job: Job) -> float:
+def clock(job: ClusterJob) -> float:
     """Seconds by which this machine's clock is ahead of the first rank's, to within half of the shortest round trip."""
     if job.first:
         for rank in range(1, job.world_size):
@@ -121,7 +121,7 @@ def judge_clocks(ahead: Sequence[float]) -> tuple[str, Figures]:
     rank = max(range(len(ahead)), key=lambda rank: abs(ahead[rank]))
     figures = {"largest_skew_seconds": ahead[rank], "rank": rank}
     if abs(ahead[rank]) > SKEW_SECONDS:
-        raise FailedError(
+        raise CheckFailedError(
             f"the clock of rank {rank}'s machine is {ahead[rank]:+.1f} s from the first one's",
             "have chrony or ntpd set the clocks of all machines",
             figures,
@@ -129,7 +129,7 @@ def judge_clocks(ahead: Sequence[float]) -> tuple[str, Figures]:
     return f"at most {abs(ahead[rank]) * 1e3:.1f} ms apart", figures
 
 
-def devices(job: Job) -> dict[str, Any]:
+def devices(job: ClusterJob) -> dict[str, Any]:
     """Measure this rank's device in a process of its own, which frees it again."""
     command = [sys.executable, "-m", "megatron_cpt.cluster.measure_device", str(job.folder / "device")]
     ended = job.run("device", command, job.world_size, 120)
@@ -152,19 +152,19 @@ def judge_devices(found: Sequence[dict[str, Any]]) -> tuple[str, Figures]:
     figures = {**first, **typical, "ranks": list(found)}
     for rank, one in enumerate(found):
         if one["name"] != first["name"]:
-            raise FailedError(
+            raise CheckFailedError(
                 f"rank 0 has {first['name']}, rank {rank} {one['name']}", "ask the scheduler for one kind of GPU", figures
             )
         used = one["memory_gib"] - one["free_gib"]
         if used > 2:
-            raise FailedError(
+            raise CheckFailedError(
                 f"{used:.1f} GiB of rank {rank}'s {one['memory_gib']:.1f} GiB are taken by other processes",
                 "nvidia-smi on that machine names them",
                 figures,
             )
         for name, unit in (("matmul_tflops", "TFLOP/s"), ("memory_gb_per_s", "GB/s")):
             if first["kind"] == "cuda" and one[name] < 0.85 * typical[name]:
-                raise FailedError(
+                raise CheckFailedError(
                     f"rank {rank} reaches {one[name]:,.0f} {unit}, half of them {typical[name]:,.0f}: all wait for it",
                     "look for throttling (nvidia-smi -q -d PERFORMANCE) or leave that machine out",
                     figures,

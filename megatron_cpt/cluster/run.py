@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from megatron_cpt.cluster import engine, file_system, inputs, links, machines, training_runs
-from megatron_cpt.cluster.check import Check, FailedError, Outcome
+from megatron_cpt.cluster.check import Check, CheckFailedError, CheckOutcome
 from megatron_cpt.cluster.config import CheckConfig
-from megatron_cpt.cluster.job import Job, join
+from megatron_cpt.cluster.job import ClusterJob, join
 from megatron_cpt.utils.errors import InputError, RunError
 from megatron_cpt.utils.files import write_text
 from megatron_cpt.version import __version__
@@ -66,7 +66,7 @@ def empty(folder: Path) -> None:
         raise InputError(f"folder is {folder.parent}: {error.strerror}; expected one to write to") from error
 
 
-def all_checks(job: Job) -> list[Check]:
+def all_checks(job: ClusterJob) -> list[Check]:
     """In their order."""
     return [
         *machines.CHECKS,
@@ -98,7 +98,7 @@ def chosen(checks: Sequence[Check], only: Sequence[str] | None) -> list[Check]:
     return [check for check in checks if check.name in wanted]
 
 
-def outcomes_of(job: Job, checks: Sequence[Check], deadline: float) -> Iterator[Outcome]:
+def outcomes_of(job: ClusterJob, checks: Sequence[Check], deadline: float) -> Iterator[CheckOutcome]:
     """Each check's outcome, on the first rank; other ranks take part, and have nothing to say."""
     passed: set[str] = set()
     for number, check in enumerate(checks):
@@ -109,13 +109,13 @@ def outcomes_of(job: Job, checks: Sequence[Check], deadline: float) -> Iterator[
         if reason is None:
             outcome = outcome_of(job, check, number, begin)
         else:
-            outcome = Outcome(check.name, "skipped", reason)
+            outcome = CheckOutcome(check.name, "skipped", reason)
         if outcome.state == "passed":
             passed.add(check.name)
         yield outcome
 
 
-def reason_to_skip(job: Job, check: Check, passed: set[str], deadline: float) -> str | None:
+def reason_to_skip(job: ClusterJob, check: Check, passed: set[str], deadline: float) -> str | None:
     """Why a check is not made."""
     if (here := check.here(job)) is not None:
         return here
@@ -125,42 +125,42 @@ def reason_to_skip(job: Job, check: Check, passed: set[str], deadline: float) ->
     return "time is up (minutes)" if time.monotonic() > deadline else None
 
 
-def outcome_of(job: Job, check: Check, number: int, begin: float) -> Outcome:
+def outcome_of(job: ClusterJob, check: Check, number: int, begin: float) -> CheckOutcome:
     """Of a check that is made."""
     try:
         measured: Any = check.measure(job)
-    except FailedError as error:
+    except CheckFailedError as error:
         measured = error
     except Exception as error:
         measured = unexpected(error)
     if not job.first:
         job.tell(f"measured/{number}/{job.rank}", measured)
-        return Outcome(check.name, "skipped", "the first rank speaks")
+        return CheckOutcome(check.name, "skipped", "the first rank speaks")
     measured = [measured, *(job.ask(f"measured/{number}/{rank}", LONGEST) for rank in range(1, job.world_size))]
     try:
-        errors = [one for one in measured if isinstance(one, FailedError)]
+        errors = [one for one in measured if isinstance(one, CheckFailedError)]
         if errors:
             raise min(errors, key=lambda error: error.waited)
         said, figures = check.judge(measured)
-    except FailedError as error:
-        return Outcome(check.name, "failed", str(error), time.monotonic() - begin, error.advice, error.figures)
+    except CheckFailedError as error:
+        return CheckOutcome(check.name, "failed", str(error), time.monotonic() - begin, error.advice, error.figures)
     except Exception as error:
         failed = unexpected(error)
-        return Outcome(check.name, "failed", str(failed), time.monotonic() - begin, failed.advice)
-    return Outcome(check.name, "passed", said, time.monotonic() - begin, figures=figures)
+        return CheckOutcome(check.name, "failed", str(failed), time.monotonic() - begin, failed.advice)
+    return CheckOutcome(check.name, "passed", said, time.monotonic() - begin, figures=figures)
 
 
-def unexpected(error: Exception) -> FailedError:
+def unexpected(error: Exception) -> CheckFailedError:
     """An error of the check itself, whose traceback goes to the log of this process."""
     traceback.print_exc()
-    return FailedError(f"{type(error).__name__}: {error}", "the traceback is above")
+    return CheckFailedError(f"{type(error).__name__}: {error}", "the traceback is above")
 
 
 WIDTH = 34
 COLOURS = {"passed": "32", "failed": "31", "skipped": "33"}
 
 
-def show(outcome: Outcome) -> None:
+def show(outcome: CheckOutcome) -> None:
     """A row of the table, on stderr."""
     state = outcome.state
     if sys.stderr.isatty():
@@ -171,7 +171,7 @@ def show(outcome: Outcome) -> None:
         print(f"{'':{WIDTH + 18}}try: {outcome.advice}", file=sys.stderr, flush=True)
 
 
-def as_json(job: Job, outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
+def as_json(job: ClusterJob, outcomes: Sequence[CheckOutcome], seconds: float) -> dict[str, Any]:
     """What plan_run.py and people read."""
     return {
         "format": 1,
@@ -185,7 +185,7 @@ def as_json(job: Job, outcomes: Sequence[Outcome], seconds: float) -> dict[str, 
     }
 
 
-def conclusion(outcomes: Sequence[Outcome], report: str) -> str:
+def conclusion(outcomes: Sequence[CheckOutcome], report: str) -> str:
     """The path of the results.
 
     Raises:

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from megatron_cpt.cluster.check import Check, FailedError, Figures, succeeded
+from megatron_cpt.cluster.check import Check, CheckFailedError, Figures, succeeded
 from megatron_cpt.cluster.inputs import TOOLS
-from megatron_cpt.cluster.job import Job
+from megatron_cpt.cluster.job import ClusterJob
 
 STEPS, SAVED = 5, 2
 ONE_PROCESS, PACKED_REFERENCE = "one process", "one process, packed"  # what others are compared with
@@ -36,7 +36,7 @@ TRANSFORMER_ENGINE = (("training.params_dtype", "bf16"), ("training.transformer_
 
 
 @dataclass(frozen=True)
-class Run:
+class ClusterRun:
     """A training run, and which other it has to be like.
 
     Attributes:
@@ -60,7 +60,7 @@ class Run:
         return self.name.replace(" ", "_").replace(",", "").replace("/", "-")
 
 
-def layouts(job: Job) -> Iterator[tuple[str, tuple[Setting, ...]]]:
+def layouts(job: ClusterJob) -> Iterator[tuple[str, tuple[Setting, ...]]]:
     """Names and settings of what is tried on all processes of the job."""
     count, node = job.world_size, job.devices_per_node
     sizes = [(1, 1, None), (2, 1, None), (1, 2, None), (2, 2, None), (1, 2, 2), (1, 4, None)]
@@ -88,16 +88,16 @@ LAYOUT_ADVICE = (
 BF16_ADVICE = "compare with --training.transformer_impl local; another build of Transformer Engine or cuDNN may be needed"
 
 
-def runs(job: Job) -> list[Run]:
+def runs(job: ClusterJob) -> list[ClusterRun]:
     """All runs, each after those that it is compared with."""
     bf16, bits = ("training.params_dtype", "bf16"), "bit for bit"
     found = [
-        Run(ONE_PROCESS, settings=DETERMINISTIC),
-        Run(PACKED_REFERENCE, settings=(*DETERMINISTIC, *PACKED)),
-        Run(f"resume, {bits}", settings=DETERMINISTIC, like=ONE_PROCESS, after=ONE_PROCESS),
-        Run("asynchronous save", settings=(*DETERMINISTIC, ("checkpoint.async_save", True)), like=ONE_PROCESS),
-        Run("bf16", settings=(bf16, ("training.transformer_impl", "local")), like=ONE_PROCESS, tolerance=BF16),
-        Run(
+        ClusterRun(ONE_PROCESS, settings=DETERMINISTIC),
+        ClusterRun(PACKED_REFERENCE, settings=(*DETERMINISTIC, *PACKED)),
+        ClusterRun(f"resume, {bits}", settings=DETERMINISTIC, like=ONE_PROCESS, after=ONE_PROCESS),
+        ClusterRun("asynchronous save", settings=(*DETERMINISTIC, ("checkpoint.async_save", True)), like=ONE_PROCESS),
+        ClusterRun("bf16", settings=(bf16, ("training.transformer_impl", "local")), like=ONE_PROCESS, tolerance=BF16),
+        ClusterRun(
             "bf16, packed",
             settings=(bf16, *PACKED, ("training.transformer_impl", "local")),
             like=PACKED_REFERENCE,
@@ -106,23 +106,25 @@ def runs(job: Job) -> list[Run]:
     ]
     all_layouts = list(layouts(job))
     for name, settings in all_layouts:
-        found.append(Run(name, job.world_size, settings, ONE_PROCESS, FP32, advice=LAYOUT_ADVICE))
+        found.append(ClusterRun(name, job.world_size, settings, ONE_PROCESS, FP32, advice=LAYOUT_ADVICE))
     if len(all_layouts) > 1:
         (name, settings), (_, plain) = all_layouts[1], all_layouts[0]
         found.append(
-            Run(f"{name}, packed", job.world_size, (*settings, *PACKED), PACKED_REFERENCE, FP32, advice=LAYOUT_ADVICE)
+            ClusterRun(f"{name}, packed", job.world_size, (*settings, *PACKED), PACKED_REFERENCE, FP32, advice=LAYOUT_ADVICE)
         )
-        found.append(Run(f"resume in {name}", job.world_size, settings, ONE_PROCESS, FP32, after=ONE_PROCESS))
-        found.append(Run(f"resume {name} in DP{job.world_size}", job.world_size, plain, ONE_PROCESS, FP32, after=name))
-        found.append(Run(f"resume {name} in one process", 1, (), ONE_PROCESS, FP32, after=name))
+        found.append(ClusterRun(f"resume in {name}", job.world_size, settings, ONE_PROCESS, FP32, after=ONE_PROCESS))
+        found.append(
+            ClusterRun(f"resume {name} in DP{job.world_size}", job.world_size, plain, ONE_PROCESS, FP32, after=name)
+        )
+        found.append(ClusterRun(f"resume {name} in one process", 1, (), ONE_PROCESS, FP32, after=name))
     found += transformer_engine_runs(job, all_layouts)
     return found
 
 
-def transformer_engine_runs(job: Job, all_layouts: Sequence[tuple[str, tuple[Setting, ...]]]) -> Iterator[Run]:
+def transformer_engine_runs(job: ClusterJob, all_layouts: Sequence[tuple[str, tuple[Setting, ...]]]) -> Iterator[ClusterRun]:
     """With its layers: against torch's, packed, resumed, in layouts, and in FP8."""
     te = "Transformer Engine"
-    same = functools.partial(Run, advice=BF16_ADVICE)
+    same = functools.partial(ClusterRun, advice=BF16_ADVICE)
     yield same(te, settings=TRANSFORMER_ENGINE, like=ONE_PROCESS, tolerance=BF16)
     yield same(f"{te}, packed", settings=(*TRANSFORMER_ENGINE, *PACKED), like=PACKED_REFERENCE, tolerance=BF16)
     whole = f"{te}, deterministic"
@@ -143,7 +145,7 @@ def transformer_engine_runs(job: Job, all_layouts: Sequence[tuple[str, tuple[Set
         yield same(f"FP8 {recipe}, resume", settings=fp8, like=f"FP8 {recipe}", tolerance=FP8, after=f"FP8 {recipe}")
 
 
-def impossible(run: Run) -> str | None:
+def impossible(run: ClusterRun) -> str | None:
     """Why a run cannot be made on this machine."""
     settings = dict(run.settings)
     if settings.get("training.params_dtype") == "bf16" and not torch.cuda.is_available():
@@ -159,7 +161,7 @@ def impossible(run: Run) -> str | None:
     return None
 
 
-def check_of(run: Run, job: Job) -> Check:
+def check_of(run: ClusterRun, job: ClusterJob) -> Check:
     """The run as a check."""
     needs = [name for name in (run.like, run.after) if name is not None]
     return Check(
@@ -171,18 +173,18 @@ def check_of(run: Run, job: Job) -> Check:
     )
 
 
-def train(job: Job, run: Run) -> dict[str, Any] | None:
+def train(job: ClusterJob, run: ClusterRun) -> dict[str, Any] | None:
     """Run it, on the ranks that it takes."""
     folder = job.folder / "runs" / run.folder_name
     if job.first and run.after is not None:
-        begin_after(job.folder / "runs" / Run(run.after).folder_name, folder)
+        begin_after(job.folder / "runs" / ClusterRun(run.after).folder_name, folder)
     command = [sys.executable, str(TOOLS / "pretrain_cpt.py"), *arguments(job, run, folder)]
     ended = job.run(run.folder_name, command, run.processes, SECONDS)
     succeeded(ended, job.rank)
     return None if ended is None else dataclasses.asdict(ended)
 
 
-def arguments(job: Job, run: Run, folder: Path) -> list[str]:
+def arguments(job: ClusterJob, run: ClusterRun, folder: Path) -> list[str]:
     """Of tools/pretrain_cpt.py."""
     settings: dict[str, Any] = {
         "mixture": job.folder / "mixture.yaml",
@@ -212,7 +214,7 @@ def begin_after(finished: Path, folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["iteration"] <= SAVED))
 
 
-def judge(run: Run, job: Job, found: Sequence[dict[str, Any] | None]) -> tuple[str, Figures]:
+def judge(run: ClusterRun, job: ClusterJob, found: Sequence[dict[str, Any] | None]) -> tuple[str, Figures]:
     """Whether all its processes ended well, and its losses are those that they should be."""
     first = found[0]
     assert first is not None
@@ -223,17 +225,17 @@ def judge(run: Run, job: Job, found: Sequence[dict[str, Any] | None]) -> tuple[s
         "tokens_per_second": rows[-1].get("tokens_per_second"),
     }
     if [row["iteration"] for row in rows] != list(range(1, STEPS + 1)):
-        raise FailedError(
+        raise CheckFailedError(
             f"it has logged steps {[row['iteration'] for row in rows]}, not 1 to {STEPS}", f"see {first['log']}"
         )
     learned = rows[0]["loss"] - rows[-1]["loss"]
     if learned < 0.1:
-        raise FailedError(
+        raise CheckFailedError(
             f"the loss goes from {rows[0]['loss']:.4f} to {rows[-1]['loss']:.4f}: nothing is learned", run.advice
         )
     # Of a single step all samples may lie within a document each; then nothing is to be told apart
     if "packed" in run.name and losses(rows) == losses(steps(job, ONE_PROCESS)):
-        raise FailedError(f"its losses are those of {ONE_PROCESS}: documents are not told apart", run.advice, figures)
+        raise CheckFailedError(f"its losses are those of {ONE_PROCESS}: documents are not told apart", run.advice, figures)
     if run.like is None:
         return f"loss {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}", figures
     theirs = steps(job, run.like)
@@ -244,7 +246,7 @@ def judge(run: Run, job: Job, found: Sequence[dict[str, Any] | None]) -> tuple[s
     for (name, difference), allowed in zip(differences.items(), run.tolerance, strict=True):
         if not difference <= allowed:
             words = name.replace("grad_norm", "gradient norm")
-            raise FailedError(
+            raise CheckFailedError(
                 f"the {words} is {difference:.1e} from that of {run.like}; expected at most {allowed:g}", run.advice, figures
             )
     if not any(differences.values()):
@@ -262,9 +264,9 @@ def relative(value: float, wanted: float) -> float:
     return abs(value - wanted) / abs(wanted)
 
 
-def steps(job: Job, name: str) -> list[dict[str, Any]]:
+def steps(job: ClusterJob, name: str) -> list[dict[str, Any]]:
     """Rows of the steps of a run."""
-    path = job.folder / "runs" / Run(name).folder_name / "metrics.jsonl"
+    path = job.folder / "runs" / ClusterRun(name).folder_name / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [
         {key: row.get(key) for key in ("iteration", "loss", "grad_norm", "tokens_per_second")}
@@ -273,9 +275,9 @@ def steps(job: Job, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def stop(job: Job) -> float | None:
+def stop(job: ClusterJob) -> float | None:
     """Seconds from a SIGTERM to the end of a long run: its last rank gets it once the first has taken a step."""
-    run = Run("sigterm", job.world_size, (("training.train_iters", 100_000), ("checkpoint.save_interval", 0)))
+    run = ClusterRun("sigterm", job.world_size, (("training.train_iters", 100_000), ("checkpoint.save_interval", 0)))
     folder = job.folder / "runs" / run.folder_name
     asked: list[float] = []
 
@@ -293,19 +295,19 @@ def stop(job: Job) -> float | None:
     return time.monotonic() - asked[0] if asked else None
 
 
-def judge_stop(job: Job, found: Sequence[float | None]) -> tuple[str, Figures]:
+def judge_stop(job: ClusterJob, found: Sequence[float | None]) -> tuple[str, Figures]:
     """Whether the run has saved and ended by itself; how soon."""
     folder, seconds = job.folder / "runs" / "sigterm", found[-1]
     status = json.loads((folder / "status.json").read_text())
     latest = folder / "latest_checkpointed_iteration.txt"
     if status["state"] != "stopped" or not latest.exists():
-        raise FailedError(
+        raise CheckFailedError(
             f"the run says {status['state']}, and has {'a' if latest.exists() else 'no'} checkpoint", "see its log"
         )
     return f"saved at step {int(latest.read_text())} and ended within {seconds:.1f} s", {"seconds": seconds}
 
 
-def checks(job: Job) -> list[Check]:
+def checks(job: ClusterJob) -> list[Check]:
     """All of them."""
     found = [check_of(run, job) for run in runs(job)]
     found.append(Check("SIGTERM", stop, lambda ended: judge_stop(job, ended), needs=["inputs"]))

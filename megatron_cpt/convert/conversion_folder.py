@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_cpt.checkpoint.background import Worker, WorkerError
+from megatron_cpt.checkpoint.background import ForkedWork, WorkerError
 from megatron_cpt.checkpoint.folders import missing_parents, publish_folder, remove_empty, temporary_name
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import replacing
@@ -125,11 +125,11 @@ def write_files(folder: str, jobs: Sequence[FileJob], num_workers: int, descript
     todo = [job for job in jobs if not os.path.exists(_marker(folder, job))]
     _clear(folder, done)
     count = min(num_workers, len(todo))
-    workers: list[Worker[None]] = []
+    workers: list[ForkedWork[None]] = []
     with _Meter(description, sum(job.bytes for job in jobs), sum(job.bytes for job in todo), count) as meter:
         try:
             for number in range(count):
-                workers.append(Worker(partial(_write_some, folder, todo[number::count], meter, number)))
+                workers.append(ForkedWork(partial(_write_some, folder, todo[number::count], meter, number)))
             while any(worker.running() for worker in workers):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 meter.show()

@@ -48,7 +48,7 @@ from megatron_cpt.checkpoint.torch_dist import (
 from megatron_cpt.checkpoint.zip_reader import check_archives
 from megatron_cpt.convert.config import HfToMegatron, MegatronToHf
 from megatron_cpt.convert.conversion_folder import JOB, FileJob, fingerprint, resumable_folder, write_files
-from megatron_cpt.convert.hf_weights import Piece, check_shapes, extra_states, open_hf, pieces_of
+from megatron_cpt.convert.hf_weights import WeightPiece, check_shapes, extra_states, open_hf, pieces_of
 from megatron_cpt.convert.megatron_lm import foreign_config
 from megatron_cpt.convert.megatron_weights import MegatronTensors
 from megatron_cpt.convert.model_card import model_card
@@ -125,7 +125,7 @@ def convert_to_megatron(config: HfToMegatron, llama: LlamaConfig, source: HfTens
 
 
 def make_chunk(
-    pieces: Mapping[tuple[str, tuple[int, ...]], Piece],
+    pieces: Mapping[tuple[str, tuple[int, ...]], WeightPiece],
     tensors: Mapping[str, torch.Tensor],
     llama: LlamaConfig,
     folder: str,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_cpt.checkpoint.hf_files import HfTensors
-from megatron_cpt.checkpoint.torch_dist import Chunk
+from megatron_cpt.checkpoint.torch_dist import TensorChunk
 from megatron_cpt.model.llama import LlamaConfig, hf_shapes
 from megatron_cpt.utils.errors import InputError
 
@@ -93,10 +93,10 @@ def split_qkv(qkv: torch.Tensor, llama: LlamaConfig) -> list[torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightPiece:
     """A chunk of a Megatron checkpoint and the HF tensors that it is made of: one, or queries, keys and values."""
 
-    chunk: Chunk
+    chunk: TensorChunk
     sources: tuple[str, ...]
 
     def make(self, hf: Mapping[str, torch.Tensor], llama: LlamaConfig) -> torch.Tensor:
@@ -105,14 +105,14 @@ class Piece:
         return (parts[0] if len(parts) == 1 else join_qkv(parts, llama)).reshape(self.chunk.shape)
 
 
-def pieces_of(llama: LlamaConfig, dtype: torch.dtype) -> list[Piece]:
+def pieces_of(llama: LlamaConfig, dtype: torch.dtype) -> list[WeightPiece]:
     """Everything a Megatron checkpoint of this architecture holds, in the chunks in which megatron-core would save it."""
     shapes, layers = hf_shapes(llama), llama.num_hidden_layers
     pieces = []
     for name, key in MODEL_NAMES.items():
         if name in shapes:
             whole = shapes[name]
-            pieces.append(Piece(Chunk(key, whole, (0,) * len(whole), whole, dtype), (name,)))
+            pieces.append(WeightPiece(TensorChunk(key, whole, (0,) * len(whole), whole, dtype), (name,)))
     places: list[tuple[tuple[int, int], tuple[int], tuple[str, ...]]]  # first layer and row, rows, sources
     for layer in range(layers):
         below = f"model.layers.{layer}."
@@ -132,8 +132,8 @@ def pieces_of(llama: LlamaConfig, dtype: torch.dtype) -> list[Piece]:
             else:
                 places = [((layer, 0), (sum(rows),), (*sources,))]
             for start, length, parts in places:
-                chunk = Chunk(LAYERS + key, whole, (*start, *(0 for _ in columns)), (1, *length, *columns), dtype)
-                pieces.append(Piece(chunk, parts))
+                chunk = TensorChunk(LAYERS + key, whole, (*start, *(0 for _ in columns)), (1, *length, *columns), dtype)
+                pieces.append(WeightPiece(chunk, parts))
     return pieces
 
 

@@ -34,13 +34,13 @@ AUDIT_CHARACTERS = 128  # of a document, for a comparison with the reference tok
 
 
 class Engine(Protocol):
-    """What encodes: a `FastTokenizer`, or the `Reference`."""
+    """What encodes: a `FastTokenizer`, or the `ReferenceEncoder`."""
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """(tokens,) ids of many texts back to back, and how many each has (texts,)."""
 
 
-class Reference:
+class ReferenceEncoder:
     """A `Tokenizer` as an engine."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

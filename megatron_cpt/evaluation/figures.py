@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from megatron_cpt.evaluation.columns import Column, Measured, all_columns, columns_of
-from megatron_cpt.evaluation.trajectory import Point
+from megatron_cpt.evaluation.trajectory import TrajectoryPoint
 from megatron_cpt.utils.files import replacing
 
 GROUP = 0.8  # of the room that a group of bars has
@@ -88,7 +88,7 @@ def add_legend(figure: Figure, ax: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False, fontsize=9)
 
 
-def trajectory(points: Sequence[Point]) -> Figure:
+def trajectory(points: Sequence[TrajectoryPoint]) -> Figure:
     """A panel for each benchmark, bits per byte and language of the answers, over tokens where all are known."""
     columns = all_columns({str(point.iteration): point.parts for point in points})
     panels: dict[str, list[Column]] = {}
@@ -115,7 +115,7 @@ def trajectory(points: Sequence[Point]) -> Figure:
     return figure
 
 
-def draw_line(ax: Axes, points: Sequence[Point], column: Column, by_tokens: bool) -> None:
+def draw_line(ax: Axes, points: Sequence[TrajectoryPoint], column: Column, by_tokens: bool) -> None:
     """One number over the run, with standard errors where there are some."""
     factor = 1 if column.part == "text" else 100
     known = [(point, number) for point in points if (number := column.number(point.parts)) is not None]

@@ -47,14 +47,14 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SandboxOutcome:
     """What became of a program: whether it came to its end, and otherwise the last line of its errors."""
 
     passed: bool
     error: str
 
 
-def run(program: str, limits: Limits) -> Outcome:
+def run(program: str, limits: Limits) -> SandboxOutcome:
     """Run a Python program in an empty folder, without this process's environment.
 
     It passes by coming to its end: not by an exit, whatever the status. What it has started is killed with it.
@@ -73,8 +73,8 @@ def run(program: str, limits: Limits) -> Outcome:
         passed = is_text(result, token)
         lines = errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if passed:
-        return Outcome(True, "")
-    return Outcome(False, f"killed after {limits.seconds} s" if killed else (lines or ["it ended early"])[-1][:200])
+        return SandboxOutcome(True, "")
+    return SandboxOutcome(False, f"killed after {limits.seconds} s" if killed else (lines or ["it ended early"])[-1][:200])
 
 
 def bounds(limits: Limits, user: int) -> dict[str, int]:

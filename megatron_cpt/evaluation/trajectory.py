@@ -32,7 +32,7 @@ CONVERTED = ".hf"  # in it: the checkpoint that is being measured
 
 
 @dataclass(frozen=True)
-class Point:
+class TrajectoryPoint:
     """A checkpoint with its measurements."""
 
     iteration: int
@@ -40,7 +40,9 @@ class Point:
     parts: dict[str, Any]
 
 
-def measure_trajectory(config: EvaluateConfig, catalog: Catalog | None, trajectory: TrajectoryConfig) -> list[Point]:
+def measure_trajectory(
+    config: EvaluateConfig, catalog: Catalog | None, trajectory: TrajectoryConfig
+) -> list[TrajectoryPoint]:
     """All checkpoints, in their order, with those that were measured before the run removed them.
 
     Raises:
@@ -68,7 +70,7 @@ def measure_trajectory(config: EvaluateConfig, catalog: Catalog | None, trajecto
             folder_identity(item.model),
             opened,
         )
-        points[item.iteration] = Point(item.iteration, item.tokens, parts)
+        points[item.iteration] = TrajectoryPoint(item.iteration, item.tokens, parts)
     for iteration, checkpoint in live.items():
         try:
             points[iteration] = measure_checkpoint(config, catalog, str(run), iteration, checkpoint, folder)
@@ -97,7 +99,7 @@ def checkpoints_of(run: str, every: int | None) -> dict[int, str]:
 
 def measure_checkpoint(
     config: EvaluateConfig, catalog: Catalog | None, run: str, iteration: int, checkpoint: str, folder: str
-) -> Point:
+) -> TrajectoryPoint:
     """One of a run's."""
     manifest = read_checkpoint_manifest(checkpoint)
     tokens = manifest["consumed_samples"] * seq_length(manifest)
@@ -107,7 +109,7 @@ def measure_checkpoint(
     path = os.path.join(folder, f"{checkpoint_name(iteration)}.json")
     opened = converted(checkpoint, os.path.join(folder, CONVERTED))
     name = f"iteration {iteration}"
-    return Point(iteration, tokens, measure(config, catalog, wanted_parts(config), name, path, model, opened))
+    return TrajectoryPoint(iteration, tokens, measure(config, catalog, wanted_parts(config), name, path, model, opened))
 
 
 @contextlib.contextmanager
@@ -119,7 +121,7 @@ def converted(checkpoint: str, folder: str) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def removed_points(config: EvaluateConfig, catalog: Catalog | None, run: str, folder: str) -> dict[int, Point]:
+def removed_points(config: EvaluateConfig, catalog: Catalog | None, run: str, folder: str) -> dict[int, TrajectoryPoint]:
     """What was measured in the same way of checkpoints that a run with `keep_last` has removed since, be it not all.
 
     A run removes none after its newest: those are of another that was in this folder, or of a part that was taken back.
@@ -135,7 +137,7 @@ def removed_points(config: EvaluateConfig, catalog: Catalog | None, run: str, fo
         removed = iteration not in here and (newest is None or iteration < newest)
         if any(parts.values()) and model["run"] == os.path.abspath(run) and removed:
             print(f"iteration {iteration}: its checkpoint is gone; as it was measured before", file=sys.stderr)
-            points[iteration] = Point(iteration, model["tokens"], parts)
+            points[iteration] = TrajectoryPoint(iteration, model["tokens"], parts)
     return points
 
 
@@ -159,7 +161,7 @@ def settings_of(config: EvaluateConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in others}
 
 
-def write_trajectory(config: EvaluateConfig, points: Sequence[Point]) -> None:
+def write_trajectory(config: EvaluateConfig, points: Sequence[TrajectoryPoint]) -> None:
     """trajectory.json with everything, trajectory.csv with the numbers and their standard errors."""
     rows = [{"iteration": point.iteration, "tokens": point.tokens} | point.parts for point in points]
     content = {"checkpoints": rows, "settings": settings_of(config), "versions": versions()}

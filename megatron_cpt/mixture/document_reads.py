@@ -14,11 +14,11 @@ from megatron_cpt.corpus.document_origins import DocumentOrigins, origins_of
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.mixture.loader import Order
 from megatron_cpt.mixture.mixture import Corpus
-from megatron_cpt.mixture.order.order import Places, SampleOrder
+from megatron_cpt.mixture.order.order import SampleLocations, SampleOrder
 
 CHUNK = 1 << 16  # samples at a time: some megabytes of rows
 Numbers = npt.NDArray[np.int64]
-Locate = Callable[[SampleOrder, int, int], Places]
+Locate = Callable[[SampleOrder, int, int], SampleLocations]
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,6 @@ def _only(reads: Reads, places: Sequence[tuple[int, int]]) -> Reads:
     return reads.only(rows)
 
 
-def on_cpu(order: SampleOrder, first: int, count: int) -> Places:
+def on_cpu(order: SampleOrder, first: int, count: int) -> SampleLocations:
     """Places of samples, by the compiled order where there is one."""
     return order.locate_many(first, count)

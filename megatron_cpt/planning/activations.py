@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from megatron_cpt.planning.layouts import Chunk, Job, Layout, chunks_of_stage
+from megatron_cpt.planning.layouts import Layout, ModelChunk, TrainingJob, chunks_of_stage
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Sizes:
     vocab: int
 
 
-def sizes(job: Job, layout: Layout) -> Sizes:
+def sizes(job: TrainingJob, layout: Layout) -> Sizes:
     llama, tensor = job.llama, layout.tensor
     tokens = layout.micro_batch_size * job.seq_length // layout.context
     return Sizes(
@@ -50,7 +50,7 @@ def sizes(job: Job, layout: Layout) -> Sizes:
     )
 
 
-def layer_bytes(job: Job, layout: Layout, recomputed: frozenset[str] = frozenset()) -> dict[str, int]:
+def layer_bytes(job: TrainingJob, layout: Layout, recomputed: frozenset[str] = frozenset()) -> dict[str, int]:
     """Saved for the backward pass of one layer, by part; `recomputed`: of core_attn, mlp, layernorm."""
     if job.has_transformer_engine(layout):
         return engine_layer_bytes(job, layout, recomputed)
@@ -68,7 +68,7 @@ def layer_bytes(job: Job, layout: Layout, recomputed: frozenset[str] = frozenset
     return {"norms": norms, "attention": attention, "mlp": mlp}
 
 
-def engine_layer_bytes(job: Job, layout: Layout, recomputed: frozenset[str]) -> dict[str, int]:
+def engine_layer_bytes(job: TrainingJob, layout: Layout, recomputed: frozenset[str]) -> dict[str, int]:
     """Saved by a layer of Transformer Engine 2.20.2 (its tensorwise FP8 recipe), by part.
 
     norms: `_LayerNormLinear` (module/layernorm_linear.py) saves its input `inputmat`, the fp32 `rsigma` and the norm's
@@ -114,7 +114,7 @@ def fully_recomputed(layout: Layout, layers: int) -> tuple[int, int]:
     return -(-layers // number), layers
 
 
-def chunk_bytes(job: Job, layout: Layout, chunk: Chunk) -> dict[str, int]:
+def chunk_bytes(job: TrainingJob, layout: Layout, chunk: ModelChunk) -> dict[str, int]:
     """Saved for the backward pass of one micro-batch through a model chunk, by part."""
     n, element = sizes(job, layout), job.element_bytes
     groups, recomputed = fully_recomputed(layout, chunk.layers)
@@ -145,7 +145,7 @@ def microbatches_in_flight(layout: Layout, stage: int) -> float:
     return min(chunks, layout.num_microbatches * virtual) / virtual
 
 
-def stage_bytes(job: Job, layout: Layout, stage: int) -> dict[str, int]:
+def stage_bytes(job: TrainingJob, layout: Layout, stage: int) -> dict[str, int]:
     """Saved on a stage at the fullest moment, by part. Logits and probabilities exist for one micro-batch at a time."""
     parts: dict[str, float] = {}
     in_flight = microbatches_in_flight(layout, stage)
@@ -155,7 +155,7 @@ def stage_bytes(job: Job, layout: Layout, stage: int) -> dict[str, int]:
     return {name: int(size) for name, size in parts.items()}
 
 
-def working_bytes(job: Job, layout: Layout, stage: int) -> int:
+def working_bytes(job: TrainingJob, layout: Layout, stage: int) -> int:
     """Held for a moment: gradients within a layer, the gathered input, a recomputed layer; on the last stage the logits."""
     n, element = sizes(job, layout), job.element_bytes
     layer = (n.tokens * (n.hidden + 3 * n.ffn) + 2 * n.local_tokens * n.hidden) * element

@@ -1,4 +1,4 @@
-"""What is computed (`Job`), how it is spread over devices (`Layout`), and what each pipeline stage holds."""
+"""What is computed (`TrainingJob`), how it is spread over devices (`Layout`), and what each pipeline stage holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_cpt.utils.errors import InputError
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What is computed, whatever the layout.
 
     Attributes:
@@ -86,7 +86,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class ModelChunk:
     """Consecutive layers that one rank computes at once; a stage has several under the interleaved schedule."""
 
     layers: int
@@ -94,12 +94,12 @@ class Chunk:
     has_output: bool
 
 
-def chunks_of_stage(llama: LlamaConfig, layout: Layout, stage: int) -> list[Chunk]:
+def chunks_of_stage(llama: LlamaConfig, layout: Layout, stage: int) -> list[ModelChunk]:
     """The model chunks of a pipeline stage, in the order of the forward pass."""
     layers = layers_of_stages(llama.num_hidden_layers, layout.parallel)[stage]
     last = layout.virtual - 1
     return [
-        Chunk(layers // layout.virtual, stage == 0 and chunk == 0, stage == layout.pipeline - 1 and chunk == last)
+        ModelChunk(layers // layout.virtual, stage == 0 and chunk == 0, stage == layout.pipeline - 1 and chunk == last)
         for chunk in range(layout.virtual)
     ]
 
@@ -112,7 +112,7 @@ def layers_of_uneven_first_stage(num_layers: int, pipeline: int) -> int | None:
     return rest if rest > 0 else None
 
 
-def check_transformer_engine(job: Job, layout: Layout) -> None:
+def check_transformer_engine(job: TrainingJob, layout: Layout) -> None:
     """Raise InputError for what only Transformer Engine's layers can do with others, and for what these cannot."""
     for name, value, needed in (("fp8", job.fp8, job.fp8), ("context_parallel_size", layout.context, layout.context > 1)):
         if needed and not job.has_transformer_engine(layout):
@@ -127,7 +127,7 @@ def check_transformer_engine(job: Job, layout: Layout) -> None:
         )
 
 
-def check(job: Job, layout: Layout) -> None:
+def check(job: TrainingJob, layout: Layout) -> None:
     """Raise InputError, with the numbers, if the job cannot be spread this way at all (memory is another question)."""
     check_layout(job.llama, layout.parallel, job.seq_length)
     check_transformer_engine(job, layout)

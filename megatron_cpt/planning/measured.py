@@ -9,7 +9,7 @@ from typing import Any
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.hardware import DEVICES, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster, Device
-from megatron_cpt.planning.layouts import Job, Layout
+from megatron_cpt.planning.layouts import Layout, TrainingJob
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.timing import throughput
 from megatron_cpt.utils.errors import InputError
@@ -31,7 +31,7 @@ def planned_rate(settings: Mapping[str, Any], device: Device, devices: int) -> f
     """
     llama = dataclasses.replace(find_model(settings["model"]), num_hidden_layers=settings["layers"])
     batch = settings["micro_batch_size"] * settings["microbatches"] * devices
-    job = Job(llama, settings["seq_length"], batch, settings["params_dtype"], bool(settings.get("fp8")))
+    job = TrainingJob(llama, settings["seq_length"], batch, settings["params_dtype"], bool(settings.get("fp8")))
     several = devices > 1
     parallel = ParallelConfig(overlap_grad_reduce=several, overlap_param_gather=several)
     layout = Layout(parallel, devices, settings["micro_batch_size"], settings["microbatches"])

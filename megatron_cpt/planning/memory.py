@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_cpt.planning.activations import stage_bytes, working_bytes
-from megatron_cpt.planning.layouts import Job, Layout
+from megatron_cpt.planning.layouts import Layout, TrainingJob
 from megatron_cpt.planning.weights import fp8_bytes, gathered_bytes, state_bytes
 
 GIB = 2**30
@@ -38,7 +38,7 @@ class Memory:
         return state + sum(self.activations.values()) + self.working + self.overhead
 
 
-def memory_of_stage(job: Job, layout: Layout, stage: int, overhead_gib: float, fragmentation: float) -> Memory:
+def memory_of_stage(job: TrainingJob, layout: Layout, stage: int, overhead_gib: float, fragmentation: float) -> Memory:
     """See Memory; `fragmentation` is a share of activations and working memory."""
     state = state_bytes(job, layout, stage)
     activations = stage_bytes(job, layout, stage)
@@ -56,7 +56,7 @@ def memory_of_stage(job: Job, layout: Layout, stage: int, overhead_gib: float, f
     )
 
 
-def fullest(job: Job, layout: Layout, overhead_gib: float, fragmentation: float) -> Memory:
+def fullest(job: TrainingJob, layout: Layout, overhead_gib: float, fragmentation: float) -> Memory:
     """The stage that needs most: the first (most micro-batches in flight), the one after an uneven first, or the last."""
     stages = {0, min(1, layout.pipeline - 1), layout.pipeline - 1}
     return max((memory_of_stage(job, layout, s, overhead_gib, fragmentation) for s in sorted(stages)), key=lambda m: m.total)

@@ -10,7 +10,7 @@ from megatron_cpt.config.run import RunConfig, TrainingConfig
 from megatron_cpt.mixture.file import read_seq_length
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.layouts import Layout, check
-from megatron_cpt.planning.search import Plan, fits, make_candidate, make_cluster, make_job, too_big_because
+from megatron_cpt.planning.search import LayoutPlan, fits, make_candidate, make_cluster, make_job, too_big_because
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.input_files import load_yaml
 
@@ -104,7 +104,7 @@ def tokens_of(training: TrainingConfig, seq_length: int) -> float:
     return samples * seq_length
 
 
-def plan_one(run: PlannedRun) -> Plan:
+def plan_one(run: PlannedRun) -> LayoutPlan:
     """The run's own layout as a plan.
 
     Raises:
@@ -116,4 +116,4 @@ def plan_one(run: PlannedRun) -> Plan:
     if not fits(candidate, cluster):
         reason = too_big_because([candidate], cluster)
         raise InputError(f"{config.run} does not fit into {config.devices} x {cluster.device.name}: {reason}")
-    return Plan(config, job, cluster, [candidate], [])
+    return LayoutPlan(config, job, cluster, [candidate], [])

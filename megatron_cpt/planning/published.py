@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.planning.hardware import Cluster, find_device
-from megatron_cpt.planning.layouts import Job, Layout
+from megatron_cpt.planning.layouts import Layout, TrainingJob
 from megatron_cpt.planning.presets import MODELS
 
 
@@ -40,8 +40,8 @@ class Published:
     memory_gb_per_s: float | None = None
 
     @property
-    def job(self) -> Job:
-        return Job(SHAPES[self.model], self.seq_length, self.global_batch_size, "bf16", self.fp8)
+    def job(self) -> TrainingJob:
+        return TrainingJob(SHAPES[self.model], self.seq_length, self.global_batch_size, "bf16", self.fp8)
 
     @property
     def layout(self) -> Layout:

@@ -12,13 +12,13 @@ from rich.table import Table
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.planning.hardware import ATTENTION_EFFICIENCY, LINK_EFFICIENCY
-from megatron_cpt.planning.layouts import Chunk, Layout
+from megatron_cpt.planning.layouts import Layout, ModelChunk
 from megatron_cpt.planning.memory import GIB
-from megatron_cpt.planning.search import TIGHT, Candidate, Plan, recomputation
+from megatron_cpt.planning.search import TIGHT, Candidate, LayoutPlan, recomputation
 from megatron_cpt.planning.weights import Parameter, parameters_of_chunk
 
 # Heading, what to print, from which width of the terminal on.
-Column = tuple[str, Callable[[Candidate, Plan], str], int]
+Column = tuple[str, Callable[[Candidate, LayoutPlan], str], int]
 
 
 def gib(size: float) -> str:
@@ -69,7 +69,7 @@ COLUMNS: list[Column] = [
 DISPENSABLE = ("tok/s", "causal", "bubble", "step s", "again", "days")  # where long numbers make the table too wide
 
 
-def show(plan: Plan, console: Console) -> None:
+def show(plan: LayoutPlan, console: Console) -> None:
     """Header, the fastest layouts, and why others do not do."""
     for line in header(plan):
         console.print(line, highlight=False)
@@ -108,10 +108,10 @@ TIGHT_LEGEND = f"!: needs more than {TIGHT:.0%} of the memory, so it may not fit
 INFEASIBLE_LEGEND = "MB8+: with that micro batch and larger ones; state: weights, gradients, optimizer."
 
 
-def header(plan: Plan) -> list[str]:
+def header(plan: LayoutPlan) -> list[str]:
     """Model, cluster, and what is assumed."""
     job, device, config = plan.job, plan.cluster.device, plan.config
-    chunk = Chunk(job.llama.num_hidden_layers, True, True)
+    chunk = ModelChunk(job.llama.num_hidden_layers, True, True)
     parameters: tuple[Parameter, ...] = parameters_of_chunk(job.llama, 1, 1, chunk)
     peak = f"{device.fp8_tflops:g} TFLOP/s FP8" if job.fp8 else f"{device.bf16_tflops:g} TFLOP/s bf16"
     efficiency = device.fp8_efficiency if job.fp8 else device.matmul_efficiency
@@ -137,7 +137,7 @@ def header(plan: Plan) -> list[str]:
     ]
 
 
-def layers_of(plan: Plan) -> str:
+def layers_of(plan: LayoutPlan) -> str:
     """Whose layers are planned."""
     if plan.job.has_transformer_engine(Layout(ParallelConfig(), 1, 1, 1)):
         return "Transformer Engine's"
@@ -145,7 +145,7 @@ def layers_of(plan: Plan) -> str:
     return "torch's, with context parallelism Transformer Engine's," if with_context else "torch's"
 
 
-def layouts_table(plan: Plan, candidates: list[Candidate], width: int) -> Table:
+def layouts_table(plan: LayoutPlan, candidates: list[Candidate], width: int) -> Table:
     """One row for each of our layouts, numbered as `--row` counts them, or for each of FSDP's."""
     columns = columns_of(plan, candidates, width)
     while table_width(columns) > width and (name := next((name for name in DISPENSABLE if name in columns), None)):
@@ -158,7 +158,7 @@ def layouts_table(plan: Plan, candidates: list[Candidate], width: int) -> Table:
     return table
 
 
-def columns_of(plan: Plan, candidates: list[Candidate], width: int) -> dict[str, list[str]]:
+def columns_of(plan: LayoutPlan, candidates: list[Candidate], width: int) -> dict[str, list[str]]:
     """Heading -> cells. Without context parallelism none is about it; FSDP has no rows to choose from, and no pipeline."""
     sharded = candidates[0].layout.fully_sharded
     left_out = {"#", "PPxVP", "PP comm"} if sharded else set[str]()
@@ -177,7 +177,7 @@ def table_width(columns: dict[str, list[str]]) -> int:
     return sum(max(map(len, (heading, *found))) + 2 for heading, found in columns.items()) - 2
 
 
-def infeasible_table(plan: Plan) -> Table:
+def infeasible_table(plan: LayoutPlan) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
     table.add_column("not", max_width=30)
     table.add_column("because", overflow="fold")
@@ -186,7 +186,7 @@ def infeasible_table(plan: Plan) -> Table:
     return table
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
+def to_json(plan: LayoutPlan) -> dict[str, Any]:
     """Everything, in bytes and seconds."""
     return {
         "config": dataclasses.asdict(plan.config),
@@ -198,7 +198,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def candidate_json(candidate: Candidate, plan: Plan) -> dict[str, Any]:
+def candidate_json(candidate: Candidate, plan: LayoutPlan) -> dict[str, Any]:
     layout, result = candidate.layout, candidate.throughput
     return {
         "parallel": dataclasses.asdict(layout.parallel),

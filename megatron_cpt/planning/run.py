@@ -12,7 +12,7 @@ from rich.table import Table
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.planning.activations import chunk_bytes
 from megatron_cpt.planning.config import PlanConfig
-from megatron_cpt.planning.layouts import Job, Layout, check, chunks_of_stage
+from megatron_cpt.planning.layouts import Layout, TrainingJob, check, chunks_of_stage
 from megatron_cpt.planning.measured import with_measured
 from megatron_cpt.planning.one_run import plan_one, read_run
 from megatron_cpt.planning.report import show, to_json, write_json
@@ -54,7 +54,7 @@ def run(config: PlanConfig) -> str | None:
     return config.write or config.json
 
 
-def simulated_layout(config: PlanConfig, job: Job) -> Layout:
+def simulated_layout(config: PlanConfig, job: TrainingJob) -> Layout:
     """The layout that the configuration names.
 
     Raises:
@@ -98,7 +98,7 @@ def run_simulation(config: PlanConfig, rank: int, console: Console, layout: Layo
     return {"config": dataclasses.asdict(config), "simulation": fields}
 
 
-def planned_flops(job: Job, layout: Layout, stage: int) -> float:
+def planned_flops(job: TrainingJob, layout: Layout, stage: int) -> float:
     """Of one micro-batch on one rank of a stage, recomputation left out: its share of `flops_per_token`."""
     llama, tokens = job.llama, layout.micro_batch_size * job.seq_length
     layers = sum(chunk.layers for chunk in chunks_of_stage(llama, layout, stage))
@@ -109,7 +109,7 @@ def planned_flops(job: Job, layout: Layout, stage: int) -> float:
     return flops * tokens / layout.tensor
 
 
-def comparison(job: Job, layout: Layout, result: Simulation) -> Table:
+def comparison(job: TrainingJob, layout: Layout, result: Simulation) -> Table:
     """Simulated and planned, side by side."""
     stage = result.pipeline_rank
     state = state_bytes(job, layout, stage, result.data_rank)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.hardware import Cluster, find_device
-from megatron_cpt.planning.layouts import Job, Layout, check, layers_of_uneven_first_stage
+from megatron_cpt.planning.layouts import Layout, TrainingJob, check, layers_of_uneven_first_stage
 from megatron_cpt.planning.memory import GIB, Memory, fullest
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.timing import Throughput, throughput
@@ -36,7 +36,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     """Attributes:
     feasible: fastest first, tight ones after the others; for each TP x PP x CP x DP x micro-batch the best interleaving and
         recomputation, and a faster tight one
@@ -45,14 +45,14 @@ class Plan:
     """
 
     config: PlanConfig
-    job: Job
+    job: TrainingJob
     cluster: Cluster
     feasible: list[Candidate]
     infeasible: list[tuple[str, str]]
     compared: list[Candidate] = field(default_factory=list)
 
 
-def plan(config: PlanConfig) -> Plan:
+def plan(config: PlanConfig) -> LayoutPlan:
     """Try every layout.
 
     Raises:
@@ -73,10 +73,10 @@ def plan(config: PlanConfig) -> Plan:
             if variants and not fitting and not any(layout.startswith(f"{size} ") for layout in too_big):
                 too_big[f"{size} MB{micro_batch}+"] = too_big_because(variants, cluster)
     infeasible = [(layouts_, reason) for reason, layouts_ in refused.items()] + list(too_big.items())
-    return Plan(config, job, cluster, in_order(feasible), infeasible, fully_sharded(config, job, cluster)[:COMPARED])
+    return LayoutPlan(config, job, cluster, in_order(feasible), infeasible, fully_sharded(config, job, cluster)[:COMPARED])
 
 
-def check_possible(config: PlanConfig, job: Job) -> None:
+def check_possible(config: PlanConfig, job: TrainingJob) -> None:
     """Raise InputError for what no layout can have: the sequence, or what the layers cannot do."""
     parallel = ParallelConfig(
         context_parallel_size=config.context_parallel_size or 1,
@@ -105,7 +105,7 @@ def worth_showing(candidates: list[Candidate]) -> list[Candidate]:
     return [roomy, best] if best.tight and is_faster else [roomy]
 
 
-def fully_sharded(config: PlanConfig, job: Job, cluster: Cluster) -> list[Candidate]:
+def fully_sharded(config: PlanConfig, job: TrainingJob, cluster: Cluster) -> list[Candidate]:
     """What FSDP would need and give (Layout.fully_sharded), fastest first: of each size the best recomputation."""
     found: list[Candidate] = []
     without_pipeline = dataclasses.replace(config, pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None)
@@ -135,9 +135,9 @@ def simplest_of_fastest(candidates: list[Candidate]) -> Candidate:
     return min(near, key=lambda candidate: (candidate.layout.virtual, -candidate.throughput.tokens_per_second))
 
 
-def make_job(config: PlanConfig) -> Job:
+def make_job(config: PlanConfig) -> TrainingJob:
     llama, batch = find_model(config.model), config.global_batch_size
-    return Job(llama, config.seq_length, batch, config.params_dtype, config.fp8, config.transformer_impl)
+    return TrainingJob(llama, config.seq_length, batch, config.params_dtype, config.fp8, config.transformer_impl)
 
 
 def make_cluster(config: PlanConfig) -> Cluster:
@@ -172,7 +172,7 @@ class Size:
         return f"TP{self.tensor} PP{self.pipeline}{context} DP{self.data}"
 
 
-def sizes(config: PlanConfig, job: Job, cluster: Cluster, refused: dict[str, str]) -> Iterator[Size]:
+def sizes(config: PlanConfig, job: TrainingJob, cluster: Cluster, refused: dict[str, str]) -> Iterator[Size]:
     """Tensor-, pipeline- and context-parallel sizes that divide the devices and the model."""
     most = min(2 * cluster.device.devices_per_node, config.devices)
     tensors = [config.tensor_model_parallel_size] if config.tensor_model_parallel_size else powers_of_two(most)
@@ -189,7 +189,7 @@ def sizes(config: PlanConfig, job: Job, cluster: Cluster, refused: dict[str, str
                 yield from with_context(config, job, tensor, pipeline, refused)
 
 
-def can_be_split(config: PlanConfig, job: Job, tensor: int, pipeline: int, refused: dict[str, str]) -> bool:
+def can_be_split(config: PlanConfig, job: TrainingJob, tensor: int, pipeline: int, refused: dict[str, str]) -> bool:
     """Whether the model can be split over so many devices; else the reason is noted."""
     parallel = make_parallel(config, job, Size(tensor, pipeline, 1, 1), 1, None)
     layers = job.llama.num_hidden_layers
@@ -199,7 +199,7 @@ def can_be_split(config: PlanConfig, job: Job, tensor: int, pipeline: int, refus
         refuse(refused, reason, f"PP{pipeline}")
         return False
     try:
-        check(Job(job.llama, job.seq_length, 1), Layout(parallel, 1, 1, 1))
+        check(TrainingJob(job.llama, job.seq_length, 1), Layout(parallel, 1, 1, 1))
     except InputError as error:
         at_fault = f"TP{tensor}" if "tensor_model_parallel_size" in str(error) else f"PP{pipeline}"
         refuse(refused, str(error), at_fault)
@@ -207,7 +207,9 @@ def can_be_split(config: PlanConfig, job: Job, tensor: int, pipeline: int, refus
     return True
 
 
-def with_context(config: PlanConfig, job: Job, tensor: int, pipeline: int, refused: dict[str, str]) -> Iterator[Size]:
+def with_context(
+    config: PlanConfig, job: TrainingJob, tensor: int, pipeline: int, refused: dict[str, str]
+) -> Iterator[Size]:
     """The context-parallel sizes beside these; data parallelism takes the other devices."""
     rest = config.devices // (tensor * pipeline)
     for context in context_sizes(config, job):
@@ -226,7 +228,7 @@ def with_context(config: PlanConfig, job: Job, tensor: int, pipeline: int, refus
         yield size
 
 
-def context_sizes(config: PlanConfig, job: Job) -> list[int]:
+def context_sizes(config: PlanConfig, job: TrainingJob) -> list[int]:
     """As asked for; else what long samples can use: with fp32 or torch's layers nothing can."""
     if config.context_parallel_size is not None:
         return [config.context_parallel_size]
@@ -246,7 +248,7 @@ def powers_of_two(most: int) -> list[int]:
     return [2**i for i in range(most.bit_length())]
 
 
-def pipeline_sizes(config: PlanConfig, job: Job, tensor: int) -> list[int]:
+def pipeline_sizes(config: PlanConfig, job: TrainingJob, tensor: int) -> list[int]:
     if config.pipeline_model_parallel_size:
         return [config.pipeline_model_parallel_size]
     rest = max(config.devices // tensor, 1)
@@ -265,7 +267,7 @@ def micro_batches(config: PlanConfig, size: Size, refused: dict[str, str]) -> li
     return [size for size in powers_of_two(batch // data) if (batch // data) % size == 0]
 
 
-def layouts(config: PlanConfig, job: Job, size: Size, micro_batch: int, refused: dict[str, str]) -> Iterator[Layout]:
+def layouts(config: PlanConfig, job: TrainingJob, size: Size, micro_batch: int, refused: dict[str, str]) -> Iterator[Layout]:
     """The ways to interleave and to recompute."""
     microbatches = config.global_batch_size // (size.data * micro_batch)
     asked = config.virtual_pipeline_model_parallel_size
@@ -287,7 +289,7 @@ def layouts(config: PlanConfig, job: Job, size: Size, micro_batch: int, refused:
             yield layout
 
 
-def make_parallel(config: PlanConfig, job: Job, size: Size, virtual: int, granularity: str | None) -> ParallelConfig:
+def make_parallel(config: PlanConfig, job: TrainingJob, size: Size, virtual: int, granularity: str | None) -> ParallelConfig:
     tensor = size.tensor
     return ParallelConfig(
         tensor_model_parallel_size=tensor,
@@ -305,7 +307,7 @@ def make_parallel(config: PlanConfig, job: Job, size: Size, virtual: int, granul
     )
 
 
-def make_candidate(config: PlanConfig, job: Job, cluster: Cluster, layout: Layout) -> Candidate:
+def make_candidate(config: PlanConfig, job: TrainingJob, cluster: Cluster, layout: Layout) -> Candidate:
     memory = fullest(job, layout, config.overhead_gib, config.fragmentation)
     tight = memory.total > TIGHT * cluster.device.memory_gib * GIB
     return Candidate(layout, memory, throughput(job, layout, cluster), tight)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_cpt.config.run import OptimizerConfig
 from megatron_cpt.model.build import build_chunks, transformer_config
 from megatron_cpt.planning.collectives import CollectiveCounter, Traffic
-from megatron_cpt.planning.layouts import Job, Layout
+from megatron_cpt.planning.layouts import Layout, TrainingJob
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.fake_cluster import fake_rank
 from megatron_cpt.training.model_setup import in_ddp, optimizer_config
@@ -50,7 +50,7 @@ class Simulation:
     step_traffic: dict[tuple[str, int], Traffic]
 
 
-def simulate(job: Job, layout: Layout, rank: int) -> Simulation:
+def simulate(job: TrainingJob, layout: Layout, rank: int) -> Simulation:
     """Build rank `rank` of `layout` and run one micro-batch forward and backward.
 
     With several model chunks (the interleaved pipeline) each takes the micro-batch in its turn.
@@ -149,7 +149,7 @@ def optimizer_bytes(optimizer: Any) -> int:
     return total
 
 
-def forward(chunk: DistributedDataParallel, job: Job, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+def forward(chunk: DistributedDataParallel, job: TrainingJob, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
     """A model chunk's losses or hidden states of one micro-batch."""
     batch, seq_length, model = layout.micro_batch_size, job.seq_length, chunk.module
     tokens = torch.zeros(batch, seq_length, dtype=torch.long)
@@ -159,7 +159,7 @@ def forward(chunk: DistributedDataParallel, job: Job, layout: Layout, dtype: tor
     return chunk(tokens, None, None, labels=tokens if model.post_process else None)
 
 
-def saved_bytes(chunk: DistributedDataParallel, job: Job, layout: Layout, dtype: torch.dtype) -> int:
+def saved_bytes(chunk: DistributedDataParallel, job: TrainingJob, layout: Layout, dtype: torch.dtype) -> int:
     """Bytes that one micro-batch keeps for its backward pass, which is not run.
 
     A weight that has been through the hooks that see them is an alias, without the attributes by which megatron-core's fused

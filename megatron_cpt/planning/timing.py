@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from megatron_cpt.model.flops import flops_per_token, utilisation
 from megatron_cpt.planning.activations import Sizes, fully_recomputed, recomputed_modules, sizes
 from megatron_cpt.planning.hardware import ATTENTION_EFFICIENCY, HIDDEN_BY_TP_OVERLAP, MEMORY_EFFICIENCY, Cluster, Device
-from megatron_cpt.planning.layouts import Chunk, Job, Layout, chunks_of_stage
+from megatron_cpt.planning.layouts import Layout, ModelChunk, TrainingJob, chunks_of_stage
 from megatron_cpt.planning.weights import state_bytes
 
 FORWARD, BACKWARD = 1.0, 2.0  # a backward pass has two matrix products for each of the forward pass
@@ -36,7 +36,7 @@ class Speed:
         return 2.0 * rows * columns * depth / self.matmul_flops + element * operands / self.memory_bytes
 
 
-def peak_flops(job: Job, device: Device) -> float:
+def peak_flops(job: TrainingJob, device: Device) -> float:
     """Operations per second that matrix products cannot exceed: in FP8 where the job uses it; in TF32, half of bf16, for
     fp32 jobs."""
     if job.fp8:
@@ -44,8 +44,8 @@ def peak_flops(job: Job, device: Device) -> float:
     return device.bf16_tflops * 1e12 * (1.0 if job.params_dtype == "bf16" else 0.5)
 
 
-def speed(job: Job, device: Device) -> Speed:
-    bf16 = peak_flops(Job(job.llama, job.seq_length, job.global_batch_size, job.params_dtype), device)
+def speed(job: TrainingJob, device: Device) -> Speed:
+    bf16 = peak_flops(TrainingJob(job.llama, job.seq_length, job.global_batch_size, job.params_dtype), device)
     matmul = device.fp8_efficiency * peak_flops(job, device) if job.fp8 else device.matmul_efficiency * bf16
     return Speed(
         matmul,
@@ -71,7 +71,7 @@ class LayerTime:
         return BACKWARD * (self.mlp + self.projections + self.elementwise) + ATTENTION_BACKWARD * self.attention + again
 
 
-def layer_time(job: Job, layout: Layout, device: Device) -> LayerTime:
+def layer_time(job: TrainingJob, layout: Layout, device: Device) -> LayerTime:
     n, rate = sizes(job, layout), speed(job, device)
     element = 1 if job.fp8 else job.element_bytes
     mlp = rate.matmul(n.tokens, 2 * n.ffn, n.hidden, element) + rate.matmul(n.tokens, n.hidden, n.ffn, element)
@@ -84,7 +84,7 @@ def layer_time(job: Job, layout: Layout, device: Device) -> LayerTime:
     return LayerTime(attention, mlp, projections, elements * job.element_bytes / rate.memory_bytes)
 
 
-def tensor_parallel_time(job: Job, layout: Layout, cluster: Cluster) -> float:
+def tensor_parallel_time(job: TrainingJob, layout: Layout, cluster: Cluster) -> float:
     """Seconds of communication in one layer's forward pass; the backward pass has as much (Korthikanti et al., 2022).
 
     Two all-gathers and two reduce-scatters of the hidden states under sequence parallelism, two all-reduces (each as much as
@@ -98,7 +98,7 @@ def tensor_parallel_time(job: Job, layout: Layout, cluster: Cluster) -> float:
     return exposed * sent / cluster.bandwidth(tensor)
 
 
-def context_parallel_time(job: Job, layout: Layout, cluster: Cluster, layer: LayerTime) -> tuple[float, float]:
+def context_parallel_time(job: TrainingJob, layout: Layout, cluster: Cluster, layer: LayerTime) -> tuple[float, float]:
     """Seconds of one layer's ring attention that computing does not hide: of the forward and of the backward pass.
 
     Keys and values go from device to device, in the backward pass with their gradients, while attention is computed with
@@ -114,14 +114,14 @@ def context_parallel_time(job: Job, layout: Layout, cluster: Cluster, layer: Lay
     return forward, (context - 1) * max(0.0, 2 * send - ATTENTION_BACKWARD * turn)
 
 
-def output_time(job: Job, layout: Layout, device: Device, n: Sizes) -> float:
+def output_time(job: TrainingJob, layout: Layout, device: Device, n: Sizes) -> float:
     """Seconds of output layer and loss, forward and backward; in bf16 also where the layers run in FP8."""
-    rate = speed(Job(job.llama, job.seq_length, job.global_batch_size, job.params_dtype), device)
+    rate = speed(TrainingJob(job.llama, job.seq_length, job.global_batch_size, job.params_dtype), device)
     products = 3 * rate.matmul(n.tokens, n.vocab, n.hidden, job.element_bytes)
     return products + LOSS_BYTES * n.tokens * n.vocab / rate.memory_bytes
 
 
-def chunk_time(job: Job, layout: Layout, cluster: Cluster, chunk: Chunk) -> tuple[float, float]:
+def chunk_time(job: TrainingJob, layout: Layout, cluster: Cluster, chunk: ModelChunk) -> tuple[float, float]:
     """Seconds that a model chunk takes for one micro-batch: the forward pass, and both passes."""
     layer, tp = layer_time(job, layout, cluster.device), tensor_parallel_time(job, layout, cluster)
     ring, ring_backward = context_parallel_time(job, layout, cluster, layer)
@@ -162,7 +162,7 @@ class StepTime:
         return sum(getattr(self, part.name) for part in dataclasses.fields(self))
 
 
-def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
+def step_time(job: TrainingJob, layout: Layout, cluster: Cluster) -> StepTime:
     """Seconds of one optimizer step.
 
     All micro-batches on the busiest stage, and the bubble: the other stages' time for one micro-batch, divided by the number
@@ -195,7 +195,7 @@ def step_time(job: Job, layout: Layout, cluster: Cluster) -> StepTime:
     )
 
 
-def communication_time(job: Job, layout: Layout, cluster: Cluster, chunks: list[Chunk]) -> tuple[float, float]:
+def communication_time(job: TrainingJob, layout: Layout, cluster: Cluster, chunks: list[ModelChunk]) -> tuple[float, float]:
     """Seconds of a stage's communication within layers for one micro-batch: tensor-parallel, and of ring attention."""
     layers = sum(chunk.layers for chunk in chunks)
     again = sum(fully_recomputed(layout, chunk.layers)[1] for chunk in chunks)
@@ -212,7 +212,7 @@ def differing_stages(layout: Layout) -> list[int]:
     return sorted({0, min(1, layout.pipeline - 1), layout.pipeline - 1})
 
 
-def pipeline_time(job: Job, layout: Layout, cluster: Cluster, chunk_seconds: float) -> float:
+def pipeline_time(job: TrainingJob, layout: Layout, cluster: Cluster, chunk_seconds: float) -> float:
     """Seconds of sending activations on and gradients back that nothing hides.
 
     In 1F1B all of it; interleaved, what a chunk's computation (`chunk_seconds`, both passes) is too short for, and the sends
@@ -230,7 +230,7 @@ def pipeline_time(job: Job, layout: Layout, cluster: Cluster, chunk_seconds: flo
     return layout.num_microbatches * layout.virtual * exposed + (layout.pipeline - 1) * transfer
 
 
-def data_parallel_time(job: Job, layout: Layout, cluster: Cluster, stage: int) -> tuple[float, float, float]:
+def data_parallel_time(job: TrainingJob, layout: Layout, cluster: Cluster, stage: int) -> tuple[float, float, float]:
     """Seconds of gathering parameters, of reduce-scattering gradients, and of the distributed optimizer's update."""
     state, size = state_bytes(job, layout, stage), layout.shards
     gradient = job.gradient_bytes(layout)
@@ -263,7 +263,7 @@ class Throughput:
     bubble: float
 
 
-def throughput(job: Job, layout: Layout, cluster: Cluster) -> Throughput:
+def throughput(job: TrainingJob, layout: Layout, cluster: Cluster) -> Throughput:
     step = step_time(job, layout, cluster)
     tokens = job.global_batch_size * job.seq_length / step.total
     per_device = tokens / layout.devices

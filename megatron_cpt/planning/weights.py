@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_cpt.model.llama import LlamaConfig
-from megatron_cpt.planning.layouts import Chunk, Job, Layout, chunks_of_stage
+from megatron_cpt.planning.layouts import Layout, ModelChunk, TrainingJob, chunks_of_stage
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StateBytes:
     optimizer: int
 
 
-def parameters_of_chunk(llama: LlamaConfig, tensor: int, pipeline: int, chunk: Chunk) -> tuple[Parameter, ...]:
+def parameters_of_chunk(llama: LlamaConfig, tensor: int, pipeline: int, chunk: ModelChunk) -> tuple[Parameter, ...]:
     """The parameters of one tensor-parallel rank, in the order of the module."""
     hidden, ffn = llama.hidden_size, llama.intermediate_size
     query, key = llama.num_attention_heads * llama.head_dim, llama.num_key_value_heads * llama.head_dim
@@ -61,7 +61,7 @@ def parameters_of_chunk(llama: LlamaConfig, tensor: int, pipeline: int, chunk: C
 
 def number_of_parameters(llama: LlamaConfig) -> int:
     """Of the whole model."""
-    whole = Chunk(llama.num_hidden_layers, True, True)
+    whole = ModelChunk(llama.num_hidden_layers, True, True)
     return sum(parameter.elements for parameter in parameters_of_chunk(llama, 1, 1, whole))
 
 
@@ -86,7 +86,7 @@ class Buffer:
 
 @functools.cache
 def buffer_of_chunk(
-    llama: LlamaConfig, tensor: int, pipeline: int, chunk: Chunk, data_size: int, bucket_size: int | None
+    llama: LlamaConfig, tensor: int, pipeline: int, chunk: ModelChunk, data_size: int, bucket_size: int | None
 ) -> Buffer:
     """The buffer of one model chunk on one tensor-parallel rank."""
     return lay_out(parameters_of_chunk(llama, tensor, pipeline, chunk), data_size, bucket_size)
@@ -142,12 +142,12 @@ def buffers_of_stage(llama: LlamaConfig, layout: Layout, stage: int) -> Counter[
     return buffers
 
 
-def optimizer_element_bytes(job: Job) -> int:
+def optimizer_element_bytes(job: TrainingJob) -> int:
     """fp32 moments, and fp32 main weights unless the parameters are fp32 (then they are updated in place)."""
     return 12 if job.params_dtype == "bf16" else 8
 
 
-def state_bytes(job: Job, layout: Layout, stage: int, data_rank: int | None = None) -> StateBytes:
+def state_bytes(job: TrainingJob, layout: Layout, stage: int, data_rank: int | None = None) -> StateBytes:
     """What a rank of this pipeline stage holds; of the optimizer the data-parallel rank's share, or the largest.
 
     Context-parallel ranks are data-parallel ones here, as in megatron-core (`with_context_parallel=True`).
@@ -171,11 +171,11 @@ def state_bytes(job: Job, layout: Layout, stage: int, data_rank: int | None = No
 
 def layer_products(llama: LlamaConfig, tensor: int) -> int:
     """Elements of the weights of one layer's matrix products, on one tensor-parallel rank."""
-    layer = parameters_of_chunk(llama, tensor, 1, Chunk(1, False, False))
+    layer = parameters_of_chunk(llama, tensor, 1, ModelChunk(1, False, False))
     return sum(parameter.elements for parameter in layer if parameter.name.startswith("linear_"))
 
 
-def fp8_bytes(job: Job, layout: Layout, stage: int) -> int:
+def fp8_bytes(job: TrainingJob, layout: Layout, stage: int) -> int:
     """FP8 copies of a stage's weights, one byte for each element, and of their transposes.
 
     Transformer Engine makes both in the first micro-batch of a step and keeps them for the others (`quantize_weight` with
@@ -189,7 +189,7 @@ def fp8_bytes(job: Job, layout: Layout, stage: int) -> int:
     return 2 * layers * layer_products(job.llama, layout.tensor)
 
 
-def gathered_bytes(job: Job, layout: Layout) -> int:
+def gathered_bytes(job: TrainingJob, layout: Layout) -> int:
     """Fully sharded: what is whole on a device for a moment.
 
     The weights of a layer and of the next, the gradients of one, and embedding and output layer with one gradient of theirs.

@@ -9,12 +9,12 @@ from typing import Any
 import yaml
 
 from megatron_cpt.config.parallel import ParallelConfig
-from megatron_cpt.planning.search import Candidate, Plan
+from megatron_cpt.planning.search import Candidate, LayoutPlan
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import atomic_file
 
 
-def write_layout(path: str, plan: Plan, row: int) -> None:
+def write_layout(path: str, plan: LayoutPlan, row: int) -> None:
     """Write the layout in this row of the table (from 1), for `pretrain_cpt.py --config RUN --config PATH`.
 
     Raises:
@@ -28,7 +28,7 @@ def write_layout(path: str, plan: Plan, row: int) -> None:
         file.write((heading(candidate, plan) + text).encode())
 
 
-def heading(candidate: Candidate, plan: Plan) -> str:
+def heading(candidate: Candidate, plan: LayoutPlan) -> str:
     """What the layout was planned for, as comments."""
     config, tight = plan.config, ", tight" if candidate.tight else ""
     return (
@@ -39,7 +39,7 @@ def heading(candidate: Candidate, plan: Plan) -> str:
     )
 
 
-def settings_of_run(candidate: Candidate, plan: Plan) -> dict[str, dict[str, Any]]:
+def settings_of_run(candidate: Candidate, plan: LayoutPlan) -> dict[str, dict[str, Any]]:
     """Sections of the configuration of a run. `parallel` has every size, and what else is not as by default."""
     layout, config = candidate.layout, plan.config
     unset = dataclasses.asdict(ParallelConfig())

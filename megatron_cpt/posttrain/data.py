@@ -20,7 +20,7 @@ from megatron_cpt.posttrain.conversations import (
     unused_fields,
 )
 from megatron_cpt.posttrain.rows import read_rows
-from megatron_cpt.posttrain.settings import DataConfig, Group, SourceConfig
+from megatron_cpt.posttrain.settings import Group, SourceConfig, TuningDataConfig
 from megatron_cpt.posttrain.templates import IGNORED, Example, PairExample, Template
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
@@ -34,7 +34,7 @@ Item = TypeVar("Item", Example, PairExample)
 
 
 @dataclass
-class Counts:
+class RowCounts:
     """What became of the rows of one source.
 
     Attributes:
@@ -96,11 +96,13 @@ class Prepared(Generic[Item]):
 
     train: list[Item]
     validation: dict[str, list[Item]]
-    counts: list[Counts]
+    counts: list[RowCounts]
     almr: float
 
 
-def prepare_sft(config: DataConfig, template: Template, seed: int, identify: Identify | None = None) -> Prepared[Example]:
+def prepare_sft(
+    config: TuningDataConfig, template: Template, seed: int, identify: Identify | None = None
+) -> Prepared[Example]:
     """Read, check and tokenize conversations.
 
     Args:
@@ -110,7 +112,7 @@ def prepare_sft(config: DataConfig, template: Template, seed: int, identify: Ide
         InputError: a row is broken and they are refused, or nothing is left to train on
     """
 
-    def make(row: Any, counts: Counts) -> Example:
+    def make(row: Any, counts: RowCounts) -> Example:
         conversation = parse_conversation(row)
         answers = [message for message in conversation.messages if message.role == "assistant"]
         example = template.encode(conversation)
@@ -124,7 +126,7 @@ def prepare_sft(config: DataConfig, template: Template, seed: int, identify: Ide
 
 
 def prepare_dpo(
-    config: DataConfig, template: Template, seed: int, identify: Identify | None = None
+    config: TuningDataConfig, template: Template, seed: int, identify: Identify | None = None
 ) -> Prepared[PairExample]:
     """Read, check and tokenize preference pairs.
 
@@ -135,7 +137,7 @@ def prepare_dpo(
         InputError: as `prepare_sft`
     """
 
-    def make(row: Any, counts: Counts) -> PairExample:
+    def make(row: Any, counts: RowCounts) -> PairExample:
         preference = parse_preference(row)
         pair = template.encode_pair(preference)
         counts.with_tools += describes_tools(row)
@@ -146,7 +148,7 @@ def prepare_dpo(
     return _prepare(config, make, cut_pair, tokens_of_pair, seed)
 
 
-def count_language(counts: Counts, identify: Identify | None, answers: str) -> None:
+def count_language(counts: RowCounts, identify: Identify | None, answers: str) -> None:
     """Of one row, if languages are identified."""
     if identify is not None:
         counts.languages = counts.languages or Counter()
@@ -192,14 +194,14 @@ def tokens_of_pair(pair: PairExample) -> tuple[int, int]:
 
 
 def _prepare(
-    config: DataConfig,
-    make: Callable[[Any, Counts], Item],
+    config: TuningDataConfig,
+    make: Callable[[Any, RowCounts], Item],
     cut: Callable[[Item, int], Item],
     tokens_of: Callable[[Item], tuple[int, int]],
     seed: int,
 ) -> Prepared[Item]:
-    def read(source: SourceConfig) -> tuple[list[Item], Counts]:
-        counts = Counts(source)
+    def read(source: SourceConfig) -> tuple[list[Item], RowCounts]:
+        counts = RowCounts(source)
         items: list[Item] = []
         for number, row in read_rows(source.path):
             counts.rows += 1
@@ -222,7 +224,7 @@ def _prepare(
         return items, counts
 
     chooser = random.Random(seed)
-    train: dict[Group, list[tuple[Item, Counts]]] = {"general": [], "additional": []}
+    train: dict[Group, list[tuple[Item, RowCounts]]] = {"general": [], "additional": []}
     validation: dict[str, list[Item]] = {}
     all_counts = []
     for source in config.sources:
@@ -257,31 +259,31 @@ def _prepare(
     return Prepared([item for item, _ in mixed], validation, all_counts, tokens["additional"] / sum(tokens.values()))
 
 
-def what_became_of(counts: Counts) -> str:
+def what_became_of(counts: RowCounts) -> str:
     """Of the rows of a source that none is left of."""
     broken = [f"{len(numbers)} {kind} ({text})" for kind, (numbers, text) in sorted(counts.broken.items())]
     held_out = [f"{counts.validation} held out"] if counts.validation else []
     return ", ".join([counted(counts.rows, "row"), *broken, *held_out])
 
 
-def shortened(config: DataConfig, cut: Callable[[Item, int], Item], item: Item, length: int) -> Item:
+def shortened(config: TuningDataConfig, cut: Callable[[Item, int], Item], item: Item, length: int) -> Item:
     """An item that is too long, if it may be truncated."""
     if config.too_long != "truncate":
         raise RowError(TOO_LONG, f"it has {length} tokens; max_length is {config.max_length}")
     return cut(item, config.max_length)
 
 
-def refused(config: DataConfig, error: RowError) -> bool:
+def refused(config: TuningDataConfig, error: RowError) -> bool:
     """Whether a row ends the work instead of being counted."""
     return config.too_long == "refuse" if error.kind == TOO_LONG else config.broken == "refuse"
 
 
 def mix(
-    train: dict[Group, list[tuple[Item, Counts]]],
+    train: dict[Group, list[tuple[Item, RowCounts]]],
     almr: float | None,
     length: Callable[[Item], int],
     chooser: random.Random,
-) -> list[tuple[Item, Counts]]:
+) -> list[tuple[Item, RowCounts]]:
     """Both groups in one order; of the one that has too much for `almr`, the first rows of a random order.
 
     Raises:
@@ -300,14 +302,14 @@ def mix(
             train[group], rest = cut_to(train[group], share * total, length)
             for _, counts in rest:
                 counts.left_out += 1
-    mixed: list[tuple[Item, Counts]] = train["general"] + train["additional"]
+    mixed: list[tuple[Item, RowCounts]] = train["general"] + train["additional"]
     chooser.shuffle(mixed)
     return mixed
 
 
 def cut_to(
-    items: list[tuple[Item, Counts]], tokens: float, length: Callable[[Item], int]
-) -> tuple[list[tuple[Item, Counts]], list[tuple[Item, Counts]]]:
+    items: list[tuple[Item, RowCounts]], tokens: float, length: Callable[[Item], int]
+) -> tuple[list[tuple[Item, RowCounts]], list[tuple[Item, RowCounts]]]:
     """(as many of the first items as come nearest to these tokens, the others)"""
     sums = np.concatenate([[0], np.cumsum([length(item) for item, _ in items])])
     number = int(np.abs(sums - tokens).argmin())

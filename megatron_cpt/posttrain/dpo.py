@@ -21,7 +21,7 @@ from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.runner import train
 from megatron_cpt.posttrain.settings import DpoConfig
 from megatron_cpt.posttrain.sharding import is_sharded, shard
-from megatron_cpt.posttrain.stage import Stage, finetune
+from megatron_cpt.posttrain.stage import TuningStage, finetune
 from megatron_cpt.posttrain.templates import PairExample
 from megatron_cpt.posttrain.trainers import FILLER_TOKENS, StepTrainer, own_batches
 
@@ -146,7 +146,7 @@ def finetune_dpo(config: DpoConfig) -> str:
     return finetune(config, prepare_dpo, train_dpo)
 
 
-def train_dpo(stage: Stage[DpoConfig, PairExample]) -> str:
+def train_dpo(stage: TuningStage[DpoConfig, PairExample]) -> str:
     """Train on what was prepared; returns the folder of the result."""
     config, template, prepared = stage.config, stage.template, stage.prepared
     process, settings = PartialState(), dataclasses.asdict(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron_cpt.posttrain.data import Counts, Prepared
+from megatron_cpt.posttrain.data import Prepared, RowCounts
 from megatron_cpt.posttrain.runner import REPORT
 from megatron_cpt.utils.console import counted, wide_console
 from megatron_cpt.utils.files import write_json
@@ -35,7 +35,7 @@ def identified(prepared: Prepared[Any]) -> bool:
     return any(counts.languages is not None for counts in prepared.counts)
 
 
-def languages_of(counts: Counts) -> str:
+def languages_of(counts: RowCounts) -> str:
     """The most frequent ones."""
     found = list((counts.to_json()["languages"] or {}).items())
     rest = ["..."] if len(found) > SHOWN_LANGUAGES else []

@@ -22,7 +22,14 @@ from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.utils.input_files import why_unreadable, why_unwritable
 
 if TYPE_CHECKING:
-    from megatron_cpt.posttrain.settings import ChatConfig, DataConfig, DpoConfig, SftConfig, SourceConfig, TrainingSettings
+    from megatron_cpt.posttrain.settings import (
+        ChatConfig,
+        DpoConfig,
+        SftConfig,
+        SourceConfig,
+        TrainingSettings,
+        TuningDataConfig,
+    )
 
 LLAMAFACTORY_TEMPLATES = ("llama3", "chatml")  # that both know
 LLAMAFACTORY_LOSSES = ("sigmoid", "hinge", "ipo")
@@ -178,7 +185,7 @@ def empty_save() -> InputError:
     return InputError("save is empty; use the name of a folder")
 
 
-def check_data(data: DataConfig) -> None:
+def check_data(data: TuningDataConfig) -> None:
     """Check that all files are there, and that rows to evaluate on are not those to train on.
 
     Raises:

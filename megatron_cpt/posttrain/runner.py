@@ -24,7 +24,7 @@ from megatron_cpt.model.hf_folder import check_model
 from megatron_cpt.posttrain.checkpoints import RESULT, RUN, set_aside
 from megatron_cpt.posttrain.identity import check_same, first_start
 from megatron_cpt.posttrain.run_files import check_save
-from megatron_cpt.posttrain.settings import DataConfig
+from megatron_cpt.posttrain.settings import TuningDataConfig
 from megatron_cpt.posttrain.sharding import sum_in_fp32
 from megatron_cpt.posttrain.template_files import read_template
 from megatron_cpt.posttrain.templates import Template, load_template
@@ -37,7 +37,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REPORT, STATUS = "data_report.json", "status.json"
 
 
-def check_files(folder: str | None, model: str, data: DataConfig) -> list[str]:
+def check_files(folder: str | None, model: str, data: TuningDataConfig) -> list[str]:
     """The paths of the data, when they are there, and the run may begin, or resume, in its folder (None: it saves nothing).
 
     Raises:
@@ -84,7 +84,7 @@ def begin(folder: str, checkpoint: str | None, facts: dict[str, Any]) -> None:
         write_json(os.path.join(folder, RUN), facts | {"run_id": uuid.uuid4().hex, "versions": versions()})
 
 
-class Record(TrainerCallback):
+class RunRecord(TrainerCallback):
     """metrics.jsonl and a line on screen, by the first process."""
 
     def __init__(self, folder: str, resumed: TrainerState | None) -> None:
@@ -211,7 +211,7 @@ def train(
     stop = Stop()
     resumed = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")) if checkpoint else None
     trainer.remove_callback(PrinterCallback)
-    for callback in (Record(folder, resumed), stop):
+    for callback in (RunRecord(folder, resumed), stop):
         trainer.add_callback(callback)
     if resumed is not None and resumed.global_step >= resumed.max_steps:
         # All steps are done: only the state is to be loaded. With max_steps transformers would do another

@@ -172,7 +172,7 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class TuningDataConfig:
     """What to train and to evaluate on."""
 
     sources: list[SourceConfig]
@@ -228,7 +228,7 @@ class SftConfig:
     """HF folder to begin with, such as convert_checkpoint.py megatron-to-hf writes."""
     save: str
     """Folder of the run; the result goes into its subfolder "hf"."""
-    data: DataConfig
+    data: TuningDataConfig
     """What to train on."""
     packing: bool = True
     """Fill sequences of max_length tokens with whole conversations, which do not see each other."""
@@ -255,7 +255,7 @@ class DpoConfig:
     """HF folder to begin with, which is also the reference: what finetune_sft.py has written."""
     save: str
     """Folder of the run; the result goes into its subfolder "hf"."""
-    data: DataConfig
+    data: TuningDataConfig
     """What to train on: rows with chosen and rejected."""
     beta: float = 0.1
     """Strength of the tie to the reference."""

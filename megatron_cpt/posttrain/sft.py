@@ -16,7 +16,7 @@ from megatron_cpt.posttrain.models import lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.runner import train
 from megatron_cpt.posttrain.settings import SftConfig
-from megatron_cpt.posttrain.stage import Stage, finetune
+from megatron_cpt.posttrain.stage import TuningStage, finetune
 from megatron_cpt.posttrain.templates import IGNORED, Example
 from megatron_cpt.posttrain.trainers import FILLER_TOKENS, StepTrainer, own_batches
 
@@ -87,7 +87,7 @@ def finetune_sft(config: SftConfig) -> str:
     return finetune(config, prepare_sft, train_sft)
 
 
-def train_sft(stage: Stage[SftConfig, Example]) -> str:
+def train_sft(stage: TuningStage[SftConfig, Example]) -> str:
     """Train on what was prepared; returns the folder of the result."""
     config, template, prepared = stage.config, stage.template, stage.prepared
     process, settings = PartialState(), dataclasses.asdict(config)

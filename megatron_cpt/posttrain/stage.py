@@ -19,7 +19,7 @@ from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit
 from megatron_cpt.posttrain.report import show_report
 from megatron_cpt.posttrain.runner import check_files, check_resumes, load_dated_template
-from megatron_cpt.posttrain.settings import DataConfig, DpoConfig, SftConfig, trainer_arguments
+from megatron_cpt.posttrain.settings import DpoConfig, SftConfig, TuningDataConfig, trainer_arguments
 from megatron_cpt.posttrain.sharding import check_sharding, recomputes
 from megatron_cpt.posttrain.templates import Example as Conversation
 from megatron_cpt.posttrain.templates import PairExample, Template, load_template
@@ -29,7 +29,7 @@ Config = TypeVar("Config", SftConfig, DpoConfig)
 
 
 @dataclass(frozen=True)
-class Stage(Generic[Config, Example]):
+class TuningStage(Generic[Config, Example]):
     """A run that is ready to train.
 
     Attributes:
@@ -51,8 +51,8 @@ class Stage(Generic[Config, Example]):
 
 def finetune(
     config: Config,
-    prepare: Callable[[DataConfig, Template, int, Identify | None], Prepared[Example]],
-    train: Callable[[Stage[Config, Example]], str],
+    prepare: Callable[[TuningDataConfig, Template, int, Identify | None], Prepared[Example]],
+    train: Callable[[TuningStage[Config, Example]], str],
 ) -> str:
     """Prepare a stage, and train or export it; returns the folder of the result.
 
@@ -84,4 +84,4 @@ def finetune(
     check_resumes(checkpoint, facts)  # such as other rows that an older version would have left out
     check_fit(config.model, prepared)
     with only_run(config.save, seen):
-        return train(Stage(config, arguments, template, prepared, checkpoint, facts))
+        return train(TuningStage(config, arguments, template, prepared, checkpoint, facts))

@@ -15,7 +15,7 @@ from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.critical import predict_critical_ratios
 from megatron_cpt.study.fit import Fit, equation, fit, fit_for_choice, grouped_notes, write_fit
-from megatron_cpt.study.grid import Base, Point, points, read_base, read_proposed, run_folder, write_proposed
+from megatron_cpt.study.grid import Base, GridPoint, points, read_base, read_proposed, run_folder, write_proposed
 from megatron_cpt.study.html_report import critical_words, interval, noise_words, write_page
 from megatron_cpt.study.inputs import check_inputs, record_inputs
 from megatron_cpt.study.local_executor import alone_in, device_shares, environment, run_locally
@@ -23,7 +23,7 @@ from megatron_cpt.study.plan import make_plan, plan_table
 from megatron_cpt.study.results import Results, collect, write_results
 from megatron_cpt.study.run_status import read_outcome
 from megatron_cpt.study.scores import START, measure, read_all_scores, scores_path
-from megatron_cpt.study.settings import Choose, FitOptions, Plan, Plot, Run
+from megatron_cpt.study.settings import ChooseOptions, FitOptions, PlanOptions, PlotOptions, RunOptions
 from megatron_cpt.study.slurm_executor import submit
 from megatron_cpt.utils.console import counted, wide_console
 from megatron_cpt.utils.errors import InputError
@@ -34,7 +34,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def plan(study: Plan) -> str:
+def plan(study: PlanOptions) -> str:
     """`almr_study.py plan`; returns the study's folder."""
     base, proposed = read_base(study), read_proposed(study.folder)
     if study.adaptive:
@@ -50,7 +50,7 @@ def plan(study: Plan) -> str:
     return study.folder
 
 
-def run(study: Run) -> str:
+def run(study: RunOptions) -> str:
     """`almr_study.py run`; returns the path of the results, of the array's script, or of the one run's folder."""
     base = read_base(study)
     if study.only is not None:
@@ -99,7 +99,7 @@ def measure_start(study: StudyConfig, base: Base) -> None:
         measure(study, load, scores_path(study.folder, START, 0), environment(study, device_shares(study)[0]))
 
 
-def lacks_scores(study: StudyConfig, point: Point) -> bool:
+def lacks_scores(study: StudyConfig, point: GridPoint) -> bool:
     """Whether it has finished, and nothing is left of it to measure."""
     outcome = read_outcome(run_folder(study.folder, point))
     if study.scores is None or outcome is None or outcome.kind != "finished":
@@ -107,7 +107,7 @@ def lacks_scores(study: StudyConfig, point: Point) -> bool:
     return is_done(study, point) and not read_all_scores(study.folder, point.name)
 
 
-def is_done(study: StudyConfig, point: Point) -> bool:
+def is_done(study: StudyConfig, point: GridPoint) -> bool:
     """Whether nothing is left of it to do or to measure."""
     folder = run_folder(study.folder, point)
     outcome = read_outcome(folder)
@@ -173,7 +173,7 @@ def fit_table(found: Fit) -> Table:
     return table
 
 
-def plot(study: Plot) -> str:
+def plot(study: PlotOptions) -> str:
     """`almr_study.py plot`; returns the path of report.html."""
     from megatron_cpt.study import figures  # imports matplotlib
 
@@ -201,7 +201,7 @@ def plot(study: Plot) -> str:
     return write_page(study.folder, title, results, found, choice, images)
 
 
-def plot_trajectories(study: Plot, error: InputError) -> str:
+def plot_trajectories(study: PlotOptions, error: InputError) -> str:
     """The one figure that needs no surface, say of runs with one learning rate; returns its path."""
     from megatron_cpt.study import figures
 
@@ -214,7 +214,7 @@ def plot_trajectories(study: Plot, error: InputError) -> str:
     return path
 
 
-def choose_command(study: Choose) -> str:
+def choose_command(study: ChooseOptions) -> str:
     """`almr_study.py choose`; returns the path of the configuration to start."""
     results = collect(study, read_base(study))
     choice = choose(results, fit_for_choice(results, study.goal), study.max_general_rise, study.confidence, study.goal)

@@ -85,7 +85,7 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True)
-class SlurmConfig:
+class StudySlurmConfig:
     """The job array of `run --executor slurm`, one task for each run."""
 
     sbatch: list[str] = field(default_factory=list)
@@ -131,7 +131,7 @@ class StudyConfig:
     """See LimitsConfig."""
     executor: Literal["local", "slurm"] = "local"
     """Where `run` runs."""
-    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    slurm: StudySlurmConfig = field(default_factory=StudySlurmConfig)
     """See SlurmConfig."""
     device: str | None = None
     """Device type for estimates of time, as plan_run.py knows it (a100-80g, h100). Default: they come from finished runs."""

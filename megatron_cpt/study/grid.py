@@ -25,7 +25,7 @@ PROPOSED = "proposed.json"
 
 
 @dataclass(frozen=True, order=True)
-class Point:
+class GridPoint:
     """One run."""
 
     seed: int
@@ -38,7 +38,7 @@ class Point:
         return f"almr{self.almr:g}_lr{self.lr:g}_seed{self.seed}"
 
 
-def points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = None) -> list[Point]:
+def points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = None) -> list[GridPoint]:
     """All runs: the grid, or the pairs of it to begin with, and what was proposed beside it, seed by seed, so that one seed
     is whole before the next begins.
 
@@ -50,7 +50,7 @@ def points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = 
     pairs = grid(study)
     beside = read_proposed(study.folder) if proposed is None else proposed
     pairs = list(dict.fromkeys([*pairs, *(pair for pair in beside if study.covers(pair))]))  # each once
-    found = [Point(seed, almr, lr) for seed in study.seeds for almr, lr in pairs]
+    found = [GridPoint(seed, almr, lr) for seed in study.seeds for almr, lr in pairs]
     names = [point.name for point in found]
     for name in names:
         if names.count(name) > 1:
@@ -199,7 +199,7 @@ def absolute(fields: Any, folder: str) -> Any:
     }
 
 
-def run_fields(study: StudyConfig, base: Base, point: Point) -> dict[str, Any]:
+def run_fields(study: StudyConfig, base: Base, point: GridPoint) -> dict[str, Any]:
     """The configuration of one run."""
     fields = copy.deepcopy(dict(base.fields))
     optimizer = base.config.optimizer
@@ -217,22 +217,22 @@ def run_fields(study: StudyConfig, base: Base, point: Point) -> dict[str, Any]:
     return fields
 
 
-def run_folder(folder: str, point: Point) -> str:
+def run_folder(folder: str, point: GridPoint) -> str:
     """Where a run's checkpoints and metrics are."""
     return os.path.join(folder, "runs", point.name)
 
 
-def config_path(folder: str, point: Point) -> str:
+def config_path(folder: str, point: GridPoint) -> str:
     """Its configuration."""
     return os.path.join(folder, "configs", f"{point.name}.yaml")
 
 
-def mixture_path(folder: str, point: Point) -> str:
+def mixture_path(folder: str, point: GridPoint) -> str:
     """Its mixture."""
     return os.path.join(folder, "configs", f"{point.name}.mixture.yaml")
 
 
-def write_configuration(study: StudyConfig, base: Base, point: Point) -> str:
+def write_configuration(study: StudyConfig, base: Base, point: GridPoint) -> str:
     """Write what a run reads; returns the path of its configuration.
 
     Raises:
@@ -247,13 +247,13 @@ def write_configuration(study: StudyConfig, base: Base, point: Point) -> str:
     return config_path(study.folder, point)
 
 
-def configuration(study: StudyConfig, base: Base, point: Point) -> dict[str, dict[str, Any]]:
+def configuration(study: StudyConfig, base: Base, point: GridPoint) -> dict[str, dict[str, Any]]:
     """path -> content of the files that a run reads."""
     mixture = dict(base.mixture) | {"almr": point.almr, "seed": point.seed}
     return {config_path(study.folder, point): run_fields(study, base, point), mixture_path(study.folder, point): mixture}
 
 
-def check_same_study(study: StudyConfig, base: Base, point: Point) -> None:
+def check_same_study(study: StudyConfig, base: Base, point: GridPoint) -> None:
     """Raise InputError where a run was begun with another configuration: its results would not belong to this study.
 
     Names of its own files may differ: the study's folder can be moved.

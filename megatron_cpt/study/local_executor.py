@@ -19,10 +19,10 @@ from typing import Any
 
 from megatron_cpt.platforms.devices import visible_gpus
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import Base, Point, run_folder, write_configuration
+from megatron_cpt.study.grid import Base, GridPoint, run_folder, write_configuration
 from megatron_cpt.study.inputs import check_inputs, record_start
 from megatron_cpt.study.records import of_kind, read_json, read_run_metrics
-from megatron_cpt.study.run_status import Outcome, StoppedError, divergence, read_outcome, write_outcome
+from megatron_cpt.study.run_status import RunOutcome, StoppedError, divergence, read_outcome, write_outcome
 from megatron_cpt.study.scores import measure_run
 from megatron_cpt.training.stopping import STOP_FILE
 from megatron_cpt.utils.errors import InputError, RunError
@@ -35,7 +35,7 @@ POLL_SECONDS = 0.5
 LOOK_SECONDS = 5.0  # between looks at a run's losses
 
 
-def run_locally(study: StudyConfig, base: Base, todo: Sequence[Point], say: Callable[[str], None]) -> None:
+def run_locally(study: StudyConfig, base: Base, todo: Sequence[GridPoint], say: Callable[[str], None]) -> None:
     """Do these runs, and measure them.
 
     Raises:
@@ -79,7 +79,7 @@ def stopping_on_signals(stop: threading.Event) -> Iterator[None]:
         yield
 
 
-def sentence(outcome: Outcome) -> str:
+def sentence(outcome: RunOutcome) -> str:
     """An outcome in words."""
     return f"finished in {outcome.seconds:.0f} s" if outcome.kind == "finished" else f"diverged ({outcome.reason})"
 
@@ -103,8 +103,8 @@ def device_shares(study: StudyConfig) -> list[str | None]:
 
 
 def run_one(
-    study: StudyConfig, base: Base, point: Point, stop: threading.Event, shares: queue.SimpleQueue[str | None]
-) -> Outcome:
+    study: StudyConfig, base: Base, point: GridPoint, stop: threading.Event, shares: queue.SimpleQueue[str | None]
+) -> RunOutcome:
     """Do one run, or what is left of it, and measure its checkpoints.
 
     `shares`: devices that are free; one is taken meanwhile.
@@ -166,8 +166,8 @@ def alone_in(study: StudyConfig, name: str, stop: threading.Event) -> Iterator[i
 
 
 def train(
-    study: StudyConfig, base: Base, point: Point, stop: threading.Event, lock: int, environment: dict[str, str]
-) -> Outcome:
+    study: StudyConfig, base: Base, point: GridPoint, stop: threading.Event, lock: int, environment: dict[str, str]
+) -> RunOutcome:
     """The run itself, watched."""
     folder, log = run_folder(study.folder, point), log_path(study.folder, point)
     check_inputs(study, base)  # again: hours may have gone by since the study was started
@@ -189,9 +189,9 @@ def train(
         )
         reason = watch(study, base, folder, process, stop)
     if reason is not None:
-        return Outcome("diverged", reason, training_seconds(folder))
+        return RunOutcome("diverged", reason, training_seconds(folder))
     if state_of(folder) == "finished":
-        return Outcome("finished", None, training_seconds(folder))
+        return RunOutcome("finished", None, training_seconds(folder))
     if stop.is_set() and state_of(folder) in (None, "stopped"):
         raise StoppedError
     problem = f"{last_error(log) or f'ended with status {process.returncode}'} (log: {log})"
@@ -258,7 +258,7 @@ def environment(study: StudyConfig, devices: str | None) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads)} | os.environ | own
 
 
-def log_path(folder: str, point: Point) -> str:
+def log_path(folder: str, point: GridPoint) -> str:
     """What the run's processes print."""
     return os.path.join(folder, "logs", f"{point.name}.log")
 

@@ -12,12 +12,12 @@ from rich.table import Table
 
 from megatron_cpt.model.llama import LlamaConfig, hf_shapes
 from megatron_cpt.planning.hardware import Cluster, find_device
-from megatron_cpt.planning.layouts import Job, Layout
+from megatron_cpt.planning.layouts import Layout, TrainingJob
 from megatron_cpt.planning.timing import throughput
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import (
     Base,
-    Point,
+    GridPoint,
     check_same_study,
     parse,
     points,
@@ -26,7 +26,7 @@ from megatron_cpt.study.grid import (
     write_configuration,
 )
 from megatron_cpt.study.inputs import check_inputs, record_inputs
-from megatron_cpt.study.run_status import Outcome, read_outcome
+from megatron_cpt.study.run_status import RunOutcome, read_outcome
 from megatron_cpt.training.progress_line import duration
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
@@ -35,7 +35,7 @@ MOMENTS_BYTES, MAIN_BYTES = 8, 4  # fp32 moments of Adam, fp32 main weights of a
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """Attributes:
     outcomes: of all runs, None: to be done
     steps, tokens: of a run, whole steps
@@ -44,7 +44,7 @@ class Plan:
     """
 
     study: StudyConfig
-    outcomes: dict[Point, Outcome | None]
+    outcomes: dict[GridPoint, RunOutcome | None]
     steps: int
     tokens: int
     seconds: float | None
@@ -68,7 +68,7 @@ class Plan:
         return self.disk * (len(self.outcomes) if self.study.keep_checkpoints else self.study.parallel_runs)
 
 
-def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, float]]) -> Plan:
+def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, float]]) -> StudyPlan:
     """Write the configurations of all runs, check one of each ALMR as the run itself will, and estimate.
 
     Raises:
@@ -78,7 +78,7 @@ def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, fl
     from megatron_cpt.training.validate_config import check_run  # imports megatron-core
 
     outcomes = {point: read_outcome(run_folder(study.folder, point)) for point in points(study, proposed)}
-    checked: dict[float, Point] = {}
+    checked: dict[float, GridPoint] = {}
     for point in outcomes:
         check_same_study(study, base, point)
     check_inputs(study, base)
@@ -100,7 +100,7 @@ def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, fl
         source = "steps alone, as plan_run.py estimates them"
     else:
         estimate, source = None, "unknown until a run has finished, or device is given"
-    plan = Plan(study, outcomes, steps, steps * batch, estimate, source, disk_bytes(base, run.llama, steps))
+    plan = StudyPlan(study, outcomes, steps, steps * batch, estimate, source, disk_bytes(base, run.llama, steps))
     check_limits(plan)
     record_inputs(study, base)
     return plan
@@ -112,7 +112,7 @@ def planned_seconds(study: StudyConfig, base: Base, llama: LlamaConfig, seq_leng
     training, parallel = base.config.training, base.config.parallel
     model = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     data = study.processes // (model * parallel.context_parallel_size)
-    job = Job(llama, seq_length, training.global_batch_size, training.params_dtype, training.fp8 is not None)
+    job = TrainingJob(llama, seq_length, training.global_batch_size, training.params_dtype, training.fp8 is not None)
     microbatches = training.global_batch_size // (training.micro_batch_size * data)
     layout = Layout(parallel, data, training.micro_batch_size, microbatches)
     return steps * throughput(job, layout, Cluster(find_device(study.device), study.processes)).step.total
@@ -131,7 +131,7 @@ def disk_bytes(base: Base, llama: LlamaConfig, steps: int) -> int:
     return number * each * sum(math.prod(shape) for shape in hf_shapes(llama).values())
 
 
-def check_limits(plan: Plan) -> None:
+def check_limits(plan: StudyPlan) -> None:
     """Raise InputError for the first limit that the study is above."""
     limits, runs = plan.study.limits, len(plan.outcomes)
     found: tuple[tuple[str, float | None, float | None], ...] = (
@@ -145,7 +145,7 @@ def check_limits(plan: Plan) -> None:
             raise InputError(f"the study takes {name} {value:,.4g}; limits.{name} is {limit:,.4g}")
 
 
-def plan_table(plan: Plan, proposed: Sequence[tuple[float, float]]) -> Table:
+def plan_table(plan: StudyPlan, proposed: Sequence[tuple[float, float]]) -> Table:
     """A line for each pair of ALMR and learning rate, and the total."""
     study = plan.study
     table = Table(

@@ -11,7 +11,7 @@ from optuna.samplers import GPSampler, QMCSampler
 from optuna.trial import create_trial
 
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import Point, points
+from megatron_cpt.study.grid import GridPoint, points
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import fit_surface
 from megatron_cpt.utils.errors import InputError
@@ -77,12 +77,12 @@ def new_pair(study: StudyConfig, almr: float, lr: float, taken: set[tuple[float,
     Raises:
         InputError: the ranges have no other pair, in three digits
     """
-    names, random = {Point(0, *pair).name for pair in taken}, np.random.default_rng([seed, len(taken)])
+    names, random = {GridPoint(0, *pair).name for pair in taken}, np.random.default_rng([seed, len(taken)])
     low, high = min(study.almr), max(study.almr)
     width = np.log(max(study.rates) / min(study.rates))
     pair = almr, lr
     for attempt in range(MOST_DRAWS):
-        if Point(0, *pair).name not in names:
+        if GridPoint(0, *pair).name not in names:
             return pair
         reach = min(1.0, 0.05 * 1.1**attempt)  # of the ranges
         share, factor = reach * random.uniform(-1, 1), reach * random.uniform(-1, 1)

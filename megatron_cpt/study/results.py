@@ -13,10 +13,10 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import Base, Point, check_same_study, points, run_folder
+from megatron_cpt.study.grid import Base, GridPoint, check_same_study, points, run_folder
 from megatron_cpt.study.inputs import check_inputs
 from megatron_cpt.study.records import LEDGER, general_languages, planned_tokens, read_ledger, read_run_metrics
-from megatron_cpt.study.run_status import OUTCOME, Outcome, read_outcome
+from megatron_cpt.study.run_status import OUTCOME, RunOutcome, read_outcome
 from megatron_cpt.study.scores import START, read_all_scores
 from megatron_cpt.training.metrics_file import METRICS
 from megatron_cpt.utils.errors import InputError
@@ -86,7 +86,7 @@ def collect(study: StudyConfig, base: Base) -> Results:
     return Results(rows, scores, sorted({(point.almr, point.lr) for point in points(study)}))
 
 
-def ledger_of(study: StudyConfig, base: Base, point: Point) -> dict[str, Any] | None:
+def ledger_of(study: StudyConfig, base: Base, point: GridPoint) -> dict[str, Any] | None:
     """What a run reads; None: it has not begun.
 
     Raises:
@@ -98,7 +98,7 @@ def ledger_of(study: StudyConfig, base: Base, point: Point) -> dict[str, Any] | 
     return read_ledger(folder) if begun else None
 
 
-def run_rows(study: StudyConfig, point: Point, general: set[str], length: int) -> list[dict[str, Any]]:
+def run_rows(study: StudyConfig, point: GridPoint, general: set[str], length: int) -> list[dict[str, Any]]:
     """The evaluations of one run of `length` tokens."""
     folder = run_folder(study.folder, point)
     outcome = read_outcome(folder)
@@ -139,7 +139,7 @@ def run_rows(study: StudyConfig, point: Point, general: set[str], length: int) -
     return rows
 
 
-def check_evaluations(folder: str, outcome: Outcome | None, tokens: list[int | None], length: int) -> None:
+def check_evaluations(folder: str, outcome: RunOutcome | None, tokens: list[int | None], length: int) -> None:
     """Raise InputError where a run that is over has no evaluations, or a finished one none after its last step: lines of its
     metrics.jsonl are lost.
     """

@@ -13,7 +13,7 @@ from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import check_folder, check_no_stages, check_one_almr, complete, read_fields
-from megatron_cpt.study.settings import Choose
+from megatron_cpt.study.settings import ChooseOptions
 from megatron_cpt.training.run_files import check_checkpoint_folder, read_model
 from megatron_cpt.utils.errors import Refusals, RefusedValueError
 from megatron_cpt.utils.input_files import load_yaml, plain_number
@@ -57,7 +57,7 @@ def check_study(study: StudyConfig) -> None:
     refusals.raise_any()
 
 
-def check_choice(study: Choose) -> None:
+def check_choice(study: ChooseOptions) -> None:
     """As `check_study`, with the configuration of the run to start."""
     with Requirements() as need:
         with need.noted():

@@ -21,7 +21,7 @@ class StoppedError(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """Attributes:
     kind: it has read all its tokens, or it was stopped because its loss ran away
     reason: of the latter
@@ -36,13 +36,13 @@ class Outcome:
     wall_seconds: float | None = None
 
 
-def read_outcome(folder: str) -> Outcome | None:
+def read_outcome(folder: str) -> RunOutcome | None:
     """Of the run in a folder; None: it is not over."""
     path = os.path.join(folder, OUTCOME)
     if not os.path.exists(path):
         return None
     found = read_json(path, dict, "the outcome of a run; remove the file to look at the run again")
-    if set(found) - {entry.name for entry in fields(Outcome)}:
+    if set(found) - {entry.name for entry in fields(RunOutcome)}:
         raise InputError(
             f"{path} has fields {', '.join(found)}; expected those of an outcome: kind, reason, seconds, wall_seconds"
         )
@@ -51,10 +51,10 @@ def read_outcome(folder: str) -> Outcome | None:
     if found.get("reason") is not None:
         of_kind(found["reason"], str, f"{path}: reason", "a text or null")
     seconds, wall_seconds = number(found.get("seconds"), f"{path}: seconds"), found.get("wall_seconds")
-    return Outcome(found["kind"], found.get("reason"), seconds, number_or_none(wall_seconds, f"{path}: wall_seconds"))
+    return RunOutcome(found["kind"], found.get("reason"), seconds, number_or_none(wall_seconds, f"{path}: wall_seconds"))
 
 
-def write_outcome(folder: str, outcome: Outcome) -> None:
+def write_outcome(folder: str, outcome: RunOutcome) -> None:
     """Record it."""
     write_json(os.path.join(folder, OUTCOME), asdict(outcome))
 

@@ -15,7 +15,7 @@ from megatron_cpt.checkpoint.layout import iterations
 from megatron_cpt.convert.config import MegatronToHf
 from megatron_cpt.convert.convert import megatron_to_hf
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import Point, run_folder
+from megatron_cpt.study.grid import GridPoint, run_folder
 from megatron_cpt.study.records import is_number, read_json
 from megatron_cpt.study.run_status import StoppedError
 from megatron_cpt.utils.errors import InputError, RunError
@@ -26,7 +26,7 @@ LM_EVAL_METRICS = ("acc_norm", "acc", "exact_match", "pass@1", "f1", "rouge1", "
 START = "start"  # where the scores of the checkpoint are that all runs begin with
 
 
-def measure_run(study: StudyConfig, point: Point, environment: dict[str, str], stop: threading.Event) -> None:
+def measure_run(study: StudyConfig, point: GridPoint, environment: dict[str, str], stop: threading.Event) -> None:
     """Measure every checkpoint of a run that is not measured yet, each into a file of its own.
 
     Raises:

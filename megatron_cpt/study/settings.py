@@ -13,7 +13,7 @@ Axis = Literal["almr", "lr"]
 
 
 @dataclass(frozen=True)
-class Plan(StudyConfig):
+class PlanOptions(StudyConfig):
     """The grid with what it takes; with --adaptive N also the next N points."""
 
     adaptive: int = 0
@@ -27,7 +27,7 @@ class Plan(StudyConfig):
 
 
 @dataclass(frozen=True)
-class Run(StudyConfig):
+class RunOptions(StudyConfig):
     """Do the runs that are not done yet, here or as a SLURM job array, and collect what they found."""
 
     only: str | None = None
@@ -53,12 +53,12 @@ class FitOptions(StudyConfig):
 
 
 @dataclass(frozen=True)
-class Plot(FitOptions):
+class PlotOptions(FitOptions):
     """Draw the figures and write report.html."""
 
 
 @dataclass(frozen=True)
-class Choose(StudyConfig):
+class ChooseOptions(StudyConfig):
     """Choose ALMR and learning rate, and write the configuration of the run to start."""
 
     max_general_rise: float = 0.01

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import Point
+from megatron_cpt.study.grid import GridPoint
 from megatron_cpt.study.scores import START
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import write_text
@@ -22,7 +22,7 @@ from megatron_cpt.utils.files import write_text
 TOOL = Path(__file__).parent.parent.parent / "tools" / "almr_study.py"
 
 
-def submit(study: StudyConfig, todo: Sequence[Point]) -> str:
+def submit(study: StudyConfig, todo: Sequence[GridPoint]) -> str:
     """Write the array's script and submit it; returns the script's path.
 
     Raises:

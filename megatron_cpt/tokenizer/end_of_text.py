@@ -26,14 +26,14 @@ END_OF_TEXT = (
 
 
 @dataclass(frozen=True)
-class Choice:
+class EndOfTextChoice:
     """A token and, for people, why it is this one."""
 
     token: str
     reason: str
 
 
-def end_of_text(folder: Path, specials: Mapping[str, int]) -> Choice | None:
+def end_of_text(folder: Path, specials: Mapping[str, int]) -> EndOfTextChoice | None:
     """The token that ends documents, by the files in `folder`; None: they name none.
 
     Args:
@@ -42,18 +42,18 @@ def end_of_text(folder: Path, specials: Mapping[str, int]) -> Choice | None:
     """
     configured = named_token(folder, "eos_token")
     if configured is not None and configured[0] not in END_OF_TURN:
-        return Choice(configured[0], f"the eos_token of {configured[1]}")
+        return EndOfTextChoice(configured[0], f"the eos_token of {configured[1]}")
     listed = _listed(folder, {number: token for token, number in specials.items()}.get)
     turn = f"; {configured[0]}, the eos_token of {configured[1]}, ends turns of a chat" if configured else ""
     for token, file in listed.items():
         if token in END_OF_TEXT or (configured is None and token not in END_OF_TURN):
-            return Choice(token, f"an eos_token_id of {file}{turn}")
+            return EndOfTextChoice(token, f"an eos_token_id of {file}{turn}")
     if configured is None:
         return None
     for token in END_OF_TEXT:
         if token in specials:
-            return Choice(token, f"the end of text among the special tokens{turn}")
-    return Choice(configured[0], f"the eos_token of {configured[1]}, which ends turns of a chat; no other is known")
+            return EndOfTextChoice(token, f"the end of text among the special tokens{turn}")
+    return EndOfTextChoice(configured[0], f"the eos_token of {configured[1]}, which ends turns of a chat; no other is known")
 
 
 def begin_of_text(folder: Path) -> str | None:

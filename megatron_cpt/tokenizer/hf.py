@@ -12,7 +12,7 @@ import numpy.typing as npt
 import orjson
 
 from megatron_cpt.tokenizer.base import SETTING, display_name, fingerprint, no_eos, piece_bytes, unknown_token
-from megatron_cpt.tokenizer.end_of_text import Choice, begin_of_text, end_of_text
+from megatron_cpt.tokenizer.end_of_text import EndOfTextChoice, begin_of_text, end_of_text
 from megatron_cpt.tokenizer.hf_files import CONFIG, read_tokenizer_json
 from megatron_cpt.utils.errors import InputError
 
@@ -44,7 +44,7 @@ class HuggingFaceTokenizer:
         self._backend.encode_special_tokens = True  # i.e. encode their text as text
 
         self._added = dict(sorted(self._backend.get_added_tokens_decoder().items()))
-        eos = Choice(eos_token, SETTING) if eos_token else end_of_text(self._file.parent, self._specials())
+        eos = EndOfTextChoice(eos_token, SETTING) if eos_token else end_of_text(self._file.parent, self._specials())
         if eos is None:
             raise no_eos(self._file)
         bos = begin_of_text(self._file.parent)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Piece:
+class MixturePiece:
     """Samples over which the ALMR goes evenly from one value to another."""
 
     begin: int
@@ -34,7 +34,7 @@ class AskedMixture:
         borders: tokens before which a stage ends or another mixture begins
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[MixturePiece, ...]
     seq_length: int
     borders: tuple[int, ...]
 
@@ -53,37 +53,37 @@ def asked_mixture(ledger: Mapping[str, Any]) -> AskedMixture | None:
     if not segments or not seq_length or any("order" in plan for segment in segments for plan in segment["schedule"]):
         return None
     starts = [segment["start"] for segment in segments]
-    pieces: list[Piece] = []
+    pieces: list[MixturePiece] = []
     for segment, begin, end in zip(segments, starts, [*starts[1:], None], strict=True):
         pieces += within(stages_of(segment["schedule"]), begin, end)
     borders = sorted({piece.begin * seq_length for piece in pieces} - {0})
     return AskedMixture(tuple(pieces), seq_length, tuple(borders))
 
 
-def stages_of(schedule: list[dict[str, Any]]) -> Iterator[Piece]:
+def stages_of(schedule: list[dict[str, Any]]) -> Iterator[MixturePiece]:
     """The pieces that a schedule describes, from the beginning of a run."""
     begin = 0
     for plan in schedule:
         first, last = (float(Fraction(almr)) for almr in plan["almr"])
         end = None if plan["samples"] is None else begin + plan["samples"]
-        yield Piece(begin, end, first, last)
+        yield MixturePiece(begin, end, first, last)
         if end is None:
             return
         begin = end
-    yield Piece(begin, None, last, last)
+    yield MixturePiece(begin, None, last, last)
 
 
-def within(pieces: Iterator[Piece], begin: int, end: int | None) -> Iterator[Piece]:
+def within(pieces: Iterator[MixturePiece], begin: int, end: int | None) -> Iterator[MixturePiece]:
     """The parts of pieces that lie between two samples."""
     for piece in pieces:
         low = max(piece.begin, begin)
         high = piece.end if end is None else end if piece.end is None else min(piece.end, end)
         if high is not None and high <= low:
             continue
-        yield Piece(low, high, at(piece, low), piece.last if high is None else at(piece, high))
+        yield MixturePiece(low, high, at(piece, low), piece.last if high is None else at(piece, high))
 
 
-def at(piece: Piece, sample: int) -> float:
+def at(piece: MixturePiece, sample: int) -> float:
     """The ALMR that is asked for at a sample."""
     if piece.end is None or piece.end == piece.begin:
         return piece.first

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.mixture.order.cuda import LIBRARY, DeviceOrder
-from megatron_cpt.mixture.order.order import Places, SampleOrder
+from megatron_cpt.mixture.order.order import SampleLocations, SampleOrder
 from megatron_cpt.utils.errors import InputError
 
 
@@ -29,7 +29,7 @@ class OnDevice:
             raise InputError("device is cuda; expected cpu: torch sees no GPU here")
         self._device, self._library, self._orders = device, library, dict[int, Any]()
 
-    def __call__(self, order: SampleOrder, first: int, count: int) -> Places:
+    def __call__(self, order: SampleOrder, first: int, count: int) -> SampleLocations:
         """Places of samples, see `Locate`."""
         import torch
 
@@ -40,4 +40,4 @@ class OnDevice:
         stream = torch.cuda.current_stream().cuda_stream if self._device == "cuda" else None
         self._orders[id(order)].locate_into(first, count, *(column.data_ptr() for column in found), stream)
         columns: list[np.ndarray] = [column.cpu().numpy() for column in found]
-        return Places(*columns)
+        return SampleLocations(*columns)

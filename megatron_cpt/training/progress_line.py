@@ -18,7 +18,7 @@ BAR_WIDTH = 16
 
 
 @dataclass(frozen=True)
-class Part:
+class LinePart:
     """One figure of the line. The higher its rank, the earlier it goes when the line is too long."""
 
     rank: int
@@ -26,23 +26,23 @@ class Part:
     style: str = ""
 
 
-def step_parts(row: dict[str, Any], train_iters: int, seconds_left: float | None) -> list[Part]:
+def step_parts(row: dict[str, Any], train_iters: int, seconds_left: float | None) -> list[LinePart]:
     """The figures of one step, in the order in which they are shown."""
     parts = [
-        Part(0, f"step {row['iteration']:,}/{train_iters:,}", "bold"),
-        Part(1, f"loss {number(row['loss'], '.4f')}", "bold cyan"),
-        Part(4, f"lr {row['lr']:.2e}"),
-        Part(5, f"grad norm {number(row['grad_norm'], '.2f')}"),
-        Part(3, f"{row['tokens_per_second']:,.0f} tok/s", "green"),
-        Part(8, f"{row['tokens_per_second_per_device']:,.0f}/device"),
-        Part(7, f"ALMR {row['almr_realised']:.4f}"),
+        LinePart(0, f"step {row['iteration']:,}/{train_iters:,}", "bold"),
+        LinePart(1, f"loss {number(row['loss'], '.4f')}", "bold cyan"),
+        LinePart(4, f"lr {row['lr']:.2e}"),
+        LinePart(5, f"grad norm {number(row['grad_norm'], '.2f')}"),
+        LinePart(3, f"{row['tokens_per_second']:,.0f} tok/s", "green"),
+        LinePart(8, f"{row['tokens_per_second_per_device']:,.0f}/device"),
+        LinePart(7, f"ALMR {row['almr_realised']:.4f}"),
     ]
     if row.get("mfu") is not None:
-        parts.insert(-1, Part(6, f"MFU {100 * row['mfu']:.1f}/{100 * row['mfu_causal']:.1f}%"))
+        parts.insert(-1, LinePart(6, f"MFU {100 * row['mfu']:.1f}/{100 * row['mfu_causal']:.1f}%"))
     if row.get("skipped"):
-        parts.insert(1, Part(1, "SKIPPED", "bold red"))
+        parts.insert(1, LinePart(1, "SKIPPED", "bold red"))
     if seconds_left is not None:
-        parts.append(Part(2, f"{duration(seconds_left)} left", "magenta"))
+        parts.append(LinePart(2, f"{duration(seconds_left)} left", "magenta"))
     return parts
 
 
@@ -59,12 +59,12 @@ def duration(seconds: float) -> str:
     return f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
 
 
-def plain(parts: list[Part]) -> str:
+def plain(parts: list[LinePart]) -> str:
     """The whole line."""
     return SEPARATOR.join(part.text for part in parts)
 
 
-def fitting(parts: list[Part], width: int) -> list[Part]:
+def fitting(parts: list[LinePart], width: int) -> list[LinePart]:
     """The parts that matter most, as many as fit into `width` columns (the first of all always)."""
     kept: set[int] = set()
     room = width + len(SEPARATOR)

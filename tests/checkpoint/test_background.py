@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_cpt.checkpoint.background import Worker, WorkerError, error_text
+from megatron_cpt.checkpoint.background import ForkedWork, WorkerError, error_text
 
 
 def test_a_result_larger_than_a_pipe_comes_back() -> None:
-    worker = Worker(lambda: b"x" * 10_000_000)
+    worker = ForkedWork(lambda: b"x" * 10_000_000)
     while worker.running():
         time.sleep(0.001)
     assert worker.result() == b"x" * 10_000_000
@@ -27,7 +27,7 @@ def test_a_result_larger_than_a_pipe_comes_back() -> None:
 def test_it_sees_memory_as_it_was() -> None:
     tensor = torch.ones(1000)
     started = time.monotonic()
-    worker = Worker(lambda: (time.sleep(0.3), tensor.sum().item())[1])
+    worker = ForkedWork(lambda: (time.sleep(0.3), tensor.sum().item())[1])
     tensor.zero_()
     assert worker.running()
     assert worker.result() == 1000
@@ -39,9 +39,9 @@ def test_errors_come_back_in_the_words_of_the_system() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
 
     with pytest.raises(WorkerError, match=r"No space left on device: 'somewhere'"):
-        Worker(full).result()
+        ForkedWork(full).result()
     with pytest.raises(WorkerError, match="ZeroDivisionError: "):
-        Worker(lambda: 1 // 0).result()
+        ForkedWork(lambda: 1 // 0).result()
 
     class FullDisk(io.BytesIO):
         def write(self, data: object) -> int:
@@ -53,7 +53,7 @@ def test_errors_come_back_in_the_words_of_the_system() -> None:
 
 
 def test_a_killed_worker_is_an_error() -> None:
-    worker = Worker(lambda: time.sleep(60))
+    worker = ForkedWork(lambda: time.sleep(60))
     worker.kill()
     with pytest.raises(WorkerError, match="exit code -9"):
         worker.result()
@@ -64,7 +64,7 @@ def test_the_signals_of_the_run_do_not_reach_it(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: calls.append(1))
     try:
         ready = tmp_path / "ready"
-        worker = Worker(lambda: (ready.touch(), time.sleep(0.3), "written")[2])
+        worker = ForkedWork(lambda: (ready.touch(), time.sleep(0.3), "written")[2])
         while not ready.exists():
             time.sleep(0.01)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
@@ -78,7 +78,7 @@ def test_the_signals_of_the_run_do_not_reach_it(tmp_path: Path) -> None:
 
 
 def parent_of_a_worker(path: str) -> None:
-    Worker(lambda: (Path(path).write_text(str(os.getpid())), time.sleep(60)))
+    ForkedWork(lambda: (Path(path).write_text(str(os.getpid())), time.sleep(60)))
     time.sleep(60)
 
 
@@ -101,7 +101,7 @@ def test_it_dies_with_its_parent(tmp_path: Path) -> None:
 def test_a_connection_closes_though_a_worker_runs(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
     ready = tmp_path / "ready"
-    worker = Worker(lambda: (ready.touch(), time.sleep(60)))
+    worker = ForkedWork(lambda: (ready.touch(), time.sleep(60)))
     while not ready.exists():
         time.sleep(0.01)
     ours.close()

@@ -19,7 +19,7 @@ from hostile_pickles import NAMES, harmless, module_spec, mutations, system_call
 
 from megatron_cpt.checkpoint import zip_reader
 from megatron_cpt.checkpoint.restricted import Opaque, PickledTensors, load_common, load_metadata, load_settings
-from megatron_cpt.checkpoint.safe_pickle import Name, PickleError, Record, plain, read_pickle
+from megatron_cpt.checkpoint.safe_pickle import Name, PickleError, PickleRecord, plain, read_pickle
 from megatron_cpt.utils.errors import InputError
 
 PAIRS = b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))  # a pair of pairs of pairs: 2^60 leaves
@@ -92,7 +92,7 @@ def test_names_are_not_looked_up(module: str, name: str, tmp_path: Path) -> None
     for named in (f"c{module}\n{name}\n".encode(), text(module) + text(name) + b"\x93"):
         for call in (b")R", b")\x81", b"))R)R", b")}\x92", b"}b", b"N}\x86b"):
             with pytest.raises(PickleError) if call in (b"}b", b"N}\x86b", b"))R)R") else torch.no_grad():
-                assert type(read_pickle(b"\x80\x04" + named + call + b".", {}, {})) is Record
+                assert type(read_pickle(b"\x80\x04" + named + call + b".", {}, {})) is PickleRecord
     assert type(read_pickle(b"\x80\x04" + f"c{module}\n{name}\n.".encode(), {}, {})) is Name
 
 

@@ -13,9 +13,9 @@ import pytest
 from fork_server import ENVIRONMENT
 from tiny_models import command_of
 
-from megatron_cpt.cluster.check import FailedError
+from megatron_cpt.cluster.check import CheckFailedError
 from megatron_cpt.cluster.job import free_port
-from megatron_cpt.cluster.training_runs import STEPS, Run, judge
+from megatron_cpt.cluster.training_runs import STEPS, ClusterRun, judge
 
 TAMPER = """
 import os, sys
@@ -121,14 +121,14 @@ def test_a_rank_that_computes_something_else(tmp_path: Path) -> None:
 def test_packed_documents_are_told_apart_by_any_step(step: int | None, tmp_path: Path) -> None:
     """All samples of the first step may lie within a document each, and its loss is then the one without packing."""
     for name, changed in (("one process", None), ("one process, packed", step)):
-        folder = tmp_path / "runs" / Run(name).folder_name
+        folder = tmp_path / "runs" / ClusterRun(name).folder_name
         folder.mkdir(parents=True)
         rows = [{"iteration": i, "loss": 6.0 - i + 0.1 * (i == changed), "grad_norm": 1.0} for i in range(1, STEPS + 1)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job, found = SimpleNamespace(folder=tmp_path), [{"seconds": 1.0, "log": "a.log"}]
-    run = Run("one process, packed")
+    run = ClusterRun("one process, packed")
     if step is None:
-        with pytest.raises(FailedError, match="documents are not told apart"):
+        with pytest.raises(CheckFailedError, match="documents are not told apart"):
             judge(run, job, found)  # type: ignore[arg-type]
     else:
         assert judge(run, job, found)[0].startswith("loss ")  # type: ignore[arg-type]

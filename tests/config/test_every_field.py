@@ -29,9 +29,9 @@ CONFIGS = [
     "convert.config:MegatronToHf",
     "convert.config:Verify",
     "planning.config:PlanConfig",
-    "study.settings:Plan",
-    "study.settings:Run",
-    "study.settings:Choose",
+    "study.settings:PlanOptions",
+    "study.settings:RunOptions",
+    "study.settings:ChooseOptions",
     "posttrain.settings:SftConfig",
     "posttrain.settings:DpoConfig",
     "posttrain.settings:ChatConfig",
@@ -229,7 +229,7 @@ WRONG: dict[str, tuple[dict[str, Any], int]] = {
         },
         5,
     ),
-    "study.settings:Plan": ({"lr": {"min": 2, "max": 1, "number": 1}, "limits": {"runs": -1, "hours": -1}}, 4),
+    "study.settings:PlanOptions": ({"lr": {"min": 2, "max": 1, "number": 1}, "limits": {"runs": -1, "hours": -1}}, 4),
     "evaluation.config:EvaluateConfig": ({"output": "x", "limit": 0, "window": 1, "models": {}, "text": []}, 4),
     "config.run:RunConfig": (
         {

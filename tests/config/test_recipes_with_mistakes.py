@@ -50,7 +50,7 @@ from megatron_cpt.posttrain.run_files import check_chat
 from megatron_cpt.posttrain.run_files import check_settings as check_tuning
 from megatron_cpt.posttrain.settings import ChatConfig, DpoConfig, SftConfig
 from megatron_cpt.study.run_files import check_choice, check_runs, check_study
-from megatron_cpt.study.settings import Choose, FitOptions, Plan, Plot, Run
+from megatron_cpt.study.settings import ChooseOptions, FitOptions, PlanOptions, PlotOptions, RunOptions
 from megatron_cpt.training.order_export import ExportOrderConfig
 from megatron_cpt.training.order_export import check_files as check_order_export
 from megatron_cpt.training.run_files import check_files as check_run
@@ -85,7 +85,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "quickstart/pretrain.yaml": Recipe(RunConfig, check_run, ["--check_only=true", "--world_size=2"], MIXTURE),
-    "almr_study/smollm2_study.yaml": Recipe(Plan, check_runs, [], MIXTURE),
+    "almr_study/smollm2_study.yaml": Recipe(PlanOptions, check_runs, [], MIXTURE),
     "quickstart_chat/sft.yaml": Recipe(SftConfig, check_tuning, ["--save=runs/new"]),
     "quickstart_chat/dpo.yaml": Recipe(DpoConfig, check_tuning, ["--save=runs/new"]),
     "quickstart_chat/evaluate.yaml": Recipe(EvaluateConfig, check_evaluation, []),
@@ -124,10 +124,10 @@ STARTS: dict[str, tuple[Recipe, dict[str, Any]]] = {
     ),
     "check_cluster.py": (Recipe(CheckConfig, check_cluster, []), {"folder": "cluster"}),
     "convert_checkpoint.py verify": (Recipe(Verify, check_verify, []), {"a": HF_FOLDER, "b": MEGATRON_FOLDER}),
-    "almr_study.py run": (Recipe(Run, check_runs, []), read_yaml(STUDY)),
+    "almr_study.py run": (Recipe(RunOptions, check_runs, []), read_yaml(STUDY)),
     "almr_study.py fit": (Recipe(FitOptions, check_study, []), read_yaml(STUDY)),
-    "almr_study.py plot": (Recipe(Plot, check_study, []), read_yaml(STUDY)),
-    "almr_study.py choose": (Recipe(Choose, check_choice, []), read_yaml(STUDY)),
+    "almr_study.py plot": (Recipe(PlotOptions, check_study, []), read_yaml(STUDY)),
+    "almr_study.py choose": (Recipe(ChooseOptions, check_choice, []), read_yaml(STUDY)),
 }
 READ_FIRST = {"mixture", "base", "save"}  # what these name cannot be read without them, or an option gives it instead
 

@@ -270,7 +270,14 @@ def test_what_is_pickled_beside_the_settings_is_not_run(converted: Path, tmp_pat
 
 def test_layers_of_their_own_and_other_names_of_norms(hf: Path, tmp_path: Path) -> None:
     """As models of layers that differ are saved, without Transformer Engine, below a prefix."""
-    from megatron_cpt.checkpoint.torch_dist import Chunk, TorchDistReader, metadata_of, plan_of, write_distcp, write_metadata
+    from megatron_cpt.checkpoint.torch_dist import (
+        TensorChunk,
+        TorchDistReader,
+        metadata_of,
+        plan_of,
+        write_distcp,
+        write_metadata,
+    )
     from megatron_cpt.convert.hf_weights import LAYERS, OTHER_NAMES, pieces_of
     from megatron_cpt.convert.megatron_weights import MegatronTensors
 
@@ -281,9 +288,9 @@ def test_layers_of_their_own_and_other_names_of_norms(hf: Path, tmp_path: Path) 
         if chunk.key.startswith(LAYERS):
             below = OTHER_NAMES.get(chunk.key.removeprefix(LAYERS), chunk.key.removeprefix(LAYERS))
             key, size, offset = f"model.{LAYERS}{chunk.offset[0]}.{below}", chunk.size[1:], chunk.offset[1:]
-            made[Chunk(key, size, offset, tensor.shape[1:], torch.float32)] = tensor[0]
+            made[TensorChunk(key, size, offset, tensor.shape[1:], torch.float32)] = tensor[0]
         else:
-            made[Chunk(f"model.{chunk.key}", chunk.size, chunk.offset, chunk.shape, torch.float32)] = tensor
+            made[TensorChunk(f"model.{chunk.key}", chunk.size, chunk.offset, chunk.shape, torch.float32)] = tensor
     by_place = {(chunk.key, chunk.offset): tensor for chunk, tensor in made.items()}
     plans = [plan_of(list(made))]
     results = write_distcp(str(tmp_path), plans, 0, lambda key, offset: by_place[key, offset], lambda count: None)

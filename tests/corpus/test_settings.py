@@ -21,7 +21,7 @@ from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.corpus.manifest import CorpusManifest, read_manifest
 from megatron_cpt.corpus.merge import MergeConfig, merge_datasets
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
-from megatron_cpt.curation.curate import CurateConfig, SlurmConfig, curate
+from megatron_cpt.curation.curate import CurateConfig, CurationSlurmConfig, curate
 from megatron_cpt.mixture.inspect_data import InspectConfig, inspect_data
 
 
@@ -410,4 +410,4 @@ def test_overwrite_of_curate_data(tmp_path: Path, raw: Path, monkeypatch: pytest
 
 def test_every_setting_of_the_others_has_a_row() -> None:
     assert {row.field for row in CURATE} | set(IN_DRY_RUNS) == names_of(CurateConfig)
-    assert set(SLURM) == names_of(SlurmConfig)
+    assert set(SLURM) == names_of(CurationSlurmConfig)

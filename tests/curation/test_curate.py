@@ -27,7 +27,7 @@ from megatron_cpt.curation import jobs as curation_jobs
 from megatron_cpt.curation import languages as curation_languages
 from megatron_cpt.curation import report as curation_report
 from megatron_cpt.curation import steps as curation_steps
-from megatron_cpt.curation.curate import CurateConfig, SlurmConfig, curate
+from megatron_cpt.curation.curate import CurateConfig, CurationSlurmConfig, curate
 from megatron_cpt.utils.errors import InputError, InputErrors
 
 REPOSITORY = Path(__file__).parents[2]
@@ -288,7 +288,7 @@ def test_slurm_scripts_do_the_work(
 ) -> None:
     write_lines(tmp_path / "in" / "a.jsonl", [document(ENGLISH, 1), document(CHINESE, 1)])
     monkeypatch.setenv("PATH", fake_slurm(tmp_path / "bin"))
-    slurm = SlurmConfig(partition="cpu", sbatch_args={"account": "nlp"})
+    slurm = CurationSlurmConfig(partition="cpu", sbatch_args={"account": "nlp"})
     config = configured(tmp_path, keep_languages="en", filters="none", deduplicate=False, executor="slurm", slurm=slurm)
     output = Path(curate(config))
     calls = (tmp_path / "bin" / "calls").read_text().splitlines()
@@ -309,7 +309,7 @@ def test_dry_run_submits_nothing(
     for i in range(3):
         write_lines(tmp_path / "in" / f"{i}.jsonl", [document(ENGLISH, i)])
     monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch anywhere
-    slurm = SlurmConfig(partition="cpu", time="2:00:00", cpus_per_task=2, mem_per_cpu_gb=3, max_running=10)
+    slurm = CurationSlurmConfig(partition="cpu", time="2:00:00", cpus_per_task=2, mem_per_cpu_gb=3, max_running=10)
     config = configured(tmp_path, executor="slurm", dry_run=True, slurm=slurm)
     scripts = sorted(Path(curate(config)).glob("*.slurm"))
     commands = [line for line in capsys.readouterr().out.splitlines() if "_stats.slurm" not in line]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_cpt.evaluation import figures
-from megatron_cpt.evaluation.trajectory import Point
+from megatron_cpt.evaluation.trajectory import TrajectoryPoint
 
 LOST = {"value": None, "stderr": None, "samples": 0, "missing": "its data cannot be had"}
 
@@ -51,14 +51,14 @@ def test_languages() -> None:
 
 
 def test_trajectories_have_a_panel_for_each_measurement() -> None:
-    points = [Point(iteration, 100 * iteration, measured(iteration / 10, 2.0, 0.5)) for iteration in (0, 2, 5)]
+    points = [TrajectoryPoint(iteration, 100 * iteration, measured(iteration / 10, 2.0, 0.5)) for iteration in (0, 2, 5)]
     axes = [ax for ax in figures.trajectory(points).axes if ax.axison]
     assert [ax.get_title() for ax in axes] == ["C-Eval", "bits per byte, en", "bits per byte, zh", "%zh"]
     line = axes[0].lines[0]
     assert line.get_xdata().tolist() == [0, 200, 500]
     assert line.get_ydata().tolist() == pytest.approx([0, 20, 50])
     assert axes[0].get_xlabel() == "tokens"
-    unknown = [*points, Point(7, None, measured(0.2, 2.0, 0.5))]
+    unknown = [*points, TrajectoryPoint(7, None, measured(0.2, 2.0, 0.5))]
     ax = figures.trajectory(unknown).axes[0]
     assert ax.get_xlabel() == "iteration"
     assert ax.lines[0].get_xdata().tolist() == [0, 2, 5, 7]

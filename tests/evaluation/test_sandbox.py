@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_cpt.evaluation.sandbox import Limits, Outcome, require_sandbox, run, threads_of
+from megatron_cpt.evaluation.sandbox import Limits, SandboxOutcome, require_sandbox, run, threads_of
 from megatron_cpt.utils.errors import InputError
 
 LIMITS = Limits(seconds=20.0)
@@ -19,8 +19,8 @@ LIMITS = Limits(seconds=20.0)
 
 def test_right_and_wrong_answers() -> None:
     add = "def add(a, b):\n    return a {} b\n\n\nassert add(2, 3) == 5\n"
-    assert run(add.format("+"), LIMITS) == Outcome(True, "")
-    assert run(add.format("-"), LIMITS) == Outcome(False, "AssertionError")
+    assert run(add.format("+"), LIMITS) == SandboxOutcome(True, "")
+    assert run(add.format("-"), LIMITS) == SandboxOutcome(False, "AssertionError")
     assert run("def add(a, b)", LIMITS).error.startswith("SyntaxError")
     assert run("print('你好')\nimport numpy\nassert numpy.ones(3).sum() == 3", replace(LIMITS, memory=4 << 30)).passed
 

@@ -18,7 +18,7 @@ from tiny_models import make_tiny_llama
 from megatron_cpt.checkpoint.checksums import checksums_in, sealed
 from megatron_cpt.convert.config import HfToMegatron, MegatronToHf
 from megatron_cpt.convert.convert import hf_to_megatron, megatron_to_hf
-from megatron_cpt.evaluation.config import CheckpointConfig, EvaluateConfig, TextConfig, TrajectoryConfig
+from megatron_cpt.evaluation.config import EvaluateConfig, TextConfig, TrajectoryCheckpoint, TrajectoryConfig
 from megatron_cpt.evaluation.report import evaluate, only_evaluation
 from megatron_cpt.evaluation.trajectory import checkpoints_of, removed_points
 from megatron_cpt.utils.errors import InputError
@@ -116,11 +116,11 @@ def test_what_was_measured_of_others_is_not_of_this_run(config: EvaluateConfig, 
     evaluate(config)
     found = points(config.output)
     shutil.rmtree(run / "iter_0000004")
-    given = TrajectoryConfig(str(run), checkpoints=[CheckpointConfig(4, str(run.parent / "other"))])
+    given = TrajectoryConfig(str(run), checkpoints=[TrajectoryCheckpoint(4, str(run.parent / "other"))])
     evaluate(replace(config, trajectory=given))
     assert points(config.output)[4]["text"] == found[5]["text"], "what is given goes before what was there"
     with pytest.raises(InputError, match=r"trajectory\.checkpoints has iteration 2, and so has "):
-        evaluate(replace(config, trajectory=replace(given, checkpoints=[CheckpointConfig(2, model)])))
+        evaluate(replace(config, trajectory=replace(given, checkpoints=[TrajectoryCheckpoint(2, model)])))
     shutil.rmtree(run / "iter_0000005")
     evaluate(config)
     assert list(points(config.output)) == [2]
@@ -164,7 +164,7 @@ def test_a_run_that_removes_a_checkpoint_meanwhile(
 
 
 def test_hf_folders_beside_a_run(config: EvaluateConfig, model: str, run: Path) -> None:
-    trajectory = TrajectoryConfig(str(run), 5, [CheckpointConfig(0, model, 0), CheckpointConfig(3, model)])
+    trajectory = TrajectoryConfig(str(run), 5, [TrajectoryCheckpoint(0, model, 0), TrajectoryCheckpoint(3, model)])
     evaluate(replace(config, trajectory=trajectory))
     found = points(config.output)
     assert {iteration: row["tokens"] for iteration, row in found.items()} == {0: 0, 3: None, 5: 5 * SAMPLES * SEQ_LENGTH}
@@ -188,11 +188,11 @@ def test_wrong_trajectories(config: EvaluateConfig, model: str, tmp_path: Path) 
     with pytest.raises(InputError, match="every is 0"):
         TrajectoryConfig(str(tmp_path), 0)
     with pytest.raises(InputError, match=r"iterations \[1, 1\]; expected each once"):
-        TrajectoryConfig(checkpoints=[CheckpointConfig(1, model), CheckpointConfig(1, model)])
+        TrajectoryConfig(checkpoints=[TrajectoryCheckpoint(1, model), TrajectoryCheckpoint(1, model)])
     with pytest.raises(InputError, match="expected something to measure"):
         replace(config, text=[])
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="has no complete checkpoint"):
         evaluate(replace(config, trajectory=TrajectoryConfig(str(tmp_path / "empty"))))
     with pytest.raises(InputError, match=r"checkpoints\[0\]\.model is nowhere, which has no config"):
-        evaluate(replace(config, trajectory=TrajectoryConfig(checkpoints=[CheckpointConfig(1, "nowhere")])))
+        evaluate(replace(config, trajectory=TrajectoryConfig(checkpoints=[TrajectoryCheckpoint(1, "nowhere")])))

@@ -17,7 +17,7 @@ from megatron_cpt.mixture.loader import Batch
 from megatron_cpt.model.build import build_model, transformer_config
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.planning.activations import chunk_bytes
-from megatron_cpt.planning.layouts import Job, Layout, chunks_of_stage
+from megatron_cpt.planning.layouts import Layout, TrainingJob, chunks_of_stage
 from megatron_cpt.planning.presets import MODELS
 from megatron_cpt.planning.run import planned_flops
 from megatron_cpt.planning.simulate import optimizer_bytes, simulate
@@ -48,7 +48,7 @@ def make_layout(devices: int, micro_batch_size: int = 1, **parallel: object) -> 
     return Layout(config, data, micro_batch_size, 4)
 
 
-def check_against_simulation(job: Job, layout: Layout, rank: int) -> None:
+def check_against_simulation(job: TrainingJob, layout: Layout, rank: int) -> None:
     """Everything to the byte."""
     found = simulate(job, layout, rank)
     stage = found.pipeline_rank
@@ -72,7 +72,7 @@ def check_against_simulation(job: Job, layout: Layout, rank: int) -> None:
         assert found.step_traffic["all-gather", layout.data_parallel_size].bytes == found.weights
 
 
-def check_traffic(job: Job, layout: Layout, stage: int, traffic: dict) -> None:
+def check_traffic(job: TrainingJob, layout: Layout, stage: int, traffic: dict) -> None:
     """The hidden states that the planner counts: of a layer, two gathered and two scattered in each pass."""
     if not layout.parallel.sequence_parallel or layout.parallel.recompute_granularity is not None:
         return
@@ -97,7 +97,7 @@ def check_traffic(job: Job, layout: Layout, stage: int, traffic: dict) -> None:
     ],
 )
 def test_ranks_of_the_real_jobs(model: str, rank: int, layout: Layout) -> None:
-    check_against_simulation(Job(MODELS[model], 2048, 256), layout, rank)
+    check_against_simulation(TrainingJob(MODELS[model], 2048, 256), layout, rank)
 
 
 @pytest.mark.parametrize(
@@ -120,22 +120,22 @@ def test_ranks_of_the_real_jobs(model: str, rank: int, layout: Layout) -> None:
     ],
 )
 def test_small_jobs(rank: int, layout: Layout) -> None:
-    check_against_simulation(Job(TINY, 40, 96, "bf16" if rank % 2 else "fp32"), layout, rank)
+    check_against_simulation(TrainingJob(TINY, 40, 96, "bf16" if rank % 2 else "fp32"), layout, rank)
     if layout.pipeline > 1 or rank == 3:  # where tied embeddings are laid out differently
-        check_against_simulation(Job(TIED, 40, 96), layout, rank)
+        check_against_simulation(TrainingJob(TIED, 40, 96), layout, rank)
 
 
 def test_buckets_of_a_first_stage_that_reduces_while_it_computes() -> None:
     """More than one bucket: each is padded, and each has its share of every rank."""
     wide = dataclasses.replace(MODELS["8B"], num_hidden_layers=2, vocab_size=1000)
     for rank in (0, 5):
-        check_against_simulation(Job(wide, 64, 96), make_layout(6, overlap_grad_reduce=True), rank)
+        check_against_simulation(TrainingJob(wide, 64, 96), make_layout(6, overlap_grad_reduce=True), rank)
 
 
 def test_flops_of_all_ranks_are_those_of_mfu() -> None:
     """One of each stage, times the tensor-parallel ranks: `flops_per_token(causal=False)`."""
     layout = make_layout(8, 2, **SP4, **PP2)
-    job = Job(TINY, 40, 16)
+    job = TrainingJob(TINY, 40, 16)
     flops = sum(simulate(job, layout, rank).flops for rank in (0, 7)) * layout.tensor
     assert flops == 2 * 40 * flops_per_token(TINY, 40, causal=False)
 
@@ -144,7 +144,7 @@ def test_flops_of_all_ranks_are_those_of_mfu() -> None:
 def test_a_real_job_in_memory(dtype: torch.dtype) -> None:
     """Not fake: weights, gradients and optimizer states of one process after a step."""
     layout = Layout(ParallelConfig(), 1, 2, 2)
-    job = Job(TINY, 40, 4, "bf16" if dtype == torch.bfloat16 else "fp32")
+    job = TrainingJob(TINY, 40, 4, "bf16" if dtype == torch.bfloat16 else "fp32")
     with process_groups(ParallelConfig(), alone=True) as ranks:
         config = transformer_config(TINY, ParallelConfig(), dtype)
         config.finalize_model_grads_func = finalize_model_grads
@@ -173,4 +173,4 @@ def test_a_real_job_in_memory(dtype: torch.dtype) -> None:
 
 def test_what_cannot_be_simulated_is_refused() -> None:
     with pytest.raises(InputError, match="simulate is 4; expected a rank from 0 to 3"):
-        simulate(Job(TINY, 40, 96), make_layout(4), 4)
+        simulate(TrainingJob(TINY, 40, 96), make_layout(4), 4)

@@ -23,13 +23,13 @@ from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.planning.activations import chunk_bytes, layer_bytes, microbatches_in_flight
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.hardware import DEVICES, LINK_EFFICIENCY, Cluster, find_device
-from megatron_cpt.planning.layouts import Chunk, Job, Layout, layers_of_stages
+from megatron_cpt.planning.layouts import Layout, ModelChunk, TrainingJob, layers_of_stages
 from megatron_cpt.planning.memory import GIB, fullest, memory_of_stage
 from megatron_cpt.planning.one_run import plan_one, read_run
 from megatron_cpt.planning.presets import MODELS, find_model
 from megatron_cpt.planning.published import PUBLISHED, Published
 from megatron_cpt.planning.report import show
-from megatron_cpt.planning.search import Candidate, Plan, make_candidate, make_job, plan
+from megatron_cpt.planning.search import Candidate, LayoutPlan, make_candidate, make_job, plan
 from megatron_cpt.planning.timing import StepTime, throughput
 from megatron_cpt.platforms.cuda import known_peak_tflops
 from megatron_cpt.training.throughput import throughput as run_throughput
@@ -98,7 +98,7 @@ def test_what_transformer_engine_keeps_of_a_layer() -> None:
     local = tokens // 4
     lse, rsigma = 4 * tokens * 16, 4 * local
     for fp8, product in ((True, 1), (False, 2)):
-        job = Job(MODELS["70B"], tokens, 256, fp8=fp8, transformer_impl="transformer_engine")
+        job = TrainingJob(MODELS["70B"], tokens, 256, fp8=fp8, transformer_impl="transformer_engine")
         layout = Layout(ParallelConfig(4, sequence_parallel=True), 1, 1, 1)
         assert layer_bytes(job, layout) == {
             "norms": 2 * (local * hidden * (2 + product) + rsigma),
@@ -119,7 +119,10 @@ def test_fp8_copies_are_of_the_layers_alone() -> None:
     layout = Layout(ParallelConfig(4, 8, sequence_parallel=True), 1, 1, 1)
     products = 10 * (8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 28672) // 4
     for stage in (0, 3, 7):
-        assert memory_of_stage(Job(MODELS["70B"], 8192, 256, fp8=True), layout, stage, 4, 0.05).fp8_weights == 2 * products
+        assert (
+            memory_of_stage(TrainingJob(MODELS["70B"], 8192, 256, fp8=True), layout, stage, 4, 0.05).fp8_weights
+            == 2 * products
+        )
 
 
 def find(tokens_per_second: float) -> Published:
@@ -211,7 +214,7 @@ def test_bubble_of_equal_stages() -> None:
     llama = MODELS["8B"].__class__(**(vars(MODELS["8B"]) | {"vocab_size": 8}))
     for virtual in (None, 2, 4):
         parallel = ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=virtual)
-        step = throughput(Job(llama, 2048, 16), Layout(parallel, 1, 1, 16), Cluster(find_device("h100"), 4)).step
+        step = throughput(TrainingJob(llama, 2048, 16), Layout(parallel, 1, 1, 16), Cluster(find_device("h100"), 4)).step
         assert step.bubble / step.compute == pytest.approx(3 / ((virtual or 1) * 16), rel=0.01)
 
 
@@ -246,7 +249,7 @@ def test_invariants(layout: tuple[ParallelConfig, int], model: str, device: str,
     config = PlanConfig(model, 8, device)
 
     def candidate(size: int):
-        job = Job(MODELS[model], seq_length, size * micro_batch * microbatches)
+        job = TrainingJob(MODELS[model], seq_length, size * micro_batch * microbatches)
         it = Layout(parallel, size, micro_batch, microbatches)
         return make_candidate(config, job, Cluster(find_device(device), it.devices), it)
 
@@ -265,18 +268,18 @@ def test_invariants(layout: tuple[ParallelConfig, int], model: str, device: str,
 @given(LAYOUTS, st.sampled_from(["1B", "8B", "70B"]))
 def test_recomputation_saves_memory(layout: tuple[ParallelConfig, int], model: str) -> None:
     parallel, micro_batch = layout
-    job = Job(MODELS[model], 2048, 256)
+    job = TrainingJob(MODELS[model], 2048, 256)
 
     def saved(granularity: str | None) -> int:
         changed = ParallelConfig(**(vars(parallel) | {"recompute_granularity": granularity}))
-        return sum(chunk_bytes(job, Layout(changed, 1, micro_batch, 1), Chunk(4, False, False)).values())
+        return sum(chunk_bytes(job, Layout(changed, 1, micro_batch, 1), ModelChunk(4, False, False)).values())
 
     assert saved("full") < saved("selective") <= saved(None)
 
 
 def test_memory_adds_up() -> None:
     layout = Layout(ParallelConfig(), 8, 1, 4)
-    memory = fullest(Job(MODELS["1B"], 2048, 32, fp8=True), layout, 4.0, 0.05)
+    memory = fullest(TrainingJob(MODELS["1B"], 2048, 32, fp8=True), layout, 4.0, 0.05)
     parts = memory.weights + memory.gradients + memory.optimizer + memory.fp8_weights + memory.working + memory.overhead
     assert memory.total == parts + sum(memory.activations.values())
     assert memory.overhead >= 4 * GIB
@@ -440,7 +443,7 @@ def test_stages_of_a_model_whose_layers_do_not_divide() -> None:
     assert layers_of_stages(126, parallel) == [14] + [16] * 7
 
 
-def by_speed(result: Plan, key: Callable) -> list:
+def by_speed(result: LayoutPlan, key: Callable) -> list:
     return [key(candidate.layout) for candidate in result.feasible]
 
 
@@ -504,7 +507,7 @@ def test_memory_is_what_torch_has_allocated_on_a_gpu(
 ) -> None:
     """Layers of the 8B on one H200 (`make bench ROW="gpu train"`), allowances left out: within 1 %."""
     llama = dataclasses.replace(MODELS["8B"], num_hidden_layers=layers)
-    job, layout = Job(llama, seq_length, 4 * micro_batch_size), Layout(ParallelConfig(), 1, micro_batch_size, 4)
+    job, layout = TrainingJob(llama, seq_length, 4 * micro_batch_size), Layout(ParallelConfig(), 1, micro_batch_size, 4)
     assert memory_of_stage(job, layout, 0, overhead_gib=0, fragmentation=0).total == pytest.approx(measured, rel=0.01)
 
 
@@ -645,7 +648,7 @@ def test_fsdp_is_compared_and_not_ours(capsys: pytest.CaptureFixture[str]) -> No
 def test_fsdp_shards_everything_and_gathers_layers() -> None:
     """A layer and the next, one layer's gradients, embedding and output layer with one gradient."""
     layout = Layout(ParallelConfig(), 8, 1, 4)
-    job = Job(MODELS["8B"], 8192, 32)
+    job = TrainingJob(MODELS["8B"], 8192, 32)
     ours, sharded = (
         memory_of_stage(job, dataclasses.replace(layout, fully_sharded=sharded), 0, 4.0, 0.0) for sharded in (False, True)
     )

@@ -11,7 +11,7 @@ from tiny_models import ROOT, run_tool, write_yaml
 from megatron_cpt.config.cli import read_arguments
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.planning.config import PlanConfig
-from megatron_cpt.planning.search import Plan, plan
+from megatron_cpt.planning.search import LayoutPlan, plan
 from megatron_cpt.planning.write import settings_of_run, write_layout
 
 FP8 = {"seq_length": 8192, "fp8": True, "grad_reduce_in_bf16": True}
@@ -85,7 +85,7 @@ def test_no_setting_is_lost() -> None:
     assert content["training"]["params_dtype"] == "bf16"
 
 
-def first(result: Plan) -> tuple:
+def first(result: LayoutPlan) -> tuple:
     return result.feasible[0], result
 
 

@@ -17,22 +17,22 @@ from megatron_cpt.study.config import StudyConfig
 STUDY = ["--base=base.yaml", "--folder=FOLDER", "--almr=[0,1]", "--lr=[1e-4]", "--train_tokens=10"]
 # command, option -> value, and what the stand-ins have seen of it
 ROWS: dict[tuple[str, str], tuple[str, Any]] = {
-    ("Plan", "adaptive"): ("3", ("proposed", 3)),
-    ("Run", "only"): ("name", ("only", "name")),
-    **{(command, "frontier_axis"): ("lr", ("axis", "lr")) for command in ("FitOptions", "Plot")},
-    **{(command, "tolerance"): ("0.3", ("tolerance", 0.3)) for command in ("FitOptions", "Plot")},
-    **{(command, "token_budget"): ("77", ("budget", 77)) for command in ("FitOptions", "Plot")},
-    ("Choose", "max_general_rise"): ("0.2", ("choice", (0.2, 0.9, None))),
-    ("Choose", "confidence"): ("0.6", ("choice", (0.01, 0.6, None))),
-    ("Choose", "goal"): ("additional", ("choice", (0.01, 0.9, "additional"))),
-    ("Choose", "target"): ("large.yaml", ("target", "large.yaml")),
+    ("PlanOptions", "adaptive"): ("3", ("proposed", 3)),
+    ("RunOptions", "only"): ("name", ("only", "name")),
+    **{(command, "frontier_axis"): ("lr", ("axis", "lr")) for command in ("FitOptions", "PlotOptions")},
+    **{(command, "tolerance"): ("0.3", ("tolerance", 0.3)) for command in ("FitOptions", "PlotOptions")},
+    **{(command, "token_budget"): ("77", ("budget", 77)) for command in ("FitOptions", "PlotOptions")},
+    ("ChooseOptions", "max_general_rise"): ("0.2", ("choice", (0.2, 0.9, None))),
+    ("ChooseOptions", "confidence"): ("0.6", ("choice", (0.01, 0.6, None))),
+    ("ChooseOptions", "goal"): ("additional", ("choice", (0.01, 0.9, "additional"))),
+    ("ChooseOptions", "target"): ("large.yaml", ("target", "large.yaml")),
 }
 COMMANDS = {
-    "Plan": commands.plan,
-    "Run": commands.run,
+    "PlanOptions": commands.plan,
+    "RunOptions": commands.run,
     "FitOptions": commands.fit_command,
-    "Plot": commands.plot,
-    "Choose": commands.choose_command,
+    "PlotOptions": commands.plot,
+    "ChooseOptions": commands.choose_command,
 }
 OPTIONS = sorted(
     (name, option) for name in COMMANDS for option in settings_of(getattr(commands, name)) - settings_of(StudyConfig)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_cpt.study.commands import choose_command, fit_command
 from megatron_cpt.study.config import LimitsConfig, LogRange, ScoresConfig, StudyConfig
-from megatron_cpt.study.settings import Choose, FitOptions
+from megatron_cpt.study.settings import ChooseOptions, FitOptions
 from megatron_cpt.utils.errors import InputError
 
 FIELDS: dict[str, Any] = {"base": "base.yaml", "folder": "study", "almr": [0.5], "lr": [1e-3], "train_tokens": 1000}
@@ -52,8 +52,8 @@ def test_wrong_studies(changes: dict[str, Any], wanted: str) -> None:
 
 def test_limits_that_are_none() -> None:
     with pytest.raises(InputError, match=r"confidence is 2; expected 0\.5 or more, below 1"):
-        choose_command(Choose(**FIELDS, confidence=2))
+        choose_command(ChooseOptions(**FIELDS, confidence=2))
     with pytest.raises(InputError, match="max_general_rise is -1; expected a number above -1"):
-        choose_command(Choose(**FIELDS, max_general_rise=-1))
+        choose_command(ChooseOptions(**FIELDS, max_general_rise=-1))
     with pytest.raises(InputError, match=r"tolerance is -0\.1; expected 0 or more"):
         fit_command(FitOptions(**FIELDS, tolerance=-0.1))

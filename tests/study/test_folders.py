@@ -19,7 +19,7 @@ from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import Base, points, read_base, read_proposed, run_folder, write_configuration, write_proposed
 from megatron_cpt.study.local_executor import read_status, training_seconds
 from megatron_cpt.study.results import collect
-from megatron_cpt.study.settings import Choose, FitOptions, Plot
+from megatron_cpt.study.settings import ChooseOptions, FitOptions, PlotOptions
 from megatron_cpt.utils.errors import InputError, InputErrors
 
 CHOICE = {"almr": 0.5, "lr": 1e-3, "almr_interval": [0.4, 0.6], "lr_interval": None, "max_general_rise": 0.01}
@@ -168,7 +168,7 @@ def test_a_lost_last_evaluation_is_noticed(study: StudyConfig) -> None:
         collect(study, read_base(study))
 
 
-COMMANDS = ((fit_command, FitOptions), (choose_command, Choose), (plot, Plot))
+COMMANDS = ((fit_command, FitOptions), (choose_command, ChooseOptions), (plot, PlotOptions))
 
 
 @pytest.mark.parametrize(("command", "options"), COMMANDS)

@@ -26,16 +26,16 @@ from megatron_cpt.study.commands import choose_command, fit_command, plan, plot,
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import points, read_base
 from megatron_cpt.study.inputs import checkpoint_checksum, record_inputs, record_start
-from megatron_cpt.study.settings import Choose, FitOptions, Plan, Plot, Run
+from megatron_cpt.study.settings import ChooseOptions, FitOptions, PlanOptions, PlotOptions, RunOptions
 from megatron_cpt.training.baseline import measurements
 from megatron_cpt.utils.errors import InputError
 
 COMMANDS: dict[str, tuple[Callable[[Any], str], type[StudyConfig]]] = {
-    "plan": (plan, Plan),
-    "run": (run, Run),
+    "plan": (plan, PlanOptions),
+    "run": (run, RunOptions),
     "fit": (fit_command, FitOptions),
-    "choose": (choose_command, Choose),
-    "plot": (plot, Plot),
+    "choose": (choose_command, ChooseOptions),
+    "plot": (plot, PlotOptions),
 }
 REPLACED = {
     "zh_train": "bin_sha256 of corpus zh_train",

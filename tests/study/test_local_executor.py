@@ -11,9 +11,9 @@ import pytest
 
 from megatron_cpt.study import local_executor
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import Point, run_folder
+from megatron_cpt.study.grid import GridPoint, run_folder
 from megatron_cpt.study.local_executor import device_shares, environment
-from megatron_cpt.study.run_status import Outcome, read_outcome
+from megatron_cpt.study.run_status import RunOutcome, read_outcome
 from megatron_cpt.utils.errors import InputError
 
 
@@ -42,8 +42,8 @@ def test_a_run_that_goes_on_has_no_time_of_its_own(
     status: str | None, is_timed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a plan takes a run to last is the mean of those that were done in one go."""
-    monkeypatch.setattr(local_executor, "train", lambda *_: Outcome("finished", None, 5.0))
-    config, point = replace(study(1, 1), folder=str(tmp_path)), Point(1, 0.5, 1e-3)
+    monkeypatch.setattr(local_executor, "train", lambda *_: RunOutcome("finished", None, 5.0))
+    config, point = replace(study(1, 1), folder=str(tmp_path)), GridPoint(1, 0.5, 1e-3)
     folder = Path(run_folder(config.folder, point))
     folder.mkdir(parents=True)
     if status is not None:

@@ -34,7 +34,7 @@ class Hub:
 
 
 @dataclass(frozen=True)
-class Source:
+class PublishedSource:
     """Where a task has its rows from.
 
     Attributes:
@@ -51,33 +51,35 @@ class Source:
 
 
 TEXTS = {"context": str, "question": str, "answers": dict}
-LCSTS = Source(
+LCSTS = PublishedSource(
     "lcsts",
     {"test": "test.jsonl", "fewshot": "valid.jsonl"},
     {"text": str, "summary": str},
     Hub("hugcyp/LCSTS", None, {"test": "test", "fewshot": "validation"}),
 )
-CLUEWSC = Source(
+CLUEWSC = PublishedSource(
     "cluewsc2020",
     {"test": "dev.json", "fewshot": "train.json"},  # the test set's answers are not public
     {"text": str, "target": dict, "label": str},
     Hub("clue/clue", "cluewsc2020", {"test": "validation", "fewshot": "train"}),
 )
-CMRC2018 = Source(
+CMRC2018 = PublishedSource(
     "cmrc2018",
     {"test": "cmrc2018_dev.json", "fewshot": "cmrc2018_train.json"},  # the test set's answers are not public
     TEXTS,
     Hub("hfl/cmrc2018", None, {"test": "validation", "fewshot": "train"}),
 )
-DRCD = Source(
+DRCD = PublishedSource(
     "drcd",
     {"test": "DRCD_test.json", "fewshot": "DRCD_training.json"},
     TEXTS,
     Hub("clue/clue", "drcd", {"test": "test", "fewshot": "train"}),
 )
-EPRSTMT = Source("eprstmt", {"test": "test_public.json", "fewshot": "train_few_all.json"}, {"sentence": str, "label": str})
-BELLE = Source("belle", {"test": "eval_set.json"}, {"question": str, "class": str, "std_answer": str})
-HUMANEVAL = Source(
+EPRSTMT = PublishedSource(
+    "eprstmt", {"test": "test_public.json", "fewshot": "train_few_all.json"}, {"sentence": str, "label": str}
+)
+BELLE = PublishedSource("belle", {"test": "eval_set.json"}, {"question": str, "class": str, "std_answer": str})
+HUMANEVAL = PublishedSource(
     "humaneval",
     {"test": "HumanEval.jsonl.gz"},
     {"task_id": str, "prompt": str, "test": str, "entry_point": str},
@@ -156,7 +158,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def load(source: Source, data_folder: str | None, read: Callable[[str], Iterable[Row]]) -> datasets.DatasetDict:
+def load(source: PublishedSource, data_folder: str | None, read: Callable[[str], Iterable[Row]]) -> datasets.DatasetDict:
     """All splits of a source.
 
     Raises:

@@ -60,7 +60,7 @@ class CorpusTokens(NamedTuple):
         return int.from_bytes(hashlib.sha256(self.name.encode("utf-8", "surrogatepass")).digest()[:8], "little")
 
 
-class Place(NamedTuple):
+class SampleLocation(NamedTuple):
     """Where a sample lies: `begin` is its first token in the corpus, whose end is followed by its beginning.
 
     `begin` itself is always below the corpus's tokens: it is less than seq_length + (samples - 1) * seq_length.
@@ -72,7 +72,7 @@ class Place(NamedTuple):
     begin: int
 
 
-class Places(NamedTuple):
+class SampleLocations(NamedTuple):
     """Places of many samples: int32 corpus, and int64 epoch, sample and begin, each (samples,)."""
 
     corpus: npt.NDArray[np.int32]
@@ -136,7 +136,7 @@ class SampleOrder:
         """How many of the first n samples of the run each corpus gives (whole blocks; within one the order is random)."""
         return self._stage(n).counts(n)
 
-    def locate(self, n: int) -> Place:
+    def locate(self, n: int) -> SampleLocation:
         """Where sample n of the run lies."""
         block, place = divmod(n - self.block_origin, self.block_size)
         first = self.block_origin + block * self.block_size
@@ -144,7 +144,7 @@ class SampleOrder:
         corpus, used = self._stage(n).find(n)
         epoch, i = divmod(used, self._sizes[corpus])
         sample = self._permutation(self._sizes[corpus], EPOCH, self._keys[corpus], epoch)(i)
-        return Place(corpus, epoch, sample, self.token_phase(corpus, epoch) + sample * self.seq_length)
+        return SampleLocation(corpus, epoch, sample, self.token_phase(corpus, epoch) + sample * self.seq_length)
 
     def find(self, corpus: int, used: int, stop: int) -> int | None:
         """The sample of the run that is a corpus's number `used`, counted over all epochs: what `locate` gives it for.
@@ -185,15 +185,15 @@ class SampleOrder:
         """First token of the first sample of an epoch: each but the first cuts the corpus at other places."""
         return combine(self.seed, PHASE, self._keys[corpus], epoch) % self.seq_length if epoch else 0
 
-    def locate_many(self, first: int, count: int, threads: int = 1) -> Places:
+    def locate_many(self, first: int, count: int, threads: int = 1) -> SampleLocations:
         """Samples first to first + count - 1 of the run. `threads` matters to the compiled twin only."""
         if first < self.block_origin or count < 0 or first + count > MAX_SAMPLES:
             raise ValueError(f"{count} samples from {first}: use numbers from {self.block_origin} to 2**62")
         if self._native:
-            return Places(*self._native.locate(first, count, threads))
+            return SampleLocations(*self._native.locate(first, count, threads))
         places = np.array([self.locate(n) for n in range(first, first + count)], np.int64).reshape(count, 4)
         corpus, epoch, sample, begin = places.T.copy()
-        return Places(corpus.astype(np.int32), epoch, sample, begin)
+        return SampleLocations(corpus.astype(np.int32), epoch, sample, begin)
 
     def spans(self, first: int, count: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """Of samples first to first + count - 1: the corpus, and (first token, number of tokens) of the sample's parts.

@@ -20,7 +20,7 @@ from tiny_orders import Case, cases, plan
 
 from megatron_cpt.mixture.order import order as order_module
 from megatron_cpt.mixture.order.cuda import DeviceOrder
-from megatron_cpt.mixture.order.order import Places, SampleOrder
+from megatron_cpt.mixture.order.order import SampleLocations, SampleOrder
 from megatron_cpt.mixture.order.splitters import MAX_RAMP, StagePlan
 from megatron_cpt.utils.errors import InputError
 
@@ -45,18 +45,18 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["cpu", "three threads", "cuda"])
-def locate(request: pytest.FixtureRequest) -> Callable[[Case, int, int], Places]:
+def locate(request: pytest.FixtureRequest) -> Callable[[Case, int, int], SampleLocations]:
     """(case, first, count) -> places, by one of the compiled twins."""
     if request.param != "cuda":
         threads = 3 if request.param == "three threads" else 1
         return lambda case, first, count: case.order().locate_many(first, count, threads)
     library = request.getfixturevalue("emulated")
 
-    def on_device(case: Case, first: int, count: int) -> Places:
+    def on_device(case: Case, first: int, count: int) -> SampleLocations:
         arrays = [np.full(count, -1, dtype) for dtype in TYPES]
         device_order = DeviceOrder(case.order(), library)
         device_order.locate_into(first, count, *(array.ctypes.data for array in arrays))
-        return Places(*arrays)
+        return SampleLocations(*arrays)
 
     return on_device
 
@@ -72,19 +72,19 @@ LONG_RAMP = StagePlan(MAX_RAMP, (Fraction(0), Fraction(1)), plan(Fraction(1, 2),
     Fraction(1, 2), 1, HALVES).additional)  # fmt: skip
 
 
-def specification(case: Case, first: int, count: int) -> Places:
+def specification(case: Case, first: int, count: int) -> SampleLocations:
     order = case.order()
     order._native = None
     return order.locate_many(first, count)
 
 
-def assert_same(found: Places, wanted: Places) -> None:
+def assert_same(found: SampleLocations, wanted: SampleLocations) -> None:
     assert [array.dtype for array in found] == TYPES
-    for name, array, other in zip(Places._fields, found, wanted, strict=True):
+    for name, array, other in zip(SampleLocations._fields, found, wanted, strict=True):
         assert np.array_equal(array, other), name
 
 
-def test_any_order(locate: Callable[[Case, int, int], Places]) -> None:
+def test_any_order(locate: Callable[[Case, int, int], SampleLocations]) -> None:
     @settings(max_examples=60, deadline=None)
     @given(case=cases(), first=FIRSTS, count=st.integers(0, 30))
     @example(case=TOO_LIGHT, first=0, count=200)  # a share that rounds to 2**64
@@ -101,21 +101,21 @@ def test_any_order(locate: Callable[[Case, int, int], Places]) -> None:
     check()
 
 
-def test_corpora_beyond_any_memory(locate: Callable[[Case, int, int], Places]) -> None:
+def test_corpora_beyond_any_memory(locate: Callable[[Case, int, int], SampleLocations]) -> None:
     """2**45 samples of 2**11 tokens, 1,000 corpora, a run of 10**15 samples: nothing is built, so nothing is too large."""
     sizes = [2**45 + i for i in range(1000)]
     case = Case([plan(Fraction(1, 3), 500, [Fraction(1 + i) for i in range(1000)])], sizes, 3, 1024, seq_length=2048)
     assert_same(locate(case, 10**15, 200), specification(case, 10**15, 200))
 
 
-def test_a_call_in_pieces(locate: Callable[[Case, int, int], Places]) -> None:
+def test_a_call_in_pieces(locate: Callable[[Case, int, int], SampleLocations]) -> None:
     """More samples than are prepared together (2**20), with tables of both kinds; pieces do not end with blocks."""
     case = thirds([5000, 300, 4096], block_size=1000)
     count = 2_300_000
     whole = locate(case, 77, count)
     for first in (77, 77 + 2**20 - 20, 77 + 2**21 - 20, 77 + count - 40):
         part = specification(case, first, 40)
-        assert_same(Places(*(array[first - 77 : first - 37] for array in whole)), part)
+        assert_same(SampleLocations(*(array[first - 77 : first - 37] for array in whole)), part)
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +226,7 @@ def test_whatever_the_tables_say_nothing_is_read_outside(arguments: list[Any], f
     corpora, origin = arguments[3], arguments[7]
     try:
         order = order_module._sampling.SampleOrder(*arguments)
-        found = Places(*order.locate(max(first % 2**62, origin), count, threads))
+        found = SampleLocations(*order.locate(max(first % 2**62, origin), count, threads))
     except ValueError:
         return
     assert ((found.corpus >= 0) & (found.corpus < len(corpora))).all()

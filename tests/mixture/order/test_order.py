@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_orders import SEEDS, Case, cases, plan
 
-from megatron_cpt.mixture.order.order import CorpusTokens, Place, SampleOrder
+from megatron_cpt.mixture.order.order import CorpusTokens, SampleLocation, SampleOrder
 from megatron_cpt.mixture.order.splitters import build_stages
 
 SIZES = (50, 23, 31)
@@ -27,12 +27,12 @@ def make_order(seed: int = 7, block_size: int = 16, sizes: tuple[int, ...] = SIZ
 
 # As first released; computed by this code, not by another.
 PINNED = [
-    Place(1, 0, 2, 16),
-    Place(0, 0, 1847, 14776),
-    Place(0, 0, 3202, 25616),
-    Place(0, 0, 2827, 22616),
+    SampleLocation(1, 0, 2, 16),
+    SampleLocation(0, 0, 1847, 14776),
+    SampleLocation(0, 0, 3202, 25616),
+    SampleLocation(0, 0, 2827, 22616),
 ]
-PINNED_LATER = Place(0, 0, 1043, 8344)
+PINNED_LATER = SampleLocation(0, 0, 1043, 8344)
 
 
 def test_order_is_pinned() -> None:
@@ -188,7 +188,7 @@ def test_all_samples_that_read_some_tokens_are_found(case: Case, data: st.DataOb
     begin = (one.begin + data.draw(st.integers(0, case.seq_length))) % tokens
     end = min(begin + data.draw(st.integers(1, 3 * case.seq_length)), tokens)
 
-    def reads(place: Place) -> bool:
+    def reads(place: SampleLocation) -> bool:
         spans = [(place.begin, place.begin + case.seq_length + 1)]
         spans.append((0, spans[0][1] - tokens))  # a sample goes on at the corpus's beginning
         return place.corpus == one.corpus and any(a < end and begin < min(b, tokens) for a, b in spans)
