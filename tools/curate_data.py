@@ -5,7 +5,7 @@ from megatron_cpt.config.cli import run_tool
 if __name__ == "__main__":
     run_tool(
         "megatron_cpt.curation.curate:curate",
-        "megatron_cpt.curation.curate:CurateConfig",
+        "megatron_cpt.curation.config:CurateConfig",
         "Identify languages, filter by quality and drop near-duplicates (with datatrove).",
         check="megatron_cpt.curation.curate:check_files",
     )

@@ -28,7 +28,7 @@ from megatron_cpt.utils.lock import open_lock, share
 from megatron_cpt.utils.signals import handling
 
 if TYPE_CHECKING:
-    from megatron_cpt.curation.curate import CurateConfig, CurationSlurmConfig
+    from megatron_cpt.curation.config import CurateConfig, CurationSlurmConfig
 
 
 class LocalExecutor(LocalPipelineExecutor):

@@ -38,7 +38,7 @@ from megatron_cpt.curation import languages, steps
 from megatron_cpt.utils.errors import InputError
 
 if TYPE_CHECKING:
-    from megatron_cpt.curation.curate import CurateConfig
+    from megatron_cpt.curation.config import CurateConfig
 
 FILTER_CLASSES = {
     "gopher_repetition": GopherRepetitionFilter,

@@ -20,7 +20,7 @@ from megatron_cpt.utils.errors import InputError, InputErrors
 CONFIGS = [
     "config.run:RunConfig",
     "corpus.config:PreprocessConfig",
-    "curation.curate:CurateConfig",
+    "curation.config:CurateConfig",
     "corpus.merge:MergeConfig",
     "corpus.import_megatron:AdoptConfig",
     "mixture.inspect_data:InspectConfig",

@@ -38,7 +38,7 @@ from megatron_cpt.corpus.merge import MergeConfig
 from megatron_cpt.corpus.merge import check_files as check_merge
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.corpus.preprocess import check_files as check_preprocessing
-from megatron_cpt.curation.curate import CurateConfig
+from megatron_cpt.curation.config import CurateConfig
 from megatron_cpt.curation.curate import check_files as check_curation
 from megatron_cpt.evaluation.config import EvaluateConfig
 from megatron_cpt.evaluation.run_files import check_settings as check_evaluation

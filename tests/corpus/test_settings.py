@@ -21,7 +21,8 @@ from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.corpus.manifest import CorpusManifest, read_manifest
 from megatron_cpt.corpus.merge import MergeConfig, merge_datasets
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
-from megatron_cpt.curation.curate import CurateConfig, CurationSlurmConfig, curate
+from megatron_cpt.curation.config import CurateConfig, CurationSlurmConfig
+from megatron_cpt.curation.curate import curate
 from megatron_cpt.mixture.inspect_data import InspectConfig, inspect_data
 
 

@@ -27,7 +27,8 @@ from megatron_cpt.curation import jobs as curation_jobs
 from megatron_cpt.curation import languages as curation_languages
 from megatron_cpt.curation import report as curation_report
 from megatron_cpt.curation import steps as curation_steps
-from megatron_cpt.curation.curate import CurateConfig, CurationSlurmConfig, curate
+from megatron_cpt.curation.config import CurateConfig, CurationSlurmConfig
+from megatron_cpt.curation.curate import curate
 from megatron_cpt.utils.errors import InputError, InputErrors
 
 REPOSITORY = Path(__file__).parents[2]
