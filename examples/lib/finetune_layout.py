@@ -21,8 +21,8 @@ from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.memory import GIB
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.weights import number_of_parameters
-from megatron_cpt.posttrain.run_files import check_settings
-from megatron_cpt.posttrain.settings import DpoConfig, SftConfig, accumulation
+from megatron_cpt.posttrain.run_files import accumulation, check_settings, data_files
+from megatron_cpt.posttrain.settings import DpoConfig, SftConfig
 from megatron_cpt.utils.errors import InputError, Refusals
 
 WEIGHTS, TRAINED = 4, 16  # bytes of a parameter: in fp32; with its gradient and AdamW's moments, in fp32 too
@@ -54,7 +54,7 @@ def main() -> None:
     refusals = Refusals()
     if own.inputs != "none":
         with refusals.noted():
-            run.data.files()
+            data_files(run.data)
     if own.inputs == "all":
         with refusals.noted():
             check_settings(run)

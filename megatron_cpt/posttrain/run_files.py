@@ -206,6 +206,12 @@ def check_data(data: TuningDataConfig) -> None:
                         check_apart("two of data.sources", first, second, advice)
 
 
+def data_files(data: TuningDataConfig) -> list[str]:
+    """All paths of the data, which are there; InputError as of `check_data`."""
+    check_data(data)
+    return [source.path for source in (*data.sources, *data.validation)]
+
+
 def readable(refusals: Refusals, name: str, sources: Callable[[], Sequence[SourceConfig]]) -> list[str]:
     """The paths of those sources that can be read; why the others cannot is noted."""
     paths = list[str]()

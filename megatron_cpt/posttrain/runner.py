@@ -23,7 +23,7 @@ from megatron_cpt.checkpoint.layout import versions
 from megatron_cpt.model.hf_folder import check_model
 from megatron_cpt.posttrain.checkpoints import RESULT, RUN, set_aside
 from megatron_cpt.posttrain.identity import check_same, first_start
-from megatron_cpt.posttrain.run_files import check_save
+from megatron_cpt.posttrain.run_files import check_save, data_files
 from megatron_cpt.posttrain.settings import TuningDataConfig
 from megatron_cpt.posttrain.sharding import sum_in_fp32
 from megatron_cpt.posttrain.template_files import read_template
@@ -50,7 +50,7 @@ def check_files(folder: str | None, model: str, data: TuningDataConfig) -> list[
     with refusals.noted():
         check_model(model)
     with refusals.noted():
-        files = data.files()
+        files = data_files(data)
     with refusals.noted():
         if data.chat_template is not None:
             read_template(data.chat_template, "data.chat_template")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_cpt.config.require import Requirements, require, require_at_least
-from megatron_cpt.posttrain.run_files import accumulation, check_data
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.language_codes import check_language
 
@@ -113,42 +112,6 @@ class RunSettings:
         require_at_least(self, save_interval=1, keep_last=1, eval_interval=1, log_interval=1)
 
 
-def trainer_arguments(
-    folder: str, training: TrainingSettings, optimizer: OptimizerSettings, run: RunSettings, world_size: int, use_cpu: bool
-) -> dict[str, Any]:
-    """Arguments of transformers' Trainer, by its names."""
-    return {
-        "output_dir": folder,
-        "num_train_epochs": training.epochs,
-        "max_steps": training.max_steps or -1,
-        "per_device_train_batch_size": training.micro_batch_size,
-        "per_device_eval_batch_size": training.micro_batch_size,
-        "gradient_accumulation_steps": accumulation(training, world_size),
-        "bf16": training.params_dtype == "bf16",
-        "gradient_checkpointing": training.gradient_checkpointing,
-        "seed": training.seed,
-        "learning_rate": optimizer.lr,
-        "lr_scheduler_type": optimizer.decay_style if optimizer.decay_style != "constant" else "constant_with_warmup",
-        "warmup_steps": optimizer.warmup_fraction,
-        "weight_decay": optimizer.weight_decay,
-        "max_grad_norm": optimizer.clip_grad,
-        "adam_beta1": optimizer.adam_beta1,
-        "adam_beta2": optimizer.adam_beta2,
-        "adam_epsilon": optimizer.adam_eps,
-        "save_strategy": "no" if run.save_interval is None else "steps",
-        "save_steps": run.save_interval or 500,
-        "save_total_limit": run.keep_last,
-        "eval_strategy": "no" if run.eval_interval is None else "steps",
-        "eval_steps": run.eval_interval,
-        "logging_steps": run.log_interval,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # or losses that are not numbers would be logged as the mean of the others
-        "report_to": list(run.report_to),
-        "disable_tqdm": True,
-        "use_cpu": use_cpu,
-    }
-
-
 @dataclass(frozen=True)
 class SourceConfig:
     """One file."""
@@ -192,15 +155,6 @@ class TuningDataConfig:
     """What becomes of rows that cannot be used. Skipped ones are counted and named in the report."""
     chat_template: str | None = None
     """llama3, chatml, or a file with a Jinja template. Default: the tokenizer's own."""
-
-    def files(self) -> list[str]:
-        """All paths.
-
-        Raises:
-            InputError: see `check_data`
-        """
-        check_data(self)
-        return [source.path for source in (*self.sources, *self.validation)]
 
     def __post_init__(self) -> None:
         with Requirements() as need:

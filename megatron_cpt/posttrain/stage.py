@@ -18,8 +18,16 @@ from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit
 from megatron_cpt.posttrain.report import show_report
+from megatron_cpt.posttrain.run_files import accumulation
 from megatron_cpt.posttrain.runner import check_files, check_resumes, load_dated_template
-from megatron_cpt.posttrain.settings import DpoConfig, SftConfig, TuningDataConfig, trainer_arguments
+from megatron_cpt.posttrain.settings import (
+    DpoConfig,
+    OptimizerSettings,
+    RunSettings,
+    SftConfig,
+    TrainingSettings,
+    TuningDataConfig,
+)
 from megatron_cpt.posttrain.sharding import check_sharding, recomputes
 from megatron_cpt.posttrain.templates import Example as Conversation
 from megatron_cpt.posttrain.templates import PairExample, Template, load_template
@@ -85,3 +93,39 @@ def finetune(
     check_fit(config.model, prepared)
     with only_run(config.save, seen):
         return train(TuningStage(config, arguments, template, prepared, checkpoint, facts))
+
+
+def trainer_arguments(
+    folder: str, training: TrainingSettings, optimizer: OptimizerSettings, run: RunSettings, world_size: int, use_cpu: bool
+) -> dict[str, Any]:
+    """Arguments of transformers' Trainer, by its names."""
+    return {
+        "output_dir": folder,
+        "num_train_epochs": training.epochs,
+        "max_steps": training.max_steps or -1,
+        "per_device_train_batch_size": training.micro_batch_size,
+        "per_device_eval_batch_size": training.micro_batch_size,
+        "gradient_accumulation_steps": accumulation(training, world_size),
+        "bf16": training.params_dtype == "bf16",
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "seed": training.seed,
+        "learning_rate": optimizer.lr,
+        "lr_scheduler_type": optimizer.decay_style if optimizer.decay_style != "constant" else "constant_with_warmup",
+        "warmup_steps": optimizer.warmup_fraction,
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.clip_grad,
+        "adam_beta1": optimizer.adam_beta1,
+        "adam_beta2": optimizer.adam_beta2,
+        "adam_epsilon": optimizer.adam_eps,
+        "save_strategy": "no" if run.save_interval is None else "steps",
+        "save_steps": run.save_interval or 500,
+        "save_total_limit": run.keep_last,
+        "eval_strategy": "no" if run.eval_interval is None else "steps",
+        "eval_steps": run.eval_interval,
+        "logging_steps": run.log_interval,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # or losses that are not numbers would be logged as the mean of the others
+        "report_to": list(run.report_to),
+        "disable_tqdm": True,
+        "use_cpu": use_cpu,
+    }

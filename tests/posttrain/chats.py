@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from megatron_cpt.posttrain.data import DataConfig, SourceConfig
+from megatron_cpt.posttrain.data import SourceConfig
 from megatron_cpt.posttrain.dpo import DpoConfig
-from megatron_cpt.posttrain.settings import OptimizerSettings, RunSettings, TrainingSettings
+from megatron_cpt.posttrain.settings import OptimizerSettings, RunSettings, TrainingSettings, TuningDataConfig
 from megatron_cpt.posttrain.sft import SftConfig
 
 ANIMALS = {"en": ("dog", "fox", "cat"), "zh": ("狗", "狐狸", "猫")}
@@ -51,7 +51,7 @@ def write_rows(folder: Path, make: Any) -> list[SourceConfig]:
 
 def sft_config(model: str, folder: Path, name: str = "sft", **changes: Any) -> SftConfig:
     """Six steps of two packs of 160 tokens."""
-    data = DataConfig(write_rows(folder, conversations), validation_share=0.1, max_length=160, chat_template="chatml")
+    data = TuningDataConfig(write_rows(folder, conversations), validation_share=0.1, max_length=160, chat_template="chatml")
     defaults: dict[str, Any] = {
         "training": TrainingSettings(max_steps=6, micro_batch_size=1, global_batch_size=2),
         "optimizer": OptimizerSettings(lr=3e-3, warmup_fraction=0.1),
@@ -62,7 +62,7 @@ def sft_config(model: str, folder: Path, name: str = "sft", **changes: Any) -> S
 
 def dpo_config(model: str, folder: Path, name: str = "dpo", **changes: Any) -> DpoConfig:
     """Six steps of four pairs."""
-    data = DataConfig(write_rows(folder, preferences), validation_share=0.1, max_length=160, chat_template="chatml")
+    data = TuningDataConfig(write_rows(folder, preferences), validation_share=0.1, max_length=160, chat_template="chatml")
     defaults: dict[str, Any] = {
         "training": TrainingSettings(max_steps=6, micro_batch_size=2, global_batch_size=4),
         "optimizer": OptimizerSettings(lr=1e-3, warmup_fraction=0.1),

