@@ -126,7 +126,7 @@ def break_disk(where: str, rank: int) -> Any:
         patch.setattr(writing, "fsync", no_space)
         patch.setattr(writing, "check_archives", no_space)
     elif where == "fork" and rank == 1:
-        patch.setattr(save_operation, "Worker", no_space)
+        patch.setattr(save_operation, "ForkedWork", no_space)
     elif where == "killed" and rank == 1:
         patch.setattr(writing, "check_archives", lambda *_: os.kill(os.getpid(), 9))
     return patch.undo
