@@ -26,8 +26,7 @@ quickstart-chat: setup
 	test -e runs/quickstart/hf-cpt/config.json || VENV=$(CURDIR)/$(VENV) examples/quickstart/quickstart.sh
 	VENV=$(CURDIR)/$(VENV) examples/quickstart_chat/quickstart_chat.sh
 
-# One thread for each process, and two tests at a time: some start eight processes. File by file, in order: some tests in
-# tests/corpus count their process's children, and the server of tests/forks.py, which tests/training starts, would be one.
+# One thread for each process, and two tests at a time: some start eight processes. File by file, in order.
 WORKERS ?= 2
 test: setup
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30

@@ -62,6 +62,6 @@ def test_a_signal_ends_both(number: signal.Signals, tmp_path: Path) -> None:
 def test_its_server_is_no_child() -> None:
     """Some tests count the children of their process."""
     place = str(Path(command_of("convert_checkpoint.py")[0]).parent)
-    servers = [process for process in psutil.process_iter(["cmdline"]) if process.info["cmdline"][-1:] == [place]]
+    servers = [process for process in psutil.process_iter(["cmdline"]) if (process.info["cmdline"] or [])[-1:] == [place]]
     assert servers
     assert not set(servers) & set(psutil.Process().children())

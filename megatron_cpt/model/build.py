@@ -25,6 +25,7 @@ from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import TrainingConfig
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.platforms import Platform, current_platform
+from megatron_cpt.platforms.everywhere import quiet
 from megatron_cpt.platforms.process_groups import Ranks
 
 __all__ = [
@@ -61,45 +62,46 @@ def transformer_config(
     """What megatron-core needs to know to build and train this architecture; no dropout anywhere, as in Llama."""
     platform = current_platform()
     transformer_impl = arithmetic.transformer_impl or platform.transformer_impl(params_dtype)
-    return TransformerConfig(
-        num_layers=llama.num_hidden_layers,
-        hidden_size=llama.hidden_size,
-        ffn_hidden_size=llama.intermediate_size,
-        num_attention_heads=llama.num_attention_heads,
-        num_query_groups=llama.num_key_value_heads,
-        kv_channels=llama.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=llama.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=llama.attention_bias or llama.mlp_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=params_dtype,
-        pipeline_dtype=params_dtype,
-        bf16=params_dtype == torch.bfloat16,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
-        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
-        sequence_parallel=parallel.sequence_parallel,
-        context_parallel_size=parallel.context_parallel_size,
-        tp_comm_overlap=parallel.tp_comm_overlap,
-        # The interleaved schedule sends activations and gradients at the same time. Between two stages each is the other's
-        # next and previous, and in one batch of sends and receives megatron-core takes the one for the other.
-        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
-        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
-        **recompute(parallel),
-        **dataclasses.asdict(arithmetic) | {"transformer_impl": transformer_impl},
-        # Losses are sums; the gradient is divided once, by the targets that count in the whole global batch.
-        calculate_per_token_loss=True,
-        use_cpu_initialization=True,
-        perform_initialization=False,  # the weights always come from a checkpoint
-        masked_softmax_fusion=False,  # of the unfused attention, which is not used
-        **platform.fusions(params_dtype, transformer_impl),
-    )
+    with quiet("megatron.core"):  # 0.19 warns of what it has not replaced in its own defaults
+        return TransformerConfig(
+            num_layers=llama.num_hidden_layers,
+            hidden_size=llama.hidden_size,
+            ffn_hidden_size=llama.intermediate_size,
+            num_attention_heads=llama.num_attention_heads,
+            num_query_groups=llama.num_key_value_heads,
+            kv_channels=llama.head_dim,
+            normalization="RMSNorm",
+            layernorm_epsilon=llama.rms_norm_eps,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
+            add_bias_linear=llama.attention_bias or llama.mlp_bias,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            params_dtype=params_dtype,
+            pipeline_dtype=params_dtype,
+            bf16=params_dtype == torch.bfloat16,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+            num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+            pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
+            sequence_parallel=parallel.sequence_parallel,
+            context_parallel_size=parallel.context_parallel_size,
+            tp_comm_overlap=parallel.tp_comm_overlap,
+            # The interleaved schedule sends activations and gradients at the same time. Between two stages each is the
+            # other's next and previous, and in one batch of sends and receives megatron-core takes the one for the other.
+            overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+            batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
+            **recompute(parallel),
+            **dataclasses.asdict(arithmetic) | {"transformer_impl": transformer_impl},
+            # Losses are sums; the gradient is divided once, by the targets that count in the whole global batch.
+            calculate_per_token_loss=True,
+            use_cpu_initialization=True,
+            perform_initialization=False,  # the weights always come from a checkpoint
+            masked_softmax_fusion=False,  # of the unfused attention, which is not used
+            **platform.fusions(params_dtype, transformer_impl),
+        )
 
 
 def recompute(parallel: ParallelConfig) -> dict[str, Any]:

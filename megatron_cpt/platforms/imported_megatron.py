@@ -8,6 +8,7 @@ from megatron_cpt.platforms import current_platform
 
 with current_platform().importing():
     import megatron.core.dist_checkpointing.exchange_utils
+    import megatron.core.dist_checkpointing.strategies.filesystem_async
     import megatron.core.dist_checkpointing.strategies.state_dict_saver
     import megatron.core.dist_checkpointing.strategies.torch
     import megatron.core.fusions.fused_bias_swiglu

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
+from own_children import own_children
 from tiny_corpora import content, run, small_units, texts, write_lines
 
 from megatron_cpt.corpus import audit as audit_module
@@ -314,7 +314,7 @@ def test_the_helper_that_is_killed(tmp_path: Path, tiny_tokenizer_dir: str, sour
     def add(self: PartialCorpus, *unit: Any) -> None:
         original(self, *unit)
         if self.units == 4:
-            (helper, *_) = psutil.Process().children()
+            (helper, *_) = own_children()
             helper.kill()
 
     with monkeypatch.context() as patch:
@@ -322,7 +322,7 @@ def test_the_helper_that_is_killed(tmp_path: Path, tiny_tokenizer_dir: str, sour
         with pytest.raises(ProcessDiedError, match="the checking process was killed"):
             fast(tmp_path / "c", tiny_tokenizer_dir, source)
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "c.partial"}
-    assert psutil.Process().children() == []
+    assert own_children() == []
     fast(tmp_path / "c", tiny_tokenizer_dir, source)
 
 
@@ -347,14 +347,14 @@ def test_audit_answers(tmp_path: Path, tiny_tokenizer_dir: str, source: str) -> 
         with pytest.raises(TokenizerMismatchError, match=r"'a': gigatoken gives \[5000\], the reference \["):
             compare()
         assert audit.checksums() == {files[0]: sha256_file(files[0]), files[1]: None}
-    assert psutil.Process().children() == []
+    assert own_children() == []
 
 
 def test_few_comparisons_are_on_the_way(tiny_tokenizer_dir: str, monkeypatch: Patch) -> None:
     """A slow reference holds the run up, rather than letting samples pile up in memory."""
     monkeypatch.setattr(audit_module, "MOST_ON_THE_WAY", 5)
     with Audit(tiny_tokenizer_dir, None) as audit:
-        (helper,) = psutil.Process().children()
+        (helper,) = own_children()
         for _ in range(5):
             helper.suspend()
             audit.compare([("", np.array([], np.uint32))])

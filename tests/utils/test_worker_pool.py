@@ -12,6 +12,7 @@ from contextlib import closing
 import numpy as np
 import psutil
 import pytest
+from own_children import own_children
 from tiny_corpora import still_alive
 
 from megatron_cpt.utils.errors import InputError, ProcessDiedError
@@ -27,10 +28,10 @@ def _no_hang_and_no_child_left() -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, hung)
     signal.alarm(SECONDS_UNTIL_HUNG)
-    children = {child.pid for child in psutil.Process().children()}
+    children = {child.pid for child in own_children()}
     try:
         yield
-        assert {child.pid for child in psutil.Process().children()} <= children
+        assert {child.pid for child in own_children()} <= children
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -93,7 +94,7 @@ def test_a_worker_killed_while_it_sends() -> None:
 
     results = ordered_map(big, range(4), 1)
     next(results)
-    (worker,) = psutil.Process().children()
+    (worker,) = own_children()
     time.sleep(0.5)  # it is in the middle of sending the second: the pipe holds less
     worker.send_signal(signal.SIGKILL)
     with pytest.raises(ProcessDiedError):
@@ -104,7 +105,7 @@ def test_idle_workers_that_are_killed() -> None:
     results = ordered_map(slow_square, itertools.count(), 2)
     for _ in range(5):
         next(results)
-    for worker in psutil.Process().children():
+    for worker in own_children():
         worker.kill()
     with pytest.raises(ProcessDiedError):
         list(itertools.islice(results, 1000))
@@ -150,8 +151,8 @@ def test_worn_out_workers_are_replaced(items: int, workers: int) -> None:
 def test_closing_early_leaves_no_process(taken: int) -> None:
     with closing(ordered_map(slow_square, itertools.count(), 3)) as results:
         assert list(itertools.islice(results, taken)) == [n * n for n in range(taken)]
-        assert len(psutil.Process().children()) == (3 if taken else 0)
-    assert psutil.Process().children() == []
+        assert len(own_children()) == (3 if taken else 0)
+    assert own_children() == []
 
 
 def test_closing_while_workers_are_stuck() -> None:
