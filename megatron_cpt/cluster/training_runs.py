@@ -25,8 +25,10 @@ from megatron_cpt.cluster.job import ClusterJob
 STEPS, SAVED = 5, 2
 ONE_PROCESS, PACKED_REFERENCE = "one process", "one process, packed"  # what others are compared with
 SECONDS = 150.0  # of a run
-# Relative differences that are allowed, of losses and gradient norms; tests/training/test_matrix.py says why.
-EXACT, FP32, BF16, FP8 = (0.0, 0.0), (1e-5, 1e-5), (1e-2, 5e-2), (5e-2, 2e-1)
+# Relative differences that are allowed, of losses and gradient norms; tests/training/test_matrix.py says why. Of gradient
+# norms more in fp32: Adam's first steps go by the signs of gradients, and those near zero tip over with the order of a sum.
+# The norm after five steps has been 1.6e-5 off on a machine without a fault.
+EXACT, FP32, BF16, FP8 = (0.0, 0.0), (1e-5, 1e-4), (1e-2, 5e-2), (5e-2, 2e-1)
 MORE_BATCHES = 2  # micro-batches of each replica
 
 Setting = tuple[str, Any]

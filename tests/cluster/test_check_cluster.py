@@ -15,7 +15,7 @@ from tiny_models import command_of
 
 from megatron_cpt.cluster.check import CheckFailedError
 from megatron_cpt.cluster.job import free_port
-from megatron_cpt.cluster.training_runs import STEPS, ClusterRun, judge
+from megatron_cpt.cluster.training_runs import FP32, STEPS, ClusterRun, judge
 
 TAMPER = """
 import os, sys
@@ -132,6 +132,26 @@ def test_packed_documents_are_told_apart_by_any_step(step: int | None, tmp_path:
             judge(run, job, found)  # type: ignore[arg-type]
     else:
         assert judge(run, job, found)[0].startswith("loss ")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "holds"), [("grad_norm", 2e-5, True), ("grad_norm", 2e-4, False), ("loss", 2e-5, False)]
+)
+def test_what_a_layout_may_differ_by(name: str, off: float, holds: bool, tmp_path: Path) -> None:
+    """A healthy machine was failed for 1.6e-5 of a gradient norm after five steps."""
+    for run, factor in (("one process", 1.0), ("TP2", 1 + off)):
+        folder = tmp_path / "runs" / ClusterRun(run).folder_name
+        folder.mkdir(parents=True)
+        rows = [{"iteration": i, "loss": 6.0 - i, "grad_norm": 2.0} for i in range(1, STEPS + 1)]
+        rows[-1][name] *= factor
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job, found = SimpleNamespace(folder=tmp_path), [{"seconds": 1.0, "log": "a.log"}]
+    run = ClusterRun("TP2", like="one process", tolerance=FP32)
+    if holds:
+        assert judge(run, job, found)[0].startswith("like one process to ")  # type: ignore[arg-type]
+    else:
+        with pytest.raises(CheckFailedError, match=r"expected at most (0\.0001|1e-05)"):
+            judge(run, job, found)  # type: ignore[arg-type]
 
 
 def test_a_report_in_a_folder_that_is_made_for_it(tmp_path: Path) -> None:
