@@ -33,7 +33,7 @@ test: setup
 
 # What touches the engine, for another Python and with it another megatron-core:
 # make test-engine PYTHON=python3.12 VENV=.venv-3.12
-ENGINE := tests/platforms tests/model tests/checkpoint tests/corpus/test_indexed_dataset.py tests/mixture/test_loader.py \
+ENGINE := tests/platforms tests/model tests/checkpoint tests/convert tests/corpus/test_indexed_dataset.py tests/mixture/test_loader.py \
   $(patsubst %,tests/training/test_%.py,golden hf_losses layouts matrix packed resume_layouts damaged hostile_checkpoints)
 test-engine: setup
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile --durations 10 $(ENGINE)
