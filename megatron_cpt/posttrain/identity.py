@@ -130,9 +130,8 @@ def check_begun(config: SftConfig | DpoConfig) -> None:
         now["data"] = {path: digest(path) for path in paths if os.access(path, os.R_OK) and os.path.isfile(path)}
     with contextlib.suppress(RefusedValueError, InputError, OSError):  # `check_model` and `check_weights` name what is wrong
         now["model"] = digests_of(config.model)
-    with contextlib.suppress(
-        RefusedValueError, InputError, OSError
-    ):  # `read_template` does; a model's own is one of its files
+    # `read_template` names what is wrong with one; a model's own is one of its files
+    with contextlib.suppress(RefusedValueError, InputError, OSError):
         if config.data.chat_template is not None:
             now["template"] = digest_of_template(template_to_use(config.data.chat_template))
     check_same(os.path.join(config.save, RUN), now, all_known=False)
