@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_type_hints
 import yaml
 
 from megatron_cpt.config.fields import ConfigReader
+from megatron_cpt.config.renamed import old_names, print_notes
 from megatron_cpt.utils.errors import InputError, InputErrors, ProcessDiedError, Refusals, RefusedValueError, RunError
 from megatron_cpt.utils.input_files import shown
 from megatron_cpt.utils.redaction import redacted, secrets_of
@@ -77,9 +78,10 @@ def normalise(argv: Sequence[str], switches: Collection[str] = ()) -> list[str]:
 
 
 def switches_of(config_class: type, prefix: str = "--") -> set[str]:
-    """The options of a configuration that are true or false, such as `--parallel.sequence_parallel`."""
+    """The options of a configuration that are true or false, such as `--parallel.sequence_parallel`; by old names, too."""
     switches: set[str] = set()
-    for name, kind in get_type_hints(config_class).items():
+    hints = get_type_hints(config_class)
+    for name, kind in [*hints.items(), *((old, hints[name]) for old, name in old_names(config_class).items())]:
         if kind is bool:
             switches.add(prefix + name)
         elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -109,6 +111,7 @@ def read_arguments(
         make_parser(config_class, description).print_help()
         raise SystemExit(0)
     reader = collect_arguments(config_class, [word for word in words if word != "--print_config"])
+    print_notes(reader.notes)
     if "--print_config" in words:
         print(yaml.safe_dump(reader.plain(), sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)

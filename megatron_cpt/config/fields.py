@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_args, get_origin
 
 from megatron_cpt.config.partial import partial
+from megatron_cpt.config.renamed import current_name, note
 from megatron_cpt.config.values import WRONG, Converter, Given, alternatives, expected, hints_of, nearest
 from megatron_cpt.utils.errors import FieldError, InputError, Refusals
 from megatron_cpt.utils.input_files import load_yaml
@@ -30,6 +31,7 @@ class ConfigReader:
         self.given = Given(config_class)
         self.where = where
         self.refusals = Refusals()
+        self.notes: list[str] = []  # on old names of settings, for `print_notes`
         self._all_read = True
         self._origin: dict[str, str] = {}  # dotted name -> "FILE: " that gave it, "" for an option
 
@@ -43,13 +45,17 @@ class ConfigReader:
 
     def fields(self, fields: Mapping[Any, Any], where: str) -> None:
         """Take fields and sections; `where` begins the messages about them."""
-        _merge(self.given, Converter(where, self.refusals).section(self.given.kind, fields, ""))
-        self._origin |= dict.fromkeys(_dotted(fields), where)
+        section = Converter(where, self.refusals, self.notes).section(self.given.kind, fields, "")
+        _merge(self.given, section)
+        self._origin |= dict.fromkeys(_dotted(section), where)
 
     def option(self, name: str, text: str | None) -> None:
         """Take `--NAME TEXT`; the name is dotted. None: there is no text, which is wrong."""
+        name, given = current_name(self.given.kind, name), name
+        if name != given:
+            self.notes.append(note(f"--{given}", f"--{name}"))
         with self.refusals.noted():
-            _set(self.given, name, text, Converter("", self.refusals))
+            _set(self.given, name, text, Converter("", self.refusals, self.notes))
         self._origin = {known: file for known, file in self._origin.items() if not known.startswith(f"{name}.")}
         self._origin[name] = ""
 
@@ -134,7 +140,7 @@ class ConfigReader:
 
 
 def config_from(config_class: type[Config], fields: Mapping[Any, Any], where: str) -> Config:
-    """A configuration from the fields of a file named `where`.
+    """A configuration from the fields of a file named `where`. Old names are read; that a note says so, a check sees to.
 
     Raises:
         InputError: naming the file, the field, the value found and the value expected

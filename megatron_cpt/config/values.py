@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from megatron_cpt.config.renamed import current_fields
 from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.utils.input_files import amount, number, parse_yaml, plain_number, shown, text_of
 
@@ -96,10 +97,12 @@ class Converter:
     Attributes:
         where: begins the messages
         refusals: gets them
+        notes: gets what is to be said of settings by old names (see renamed.py)
     """
 
     where: str
     refusals: Refusals
+    notes: list[str]
 
     def convert(self, kind: Any, value: Any, name: str) -> Any:
         """A value as its field wants it; WRONG, and noted, if it is of another kind."""
@@ -128,7 +131,7 @@ class Converter:
         """The fields of a section, converted."""
         hints, given = hints_of(kind), Given(kind)
         known = [field.name for field in dataclasses.fields(kind)]
-        for field, value in fields.items():
+        for field, value in current_fields(kind, fields, self.where, name, self.refusals, self.notes).items():
             dotted = f"{name}.{field}".lstrip(".")
             if field in known:
                 given[field] = self.convert(hints[field], value, dotted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from megatron_cpt.config.fields import ConfigReader
+from megatron_cpt.config.renamed import print_notes
 from megatron_cpt.config.require import Requirements
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.mixture.file import read_seq_length
@@ -46,6 +47,7 @@ def check_run_file(path: str) -> None:
     reader, refusals = ConfigReader(RunConfig, f"{path}: "), Refusals()
     with refusals.noted():
         reader.fields(load_yaml(path, "configuration"), reader.where)
+        print_notes(reader.notes)
         run: RunConfig = reader.config()
         for error in reader.refusals.errors:
             refusals.add(error)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import yaml
 
 from megatron_cpt.config.fields import config_from
+from megatron_cpt.config.renamed import current_names
 from megatron_cpt.config.require import require
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.study.config import StudyConfig
@@ -172,14 +173,17 @@ def check_folder(folder: str) -> None:
     require(os.path.isdir(place), "folder", folder, f"a folder, or a name for a new one ({place} is none)")
 
 
-def read_fields(path: str) -> dict[str, Any]:
-    """What a configuration says, unchecked; empty sections are left out.
+def read_fields(path: str, notes: list[str] | None = None) -> dict[str, Any]:
+    """What a configuration of a run (or a mixture) says, unchecked, by the names of today; empty sections are left out.
+
+    `notes`: gets what is to be said of old names. Of what a study has written, which may be of the last release, nothing is.
 
     Raises:
-        InputError: it cannot be read, or is not YAML with fields
+        InputError: it cannot be read, or is not YAML with fields, or has one by both names
     """
     fields = load_yaml(path, "configuration", plain_number)
-    return {name: value for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in fields.items() if value is not None}
+    return current_names(RunConfig, given, f"{path}: ", notes)
 
 
 def parse(fields: Mapping[str, Any], where: str) -> RunConfig:

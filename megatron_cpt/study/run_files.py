@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_cpt.checkpoint.layout import find_checkpoint
 from megatron_cpt.config.fields import ConfigReader
+from megatron_cpt.config.renamed import print_notes
 from megatron_cpt.config.require import Requirements
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.mixture.file import load_mixture
@@ -64,7 +65,7 @@ def check_choice(study: ChooseOptions) -> None:
             check_study(study)
         with need.noted():
             if study.target is not None:
-                config = read_partly(study.target, read_fields(study.target), need)
+                config = read_partly(study.target, read_given(study.target), need)
                 check_no_stages(config.mixture, load_yaml(config.mixture, "mixture file", plain_number))
 
 
@@ -76,9 +77,17 @@ def check_base(path: str, refusals: Refusals) -> None:
 
 def read_base_partly(path: str, refusals: Refusals) -> RunConfig:
     """As `read_partly`, of the configuration that all runs follow."""
-    fields = read_fields(path)
+    fields = read_given(path)
     complete(fields, path, folder="the study's", train_tokens=1)
     return read_partly(path, fields, refusals)
+
+
+def read_given(path: str) -> dict[str, Any]:
+    """What a user's configuration says; notes are printed of old names in it."""
+    notes: list[str] = []
+    fields = read_fields(path, notes)
+    print_notes(notes)
+    return fields
 
 
 def read_partly(path: str, fields: Mapping[str, Any], refusals: Refusals) -> RunConfig:
