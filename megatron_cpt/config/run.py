@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from megatron_cpt.config.lr import LrConfig
 from megatron_cpt.config.parallel import ParallelConfig
+from megatron_cpt.config.renamed import formerly
 from megatron_cpt.config.require import Requirements, at_most_one, require, require_at_least
 from megatron_cpt.utils.errors import InputError
 
@@ -195,8 +196,8 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class TroubleConfig:
-    """What the run does when a step or a process goes wrong."""
+class LossSpikesConfig:
+    """Which steps are skipped, and what else ends a run: replicas that differ, processes that are dead."""
 
     max_skipped_steps: int = 3
     """A step whose loss or gradient is not finite, or that is a spike, does not change the weights; after more than so many
@@ -207,17 +208,17 @@ class TroubleConfig:
     """Accepted steps that tell what is usual; nothing is a spike before as many were seen."""
     spike_grad_norm: float | None = None
     """A gradient norm above this is a spike."""
-    rerun_rejected_steps: bool = False
+    rerun_skipped_steps: bool = field(default=False, metadata=formerly("rerun_rejected_steps"))
     """Compute a step whose loss is not finite once more, and log whether the result is the same (megatron-core's rerun
     machinery): another one points at a faulty device."""
-    check_weights_interval: int = 0
+    check_weight_hash_across_dp_replicas_interval: int = field(default=0, metadata=formerly("check_weights_interval"))
     """Steps between checks that all data-parallel replicas hold the same weights; 0 never checks."""
     heartbeat_seconds: float = 120.0
     """A process that has shown no sign of life for so long is taken for dead and ends the run; 0 turns this off."""
 
     def __post_init__(self) -> None:
         with Requirements() as need:
-            need.at_least(self, max_skipped_steps=0, spike_window=2, check_weights_interval=0)
+            need.at_least(self, max_skipped_steps=0, spike_window=2, check_weight_hash_across_dp_replicas_interval=0)
             # Processes tell each other twice a second that they live.
             need.field(self, "heartbeat_seconds", lambda seconds: seconds == 0 or seconds >= 2, "2 or more, or 0")
             for name in ("spike_sigmas", "spike_grad_norm"):
@@ -277,7 +278,7 @@ class RunConfig:
         optimizer: see OptimizerConfig
         lr: see LrConfig
         validation: see ValidationConfig
-        trouble: see TroubleConfig
+        loss_spikes: see LossSpikesConfig
         logging: see LoggingConfig
         check_only: check the configuration, print the data ledger and stop before any process group starts
         world_size: with check_only, the number of processes to check for
@@ -291,7 +292,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr: LrConfig = field(default_factory=LrConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    trouble: TroubleConfig = field(default_factory=TroubleConfig)
+    loss_spikes: LossSpikesConfig = field(default_factory=LossSpikesConfig, metadata=formerly("trouble"))
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     check_only: bool = False
     world_size: int | None = None

@@ -215,7 +215,7 @@ def _prepare(
                     counts.truncated += 1
             except RowError as error:
                 if refused(config, error):
-                    option = "too_long" if error.kind == TOO_LONG else "broken"
+                    option = "on_overlength" if error.kind == TOO_LONG else "on_error"
                     raise InputError(f"{source.path}, row {number}: {error}; data.{option}: skip goes on") from error
                 counts.add_broken(number, error)
                 continue
@@ -268,14 +268,14 @@ def what_became_of(counts: RowCounts) -> str:
 
 def shortened(config: TuningDataConfig, cut: Callable[[Item, int], Item], item: Item, length: int) -> Item:
     """An item that is too long, if it may be truncated."""
-    if config.too_long != "truncate":
+    if config.on_overlength != "truncate":
         raise RowError(TOO_LONG, f"it has {length} tokens; max_length is {config.max_length}")
     return cut(item, config.max_length)
 
 
 def refused(config: TuningDataConfig, error: RowError) -> bool:
     """Whether a row ends the work instead of being counted."""
-    return config.too_long == "refuse" if error.kind == TOO_LONG else config.broken == "refuse"
+    return config.on_overlength == "refuse" if error.kind == TOO_LONG else config.on_error == "refuse"
 
 
 def mix(

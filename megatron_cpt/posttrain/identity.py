@@ -15,13 +15,14 @@ import numpy as np
 
 from megatron_cpt.checkpoint.hf_tokenizer import TOKENIZER_FILES
 from megatron_cpt.checkpoint.weight_files import weight_files
+from megatron_cpt.config.renamed import current_name
 from megatron_cpt.posttrain.checkpoints import RUN, sealed_steps
+from megatron_cpt.posttrain.settings import DpoConfig, SftConfig
 from megatron_cpt.posttrain.template_files import template_to_use
 from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
 
 if TYPE_CHECKING:
     from megatron_cpt.posttrain.data import Prepared
-    from megatron_cpt.posttrain.settings import DpoConfig, SftConfig
     from megatron_cpt.posttrain.templates import Template
 
 WHOLE = 64 << 20  # bytes up to which all of a file is read
@@ -174,6 +175,7 @@ def check_same(path: str, now: Mapping[str, Mapping[str, Any]], all_known: bool 
         with open(path, encoding="utf-8") as file:
             before = json.load(file)
         began = {section: dict(before[section]) for section in now}
+        began["settings"] = by_names_of_today(began["settings"])
         now = respelled(now, began)
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = f"{path} does not say what the run began with ({type(error).__name__}: {error})"
@@ -200,6 +202,13 @@ def check_same(path: str, now: Mapping[str, Mapping[str, Any]], all_known: bool 
                     InputError(f"{folder} has begun with another {KINDS[section]} {name}; use another folder as save")
                 )
     refusals.raise_any()
+
+
+def by_names_of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names, which a run of the last release may have written."""
+    for kind in (SftConfig, DpoConfig):
+        settings = {current_name(kind, name): value for name, value in settings.items()}
+    return dict(settings)
 
 
 def respelled(now: Mapping[str, Mapping[str, Any]], began: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

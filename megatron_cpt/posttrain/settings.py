@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_cpt.config.renamed import formerly
 from megatron_cpt.config.require import Requirements, require, require_at_least
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.language_codes import check_language
@@ -149,9 +150,9 @@ class TuningDataConfig:
     Default: all rows."""
     max_length: int = 2048
     """Tokens of an example."""
-    too_long: Literal["truncate", "skip", "refuse"] = "truncate"
+    on_overlength: Literal["truncate", "skip", "refuse"] = field(default="truncate", metadata=formerly("too_long"))
     """What becomes of longer ones. Truncated at their end; without a token of an answer left they are skipped."""
-    broken: Literal["skip", "refuse"] = "refuse"
+    on_error: Literal["skip", "refuse"] = field(default="refuse", metadata=formerly("broken"))
     """What becomes of rows that cannot be used. Skipped ones are counted and named in the report."""
     chat_template: str | None = None
     """llama3, chatml, or a file with a Jinja template. Default: the tokenizer's own."""

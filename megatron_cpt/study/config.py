@@ -122,7 +122,7 @@ class StudyConfig:
     """Runs at the same time on this machine, or in the job array."""
     divergence_factor: float = 1.5
     """A run whose mean training loss of ten steps is above this many times that of its first step is stopped: it has
-    diverged. So has one that skips too many steps (trouble.max_skipped_steps)."""
+    diverged. So has one that skips too many steps (loss_spikes.max_skipped_steps)."""
     keep_checkpoints: bool = False
     """Keep the checkpoints of runs that are finished and measured."""
     scores: ScoresConfig | None = None

@@ -218,7 +218,9 @@ def watch(
 def diverged(study: StudyConfig, base: Base, folder: str) -> str | None:
     """Why the run in this folder has diverged, None if it has not."""
     train_iters = read_status(folder).get("train_iters")
-    return divergence(read_run_metrics(folder), study.divergence_factor, base.config.trouble.max_skipped_steps, train_iters)
+    return divergence(
+        read_run_metrics(folder), study.divergence_factor, base.config.loss_spikes.max_skipped_steps, train_iters
+    )
 
 
 def training_seconds(folder: str) -> float:

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import check_param_hashes_across_dp_replicas
 
 from megatron_cpt.checkpoint.save_load import Progress
-from megatron_cpt.config.run import TroubleConfig
+from megatron_cpt.config.run import LossSpikesConfig
 from megatron_cpt.platforms.process_groups import Ranks
 from megatron_cpt.utils.errors import RunError
 
@@ -42,7 +42,7 @@ class SpikeHistory:
         before = saved["before"]
         return SpikeHistory(tuple(saved["losses"]), saved["skipped"], before and Progress(**before))
 
-    def accepted(self, loss: float, config: TroubleConfig) -> SpikeHistory:
+    def accepted(self, loss: float, config: LossSpikesConfig) -> SpikeHistory:
         """After a step that changed the weights."""
         kept = (*self.losses, loss)[-config.spike_window :] if config.spike_sigmas is not None else ()
         return SpikeHistory(kept)
@@ -52,10 +52,10 @@ class SpikeHistory:
         return dataclasses.replace(self, skipped=self.skipped + 1, before=self.before or progress)
 
 
-def is_spike(history: SpikeHistory, config: TroubleConfig, loss: float, grad_norm: float) -> str | None:
+def is_spike(history: SpikeHistory, config: LossSpikesConfig, loss: float, grad_norm: float) -> str | None:
     """Why a step with this loss and gradient norm is a spike; None if it is not."""
     if config.spike_grad_norm is not None and grad_norm > config.spike_grad_norm:
-        return f"the gradient norm {grad_norm:.4g} is above trouble.spike_grad_norm {config.spike_grad_norm:g}"
+        return f"the gradient norm {grad_norm:.4g} is above loss_spikes.spike_grad_norm {config.spike_grad_norm:g}"
     if config.spike_sigmas is None or len(history.losses) < config.spike_window:
         return None
     mean, deviation = statistics.fmean(history.losses), statistics.stdev(history.losses)
@@ -76,6 +76,7 @@ def check_replicas(chunks: Sequence[DistributedDataParallel], iteration: int, ra
     same = check_param_hashes_across_dp_replicas([chunk.module for chunk in chunks], cross_check=True)
     if ranks.any(not same):
         raise RunError(
-            f"after step {iteration} data-parallel replicas hold different weights (trouble.check_weights_interval): a "
-            f"device or a link computes wrongly; megatron-core's warnings above name the parameters"
+            f"after step {iteration} data-parallel replicas hold different weights "
+            "(loss_spikes.check_weight_hash_across_dp_replicas_interval): a device or a link computes wrongly; "
+            "megatron-core's warnings above name the parameters"
         )

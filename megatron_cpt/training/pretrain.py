@@ -80,7 +80,7 @@ def start(run: CheckedRun, watch: StopController) -> None:
         process_groups(config.parallel, config.training.seed) as ranks,
         RunLog(config.checkpoint.save, config.logging, ranks.rank) as log,
     ):
-        heartbeat = config.trouble.heartbeat_seconds
+        heartbeat = config.loss_spikes.heartbeat_seconds
         watch.share(job_store(), ranks.rank, ranks.world_size, heartbeat, log.error_stream, log.failed)
         with propagate_failure(watch, ranks.world_size, log.error_stream, log.failed):
             try:
@@ -198,7 +198,7 @@ def fit(context: RunContext, state: TrainState) -> None:
         closing(prefetch(reads, config.data.num_workers, config.data.prefetch, requests.stopping)) as read,
         profiling(config.logging, ranks.rank, config.checkpoint.save, state.progress.iteration) as profiler,
         current_platform().monitored() as alive,
-        rerunning(config.trouble.rerun_rejected_steps, batches := Waited(read)) as reruns,
+        rerunning(config.loss_spikes.rerun_skipped_steps, batches := Waited(read)) as reruns,
         FileChecks(files_to_check(context), config.checkpoint.save, remember=ranks.rank == 0) as files,
     ):
         while state.progress.iteration < run.length.train_iters:
@@ -215,7 +215,7 @@ def fit(context: RunContext, state: TrainState) -> None:
                 ranks,
                 requests,
                 reruns,
-                lambda loss, grad_norm: is_spike(state.history, config.trouble, loss, grad_norm),
+                lambda loss, grad_norm: is_spike(state.history, config.loss_spikes, loss, grad_norm),
             )
             take(context, state, result, after)
             seconds = time.perf_counter() - start
@@ -242,7 +242,7 @@ def files_to_check(context: RunContext) -> list[ExpectedFile]:
 def take(context: RunContext, state: TrainState, result: StepResult, after: Progress) -> None:
     """Note the outcome of a step."""
     if result.rejected is None:
-        state.history = state.history.accepted(result.loss, context.config.trouble)
+        state.history = state.history.accepted(result.loss, context.config.loss_spikes)
     else:
         state.history = state.history.rejected(state.progress)
     state.progress = after
@@ -254,14 +254,14 @@ def give_up_if_too_many(context: RunContext, state: TrainState, result: StepResu
     Raises:
         RunError: they did not; the newest checkpoint is as of before the first of them
     """
-    most, skipped, before = context.config.trouble.max_skipped_steps, state.history.skipped, state.history.before
+    most, skipped, before = context.config.loss_spikes.max_skipped_steps, state.history.skipped, state.history.before
     if before is None or skipped <= most:
         return
     iteration = state.progress.iteration
     state.progress, state.history = before, dataclasses.replace(state.history, skipped=0, before=None)
     save(context, state, last=True)
     raise RunError(
-        f"{skipped} steps in a row did not change the weights (trouble.max_skipped_steps {most}); at step {iteration} "
+        f"{skipped} steps in a row did not change the weights (loss_spikes.max_skipped_steps {most}); at step {iteration} "
         f"{result.rejected}. The checkpoint of step {before.iteration} is from before"
     )
 
@@ -274,7 +274,7 @@ def finish_step(context: RunContext, state: TrainState, shape: StepShape, result
     """
     config, iteration = context.config, state.progress.iteration
     last = iteration == context.run.length.train_iters
-    if due(iteration, config.trouble.check_weights_interval):
+    if due(iteration, config.loss_spikes.check_weight_hash_across_dp_replicas_interval):
         with gathered_parameters(state.chunks):
             check_replicas(state.chunks, iteration, context.ranks)
     context.saver.poll()
@@ -288,7 +288,7 @@ def finish_step(context: RunContext, state: TrainState, shape: StepShape, result
         asked = context.saver.retry_due()
     else:
         asked = due(iteration, config.checkpoint.save_interval) or result.save
-    # While steps are being skipped the newest checkpoint stays that of before the trouble.
+    # While steps are being skipped the newest checkpoint stays that of before them.
     if last or (asked and not state.history.skipped):
         save(context, state, last)
     if result.save:

@@ -107,7 +107,7 @@ class StopController:
         while not self._closing.wait(POLL_SECONDS):
             silent = time.monotonic() - self._answered
             if silent > seconds + 2 * POLL_SECONDS:
-                self._give_up(f"the store of the job has not answered for {silent:.0f} s (trouble.heartbeat_seconds)")
+                self._give_up(f"the store of the job has not answered for {silent:.0f} s (loss_spikes.heartbeat_seconds)")
 
     def _give_up(self, reason: object) -> None:
         """The main thread may be in a collective that never ends: there is nothing to wait for."""
@@ -247,6 +247,6 @@ class Peers:
             if beats != last:
                 self._beats[rank] = (beats, now)
             elif now - since > self.heartbeat_seconds:
-                message = f"rank {rank} has shown no sign of life for {now - since:.0f} s (trouble.heartbeat_seconds)"
+                message = f"rank {rank} has shown no sign of life for {now - since:.0f} s (loss_spikes.heartbeat_seconds)"
                 self.store.set("failed", message)
                 raise ProcessDiedError(message)

@@ -145,7 +145,7 @@ CASES = {
             "logging": {"log_interval": "x", "profile_step_end": 3},
             "world": 3,
         },
-        ["--trouble.spike_window", "1", "--data.prefetch=none", "--no_such"],
+        ["--loss_spikes.spike_window", "1", "--data.prefetch=none", "--no_such"],
         [
             "wrong_mixture.yaml: seq_length is 0",
             "wrong_mixture.yaml: almr is 3",
@@ -168,7 +168,7 @@ CASES = {
             "logging.log_interval is 'x'",
             "logging.profile_step_end is 3",
             "world is unknown",
-            "trouble.spike_window is 1",
+            "loss_spikes.spike_window is 1",
             "data.prefetch is 'none'",
             "--no_such is unknown",
         ],

@@ -234,7 +234,7 @@ WRONG: dict[str, tuple[dict[str, Any], int]] = {
     "config.run:RunConfig": (
         {
             "parallel": {"tensor_model_parallel_size": 0, "recompute_method": "block"},
-            "trouble": {"spike_window": 0, "heartbeat_seconds": 1},
+            "loss_spikes": {"spike_window": 0, "heartbeat_seconds": 1},
             "data": {"num_workers": 100_000, "prefetch": 0},
             "logging": {"log_interval": 0, "peak_tflops": 0},
             "training": {"train_iters": 5},

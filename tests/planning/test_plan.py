@@ -424,6 +424,14 @@ def test_the_command_refuses_a_run_that_does_not_fit(tmp_path: Path) -> None:
     assert "MFU" in run_tool("plan_run.py", "8B", "--devices", "32", "--device", "h200", "--run", path).stdout
 
 
+def test_a_run_with_the_names_of_the_last_release(tmp_path: Path) -> None:
+    path = write_run(tmp_path, trouble={"max_skipped_steps": 2})
+    planned = run_tool("plan_run.py", "8B", "--devices", "32", "--device", "h200", "--run", path)
+    assert "MFU" in planned.stdout
+    said = [line for line in planned.stderr.splitlines() if line.startswith("note: ")]
+    assert said == [f"note: {path}: trouble is now called loss_spikes; the old name is accepted until the next release"]
+
+
 def test_a_plan_needs_no_torch() -> None:
     code = "import sys; import megatron_cpt.planning.run as r; r.plan(r.PlanConfig('8B', 8)); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -75,7 +75,7 @@ def test_an_almr_needs_its_group(template: Template, tmp_path: Path) -> None:
         TuningDataConfig([source], almr=0.5)
     unusable = SourceConfig(write(tmp_path / "zh.json", [{"text": "x"}]), "zh", "additional")
     with pytest.raises(InputError, match=r"data\.almr is 0\.5, but no row of a source with group additional can be used"):
-        prepare_sft(TuningDataConfig([source, unusable], validation_share=0, almr=0.5, broken="skip"), template, 1)
+        prepare_sft(TuningDataConfig([source, unusable], validation_share=0, almr=0.5, on_error="skip"), template, 1)
 
 
 BROKEN: list[Any] = [
@@ -89,9 +89,9 @@ BROKEN: list[Any] = [
 
 def test_broken_rows_are_counted_and_named(template: Template, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source = SourceConfig(write(tmp_path / "rows.jsonl", [*rows(10), *BROKEN]), "en")
-    with pytest.raises(InputError, match=r"rows\.jsonl, row 11: unexpected character.*; data\.broken: skip goes on"):
+    with pytest.raises(InputError, match=r"rows\.jsonl, row 11: unexpected character.*; data\.on_error: skip goes on"):
         prepare_sft(TuningDataConfig([source]), template, 1)
-    found = prepare_sft(TuningDataConfig([source], broken="skip", validation_share=0), template, 1)
+    found = prepare_sft(TuningDataConfig([source], on_error="skip", validation_share=0), template, 1)
     report = json.loads(Path(write_report(str(tmp_path), found)).read_text())
     (counts,) = report["sources"]
     assert (counts["rows"], counts["used"], report["train"]) == (15, 10, 10)
@@ -120,7 +120,7 @@ def test_what_rows_say_of_themselves_is_heeded_or_counted(
     source = SourceConfig(write(tmp_path / "rows.jsonl", content), "en")
     with pytest.raises(InputError, match=r"rows\.jsonl, row 3: it has images; expected a conversation in text alone"):
         prepare_sft(TuningDataConfig([source]), template, 1)
-    found = prepare_sft(TuningDataConfig([source], validation_share=0, broken="skip"), template, 1)
+    found = prepare_sft(TuningDataConfig([source], validation_share=0, on_error="skip"), template, 1)
     learned = {sum(label != IGNORED for label in example.labels) for example in found.train}
     assert learned == {len(template.tokenizer.encode(t + "<|im_end|>")) for t in ("Fox.",)} | {
         sum(len(template.tokenizer.encode(t + "<|im_end|>")) for t in ("Hello", "Fox."))
@@ -144,7 +144,7 @@ def test_rows_that_are_not_to_be_learned_are_left_out_and_counted(
     row = {"messages": messages} if prepare is prepare_sft else {"prompt": "Hi", "chosen": "a", "rejected": "b"}
     used = row | {"source": "web", "weight": 1, "train": True, "id": 3, "system": "", "tools": []}
     source = SourceConfig(write(tmp_path / "rows.jsonl", [used, row | flag, row]), "en")
-    found = prepare(TuningDataConfig([source], validation_share=0, broken="skip"), template, 1)
+    found = prepare(TuningDataConfig([source], validation_share=0, on_error="skip"), template, 1)
     assert len(found.train) == 2
     (counts,) = json.loads(Path(write_report(str(tmp_path), found)).read_text())["sources"]
     assert {kind: facts["first"] for kind, facts in counts["broken"].items()} == {"nothing to learn": [2]}
@@ -190,10 +190,10 @@ def test_what_is_too_long(template: Template, tmp_path: Path) -> None:
     (cut,) = (example for example in found.train if len(example.input_ids) == 64)
     assert cut.labels[-1] != IGNORED
     assert max(counts.lengths) > 64
-    skipped = prepare_sft(replace(config, too_long="skip"), template, 1)
+    skipped = prepare_sft(replace(config, on_overlength="skip"), template, 1)
     assert skipped.counts[0].broken["too long"][0] == [4, 5]
-    with pytest.raises(InputError, match=r"row 4: it has \d+ tokens; max_length is 64; data\.too_long: skip goes on"):
-        prepare_sft(replace(config, too_long="refuse"), template, 1)
+    with pytest.raises(InputError, match=r"row 4: it has \d+ tokens; max_length is 64; data\.on_overlength: skip goes on"):
+        prepare_sft(replace(config, on_overlength="refuse"), template, 1)
 
 
 def pairs(number: int) -> list[dict[str, Any]]:
@@ -215,7 +215,7 @@ def test_pairs(template: Template, tmp_path: Path) -> None:
     same = {"instruction": "a", "chosen": "b", "rejected": "b"}
     differ_late = {"instruction": "a", "chosen": "dog " * 50 + "x", "rejected": "dog " * 50 + "y"}
     source = SourceConfig(write(tmp_path / "pairs.json", [*pairs(8), same, differ_late]), "zh", "additional")
-    config = TuningDataConfig([source], validation_share=0.2, max_length=48, broken="skip")
+    config = TuningDataConfig([source], validation_share=0.2, max_length=48, on_error="skip")
     found = prepare_dpo(config, template, 1)
     (counts,) = found.counts
     assert (len(found.train), len(found.validation["zh"]), counts.truncated) == (6, 2, 0)
@@ -269,11 +269,11 @@ def test_reports_of_nothing(template: Template, tmp_path: Path) -> None:
 def test_a_validation_file_without_usable_rows_is_named(template: Template, tmp_path: Path) -> None:
     source = SourceConfig(write(tmp_path / "rows.json", rows(5)), "en")
     broken = SourceConfig(write(tmp_path / "broken.json", [{"instruction": "x", "output": ""}]), "zh")
-    config = TuningDataConfig([source], validation=[broken], broken="skip")
+    config = TuningDataConfig([source], validation=[broken], on_error="skip")
     with pytest.raises(InputError, match=r"broken\.json: no row is left to evaluate on; 1 row, 1 empty answer"):
         prepare_sft(config, template, 1)
     with pytest.raises(InputError, match=r"left to train on: .*broken\.json: 1 row, 1 empty answer \(message 2 is empty\)"):
-        prepare_sft(TuningDataConfig([broken], broken="skip"), template, 1)
+        prepare_sft(TuningDataConfig([broken], on_error="skip"), template, 1)
 
 
 def test_validation_rows_that_are_not_used_are_counted(template: Template, tmp_path: Path) -> None:

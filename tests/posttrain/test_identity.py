@@ -26,7 +26,7 @@ from megatron_cpt.convert.vocabulary import load
 from megatron_cpt.posttrain import identity, runner
 from megatron_cpt.posttrain.conversations import Message
 from megatron_cpt.posttrain.dpo import finetune_dpo
-from megatron_cpt.posttrain.identity import digest
+from megatron_cpt.posttrain.identity import check_begun, digest
 from megatron_cpt.posttrain.run_files import check_settings
 from megatron_cpt.posttrain.settings import RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
@@ -293,6 +293,21 @@ def test_what_is_spelled_otherwise_is_the_same(
     result = finetune_sft(config)
     weights, expected = (load_file(Path(folder) / "model.safetensors") for folder in (result, f"{whole.save}/hf"))
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_run_of_the_last_release_resumes(restored: SftConfig) -> None:
+    """Its run.json has the old names of settings; one that differs is named by its name of today."""
+    path = Path(restored.save, "run.json")
+    facts = json.loads(path.read_text())
+    names = {"data.on_error": "data.broken", "data.on_overlength": "data.too_long"}
+    facts["settings"] = {names.get(name, name): value for name, value in facts["settings"].items()}
+    assert facts["settings"]["data.broken"] == "refuse"
+    path.write_text(json.dumps(facts))
+    check_begun(restored)
+    other = replace(restored, data=replace(restored.data, on_error="skip"))
+    with pytest.raises(InputError, match=r"has begun with data\.on_error refuse, now it is skip;"):
+        check_begun(other)
+    finetune_sft(restored)
 
 
 def test_another_file_of_another_name_is_named_by_both(restored: SftConfig, tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ def settings_of(tool: str, model: str, folder: Path) -> dict[str, Any]:
             "validation": [{"path": str(held), "language": "fr", "max_rows": 3}],
             "almr": 0.4,
             "max_length": 150,
-            "too_long": "skip",
-            "broken": "skip",
+            "on_overlength": "skip",
+            "on_error": "skip",
             "chat_template": str(template),
         },
         "training": {
@@ -151,7 +151,7 @@ def with_adapters(tool: str, chat_model: str, tmp_path_factory: pytest.TempPathF
     folder = tmp_path_factory.mktemp(tool)
     settings = settings_of(tool, chat_model, folder)
     del settings["data"]["validation"]
-    settings["data"] |= {"validation_share": 0.25, "max_length": 40, "too_long": "truncate"}
+    settings["data"] |= {"validation_share": 0.25, "max_length": 40, "on_overlength": "truncate"}
     return arrive(tool, folder, settings | {"lora": LORA})
 
 
@@ -204,8 +204,8 @@ ROWS: dict[str, tuple[Callable[[Arrived], Any], Any]] = {
     "data.validation": (lambda found: {name: len(rows) for name, rows in found.trainer.eval_dataset.items()}, {"fr": 3}),
     "data.almr": (lambda found: found.report()["almr"], pytest.approx(0.4, abs=0.03)),
     "data.max_length": (lambda found: max(answer_lengths(found.trainer.train_dataset)) <= 150, True),
-    "data.too_long": (lambda found: found.report()["sources"][2]["broken"]["too long"]["first"], [2]),
-    "data.broken": (lambda found: found.report()["sources"][2]["rows"], 2),
+    "data.on_overlength": (lambda found: found.report()["sources"][2]["broken"]["too long"]["first"], [2]),
+    "data.on_error": (lambda found: found.report()["sources"][2]["rows"], 2),
     "data.chat_template": (lambda found: "user says" in text_of(found), True),
     "training.epochs": (lambda found: found.trainer.args.num_train_epochs, 2.5),
     "training.max_steps": (lambda found: found.trainer.args.max_steps, 7),
@@ -235,7 +235,7 @@ ROWS: dict[str, tuple[Callable[[Arrived], Any], Any]] = {
 ROWS_OF_ADAPTERS: dict[str, tuple[Callable[[Arrived], Any], Any]] = {
     "data.validation_share": (lambda found: [source["validation"] for source in found.report()["sources"]], [6, 6, 1]),
     "data.max_length": (lambda found: max(answer_lengths(found.trainer.train_dataset)), 40),
-    "data.too_long": (lambda found: found.report()["sources"][2]["truncated"], 1),
+    "data.on_overlength": (lambda found: found.report()["sources"][2]["truncated"], 1),
     "lora.r": (lambda found: adapters(found).r, 3),
     "lora.alpha": (lambda found: adapters(found).lora_alpha, 5),
     "lora.dropout": (dropouts, {0.25}),

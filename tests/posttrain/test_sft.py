@@ -378,7 +378,7 @@ def test_errors_are_one_line(whole: tuple[SftConfig, Path], tmp_path: Path) -> N
     config = write_config(replace(whole[0], save=str(tmp_path / "run"), data=data), tmp_path / "sft.yaml")
     result = run_tool("finetune_sft.py", "--config", config, check=False)
     assert result.returncode == 2
-    assert f"error: {broken}, row 1: message 2 is empty; data.broken: skip goes on" in result.stderr
+    assert f"error: {broken}, row 1: message 2 is empty; data.on_error: skip goes on" in result.stderr
     assert not (tmp_path / "run").exists()
     assert "Traceback" not in result.stderr
 

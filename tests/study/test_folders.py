@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from study_folders import TOKENS, write_base, write_folder
 from study_results import make_results
 
@@ -19,8 +21,9 @@ from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import Base, points, read_base, read_proposed, run_folder, write_configuration, write_proposed
 from megatron_cpt.study.local_executor import read_status, training_seconds
 from megatron_cpt.study.results import collect
+from megatron_cpt.study.run_files import read_base_partly
 from megatron_cpt.study.settings import ChooseOptions, FitOptions, PlotOptions
-from megatron_cpt.utils.errors import InputError, InputErrors
+from megatron_cpt.utils.errors import InputError, InputErrors, Refusals
 
 CHOICE = {"almr": 0.5, "lr": 1e-3, "almr_interval": [0.4, 0.6], "lr_interval": None, "max_general_rise": 0.01}
 NAME = "almr0_lr0.0001_seed1"
@@ -83,6 +86,28 @@ def refusal(study: StudyConfig, base: Base) -> str | None:
     except InputError as error:
         return str(error)
     return None
+
+
+def test_a_study_of_the_last_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What its runs were given has the old names, as the base may have; new configurations have those of today."""
+    study = make_study(tmp_path, almrs=(0.0, 1.0), rates=(1e-4,))
+    old, new = {"trouble": {"rerun_rejected_steps": True}}, {"loss_spikes": {"rerun_skipped_steps": True}}
+    base = Path(study.base)
+    base.write_text(yaml.safe_dump(yaml.safe_load(base.read_text()) | old))
+    configs = [path for path in Path(study.folder, "configs").glob("*.yaml") if ".mixture." not in path.name]
+    assert len(configs) == 2
+    configs[0].write_text(yaml.safe_dump(yaml.safe_load(configs[0].read_text()) | old))
+    shutil.rmtree(Path(study.folder, "runs", configs[1].stem))
+    read_all(study)
+    assert [old.keys() & yaml.safe_load(path.read_text()).keys() for path in configs] == [{"trouble"}, set()]
+    assert new.items() <= yaml.safe_load(configs[1].read_text()).items()
+    capsys.readouterr()
+    read_base_partly(study.base, Refusals())
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.split(";")[0] for note in notes] == [
+        f"note: {base}: trouble is now called loss_spikes",
+        f"note: {base}: loss_spikes.rerun_rejected_steps is now called loss_spikes.rerun_skipped_steps",
+    ]
 
 
 def test_whatever_is_damaged_is_named_in_one_line(tmp_path: Path) -> None:

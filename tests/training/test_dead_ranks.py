@@ -22,7 +22,7 @@ from tiny_models import VARIANTS
 from tiny_runs import Layout, Runs
 
 BOUND = 30.0  # seconds; without anybody noticing it would take gloo's and NCCL's half hour
-HEARTBEAT = "--trouble.heartbeat_seconds=4"
+HEARTBEAT = "--loss_spikes.heartbeat_seconds=4"
 LONG = ("--training.train_iters=2000", "--checkpoint.save_interval=0")
 LAYOUTS = [Case(dp=2), Case(pp=2), Case(tp=2)]
 

@@ -101,11 +101,11 @@ def test_a_step_that_is_not_finite_changes_nothing(trouble: Trouble, what: str, 
 @pytest.mark.parametrize("case", [Case(), Case(pp=2)], ids=str)
 def test_too_many_in_a_row_stop_the_run(trouble: Trouble, case: Case) -> None:
     name = f"too-many-{case}"
-    limit = "--trouble.max_skipped_steps=2"
+    limit = "--loss_spikes.max_skipped_steps=2"
     job = trouble.start(name, limit, case=case, poison=poison("gradient", "nan", 4, 7))
     assert job.wait() == [1] * case.processes
     folder = trouble.runs.folder / name
-    assert "error: 3 steps in a row did not change the weights (trouble.max_skipped_steps 2); at step 6" in job.text()
+    assert "error: 3 steps in a row did not change the weights (loss_spikes.max_skipped_steps 2); at step 6" in job.text()
     assert newest(folder) == 3
     assert list(skipped(folder)) == [4, 5, 6]
     status = json.loads((folder / "status.json").read_text())
@@ -118,18 +118,18 @@ def test_too_many_in_a_row_stop_the_run(trouble: Trouble, case: Case) -> None:
 
 
 def test_as_many_as_allowed_do_not(trouble: Trouble) -> None:
-    folder = trouble.finish("allowed", "--trouble.max_skipped_steps=2", poison=poison("loss", "nan", 4, 5))
+    folder = trouble.finish("allowed", "--loss_spikes.max_skipped_steps=2", poison=poison("loss", "nan", 4, 5))
     assert list(skipped(folder)) == [4, 5]
     assert newest(folder) == STEPS
 
 
 def test_none_is_allowed(trouble: Trouble) -> None:
-    job = trouble.start("none-allowed", "--trouble.max_skipped_steps=0", poison=poison("loss", "nan", 2))
+    job = trouble.start("none-allowed", "--loss_spikes.max_skipped_steps=0", poison=poison("loss", "nan", 2))
     assert job.wait() == [1]
     assert newest(trouble.runs.folder / "none-allowed") == 1
 
 
-SPIKES = ("--trouble.spike_sigmas=6", "--trouble.spike_window=3")
+SPIKES = ("--loss_spikes.spike_sigmas=6", "--loss_spikes.spike_window=3")
 
 
 def test_a_loss_far_above_the_last_ones_is_a_spike(trouble: Trouble) -> None:
@@ -144,10 +144,10 @@ def test_a_loss_far_above_the_last_ones_is_a_spike(trouble: Trouble) -> None:
 
 
 def test_a_gradient_norm_above_the_limit_is_a_spike(trouble: Trouble) -> None:
-    limit = "--trouble.spike_grad_norm=100"
+    limit = "--loss_spikes.spike_grad_norm=100"
     folder = trouble.finish("norm", limit, case=Case(tp=2), poison=poison("gradient", 1000.0, 4))
     assert list(skipped(folder)) == [4]
-    assert "trouble.spike_grad_norm 100" in skipped(folder)[4]
+    assert "loss_spikes.spike_grad_norm 100" in skipped(folder)[4]
 
 
 @pytest.mark.parametrize("stop_after", [3, 5])
@@ -178,14 +178,14 @@ def test_skipped_steps_before_and_after_a_resume_add_up(trouble: Trouble) -> Non
     assert newest(folder) == 5  # with two skipped steps
     again = trouble.start(name, **wishes)
     assert again.wait() == [1]
-    assert "4 steps in a row did not change the weights (trouble.max_skipped_steps 3); at step 7" in again.text()
+    assert "4 steps in a row did not change the weights (loss_spikes.max_skipped_steps 3); at step 7" in again.text()
     assert newest(folder) == 3
 
 
 @pytest.mark.parametrize("case", [Case(dp=2), Case(tp=2, dp=2), Case(pp=2, dp=2, dtype="bf16")], ids=str)
 def test_replicas_that_differ_are_found(trouble: Trouble, case: Case) -> None:
     name, last = f"replicas-{case}", case.processes - 1
-    checking = "--trouble.check_weights_interval=2"
+    checking = "--loss_spikes.check_weight_hash_across_dp_replicas_interval=2"
     job = trouble.start(name, checking, case=case, corrupt_weights={"rank": last, "step": 4})
     assert job.wait() == [1] * case.processes
     assert "error: after step 4 data-parallel replicas hold different weights" in job.text()

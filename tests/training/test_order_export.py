@@ -20,6 +20,7 @@ from forks import Forks
 from tiny_models import read_rows, run_tool, write_yaml
 from tiny_runs import Layout, Runs
 
+from megatron_cpt.checkpoint.checksums import checksums_in, sealed
 from megatron_cpt.checkpoint.layout import read_checkpoint_manifest
 from megatron_cpt.config.run import DataConfig
 from megatron_cpt.corpus.manifest import read_manifest
@@ -301,6 +302,26 @@ def test_a_mixture_file_that_lies_elsewhere_by_now(changed: Path, tmp_path: Path
             InputError, match=rf"its mixture file is {name}{where}: no such file; expected mixture, where it"
         ):
             check_mixture_file(str(changed), name)
+
+
+def test_a_run_of_the_last_release(runs: Runs, tmp_path: Path) -> None:
+    """Its checkpoints have the old names of settings, and so has its configuration: it resumes, and its order is there."""
+    old = {"trouble": {"max_skipped_steps": 2, "rerun_rejected_steps": True, "check_weights_interval": 2}}
+    folder = runs.train("old", Layout(), "--training.train_iters=2", "--lr.warmup_iters=1")
+    (manifest,) = folder.glob("iter_*/manifest.json")
+    facts = json.loads(manifest.read_text())
+    assert facts["config"].pop("loss_spikes")["heartbeat_seconds"] == 120
+    manifest.write_text(json.dumps(sealed(facts | {"config": facts["config"] | old}, checksums_in(facts))))
+    assert "note: " not in export("--run", str(folder), "--output", str(tmp_path / "old.parquet")).stderr
+    path = write_yaml(runs.folder / "old_names.yaml", old)
+    resumed = ["--config", path, "--training.train_iters=3", "--lr.warmup_iters=1", "--lr.on_continue=continue"]
+    runs.train("old", Layout(), *resumed)
+    said = runs.result.stdout + runs.result.stderr
+    assert said.count(f"note: {path}: trouble is now called loss_spikes; the old name") == 1
+    assert "resuming from" in said
+    after = json.loads((folder / "run.json").read_text())["config"]["loss_spikes"]
+    assert (after["rerun_skipped_steps"], after["check_weight_hash_across_dp_replicas_interval"]) == (True, 2)
+    assert after["max_skipped_steps"] == 2
 
 
 def test_no_torch_is_needed(runs: Runs, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import read_rows
 from tiny_runs import Runs
 
-from megatron_cpt.config.run import CheckpointConfig, OptimizerConfig, RunConfig, TrainingConfig, TroubleConfig
+from megatron_cpt.config.run import CheckpointConfig, LossSpikesConfig, OptimizerConfig, RunConfig, TrainingConfig
 from megatron_cpt.training import step
 from megatron_cpt.training.pretrain import setup
 
@@ -27,7 +27,7 @@ def train(runs: Runs, name: str, reruns: bool) -> list[dict[str, float]]:
             checkpoint=CheckpointConfig(load=str(runs.folder / "megatron"), save=str(runs.folder / name)),
             training=TrainingConfig(train_iters=4, micro_batch_size=2, global_batch_size=4),
             optimizer=OptimizerConfig(lr=1e-3),
-            trouble=TroubleConfig(rerun_rejected_steps=reruns),
+            loss_spikes=LossSpikesConfig(rerun_skipped_steps=reruns),
         )
     )
     return [row for row in read_rows(Path(runs.folder / name)) if "loss" in row]

@@ -79,8 +79,8 @@ STARTS = {
             "checkpoint.save_interval": 1,
             "checkpoint.keep_last": 2,
             "checkpoint.keep_every": 3,
-            "trouble.check_weights_interval": 2,
-            "trouble.rerun_rejected_steps": True,
+            "loss_spikes.check_weight_hash_across_dp_replicas_interval": 2,
+            "loss_spikes.rerun_skipped_steps": True,
             "logging.log_interval": 3,
             "logging.report": False,
             "logging.tensorboard": True,
@@ -140,15 +140,15 @@ STARTS = {
     "refused": Start(
         {"training.train_iters": STEPS + 1, "lr.on_continue": "restart", "mixture": "half"}, after="base", status=2
     ),
-    "grad norm": Start({"training.train_iters": STEPS, "trouble.spike_grad_norm": 1e-9}, status=1),
+    "grad norm": Start({"training.train_iters": STEPS, "loss_spikes.spike_grad_norm": 1e-9}, status=1),
     "grad norm, allowed": Start(
-        {"training.train_iters": STEPS, "trouble.spike_grad_norm": 1e-9, "trouble.max_skipped_steps": STEPS}
+        {"training.train_iters": STEPS, "loss_spikes.spike_grad_norm": 1e-9, "loss_spikes.max_skipped_steps": STEPS}
     ),
     "sigmas and window": Start(
-        {"training.train_iters": STEPS, "trouble.spike_sigmas": 5, "trouble.spike_window": 3}, tamper=POISON
+        {"training.train_iters": STEPS, "loss_spikes.spike_sigmas": 5, "loss_spikes.spike_window": 3}, tamper=POISON
     ),
-    "sigmas": Start({"training.train_iters": STEPS, "trouble.spike_sigmas": 5}, tamper=POISON),
-    "window": Start({"training.train_iters": STEPS, "trouble.spike_window": 3}, tamper=POISON),
+    "sigmas": Start({"training.train_iters": STEPS, "loss_spikes.spike_sigmas": 5}, tamper=POISON),
+    "window": Start({"training.train_iters": STEPS, "loss_spikes.spike_window": 3}, tamper=POISON),
     "tensor": Start(
         SHORT | {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": True,
                  "parallel.recompute_granularity": "full", "parallel.recompute_method": "block",
@@ -162,7 +162,7 @@ STARTS = {
     "layout": Start(PIPELINE | {"parallel.pipeline_model_parallel_layout": "Et|t*3L"}, processes=2),
     "data": Start(
         SHORT | {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True,
-                 "logging.profile_step_start": 1, "logging.profile_ranks": [1], "trouble.heartbeat_seconds": 7.0},
+                 "logging.profile_step_start": 1, "logging.profile_ranks": [1], "loss_spikes.heartbeat_seconds": 7.0},
         processes=2,
     ),
     "check": Start({"training.train_iters": STEPS, "check_only": True}),
@@ -326,14 +326,14 @@ ROWS = [
     Row("lr.on_continue", "longer", lambda run: run.steps()[-1]["iteration"], STEPS + 2),
     Row("validation.eval_interval", "many", lambda run: run.evaluated(), [0, 4, 6]),
     Row("validation.eval_samples", "many", lambda run: run.evaluated_tokens(), {"en": 3 * 64, "zh": 3 * 64}),
-    Row("trouble.max_skipped_steps", "grad norm, allowed", lambda run: run.json("status.json")["state"], "finished",
+    Row("loss_spikes.max_skipped_steps", "grad norm, allowed", lambda run: run.json("status.json")["state"], "finished",
         "grad norm"),
-    Row("trouble.spike_grad_norm", "grad norm, allowed", lambda run: [*run.skipped()], [1, 2, 3, 4]),
-    Row("trouble.spike_sigmas", "sigmas and window", lambda run: [*run.skipped()], [4], "window"),
-    Row("trouble.spike_window", "sigmas and window", lambda run: [*run.skipped()], [4], "sigmas"),
-    Row("trouble.rerun_rejected_steps", "many", lambda run: run.call("rerunning", "wanted"), True),
-    Row("trouble.check_weights_interval", "many", lambda run: run.count("check_replicas"), 3),
-    Row("trouble.heartbeat_seconds", "data", lambda run: run.call("heartbeat", "seconds"), 7.0, "tensor"),
+    Row("loss_spikes.spike_grad_norm", "grad norm, allowed", lambda run: [*run.skipped()], [1, 2, 3, 4]),
+    Row("loss_spikes.spike_sigmas", "sigmas and window", lambda run: [*run.skipped()], [4], "window"),
+    Row("loss_spikes.spike_window", "sigmas and window", lambda run: [*run.skipped()], [4], "sigmas"),
+    Row("loss_spikes.rerun_skipped_steps", "many", lambda run: run.call("rerunning", "wanted"), True),
+    Row("loss_spikes.check_weight_hash_across_dp_replicas_interval", "many", lambda run: run.count("check_replicas"), 3),
+    Row("loss_spikes.heartbeat_seconds", "data", lambda run: run.call("heartbeat", "seconds"), 7.0, "tensor"),
     Row("logging.log_interval", "many", lambda run: run.log.count("grad norm "), 2),
     Row("logging.report", "many", lambda run: run.files("report.md"), []),
     Row("logging.tensorboard", "many", lambda run: len(run.files("tensorboard/*")), 1),
