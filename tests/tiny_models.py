@@ -80,6 +80,11 @@ def command_of(tool: str) -> list[str]:
     return [forked_python(tool), str(ROOT / "tools" / tool)]
 
 
+def tools() -> list[Path]:
+    """The tools, without those that only have another name by now."""
+    return [path for path in sorted((ROOT / "tools").glob("*.py")) if "is now called" not in path.read_text()]
+
+
 def run_tool(
     tool: str, *arguments: str, processes: int = 1, check: bool = True, gpu: bool = False
 ) -> subprocess.CompletedProcess[str]:

@@ -1,15 +1,12 @@
-"""A manifest for corpora that Megatron-LM wrote.
+"""What tools/import_corpus.py was called in the last release."""
 
-python tools/adopt_corpus.py data/zh_text_document --tokenizer Meta-Llama-3-8B --language zh
-"""
-
-from megatron_cpt.config.cli import run_tool
+import runpy
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
-    run_tool(
-        "megatron_cpt.corpus.import_megatron:adopt_corpora",
-        "megatron_cpt.corpus.import_megatron:AdoptConfig",
-        "Write the manifest that mixtures need beside .bin/.idx files of Megatron-LM, which stay as they are.",
-        positional="input",
-        check="megatron_cpt.corpus.import_megatron:check_files",
+    print(
+        "note: adopt_corpus.py is now called import_corpus.py; the old name is accepted until the next release",
+        file=sys.stderr,
     )
+    runpy.run_path(str(Path(__file__).with_name("import_corpus.py")), run_name="__main__")

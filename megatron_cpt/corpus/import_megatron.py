@@ -46,7 +46,7 @@ SAMPLED_TOKENS = 500  # of a document
 
 
 @dataclass(frozen=True)
-class AdoptConfig:
+class ImportCorpusConfig:
     """Which corpora of another program to write manifests for."""
 
     input: list[str] | str
@@ -68,7 +68,7 @@ class AdoptConfig:
                 check_language(self.language)
 
 
-def adopt_corpora(config: AdoptConfig) -> str:
+def import_corpora(config: ImportCorpusConfig) -> str:
     """Write PREFIX.json beside each corpus; returns the paths, a line each.
 
     InputError, before anything is written: no corpus there, a manifest that is there, an index of several sequences a
@@ -77,13 +77,13 @@ def adopt_corpora(config: AdoptConfig) -> str:
     prefixes, tokenizer = check_files(config)
     assert tokenizer is not None  # of a configuration of which nothing was refused
     facts = TokenizerInfo.of(config.tokenizer, tokenizer)
-    manifests = {prefix: adopt(IndexedCorpus(prefix), tokenizer, facts, config.language) for prefix in prefixes}
+    manifests = {prefix: import_corpus(IndexedCorpus(prefix), tokenizer, facts, config.language) for prefix in prefixes}
     for prefix, manifest in manifests.items():
         write_manifest(manifest_path(prefix), manifest)
     return "\n".join(str(manifest_path(prefix)) for prefix in prefixes)
 
 
-def check_files(config: AdoptConfig) -> tuple[list[str], Tokenizer | None]:
+def check_files(config: ImportCorpusConfig) -> tuple[list[str], Tokenizer | None]:
     """The corpora and the tokenizer that a configuration names; None where that was refused (see config/partial.py).
 
     Raises:
@@ -105,7 +105,7 @@ def check_files(config: AdoptConfig) -> tuple[list[str], Tokenizer | None]:
     return prefixes, tokenizer
 
 
-def adopt(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerInfo, language: str) -> CorpusManifest:
+def import_corpus(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerInfo, language: str) -> CorpusManifest:
     """The manifest of one corpus. InputError: it is not what `tokenizer` can have made, or damaged."""
     began, prefix = time.monotonic(), corpus.prefix
     _check_files(corpus)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 from llama_shapes import TINY
-from tiny_models import ROOT
+from tiny_models import ROOT, tools
 
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 
@@ -456,26 +456,26 @@ CASES = {
         [],
         ["input lost", "input also_lost", "output_prefix is file/all", "shuffle_documents is -1", "overwrite is 'maybe'"],
     ),
-    "adoption": Case(
-        "adopt_corpus.py",
+    "import of a corpus": Case(
+        "import_corpus.py",
         {"input": ["lost", "en"], "tokenizer": "nowhere", "language": "xx", "eos_token": []},
         [],
         ["input lost", "en.json: there is a manifest already", "language is 'xx'", "eos_token is []", "tokenizer nowhere"],
     ),
-    "files of adoption": Case(
-        "adopt_corpus.py",
+    "files of an import": Case(
+        "import_corpus.py",
         {"input": ["lost", "en"], "tokenizer": "nowhere", "language": "xx"},
         [],
         ["input lost", "en.json: there is a manifest already", "language is 'xx'", "tokenizer nowhere"],
     ),
-    "a refused token of an adoption": Case(
-        "adopt_corpus.py",
+    "a refused token of an import": Case(
+        "import_corpus.py",
         {"input": "en", "tokenizer": "tokenizer", "language": "en", "eos_token": [], "overwrite": True},
         [],
         ["eos_token is []"],
     ),
-    "no tokenizer of an adoption": Case(
-        "adopt_corpus.py", {"input": "en", "language": "en", "overwrite": True}, [], ["tokenizer is missing"]
+    "no tokenizer of an import": Case(
+        "import_corpus.py", {"input": "en", "language": "en", "overwrite": True}, [], ["tokenizer is missing"]
     ),
     "inspection": Case(
         "inspect_data.py",
@@ -712,7 +712,7 @@ def start(folder: Path, case: Case, environment: dict[str, str] | None = None) -
 
 
 def test_every_tool_has_a_case() -> None:
-    assert {case.tool.split()[0] for case in CASES.values()} == {path.name for path in (ROOT / "tools").glob("*.py")}
+    assert {case.tool.split()[0] for case in CASES.values()} == {path.name for path in tools()}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -22,7 +22,7 @@ CONFIGS = [
     "corpus.config:PreprocessConfig",
     "curation.config:CurateConfig",
     "corpus.merge:MergeConfig",
-    "corpus.import_megatron:AdoptConfig",
+    "corpus.import_megatron:ImportCorpusConfig",
     "mixture.inspect_data:InspectConfig",
     "training.order_export:ExportOrderConfig",
     "convert.config:HfToMegatron",

@@ -23,7 +23,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from llama_shapes import TINY
-from tiny_models import write_empty_weights
+from tiny_models import tools, write_empty_weights
 
 from megatron_cpt.cluster.config import CheckConfig
 from megatron_cpt.cluster.run_files import check_files as check_cluster
@@ -32,8 +32,8 @@ from megatron_cpt.config.run import RunConfig
 from megatron_cpt.config.values import alternatives
 from megatron_cpt.convert.config import HfToMegatron, MegatronToHf, Verify
 from megatron_cpt.convert.run_files import check_hf_to_megatron, check_megatron_to_hf, check_verify
-from megatron_cpt.corpus.import_megatron import AdoptConfig
-from megatron_cpt.corpus.import_megatron import check_files as check_adoption
+from megatron_cpt.corpus.import_megatron import ImportCorpusConfig
+from megatron_cpt.corpus.import_megatron import check_files as check_import
 from megatron_cpt.corpus.merge import MergeConfig
 from megatron_cpt.corpus.merge import check_files as check_merge
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
@@ -108,9 +108,9 @@ STARTS: dict[str, tuple[Recipe, dict[str, Any]]] = {
         Recipe(MergeConfig, check_merge, []),
         {"input": [CORPUS, CORPUS.replace("train", "valid")], "output_prefix": "all"},
     ),
-    "adopt_corpus.py": (
-        Recipe(AdoptConfig, check_adoption, []),
-        {"input": ["adopted"], "tokenizer": HF_FOLDER, "language": "en"},
+    "import_corpus.py": (
+        Recipe(ImportCorpusConfig, check_import, []),
+        {"input": ["imported"], "tokenizer": HF_FOLDER, "language": "en"},
     ),
     "inspect_data.py": (Recipe(InspectConfig, check_inspection, []), {"input": [CORPUS]}),
     "export_order.py": (
@@ -152,7 +152,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str, ch
         prefix = str(folder / "runs/quickstart/data" / name)
         preprocess(PreprocessConfig(str(source), tiny_tokenizer_dir, prefix, name[:2], workers=1))
     for end in (".bin", ".idx"):
-        shutil.copy(folder / f"{CORPUS}{end}", folder / f"adopted{end}")
+        shutil.copy(folder / f"{CORPUS}{end}", folder / f"imported{end}")
     for recipe in RECIPES:
         for i, path in enumerate(paths_in(yaml.safe_load((folder / "examples" / recipe).read_text()))):
             row = {"text": str(i)} if path.endswith("l") else {"instruction": f"{recipe} {i}", "output": "4"}
@@ -235,7 +235,7 @@ def refusals(recipe: Recipe, path: str) -> list[str]:
 
 def test_every_tool_is_started() -> None:
     configurations = {start.kind for start in (*RECIPES.values(), *(start for start, _ in STARTS.values()))}
-    for tool in (ROOT / "tools").glob("*.py"):
+    for tool in tools():
         named = set(re.findall(r"[:+] ?\"?(\w+)\"", tool.read_text()))
         assert named & {kind.__name__ for kind in configurations}, tool
 

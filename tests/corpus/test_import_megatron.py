@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_corpora import EOS, run, write_lines
+from tiny_models import run_tool
 
-from megatron_cpt.corpus.import_megatron import AdoptConfig, adopt_corpora
+from megatron_cpt.corpus.import_megatron import ImportCorpusConfig, import_corpora
 from megatron_cpt.corpus.manifest import read_manifest
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.mixture.inspect_data import InspectConfig, inspect_data
@@ -40,15 +41,15 @@ def documents(tiny_tokenizer_dir: str) -> list[list[list[int]]]:
     return [[[*tokenizer.encode(text), tokenizer.eos_id]] for text in TEXTS]
 
 
-def adopt(prefix: Path, tokenizer: str, **settings: Any) -> str:
-    return adopt_corpora(AdoptConfig(input=str(prefix), tokenizer=tokenizer, language="zh", **settings))
+def import_as(prefix: Path, tokenizer: str, **settings: Any) -> str:
+    return import_corpora(ImportCorpusConfig(input=str(prefix), tokenizer=tokenizer, language="zh", **settings))
 
 
 def test_the_manifest_is_that_of_preprocessing(
     tmp_path: Path, tiny_tokenizer_dir: str, documents: list[list[list[int]]]
 ) -> None:
     theirs = write_as_megatron(tmp_path / "zh_text_document", documents, np.uint16)
-    assert adopt(theirs, tiny_tokenizer_dir) == f"{theirs}.json"
+    assert import_as(theirs, tiny_tokenizer_dir) == f"{theirs}.json"
     source = write_lines(tmp_path / "zh.jsonl", [{"text": text} for text in TEXTS])
     run(tmp_path / "ours", tiny_tokenizer_dir, input=source, language="zh")
     found, wanted = read_manifest(str(theirs)), read_manifest(str(tmp_path / "ours"))
@@ -59,7 +60,7 @@ def test_the_manifest_is_that_of_preprocessing(
 
 
 def test_a_mixture_reads_it(tmp_path: Path, tiny_tokenizer_dir: str, documents: list[list[list[int]]]) -> None:
-    adopt(write_as_megatron(tmp_path / "zh", documents), tiny_tokenizer_dir)
+    import_as(write_as_megatron(tmp_path / "zh", documents), tiny_tokenizer_dir)
     (tmp_path / "mixture.yaml").write_text(
         json.dumps({"seq_length": 32, "seed": 1, "almr": 1.0, "additional": [{"prefix": "zh"}]})
     )
@@ -69,7 +70,7 @@ def test_a_mixture_reads_it(tmp_path: Path, tiny_tokenizer_dir: str, documents: 
 
 def test_documents_without_an_end_token(tmp_path: Path, tiny_tokenizer_dir: str, documents: list[list[list[int]]]) -> None:
     bare = [[sequences[0][:-1]] for sequences in documents]
-    adopt(write_as_megatron(tmp_path / "zh", bare), tiny_tokenizer_dir)
+    import_as(write_as_megatron(tmp_path / "zh", bare), tiny_tokenizer_dir)
     assert read_manifest(str(tmp_path / "zh")).eos == "none"
 
 
@@ -84,18 +85,31 @@ def test_what_is_refused(tmp_path: Path, tiny_tokenizer_dir: str, documents: lis
     for name, (content, message) in wrong.items():
         prefix = write_as_megatron(tmp_path / name, content)
         with pytest.raises(InputError, match=message):
-            adopt(prefix, tiny_tokenizer_dir)
+            import_as(prefix, tiny_tokenizer_dir)
         assert not Path(f"{prefix}.json").exists()
     good = write_as_megatron(tmp_path / "good", documents)
-    adopt(good, tiny_tokenizer_dir)
+    import_as(good, tiny_tokenizer_dir)
     with pytest.raises(InputError, match=r"good\.json: there is a manifest already; expected none, or overwrite"):
-        adopt(good, tiny_tokenizer_dir)
-    adopt(good, tiny_tokenizer_dir, overwrite=True, eos_token=EOS)
+        import_as(good, tiny_tokenizer_dir)
+    import_as(good, tiny_tokenizer_dir, overwrite=True, eos_token=EOS)
 
 
 def test_another_end_token_is_named(tmp_path: Path, chat_tokenizer_dir: str, documents: list[list[list[int]]]) -> None:
     prefix = write_as_megatron(tmp_path / "zh", documents)
     message = r"zh: document 0 ends with '<\|endoftext\|>' \(id 0\); expected the end-of-document token '<\|im_end\|>'"
     with pytest.raises(InputError, match=message):
-        adopt(prefix, chat_tokenizer_dir, eos_token="<|im_end|>")
+        import_as(prefix, chat_tokenizer_dir, eos_token="<|im_end|>")
     assert not Path(f"{prefix}.json").exists()
+
+
+def test_the_tool_by_its_name_of_the_last_release(
+    tmp_path: Path, tiny_tokenizer_dir: str, documents: list[list[list[int]]]
+) -> None:
+    theirs = write_as_megatron(tmp_path / "zh", documents)
+    done = run_tool("adopt_corpus.py", str(theirs), "--tokenizer", tiny_tokenizer_dir, "--language", "zh")
+    assert done.stdout == f"{theirs}.json\n"
+    note = "note: adopt_corpus.py is now called import_corpus.py; the old name is accepted until the next release"
+    assert done.stderr.splitlines()[0] == note
+    refused = run_tool("adopt_corpus.py", str(theirs), "--language", "zh", check=False)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "error: tokenizer is missing" in refused.stderr

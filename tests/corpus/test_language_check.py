@@ -10,7 +10,7 @@ from curated_texts import CHINESE, ENGLISH, document
 from tiny_corpora import run, write_lines
 
 from megatron_cpt.config.cli import run_tool
-from megatron_cpt.corpus.import_megatron import AdoptConfig, adopt_corpora
+from megatron_cpt.corpus.import_megatron import ImportCorpusConfig, import_corpora
 from megatron_cpt.corpus.language_check import unlike
 from megatron_cpt.corpus.manifest import manifest_path, read_manifest
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
@@ -40,7 +40,7 @@ def test_no_language(language: str, tmp_path: Path, tiny_tokenizer_dir: str, cap
     line = refusal_of_preprocessing(tmp_path, tiny_tokenizer_dir, language, capsys)
     assert line == f"error: language is {language!r}; {expected}"
     with pytest.raises(InputError, match="language is"):
-        AdoptConfig("a", "b", language)
+        ImportCorpusConfig("a", "b", language)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_another_language_is_noticed(
     prefix = run(tmp_path / "c", tiny_tokenizer_dir, input=source, language=language).prefix
     made = capsys.readouterr().err
     manifest_path(prefix).unlink()
-    adopt_corpora(AdoptConfig(prefix, tiny_tokenizer_dir, language))
+    import_corpora(ImportCorpusConfig(prefix, tiny_tokenizer_dir, language))
     taken_over = capsys.readouterr().err
     for text in (made, taken_over):
         assert ("WARNING" in text) == bool(said)

@@ -16,7 +16,7 @@ from tiny_corpora import json_lines, read_lines, run, small_units, texts, write_
 
 from megatron_cpt.config.cli import run_tool
 from megatron_cpt.corpus import preprocess as preprocess_module
-from megatron_cpt.corpus.import_megatron import AdoptConfig, adopt_corpora
+from megatron_cpt.corpus.import_megatron import ImportCorpusConfig, import_corpora
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.corpus.manifest import CorpusManifest, read_manifest
 from megatron_cpt.corpus.merge import MergeConfig, merge_datasets
@@ -159,7 +159,7 @@ def test_every_setting_of_preprocess_data_has_a_row() -> None:
     assert {row.field for row in PREPROCESS} == names_of(PreprocessConfig)
 
 
-# --- merge_datasets.py, adopt_corpus.py, inspect_data.py ---
+# --- merge_datasets.py, import_corpus.py, inspect_data.py ---
 
 
 @pytest.fixture
@@ -199,25 +199,25 @@ def test_merge_datasets(corpora: Path, inputs: tuple[Path, str]) -> None:
     assert acts == dict.fromkeys(names_of(MergeConfig), True)
 
 
-def test_adopt_corpus(corpora: Path, inputs: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_corpus(corpora: Path, inputs: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     (corpora / "a.json").unlink()
     base = ["--tokenizer", inputs[1], "--language", "en"]
 
-    def adopted(*words: str) -> CorpusManifest:
+    def imported(*words: str) -> CorpusManifest:
         given = list(words)
         everything = ["--input", str(corpora / "a"), *without(base, given), "--overwrite", "true", *given]
-        assert status_of(adopt_corpora, AdoptConfig, everything) == 0, capsys.readouterr().err
+        assert status_of(import_corpora, ImportCorpusConfig, everything) == 0, capsys.readouterr().err
         return read_manifest(str(corpora / "a"))
 
     acts = {
-        "input": adopted().documents == 9 and read_manifest(str(corpora / "b")).documents == 1,
-        "tokenizer": adopted("--tokenizer", inputs[1] + "2").tokenizer.path == inputs[1] + "2",
-        "language": (adopted().language, adopted("--language", "zh").language) == ("en", "zh"),
-        "overwrite": status_of(adopt_corpora, AdoptConfig, ["--input", str(corpora / "a"), *base]) == 2,
+        "input": imported().documents == 9 and read_manifest(str(corpora / "b")).documents == 1,
+        "tokenizer": imported("--tokenizer", inputs[1] + "2").tokenizer.path == inputs[1] + "2",
+        "language": (imported().language, imported("--language", "zh").language) == ("en", "zh"),
+        "overwrite": status_of(import_corpora, ImportCorpusConfig, ["--input", str(corpora / "a"), *base]) == 2,
     }
     other = ["--input", str(corpora / "a"), *base, "--overwrite", "--eos_token", "!"]
-    acts["eos_token"] = status_of(adopt_corpora, AdoptConfig, other) == 2  # its documents end with another
-    assert acts == dict.fromkeys(names_of(AdoptConfig), True)
+    acts["eos_token"] = status_of(import_corpora, ImportCorpusConfig, other) == 2  # its documents end with another
+    assert acts == dict.fromkeys(names_of(ImportCorpusConfig), True)
 
 
 def test_inspect_data(corpora: Path, inputs: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:

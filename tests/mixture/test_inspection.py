@@ -10,7 +10,7 @@ import yaml
 from tiny_corpora import write_lines
 
 from megatron_cpt.corpus import indexed_dataset
-from megatron_cpt.corpus.import_megatron import AdoptConfig, adopt_corpora
+from megatron_cpt.corpus.import_megatron import ImportCorpusConfig, import_corpora
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus, IndexedWriter
 from megatron_cpt.corpus.merge import MergeConfig, merge_datasets
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
@@ -180,6 +180,6 @@ def test_no_tool_maps_files_that_others_may_cut(
     inspect_data(InspectConfig(str(mixture), overlap=True))
     merge_datasets(MergeConfig([str(folder / "zh"), str(folder / "valid")], str(folder / "both"), shuffle_documents=1))
     (folder / "zh.json").unlink()
-    adopt_corpora(AdoptConfig(str(folder / "zh"), tiny_tokenizer_dir, "zh"))
+    import_corpora(ImportCorpusConfig(str(folder / "zh"), tiny_tokenizer_dir, "zh"))
     change(mixture, stages=[{}], almr=0.5, validation=[])
     load_mixture(str(mixture)).megatron_schedule(100).counts(50)
