@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_cpt.config.renamed import formerly
 from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.utils.errors import InputError
 
@@ -27,11 +28,11 @@ class HfToMegatron:
     """HF folder of a tokenizer with all tokens of the model's own under the same ids, and more: rows are added for those."""
     added_tokens: str | None = None
     """File with a token on each line, to be added to the model's tokenizer: rows are added for them."""
-    new_rows: NewRows = "subtokens"
-    """What rows of new tokens begin as: the mean of the rows of what their text was before, the mean of all rows and a
-    little noise, or zero."""
-    repair_rows: bool = False
-    """Make rows near zero, which nobody has trained, the mean of all rows and a little noise."""
+    embedding_init: NewRows = field(default="subtokens", metadata=formerly("new_rows"))
+    """What the embeddings of new tokens, and their rows of the output layer, begin as: the mean of those of what their text
+    was before, the mean of all and a little noise, or zero."""
+    repair_untrained_embeddings: bool = field(default=False, metadata=formerly("repair_rows"))
+    """Make embeddings near zero, which nobody has trained, the mean of all and a little noise."""
     seed: int = 1234
     """Of the noise."""
     num_workers: int = 2

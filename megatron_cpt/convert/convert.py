@@ -77,7 +77,10 @@ def hf_to_megatron(config: HfToMegatron) -> str:
     found = one_dtype(config.hf, {name: info.dtype for name, info in source.infos.items()}, config.dtype != "keep")
     dtype = found if config.dtype == "keep" else config.dtype
     more = config.extend_tokenizer, config.added_tokens
-    with interruptible(), extension(config.hf, llama, *more, config.new_rows, config.repair_rows, config.seed) as plan:
+    with (
+        interruptible(),
+        extension(config.hf, llama, *more, config.embedding_init, config.repair_untrained_embeddings, config.seed) as plan,
+    ):
         return convert_to_megatron(config, dataclasses.replace(llama, vocab_size=plan.vocab_size), source, dtype, plan)
 
 

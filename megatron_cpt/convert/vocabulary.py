@@ -249,7 +249,9 @@ def sentences(reports: Mapping[str, RowsReport], plan: Extension) -> list[str]:
             )
         if rows.near_zero:
             done = (
-                "are mean rows now" if rows.repaired else "training may blow up on them; --repair_rows makes them mean rows"
+                "are mean rows now"
+                if rows.repaired
+                else "training may blow up on them; --repair_untrained_embeddings makes them mean rows"
             )
             lines.append(
                 f"{name}: {len(rows.near_zero)} rows are near zero (below {NEAR_ZERO:.0%} of the median norm "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_cpt.config.renamed import formerly
 from megatron_cpt.config.require import Requirements, require, require_at_least
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.language_codes import check_language
@@ -196,7 +197,7 @@ class EvaluateConfig:
     """Lay out models by what went into them."""
     trajectory: TrajectoryConfig | None = None
     """Measure the checkpoints of a run."""
-    chat: bool = False
+    apply_chat_template: bool = field(default=False, metadata=formerly("chat"))
     """Ask benchmarks through the model's chat template, too; `prompts` always are where a model has one."""
     chat_template: str | None = None
     """For `prompts`, of models that have none: llama3, chatml, or a file. Default: they are given the bare question."""
@@ -204,20 +205,20 @@ class EvaluateConfig:
     """Questions of each benchmark. Default: all."""
     max_new_tokens: int = 128
     """Of the answers to `prompts`."""
-    window: int = 2048
+    max_length: int = field(default=2048, metadata=formerly("window"))
     """Tokens of text that are read at once."""
     batch_size: int = 1
     """Questions of benchmarks, and prompts, that are asked at once. In bf16 answers may depend on it."""
     device_map: Literal["auto"] | None = None
     """auto: a model's layers are laid over all GPUs, for models that are too large for one. Default: all on one device."""
-    allow_code: bool = False
+    confirm_run_unsafe_code: bool = field(default=False, metadata=formerly("allow_code"))
     """Run code that the model writes (HumanEval), in processes with limits. It may do harm all the same."""
     seed: int = 1234
     """Of the choice of examples."""
 
     def __post_init__(self) -> None:
         with Requirements() as need:
-            need.at_least(self, limit=1, max_new_tokens=1, window=8, batch_size=1)
+            need.at_least(self, limit=1, max_new_tokens=1, max_length=8, batch_size=1)
             with need.noted():
                 if not self.models and self.trajectory is None:
                     raise InputError(f"models is {self.models}; expected a name and a folder for each")

@@ -148,7 +148,7 @@ class Catalog:
                 which = "it" if name == task else f"its part {name}"
                 return f"{which} runs code that the model has written in this very process; use humaneval_sandboxed"
         if not allow_code:
-            return "it runs code that the model has written; use allow_code: true to let it"
+            return "it runs code that the model has written; use confirm_run_unsafe_code: true to let it"
         try:
             require_sandbox()
         except InputError as error:
@@ -188,7 +188,7 @@ class Harness:
         self._catalog.check(benchmark)
         missing = benchmark.absent or self._catalog.missing(benchmark.task, allow_code)
         if missing is None and self._chat and self._lm.tokenizer.chat_template is None:
-            missing = "the model has no chat template; use chat: false"
+            missing = "the model has no chat template; use apply_chat_template: false"
         if missing is not None:
             return Score(benchmark.task, benchmark.metric, benchmark.num_fewshot, None, None, 0, missing, {})
         return score_of(benchmark, self._results(benchmark, limit, allow_code, seed))

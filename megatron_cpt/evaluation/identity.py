@@ -29,7 +29,7 @@ def folder_identity(folder: str) -> dict[str, Any]:
 
 def text_identity(config: EvaluateConfig, language: str) -> dict[str, Any]:
     """Of bits per byte."""
-    return {"files": files_of(config.text, language), "window": config.window}
+    return {"files": files_of(config.text, language), "window": config.max_length}
 
 
 def answers_identity(config: EvaluateConfig, language: str) -> dict[str, Any]:
@@ -44,15 +44,15 @@ def pairwise_identity(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def benchmark_identity(config: EvaluateConfig, benchmark: Benchmark, index: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a score. `allow_code` only decides whether there is one.
+    """Of a score. `confirm_run_unsafe_code` only decides whether there is one.
 
     Args:
         index: lm-eval's, of tasks, groups and tags by name
     """
     asked = dataclasses.asdict(benchmark)
     del asked["name"]
-    settings = {name: getattr(config, name) for name in ("limit", "chat", "batch_size", "seed")}
-    settings |= ANSWERS if config.chat else {}
+    settings = {name: getattr(config, name) for name in ("limit", "batch_size", "seed")}
+    settings |= {"chat": config.apply_chat_template} | (ANSWERS if config.apply_chat_template else {})
     return asked | settings | task_identity(benchmark.task, index, config.data_folder)
 
 

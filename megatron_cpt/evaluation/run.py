@@ -120,7 +120,7 @@ def without_mended(config: EvaluateConfig, scores: dict[str, Any], catalog: Cata
     def changed(name: str) -> bool:
         benchmark, reason = benchmark_named(config, name), scores[name]["missing"]
         looked_for = reason is not None and benchmark.absent is None
-        return looked_for and catalog.missing(benchmark.task, config.allow_code) != reason
+        return looked_for and catalog.missing(benchmark.task, config.confirm_run_unsafe_code) != reason
 
     return {name: score for name, score in scores.items() if not changed(name)}
 
@@ -194,7 +194,7 @@ class Session:
     def text(self, language: str) -> dict[str, Any]:
         """Loss, bits per byte."""
         model, tokenizer = self._model()
-        window = int(min(self._config.window, positions_of_config(model.config)))
+        window = int(min(self._config.max_length, positions_of_config(model.config)))
         documents = [text for item in self._config.text if item.language == language for text in documents_of(item)]
         return dataclasses.asdict(text_loss(model, tokenizer, documents, window))
 
@@ -221,9 +221,11 @@ class Session:
         if self._harness is None:
             self.close()  # lm-eval loads the model anew
             spread = config.device_map is not None
-            self._harness = Harness(self._folder, self._catalog, config.batch_size, config.chat, self._device, spread)
+            self._harness = Harness(
+                self._folder, self._catalog, config.batch_size, config.apply_chat_template, self._device, spread
+            )
         benchmark = benchmark_named(config, name)
-        return dataclasses.asdict(self._harness.score(benchmark, config.limit, config.allow_code, config.seed))
+        return dataclasses.asdict(self._harness.score(benchmark, config.limit, config.confirm_run_unsafe_code, config.seed))
 
     def close(self) -> None:
         """Give its memory back."""

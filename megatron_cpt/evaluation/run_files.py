@@ -67,7 +67,7 @@ def check_measurable(config: EvaluateConfig, folder: str, judged: bool) -> None:
         with need.noted():
             if asked:
                 check_asking(folder, config.chat_template)
-            elif benchmarks and config.chat:
+            elif benchmarks and config.apply_chat_template:
                 check_asking(folder, None)
             else:
                 read_folder(folder)

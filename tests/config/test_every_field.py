@@ -136,7 +136,7 @@ def test_lengths_have_no_units() -> None:
     )
     for name in ("max_documents", "max_rows", "max_prompts", "train_iters", "max_steps", "max_document_characters"):
         assert COUNTED.search(name)
-    for name in ("seq_length", "max_length", "shuffle_documents", "window", "tensor_model_parallel_size"):
+    for name in ("seq_length", "max_length", "shuffle_documents", "tensor_model_parallel_size"):
         assert not COUNTED.search(name)
 
 
@@ -230,7 +230,7 @@ WRONG: dict[str, tuple[dict[str, Any], int]] = {
         5,
     ),
     "study.settings:PlanOptions": ({"lr": {"min": 2, "max": 1, "number": 1}, "limits": {"runs": -1, "hours": -1}}, 4),
-    "evaluation.config:EvaluateConfig": ({"output": "x", "limit": 0, "window": 1, "models": {}, "text": []}, 4),
+    "evaluation.config:EvaluateConfig": ({"output": "x", "limit": 0, "max_length": 1, "models": {}, "text": []}, 4),
     "config.run:RunConfig": (
         {
             "parallel": {"tensor_model_parallel_size": 0, "recompute_method": "block"},

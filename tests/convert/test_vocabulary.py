@@ -70,7 +70,7 @@ def test_new_rows_are_the_mean_of_what_their_text_was(hf: Path, added: str, tmp_
 
 @pytest.mark.parametrize("kind", ["mean", "zero"])
 def test_other_beginnings(kind: str, untied: Path, added: str, tmp_path: Path) -> None:
-    folder = hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), added_tokens=added, new_rows=kind))  # type: ignore[arg-type]
+    folder = hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), added_tokens=added, embedding_init=kind))  # type: ignore[arg-type]
     before = load_file(untied / "model.safetensors")[EMBEDDING]
     rows = open_megatron(folder)[EMBEDDING][400:]
     if kind == "zero":
@@ -103,17 +103,21 @@ def test_rows_near_zero_are_reported_and_repaired(untied: Path, tmp_path: Path, 
     kept = hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "kept")))
     said = capfd.readouterr().err
     assert f"{EMBEDDING}: 4 rows are near zero (below 1% of the median norm" in said
-    assert "7-9, 300; training may blow up on them; --repair_rows makes them mean rows" in said
+    assert "7-9, 300; training may blow up on them; --repair_untrained_embeddings makes them mean rows" in said
     assert OUTPUT not in said
     assert torch.equal(open_megatron(kept)[EMBEDDING], tensors[EMBEDDING])
-    repaired = open_megatron(hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "repaired"), repair_rows=True)))
+    repaired = open_megatron(
+        hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "repaired"), repair_untrained_embeddings=True))
+    )
     assert "7-9, 300; are mean rows now" in capfd.readouterr().err
     norms = repaired[EMBEDDING].norm(dim=1)
     alive = [n for n in range(400) if n not in dead]
     assert torch.equal(repaired[EMBEDDING][alive], tensors[EMBEDDING][alive])
     assert torch.equal(repaired[OUTPUT], tensors[OUTPUT])
     assert norms[dead].min() > 0.02 * norms[alive].median()
-    again = open_megatron(hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "again"), repair_rows=True)))
+    again = open_megatron(
+        hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "again"), repair_untrained_embeddings=True))
+    )
     assert torch.equal(again[EMBEDDING], repaired[EMBEDDING])  # the noise is a function of the seed
 
 
@@ -208,7 +212,7 @@ def test_an_embedding_of_zeros_is_reported(untied: Path, tmp_path: Path, capfd: 
     tensors = load_file(untied / "model.safetensors")
     tensors[EMBEDDING].zero_()
     save_file(tensors, untied / "model.safetensors", metadata={"format": "pt"})
-    hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), repair_rows=True))
+    hf_to_megatron(HfToMegatron(str(untied), str(tmp_path / "megatron"), repair_untrained_embeddings=True))
     assert f"{EMBEDDING}: 400 rows are near zero" in capfd.readouterr().err
 
 

@@ -64,7 +64,7 @@ def test_what_cannot_be_measured_is_not_scored(model: str, tasks: str) -> None:
 
 def test_without_a_template_there_is_no_chat(model: str, tasks: str) -> None:
     found = Harness(model, Catalog(tasks, None), 1, True, "cpu").score(CHOICES, None, False, 1234)
-    assert (found.value, found.missing) == (None, "the model has no chat template; use chat: false")
+    assert (found.value, found.missing) == (None, "the model has no chat template; use apply_chat_template: false")
 
 
 def test_packages_that_are_not_there_are_told(model: str, tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:

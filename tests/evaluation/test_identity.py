@@ -45,8 +45,11 @@ def config(tmp_path: Path) -> EvaluateConfig:
 @pytest.mark.parametrize(
     ("changed", "change"),
     [
-        ([], lambda config: replace(config, allow_code=True, device_map="auto", output="elsewhere", ablation=[])),
-        (["text"], lambda config: replace(config, window=16)),
+        (
+            [],
+            lambda config: replace(config, confirm_run_unsafe_code=True, device_map="auto", output="elsewhere", ablation=[]),
+        ),
+        (["text"], lambda config: replace(config, max_length=16)),
         (["text"], lambda config: replace(config, text=[replace(config.text[0], max_documents=1), config.text[1]])),
         ([], lambda config: replace(config, text=config.text[:1], prompts=config.prompts[:1])),
         (["text"], lambda config: replace(config, text=[*config.text, replace(config.text[1], language="en")])),
@@ -55,7 +58,7 @@ def config(tmp_path: Path) -> EvaluateConfig:
         (["answers", "pairwise", "benchmark"], lambda config: replace(config, batch_size=8)),
         (["answers"], lambda config: replace(config, prompts=[replace(config.prompts[0], max_prompts=1)])),
         (["benchmark"], lambda config: replace(config, limit=2)),
-        (["benchmark"], lambda config: replace(config, chat=True)),
+        (["benchmark"], lambda config: replace(config, apply_chat_template=True)),
         (["benchmark"], lambda config: replace(config, seed=2)),
     ],
 )
@@ -183,3 +186,10 @@ def test_data_of_functions_of_ones_own(tmp_path: Path) -> None:
     (data / "rows.json").write_text("[]")
     assert task_identity("own", index_of(tmp_path), str(data)) != before
     assert task_identity("own", index_of(tmp_path), None)["data"] == []
+
+
+def test_measurements_of_the_last_release_count(config: EvaluateConfig) -> None:
+    """Settings that have other names by now have their old ones where they were written down."""
+    assert text_identity(config, "en").keys() == {"files", "window"}
+    asked = benchmark_identity(config, CHOICES, {})
+    assert {"limit", "chat", "batch_size", "seed"} <= asked.keys()

@@ -108,7 +108,7 @@ def test_tokenizers_that_do_not_go_with_the_template_are_all_named(tmp_path: Pat
     questions = [{"path": "there.jsonl", "language": "en"}]
     said = refused(tmp_path, {"models": models, "prompts": questions, "chat_template": "chatml"})
     assert sorted(line.removeprefix("run.yaml: ") for line in said) == sorted([*missing, broken])
-    assert refused(tmp_path, {"models": models, "tasks": [TASK], "chat": True}) == [broken]
+    assert refused(tmp_path, {"models": models, "tasks": [TASK], "apply_chat_template": True}) == [broken]
     (tmp_path / "last" / "tokenizer.json").write_text("{}")
     said = refused(tmp_path, {"models": models, "tasks": [TASK], "text": TEXT})
     assert len(said) == 1

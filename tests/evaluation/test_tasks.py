@@ -265,7 +265,7 @@ def test_code_is_run_in_the_sandbox_only(model: str, data_folder: str) -> None:
     found = harness.score(other, 1, True, 1)
     assert found.missing == "it runs code that the model has written in this very process; use humaneval_sandboxed"
     found = harness.score(OWN["humaneval_sandboxed"], 1, False, 1)
-    assert found.missing == "it runs code that the model has written; use allow_code: true to let it"
+    assert found.missing == "it runs code that the model has written; use confirm_run_unsafe_code: true to let it"
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_code_is_run_in_the_sandbox_only(model: str, data_folder: str) -> None:
     ],
 )
 def test_code_is_refused_within_groups_and_tags(fields: dict[str, Any], tmp_path: Path) -> None:
-    """lm-eval's own executor would run it in this process: `allow_code` is for the sandbox only."""
+    """lm-eval's own executor would run it in this process: `confirm_run_unsafe_code` is for the sandbox only."""
     write_yaml(tmp_path / "mixed.yaml", fields | {"metadata": {"version": 1}})
     write_yaml(tmp_path / "inner.yaml", {"task": "code_of_ours", "tag": "code", "unsafe_code": True})
     catalog = Catalog(str(tmp_path), None)
@@ -291,7 +291,10 @@ def test_code_is_refused_within_groups_and_tags(fields: dict[str, Any], tmp_path
 def test_a_group_of_the_sandboxed_task_needs_leave(tmp_path: Path, data_folder: str) -> None:
     write_yaml(tmp_path / "programs.yaml", {"group": "programs", "task": ["humaneval_sandboxed"]})
     catalog = Catalog(str(tmp_path), data_folder)
-    assert catalog.missing("programs", False) == "it runs code that the model has written; use allow_code: true to let it"
+    assert (
+        catalog.missing("programs", False)
+        == "it runs code that the model has written; use confirm_run_unsafe_code: true to let it"
+    )
     assert catalog.missing("programs", True) is None
 
 

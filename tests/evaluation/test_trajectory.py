@@ -107,7 +107,7 @@ def test_each_checkpoint_is_measured_once(
         5: ["en", "fr"],
     }
     # With other settings the removed one is unknown
-    evaluate(replace(config, window=16))
+    evaluate(replace(config, max_length=16))
     assert list(points(config.output)) == [4, 5]
 
 

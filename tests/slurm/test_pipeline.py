@@ -56,10 +56,10 @@ def shrink(recipe: Path) -> None:
         },
         "sft": {"data": {"sources": [{"path": "data/sft.jsonl", "language": "zh"}], "max_length": 160}},
         "dpo": {"data": {"sources": [{"path": "data/dpo.jsonl", "language": "zh"}], "max_length": 160}},
-        "evaluate": {"suite": None, "window": 64},
+        "evaluate": {"suite": None, "max_length": 64},
         "evaluate_chat": {
             "suite": None,
-            "chat": False,
+            "apply_chat_template": False,
             "prompts": [{"path": "data/sft.jsonl", "language": "zh", "max_prompts": 2}],
             "max_new_tokens": 4,
         },
