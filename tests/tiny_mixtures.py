@@ -12,9 +12,8 @@ import numpy as np
 from tiny_manifests import manifest
 
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus, IndexedWriter
-from megatron_cpt.mixture.mixture import Corpus, GroupName, Mixture
-from megatron_cpt.mixture.order.splitters import Group
-from megatron_cpt.mixture.stages import AlmrPart, MixtureStage
+from megatron_cpt.mixture.config import CorpusConfig, Entry, GroupName, StageConfig
+from megatron_cpt.mixture.mixture import Corpus, Mixture
 
 
 def make_corpus(
@@ -45,11 +44,11 @@ def make_mixture(
     validation: Sequence[Corpus] = (),
 ) -> Mixture:
     """One stage of this ALMR, or stages of (samples, ALMR). Without weights, corpora count by their tokens."""
-    groups: dict[str, Group | None] = {}
-    for name in ("general", "additional"):
-        members = [i for i, corpus in enumerate(corpora) if corpus.group == name]
-        shares = [Fraction(weights[i] if weights else corpora[i].data.num_tokens) for i in members]
-        groups[name] = Group(tuple(members), tuple(shares)) if members else None
+    entries: dict[GroupName, list[Entry]] = {"general": [], "additional": []}
+    for i, corpus in enumerate(corpora):
+        assert corpus.group is not None
+        weight = Fraction(weights[i]) if weights else None
+        entries[corpus.group].append(CorpusConfig(corpus.prefix, corpus.name, weight))
     stages = [(None, almr)] if isinstance(almr, Fraction) else almr
     return Mixture(
         path="m.yaml",
@@ -57,14 +56,7 @@ def make_mixture(
         seed=seed,
         corpora=tuple(corpora),
         stages=tuple(
-            MixtureStage(
-                name=str(i),
-                tokens=None if samples is None else samples * seq_length,
-                fraction=None,
-                almr=(AlmrPart(0, share, share),),
-                general=groups["general"],
-                additional=groups["additional"],
-            )
+            StageConfig(str(i), None if samples is None else samples * seq_length, almr=share, **entries)
             for i, (samples, share) in enumerate(stages, start=1)
         ),
         validation=tuple(validation),

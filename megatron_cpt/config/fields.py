@@ -9,11 +9,12 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any, TypeVar, get_args, get_origin
 
 from megatron_cpt.config.partial import partial
 from megatron_cpt.config.renamed import current_name, note
-from megatron_cpt.config.values import WRONG, Converter, Given, alternatives, expected, hints_of, nearest
+from megatron_cpt.config.values import WRONG, Converter, Given, alternatives, expected, hints_of, nearest, written_name
 from megatron_cpt.utils.errors import FieldError, InputError, Refusals
 from megatron_cpt.utils.input_files import load_yaml
 
@@ -94,7 +95,7 @@ class ConfigReader:
         hints = hints_of(given.kind)
         values: dict[str, Any] = {}
         for field in dataclasses.fields(given.kind):
-            kind, dotted = hints[field.name], f"{name}.{field.name}".lstrip(".")
+            kind, dotted = hints[field.name], f"{name}.{written_name(field)}".lstrip(".")
             if field.name in given:
                 values[field.name] = self._assemble(given[field.name], dotted)
             elif not self._all_read:  # it may be in the file that cannot be read
@@ -134,7 +135,7 @@ class ConfigReader:
         """The message of a section's own check, with the section and the file in front of the field."""
         first = re.match(r"[\w.\[\]]*", message)
         field = first[0] if first else ""
-        if name and field.split(".")[0] in {field.name for field in dataclasses.fields(kind)}:
+        if name and re.split(r"[.\[]", field)[0] in {field.name for field in dataclasses.fields(kind)}:
             message, field = f"{name}.{message}", f"{name}.{field}"
         return self._origin.get(re.sub(r"\[\d+\].*", "", field), self.where) + message
 
@@ -210,7 +211,7 @@ def _with_defaults(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
             value = None if field.default is dataclasses.MISSING else field.default
         if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not dataclasses.is_dataclass(value):
             value = _with_defaults(hint, value or {})
-        plain[field.name] = _plain(value)
+        plain[written_name(field)] = _plain(value)
     return plain
 
 
@@ -219,8 +220,10 @@ def _plain(value: Any) -> Any:
         return _with_defaults(value.kind, value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
+    if isinstance(value, Fraction):
+        return str(value)
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     return value

@@ -44,5 +44,13 @@ def partly(kind: type, refusals: Refusals, **readers: Callable[[], Any]) -> Any:
     return partial(kind, values, refused) if refused else kind(**values)
 
 
+def readable(section: Any, name: str, refused: Any = None) -> Any:
+    """The value of a section's field; `refused` where it, or the whole section, was."""
+    try:
+        return getattr(section, name)
+    except RefusedValueError:
+        return refused
+
+
 def _refuse(_: Any) -> NoReturn:
     raise RefusedValueError

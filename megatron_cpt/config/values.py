@@ -7,19 +7,29 @@ import difflib
 import functools
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_cpt.config.renamed import current_fields
 from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.utils.input_files import amount, number, parse_yaml, plain_number, shown, text_of
 
 LARGEST = 2**63 - 1  # whole number
+SCALARS = (int, float, Fraction, str, bool)
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
 # Fields that may be written as 20B or 500k. Not lengths: 2k tokens of a sequence are 2,048 for some and 2,000 for others.
 COUNTED = re.compile(r"(^|_)(?<!shuffle_)(token|sample|document|character|prompt|row|iter|step)s?(_|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a value has to be beyond its type: `Annotated[int, Limits(lambda layers: layers > 0, "a number above 0")]`."""
+
+    hold: Callable[[Any], bool]
+    wanted: str
+    """What is expected, type and limits, in words."""
 
 
 class Given(dict[str, Any]):
@@ -45,8 +55,13 @@ WRONG = _Wrong()
 
 @functools.cache
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The types of a section's fields."""
-    return get_type_hints(kind)
+    """The types of a section's fields, with their limits."""
+    return get_type_hints(kind, include_extras=True)
+
+
+def written_name(field: dataclasses.Field[Any]) -> str:
+    """The name of a field in a file: its own, or metadata `name`, for one that Python does not allow (`from`)."""
+    return str(field.metadata.get("name", field.name))
 
 
 def expected(kind: Any, name: str) -> str:
@@ -56,17 +71,21 @@ def expected(kind: Any, name: str) -> str:
 
 
 def _expected(kind: Any, name: str) -> str:
+    if get_origin(kind) is Annotated:
+        return str(get_args(kind)[-1].wanted)
     counted = COUNTED.search(_last(name)) is not None
     if get_origin(kind) is Literal:
         *others, last = map(str, get_args(kind))
         return f"{', '.join(others)} or {last}" if others else last
     if get_origin(kind) is list:
-        return f"a list ({_expected(get_args(kind)[0], name)} each)"
+        return f"a list ({expected(get_args(kind)[0], name)} each)"
     if dataclasses.is_dataclass(kind):
-        return f"a section with {', '.join(field.name for field in dataclasses.fields(kind))}"
+        return f"a section with {', '.join(map(written_name, dataclasses.fields(kind)))}"
+    if get_origin(kind) is tuple:
+        return f"a list of {len(get_args(kind))} values"
     if kind is int:
         return "a whole number, such as 500000, 500k or 2B" if counted else "a whole number"
-    if kind is float:
+    if kind in (float, Fraction):
         return "a number, such as 500000, 500k or 2B" if counted else "a number"
     return {bool: "true or false", str: "text"}.get(kind, "a section with names and values")
 
@@ -108,7 +127,7 @@ class Converter:
         """A value as its field wants it; WRONG, and noted, if it is of another kind."""
         if value is None and is_optional(kind):
             return None
-        for option in alternatives(kind):
+        for option in _likely_first(alternatives(kind), value):
             try:
                 return self._as(option, value, name)
             except _MismatchError:
@@ -130,13 +149,13 @@ class Converter:
     def section(self, kind: Any, fields: Mapping[Any, Any], name: str) -> Given:
         """The fields of a section, converted."""
         hints, given = hints_of(kind), Given(kind)
-        known = [field.name for field in dataclasses.fields(kind)]
-        for field, value in current_fields(kind, fields, self.where, name, self.refusals, self.notes).items():
-            dotted = f"{name}.{field}".lstrip(".")
-            if field in known:
-                given[field] = self.convert(hints[field], value, dotted)
+        known = {written_name(field): field.name for field in dataclasses.fields(kind)}
+        for written, value in current_fields(kind, fields, self.where, name, self.refusals, self.notes).items():
+            dotted = f"{name}.{written}".lstrip(".")
+            if written in known:
+                given[known[written]] = self.convert(hints[known[written]], value, dotted)
             else:
-                self._refuse(f"{dotted} is unknown; expected {nearest(str(field), known)}")
+                self._refuse(f"{dotted} is unknown; expected {nearest(str(written), list(known))}")
         return given
 
     def _refuse(self, message: str) -> _Wrong:
@@ -147,25 +166,54 @@ class Converter:
         """A value as one kind; _MismatchError where it is another."""
         if kind is Any:
             return _numbers(value)
+        if get_origin(kind) is Annotated:
+            return _within(self._as(get_args(kind)[0], value, name), get_args(kind)[1:])
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping | None):
             return self.section(kind, value or {}, name)
         if get_origin(kind) is list and isinstance(value, list):
             (part_kind,) = get_args(kind)
             return [self.convert(part_kind, part, f"{name}[{i}]") for i, part in enumerate(value)]
+        if get_origin(kind) is tuple and isinstance(value, list) and len(value) == len(get_args(kind)):
+            parts = zip(get_args(kind), value, strict=True)
+            return tuple(self.convert(part_kind, part, f"{name}[{i}]") for i, (part_kind, part) in enumerate(parts))
         if get_origin(kind) is dict and isinstance(value, Mapping):
             _, part_kind = get_args(kind)
             return {str(text_of(key)): self.convert(part_kind, part, f"{name}.{key}") for key, part in value.items()}
-        if kind in (int, float, str, bool) or get_origin(kind) is Literal:
+        if kind in SCALARS or get_origin(kind) is Literal:
             return _scalar(kind, value, name)
         raise _MismatchError
 
 
+def _likely_first(options: Sequence[Any], value: Any) -> Sequence[Any]:
+    """Of several kinds, for fields: without the sections that know none of them, the one that knows most first."""
+    if len(options) == 1 or not isinstance(value, Mapping):
+        return options
+
+    def known(option: Any) -> int:
+        return len({*map(written_name, dataclasses.fields(option))} & {*value})
+
+    sections = [option for option in options if dataclasses.is_dataclass(option)]
+    others = [option for option in options if option not in sections]
+    return [*sorted(filter(known, sections), key=known, reverse=True), *others]
+
+
+def _within(value: Any, limits: Sequence[Limits]) -> Any:
+    """A value that is within its limits; _MismatchError where it is not. What was refused in it is no matter here."""
+    try:
+        right = all(limit.hold(value) for limit in limits)
+    except RefusedValueError:
+        return value
+    if not right:
+        raise _MismatchError
+    return value
+
+
 def _value_of(kind: Any, text: str, name: str) -> Any:
     """What the text of an option stands for: null, a list, fields, or itself."""
-    options = alternatives(kind)
+    options = [get_args(option)[0] if get_origin(option) is Annotated else option for option in alternatives(kind)]
     if text == "null" and is_optional(kind):
         return None
-    if text[:1] in ("[", "{") and any(option not in (int, float, str, bool) for option in options):
+    if text[:1] in ("[", "{") and any(option not in SCALARS for option in options):
         return parse_yaml(text, f"--{name}")
     if any(get_origin(option) is list for option in options) and str not in options:
         return [text]  # a list of one
@@ -184,12 +232,12 @@ def _scalar(kind: Any, value: Any, name: str) -> Any:
         return text.lower() in TRUE
     if kind is float and NOT_FINITE.fullmatch(text):
         return float(text.replace(".", ""))
-    if kind in (int, float):
+    if kind in (int, float, Fraction):
         exact = number(value)
         if exact is None and COUNTED.search(_last(name)):
             whole = amount(value)
             exact = None if whole is None else Fraction(whole)
-        if exact is not None and (kind is float or (exact.denominator == 1 and abs(exact) <= LARGEST)):
+        if exact is not None and (kind is not int or (exact.denominator == 1 and abs(exact) <= LARGEST)):
             return kind(exact)
     raise _MismatchError
 

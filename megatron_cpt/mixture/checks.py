@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from megatron_cpt.corpus.curation_origins import common_origin
 from megatron_cpt.corpus.holdout import are_apart
 from megatron_cpt.corpus.sources import parse_partition
+from megatron_cpt.mixture.config import StageConfig
 from megatron_cpt.mixture.mixture import Corpus, Mixture
-from megatron_cpt.mixture.stages import MixtureStage
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError, Refusals
 
@@ -77,39 +77,50 @@ def _check_stages(mixture: Mixture, refusals: Refusals) -> None:
             _check_seq_length(mixture, stage)
         with refusals.noted():
             _check_steps(mixture.path, stage)
+        with refusals.noted():
+            _check_shares(mixture.path + (f": stage {stage.name}" if len(mixture.stages) > 1 else ""), stage)
     for check in (_check_names, _check_tokens, _check_fractions):
         with refusals.noted():
             check(mixture.path, mixture.stages)
 
 
-def _check_seq_length(mixture: Mixture, stage: MixtureStage) -> None:
+def _check_seq_length(mixture: Mixture, stage: StageConfig) -> None:
     if stage.tokens is not None and stage.tokens < mixture.seq_length:
         found = counted(stage.tokens, "token")
         raise InputError(f"{mixture.path}: stage {stage.name} has {found}; one sample takes {mixture.seq_length}")
 
 
-def _check_steps(path: str, stage: MixtureStage) -> None:
-    last = stage.almr[-1].begin_tokens
+def _check_steps(path: str, stage: StageConfig) -> None:
+    last = stage.almr_parts[-1].begin_tokens
     if stage.tokens is not None and last >= stage.tokens:
         raise InputError(
             f"{path}: stage {stage.name}: almr.steps has a step at {last} tokens; the stage ends at {stage.tokens}"
         )
 
 
-def _check_names(path: str, stages: Sequence[MixtureStage]) -> None:
+def _check_shares(where: str, stage: StageConfig) -> None:
+    """InputError where a group that gets a share has no corpus."""
+    almr = [share for part in stage.almr_parts for share in (part.first, part.last)]
+    shares = {"additional": max(almr), "general": 1 - min(almr)}
+    for group, share in shares.items():
+        if share and not getattr(stage, group):
+            raise InputError(f"{where}: almr gives the {group} group a share of {float(share):g} but it lists no corpus")
+
+
+def _check_names(path: str, stages: Sequence[StageConfig]) -> None:
     names = [stage.name for stage in stages]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"{path}: two stages are named {name!r}; set different names")
 
 
-def _check_tokens(path: str, stages: Sequence[MixtureStage]) -> None:
+def _check_tokens(path: str, stages: Sequence[StageConfig]) -> None:
     tokens = sum(stage.tokens or 0 for stage in stages)
     if tokens > MAX_TOKENS:
         raise InputError(f"{path}: the stages have {float(tokens):g} tokens; expected at most 2**62")
 
 
-def _check_fractions(path: str, stages: Sequence[MixtureStage]) -> None:
+def _check_fractions(path: str, stages: Sequence[StageConfig]) -> None:
     fractions = [stage.fraction for stage in stages]
     total = sum(fraction or 0 for fraction in fractions)
     if total > 1 or (None not in fractions and total != 1):

@@ -16,7 +16,7 @@ from rich.text import Text
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.mixture.ledger import Ledger, check_limits, make_ledger, unreached
-from megatron_cpt.mixture.loader import read_token_ranges
+from megatron_cpt.mixture.loader import read_spans
 from megatron_cpt.mixture.mixture import Mixture
 from megatron_cpt.mixture.order.order import MAX_SAMPLES
 from megatron_cpt.mixture.stages import whole
@@ -73,7 +73,7 @@ def default_run(mixture: Mixture) -> int:
 def depends_on_length(mixture: Mixture) -> bool:
     """Whether another length of the run is another order: fractions of it, and an ALMR that changes until its end."""
     *_, last = mixture.stages
-    ramps_to_the_end = last.tokens is None and last.almr[-1].first != last.almr[-1].last
+    ramps_to_the_end = last.tokens is None and last.almr_parts[-1].first != last.almr_parts[-1].last
     return ramps_to_the_end or any(stage.fraction is not None for stage in mixture.stages)
 
 
@@ -125,10 +125,10 @@ def _print_samples(
     order = mixture.sample_order(schedule, questions.global_batch_size)
     tokenizer = load_tokenizer(questions.tokenizer or mixture.manifest.tokenizer.path)
     for n in numbers:
-        place, ((_, token_ranges),) = order.lookup(n), order.token_ranges(n, 1)
+        place, ((_, spans),) = order.locate(n), order.spans(n, 1)
         corpus = mixture.corpora[place.corpus]
         tokens = np.empty(mixture.seq_length + 1, np.int64)
-        read_token_ranges(corpus.data, token_ranges, tokens)
+        read_spans(corpus.data, spans, tokens)
         where = f"sample {n:,}: {corpus.name}, epoch {place.epoch:,}, sample {place.sample:,}, tokens from {place.begin:,}"
         console.rule(Text(where), align="left")
         print(tokenizer.decode(tokens.tolist()))  # as it is: no wrapping

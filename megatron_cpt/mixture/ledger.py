@@ -142,7 +142,8 @@ def _borders(schedule: Schedule, first_sample: int, run_samples: int) -> list[tu
 def _used(mixture: Mixture, number: int) -> set[int]:
     """Corpora that a stage lists."""
     stage = mixture.stages[number]
-    return {place for group in (stage.general, stage.additional) if group for place in group.corpora()}
+    groups = (mixture.group(stage.general), mixture.group(stage.additional))
+    return {position for group in groups if group for position in group.corpora()}
 
 
 def _difference(counts: Sequence[int], before: Sequence[int]) -> list[int]:

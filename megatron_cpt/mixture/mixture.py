@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.corpus.manifest import CorpusManifest
+from megatron_cpt.mixture.config import GROUPS, Entry, GroupName, StageConfig, SubGroupConfig
 from megatron_cpt.mixture.order.megatron import MegatronOrder
 from megatron_cpt.mixture.order.order import CorpusTokens, SampleOrder
 from megatron_cpt.mixture.order.splitters import Group
-from megatron_cpt.mixture.stages import MixtureStage, Schedule, plan_run, shares
+from megatron_cpt.mixture.stages import Schedule, plan_run, shares
 from megatron_cpt.utils.errors import InputError
-
-GroupName = Literal["general", "additional"]
-GROUPS: tuple[GroupName, ...] = ("general", "additional")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Mixture:
     seq_length: int
     seed: int
     corpora: tuple[Corpus, ...]
-    stages: tuple[MixtureStage, ...]
+    stages: tuple[StageConfig, ...]
+    """Each with its name, ALMR and lists."""
     validation: tuple[Corpus, ...]
 
     @property
@@ -66,8 +67,8 @@ class Mixture:
             {
                 "tokens": stage.tokens,
                 "fraction": None if stage.fraction is None else str(stage.fraction),
-                "almr": [[part.begin_tokens, str(part.first), str(part.last)] for part in stage.almr],
-                **{name: self.describe_group(getattr(stage, name)) for name in GROUPS},
+                "almr": [[part.begin_tokens, str(part.first), str(part.last)] for part in stage.almr_parts],
+                **{name: self.describe_group(self.group(getattr(stage, name))) for name in GROUPS},
             }
             for stage in self.stages
         ]
@@ -80,6 +81,22 @@ class Mixture:
             "tokenizer": tokenizer,
         }
 
+    def group(self, entries: Sequence[Entry] | None) -> Group | None:
+        """A list of the file as the order wants it: positions of corpora, with weights; None where it is empty."""
+        members: list[int | Group] = []
+        weights: list[Fraction] = []
+        for entry in entries or ():
+            member = self.group(entry.corpora) if isinstance(entry, SubGroupConfig) else self._positions[entry.called]
+            assert member is not None, "a sub-group has corpora"
+            inside = member.corpora() if isinstance(member, Group) else [member]
+            members.append(member)
+            weights.append(entry.weight or Fraction(sum(self.corpora[position].data.num_tokens for position in inside)))
+        return Group(tuple(members), tuple(weights)) if members else None
+
+    @functools.cached_property
+    def _positions(self) -> dict[str, int]:
+        return {corpus.name: position for position, corpus in enumerate(self.corpora)}
+
     def describe_group(self, group: Group | None) -> list[Any]:
         """A group in plain values: [name of a corpus, or a list for a sub-group; weight]."""
         if group is None:
@@ -91,15 +108,16 @@ class Mixture:
 
     def find_group(self, described: list[Any]) -> Group | None:
         """The group with this description; None: it has a corpus that is not in this mixture."""
-        places = {corpus.name: place for place, corpus in enumerate(self.corpora)}
-        found = [self.find_group(member) if isinstance(member, list) else places.get(member) for member, _ in described]
+        positions = self._positions
+        found = [self.find_group(member) if isinstance(member, list) else positions.get(member) for member, _ in described]
         members = tuple(member for member in found if member is not None)
         weights = tuple(Fraction(weight) for _, weight in described)
         return Group(members, weights) if len(members) == len(weights) else None
 
     def schedule(self, run_samples: int) -> Schedule:
         """The stages of a run of so many samples. InputError: see `stages.plan_run`."""
-        return plan_run(self.path, self.stages, len(self.corpora), self.seq_length, run_samples)
+        groups = [(self.group(stage.general), self.group(stage.additional)) for stage in self.stages]
+        return plan_run(self.path, self.stages, groups, len(self.corpora), self.seq_length, run_samples)
 
     def megatron_schedule(self, run_samples: int, threads: int = 1) -> Schedule:
         """As `schedule`, in Megatron-LM's own order, which is built here. InputError: it cannot have stages."""

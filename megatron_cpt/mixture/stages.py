@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from megatron_cpt.mixture.config import StageConfig
 from megatron_cpt.mixture.order.megatron import MegatronOrder
 from megatron_cpt.mixture.order.splitters import (
     MAX_RAMP,
@@ -22,28 +23,6 @@ from megatron_cpt.mixture.order.splitters import (
     rest_of,
 )
 from megatron_cpt.utils.errors import InputError
-
-
-@dataclass(frozen=True)
-class AlmrPart:
-    """A stretch of a stage, from so many tokens after the stage's beginning on, in which ALMR goes linearly from one value
-    to another."""
-
-    begin_tokens: int
-    first: Fraction
-    last: Fraction
-
-
-@dataclass(frozen=True)
-class MixtureStage:
-    """A stage as the file describes it. Its budget is in tokens, or a fraction of the run, or (None) what is left of it."""
-
-    name: str
-    tokens: int | None
-    fraction: Fraction | None
-    almr: tuple[AlmrPart, ...]
-    general: Group | None
-    additional: Group | None
 
 
 @dataclass(frozen=True)
@@ -126,20 +105,31 @@ def whole(samples: Fraction) -> int:
     return math.floor(samples + Fraction(1, 2))
 
 
-def plan_run(path: str, described: Sequence[MixtureStage], num_corpora: int, seq_length: int, run_samples: int) -> Schedule:
+def plan_run(
+    path: str,
+    stages: Sequence[StageConfig],
+    groups: Sequence[tuple[Group | None, Group | None]],
+    num_corpora: int,
+    seq_length: int,
+    run_samples: int,
+) -> Schedule:
     """The stages of the mixture at `path` in a run of so many samples.
 
-    InputError: they do not fill it, a part of one is shorter than a sample, or a ramp is too long.
+    Args:
+        groups: the general and the additional group of each stage
+
+    Raises:
+        InputError: they do not fill it, a part of one is shorter than a sample, or a ramp is too long
     """
     run_tokens = run_samples * seq_length
     plans: list[StagePlan] = []
     begin: Fraction | None = Fraction(0)
     starts: list[int] = []
-    for stage, end in zip(described, _stage_ends(described, run_tokens), strict=True):
+    for stage, (general, additional), end in zip(stages, groups, _stage_ends(stages, run_tokens), strict=True):
         assert begin is not None, "only the last stage has no budget"
         starts.append(whole(begin / seq_length))
-        borders = [begin + part.begin_tokens for part in stage.almr]
-        for part, first, last in zip(stage.almr, borders, [*borders[1:], end], strict=True):
+        borders = [begin + part.begin_tokens for part in stage.almr_parts]
+        for part, first, last in zip(stage.almr_parts, borders, [*borders[1:], end], strict=True):
             is_ramp = part.first != part.last
             if last is None and is_ramp and first < run_tokens:
                 last = Fraction(run_tokens)  # a ramp over what is left of the run
@@ -152,7 +142,7 @@ def plan_run(path: str, described: Sequence[MixtureStage], num_corpora: int, seq
             if is_ramp and samples is not None and samples > MAX_RAMP:
                 raise InputError(f"{path}: stage {stage.name}: almr changes over {samples} samples; expected at most 2**46")
             almr = (part.first, part.last if samples is not None else part.first)
-            plans.append(StagePlan(samples, almr, stage.general, stage.additional))
+            plans.append(StagePlan(samples, almr, general, additional))
         begin = end
     total = sum(plan.samples or 0 for plan in plans)
     if plans[-1].samples is not None and run_samples > total:
@@ -163,7 +153,7 @@ def plan_run(path: str, described: Sequence[MixtureStage], num_corpora: int, seq
     return Schedule(tuple(plans), num_corpora, tuple(starts))
 
 
-def _stage_ends(stages: Sequence[MixtureStage], run_tokens: int) -> list[Fraction | None]:
+def _stage_ends(stages: Sequence[StageConfig], run_tokens: int) -> list[Fraction | None]:
     """Where each stage ends, in tokens from the beginning of the run; None: never."""
     ends: list[Fraction | None] = []
     end = Fraction(0)

@@ -103,6 +103,6 @@ def read_partly(path: str, fields: Mapping[str, Any], refusals: Refusals) -> Run
 def almr_of(study: StudyConfig) -> dict[str, Any]:
     """What a run has instead of the mixture file's own, as far as it is known."""
     try:
-        return {"almr": study.almr[0]}
+        return {"almr": str(study.almr[0])}
     except RefusedValueError:
         return {}

@@ -178,23 +178,20 @@ class Mistake(NamedTuple):
     said: str
 
 
-def mistakes_of(fields: Any, in_mixture: bool, place: tuple[str | int, ...] = ()) -> Iterator[Mistake]:
+def mistakes_of(fields: Any, place: tuple[str | int, ...] = ()) -> Iterator[Mistake]:
     """Each scalar of a file as something that no field takes; each section with a field that it does not have."""
     name = name_of(place)
     if isinstance(fields, dict):
         if name != "models":  # names of the user's own
-            unknown = f"{name}.nosuch is unknown".lstrip(".") if not in_mixture else "unknown field 'nosuch'"
-            said = f"{name} has {unknown}" if in_mixture and place else unknown
-            yield Mistake((*place, "nosuch"), 1, said)
+            yield Mistake((*place, "nosuch"), 1, f"{name}.nosuch is unknown".lstrip("."))
         for field, value in fields.items():
             if field not in READ_FIRST:
-                yield from mistakes_of(value, in_mixture, (*place, field))
+                yield from mistakes_of(value, (*place, field))
     elif isinstance(fields, list):
         for i, value in enumerate(fields):
-            yield from mistakes_of(value, in_mixture, (*place, i))
+            yield from mistakes_of(value, (*place, i))
     else:
-        said = name.removesuffix(".prefix") if in_mixture else name
-        yield Mistake(place, {"no": ["such"]}, f"{said} is ")
+        yield Mistake(place, {"no": ["such"]}, f"{name} is ")
 
 
 def mistakes_left_out(kind: type, fields: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[Mistake]:
@@ -252,9 +249,9 @@ def test_as_many_lines_as_mistakes(name: str, folder: Path, monkeypatch: pytest.
     if name.endswith("export.yaml"):
         fields["hf"] = "runs/exported"
     mixture = read_yaml(recipe.mixture) if recipe.mixture else {}
-    possible = [(False, mistake) for mistake in mistakes_of(fields, False)]
+    possible = [(False, mistake) for mistake in mistakes_of(fields)]
     possible += [(False, mistake) for mistake in mistakes_left_out(recipe.kind, fields)]
-    possible += [(True, mistake) for mistake in mistakes_of(mixture, True)] if recipe.mixture else []
+    possible += [(True, mistake) for mistake in mistakes_of(mixture)] if recipe.mixture else []
 
     def start(drawn: list[tuple[bool, Mistake]]) -> list[str]:
         Path("run.yaml").write_text(yaml.safe_dump(with_mistakes(fields, [one for late, one in drawn if not late])))

@@ -167,25 +167,11 @@ def known_fields() -> dict[str, set[str]]:
     from megatron_cpt.convert.config import HfToMegatron, MegatronToHf
     from megatron_cpt.corpus.config import PreprocessConfig
     from megatron_cpt.corpus.merge import MergeConfig
-    from megatron_cpt.mixture import file as mixture_file
+    from megatron_cpt.mixture.config import CorpusConfig, MixtureConfig, StageConfig
 
-    texts = {text for text in templates(Path(mixture_file.__file__)) if text.isidentifier()}
-    mixture = {
-        "seq_length",
-        "seed",
-        "almr",
-        "general",
-        "additional",
-        "stages",
-        "validation",
-        "prefix",
-        "weight",
-        "max_epochs",
-    }
-    assert mixture - texts <= {"general", "additional"}  # those are named elsewhere
     return {
         "pretrain.yaml": fields_of(RunConfig),
-        "mixture.yaml": mixture | {"tokens"},
+        "mixture.yaml": fields_of(MixtureConfig) | fields_of(StageConfig) | fields_of(CorpusConfig),
         "preprocess_data.py": fields_of(PreprocessConfig),
         "merge_datasets.py": fields_of(MergeConfig),
         "hf-to-megatron": fields_of(HfToMegatron),

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_mixtures import make_corpus, make_mixture
 
+from megatron_cpt.mixture.config import AlmrRamp
 from megatron_cpt.mixture.ledger import check_limits, make_ledger
 from megatron_cpt.mixture.mixture import Corpus, Mixture
-from megatron_cpt.mixture.stages import AlmrPart
 from megatron_cpt.utils.errors import InputError
 
 SEQ_LENGTH = 4
@@ -86,7 +86,7 @@ def test_the_ledger_is_what_the_run_reads(
     mixture = mixture_of(corpora, [*almrs[:-1], (None, almrs[-1][1])])
     schedule = mixture.schedule(samples)
     order = mixture.sample_order(schedule, batch)
-    read = [order.lookup(n) for n in range(samples)]
+    read = [order.locate(n) for n in range(samples)]
     counts = Counter(place.corpus for place in read)
     ledger = make_ledger(mixture, schedule, samples)
     given_ = {corpus.name: 0 for corpus in corpora}
@@ -139,7 +139,7 @@ def test_exactly_as_many_epochs_as_allowed(corpora: list[Corpus], samples: int) 
 
 def test_a_ramp_is_summed_up(corpora: list[Corpus]) -> None:
     mixture = mixture_of(corpora, Fraction(0))
-    ramp = replace(mixture.stages[0], almr=(AlmrPart(0, Fraction(1, 5), Fraction(3, 5)),))
+    ramp = replace(mixture.stages[0], almr=AlmrRamp(Fraction(1, 5), Fraction(3, 5)))
     mixture = replace(mixture, stages=(ramp,))
     ledger = make_ledger(mixture, mixture.schedule(1000), 1000)
     assert (ledger.almr_asked, ledger.almr_realised) == (0.4, 0.4)
