@@ -154,7 +154,7 @@ def places(count: int) -> Row:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     start = time.perf_counter()
-    wanted = order.locate_many(0, count, threads=os.cpu_count() or 1)
+    wanted = order.lookup_many(0, count, threads=os.cpu_count() or 1)
     reference = time.perf_counter() - start
     if not all(np.array_equal(tensor.cpu().numpy(), array) for tensor, array in zip(found, wanted, strict=True)):
         sys.exit("error: CUDA and C++ give different places")

@@ -146,7 +146,7 @@ def lookups() -> Row:
     def per_second(order: SampleOrder, batches: int) -> float:
         began = time.perf_counter()
         for first in range(0, 1024 * batches, 1024):
-            order.locate_many(first, 1024)
+            order.lookup_many(first, 1024)
         return 1024 * batches / (time.perf_counter() - began)
 
     order = virtual_order()

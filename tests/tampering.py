@@ -83,7 +83,7 @@ def no_saves(_: Any) -> None:
     from megatron_cpt.training import pretrain
 
     class Saver:
-        published = None
+        committed = None
 
         def __init__(self, *args: Any) -> None: ...
 
@@ -147,7 +147,7 @@ def slow_steps(wish: dict[str, Any]) -> None:
     """When a step is over, whether it changed the weights or not, and not yet written down."""
     from megatron_cpt.training import pretrain
 
-    slow(pretrain, "take", Pause(**wish))
+    slow(pretrain, "record_step", Pause(**wish))
 
 
 def slow_reads(wish: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ def loading_fails(wish: dict[str, Any]) -> None:
 
 
 def first_saves_fail(number: int) -> None:
-    """The first `number` saves cannot be published."""
+    """The first `number` saves cannot be committed."""
     from megatron_cpt.checkpoint.save_operation import SaveOperation
 
     real, left = SaveOperation._publish, number

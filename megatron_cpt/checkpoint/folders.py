@@ -115,9 +115,9 @@ def _is_ours(folder: str) -> bool:
     return os.path.exists(os.path.join(folder, "manifest.json"))
 
 
-def hide(folder: str) -> str:
-    """Rename a checkpoint so that it no longer counts; returns the name under which it can be deleted in peace."""
-    hidden = temporary_name(folder) + ".deleted"
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.rename(folder, hidden)
-    return hidden
+def make_tombstone(folder: str) -> str:
+    """Rename a checkpoint so that it no longer counts; returns the name under which it is deleted."""
+    tombstone = temporary_name(folder) + ".deleted"
+    shutil.rmtree(tombstone, ignore_errors=True)
+    os.rename(folder, tombstone)
+    return tombstone

@@ -1,4 +1,4 @@
-"""One attempt to write one checkpoint: planned by all ranks, written by forked processes, checked, published by the first.
+"""One attempt to write one checkpoint: planned by all ranks, written by forked processes, checked, committed by the first.
 
 Every step that can fail on one rank alone ends in an exchange, so that all ranks go on or give up together.
 """
@@ -116,7 +116,7 @@ class SaveOperation:
         return bool(alive.item())
 
     def finish(self) -> None:
-        """Wait for the writers, check what they wrote and publish it.
+        """Wait for the writers, check what they wrote and commit it.
 
         Raises:
             CheckpointError: it could not be written; nothing is left of it

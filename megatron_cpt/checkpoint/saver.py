@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_cpt.checkpoint.folders import hide, remove_unfinished, to_delete
+from megatron_cpt.checkpoint.folders import make_tombstone, remove_unfinished, to_delete
 from megatron_cpt.checkpoint.save_operation import CheckpointError, Request, SaveOperation, Structure
 from megatron_cpt.checkpoint.staging import Staging, staging_size
 from megatron_cpt.checkpoint.state import Progress
@@ -21,13 +21,13 @@ from megatron_cpt.config.run import CheckpointConfig
 
 
 class Saver:
-    """Writes a run's checkpoints: now or in the background, verified, published by rename; deletes old ones.
+    """Writes a run's checkpoints: now or in the background, verified, committed by a rename; deletes old ones.
 
     All ranks make the same calls in the same order, between steps. A save that fails leaves nothing behind and all earlier
     checkpoints as they were; the run goes on and tries again later, with the state it then has.
 
     Attributes:
-        published: iteration of the newest checkpoint that this object has published
+        committed: iteration of the newest checkpoint that this object has committed
         seconds_blocked: how long the last save held up its caller, from start to publication
     """
 
@@ -38,10 +38,10 @@ class Saver:
             config: where, how often tried, and what is kept
             say: shows one line to the user; called on the first rank only
         """
-        self.published: int | None = None
+        self.committed: int | None = None
         self.seconds_blocked = 0.0
         self._config, self._say = config, say
-        self._attempt: SaveOperation | None = None
+        self._operation: SaveOperation | None = None
         self._iteration = 0
         self._started = 0.0
         self._failures = 0  # in a row
@@ -94,7 +94,7 @@ class Saver:
 
     def poll(self) -> None:
         """Publish what has been written in the background; call it after every step. Without a save under way it is free."""
-        if self._attempt is not None and not self._attempt.running():
+        if self._operation is not None and not self._operation.running():
             self._finish_save()
 
     def retry_due(self) -> bool:
@@ -105,7 +105,7 @@ class Saver:
         Raises:
             CheckpointError: all retries have failed
         """
-        if not self._failures or self._attempt is not None:
+        if not self._failures or self._operation is not None:
             return False
         self._raise_if_used_up()
         due = [time.monotonic() - self._failed_at >= self._config.save_retry_seconds]
@@ -117,36 +117,36 @@ class Saver:
         return bool(self._failures)
 
     def finish(self) -> None:
-        """Wait for the save under way, if any, and publish it; wait for deletions too."""
+        """Wait for the save under way, if any, and commit it; wait for deletions too."""
         self._finish_save()
         if self._deletion is not None:
             self._deletion.join()
 
     def _finish_save(self) -> None:
-        attempt, self._attempt = self._attempt, None
-        if attempt is not None:
+        operation, self._operation = self._operation, None
+        if operation is not None:
             begin = time.perf_counter()
             try:
-                attempt.finish()
+                operation.finish()
             except CheckpointError as error:
                 self._failed(error)
             else:
-                self._succeeded(attempt.folder, begin)
+                self._succeeded(operation.folder, begin)
             self.seconds_blocked += time.perf_counter() - begin
 
     def _start(self, request: Request, iteration: int) -> None:
         begin = time.perf_counter()
         self._started, self._iteration = time.monotonic(), iteration
         try:
-            self._attempt = SaveOperation(request)
+            self._operation = SaveOperation(request)
         except CheckpointError as error:
             self._failed(error)
         else:
-            self._structure = self._attempt.structure
+            self._structure = self._operation.structure
         self.seconds_blocked = time.perf_counter() - begin
 
     def _succeeded(self, folder: str, begin: float) -> None:
-        self.published, self._failures = self._iteration, 0
+        self.committed, self._failures = self._iteration, 0
         if self._first:
             seconds = time.monotonic() - self._started
             blocked = self.seconds_blocked + time.perf_counter() - begin
@@ -172,13 +172,15 @@ class Saver:
         if config.keep_last is None:
             return
         try:
-            hidden = [hide(folder) for folder in to_delete(config.save, config.keep_last, config.keep_every, config.load)]
+            tombstones = [
+                make_tombstone(folder) for folder in to_delete(config.save, config.keep_last, config.keep_every, config.load)
+            ]
         except OSError as error:
             self._say(f"an old checkpoint could not be deleted: {error}")
             return
         if self._deletion is not None:
             self._deletion.join()
-        self._deletion = threading.Thread(target=_remove, args=(hidden,), name="delete-checkpoints", daemon=True)
+        self._deletion = threading.Thread(target=_remove, args=(tombstones,), name="delete-checkpoints", daemon=True)
         self._deletion.start()
 
 

@@ -85,7 +85,7 @@ def speed(job: ClusterJob, name: str, settings: dict[str, Any]) -> dict[str, Any
     command = [sys.executable, "-m", "megatron_cpt.cluster.measure_steps", str(target), json.dumps(settings)]
     ended = job.run(key, command, job.world_size, 180)
     succeeded(ended, job.rank)
-    return read_measured(target) if job.first else None
+    return read_measured(target) if job.is_rank_zero else None
 
 
 def judge_speed(job: ClusterJob, settings: dict[str, Any], found: Sequence[dict[str, Any] | None]) -> tuple[str, Figures]:

@@ -23,7 +23,7 @@ ADVICE = (
 def use(job: ClusterJob) -> dict[str, Any]:
     """Write, read another rank's file, rename over an older one, and lock, all ranks at once."""
     folder = job.folder / "files"
-    if job.first:
+    if job.is_rank_zero:
         folder.mkdir(parents=True, exist_ok=True)
     job.gather("files/folder", True)
     content = os.urandom(1 << 20) * (SIZE >> 20)
@@ -76,14 +76,14 @@ def read_when_there(path: os.PathLike[str], size: int) -> bytes:
 
 def renamed(job: ClusterJob, path: os.PathLike[str]) -> float:
     """Seconds until this rank sees the first one's new file in the place of an old one."""
-    if job.first:
+    if job.is_rank_zero:
         with open(path, "w", encoding="utf-8") as file:
             file.write("old")
     job.gather("files/old", True)
     with open(path, encoding="utf-8") as file:
         file.read()  # so that it is in this machine's cache
     job.gather("files/read", True)
-    if job.first:
+    if job.is_rank_zero:
         with open(f"{path}.new", "w", encoding="utf-8") as file:
             file.write("new")
         os.replace(f"{path}.new", path)
@@ -102,11 +102,11 @@ def renamed(job: ClusterJob, path: os.PathLike[str]) -> float:
 def kept_out(job: ClusterJob, path: os.PathLike[str]) -> bool:
     """Whether a lock that the first rank holds keeps this one out (true for the first)."""
     with contextlib.ExitStack() as stack:
-        if job.first:
+        if job.is_rank_zero:
             stack.enter_context(locked(os.fspath(path), "busy"))
         job.gather("files/locked", True)
-        out = job.first
-        if not job.first:
+        out = job.is_rank_zero
+        if not job.is_rank_zero:
             try:
                 stack.enter_context(locked(os.fspath(path), "busy"))
             except InputError:

@@ -42,7 +42,7 @@ WEIGHT_STD = 0.05  # larger than at a usual start, so that differences show
 
 def make(job: ClusterJob) -> str | None:
     """Model, corpora and mixture, through the tools, on the first rank; what went wrong, or None."""
-    if job.first:
+    if job.is_rank_zero:
         make_tokenizer_and_model(job.folder / "hf")
         files = sorted(PACKAGE.rglob("*.py"))
         for part, name in enumerate(("general", "additional")):

@@ -63,7 +63,7 @@ class ClusterJob:
     store: dist.Store
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Speaks for the job."""
         return self.rank == 0
 
@@ -112,7 +112,7 @@ class ClusterJob:
             seconds: after which what still runs is killed
             meanwhile: called again and again with the process of this rank
         """
-        if self.first:
+        if self.is_rank_zero:
             self.tell(f"{name}/port", free_port())
         if self.rank >= processes:
             return None

@@ -101,7 +101,7 @@ def judge_versions(found: Sequence[dict[str, str]]) -> tuple[str, Figures]:
 
 def clock(job: ClusterJob) -> float:
     """Seconds by which this machine's clock is ahead of the first rank's, to within half of the shortest round trip."""
-    if job.first:
+    if job.is_rank_zero:
         for rank in range(1, job.world_size):
             for turn in range(ROUNDS):
                 job.ask(f"clock/{rank}/{turn}/asked")

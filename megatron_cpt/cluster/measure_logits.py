@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from megatron_cpt.checkpoint.layout import find_checkpoint
 from megatron_cpt.checkpoint.save_load import load_checkpoint
 from megatron_cpt.config.parallel import ParallelConfig
-from megatron_cpt.model.build import Numerics, build_model, transformer_config
+from megatron_cpt.model.build import Numerics, build_model, make_transformer_config
 from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.llama import read_llama_config
 from megatron_cpt.platforms import current_platform
@@ -33,7 +33,7 @@ def main(folder: str, target: str, dtype: str, transformer_impl: str) -> None:
         theirs = LlamaForCausalLM.from_pretrained(f"{folder}/hf", dtype=torch.float32).to(ranks.device)
         wanted = theirs(inputs).logits
         wanted_loss = torch.nn.functional.cross_entropy(wanted.flatten(0, 1), targets.flatten()).item()
-        config = transformer_config(llama, parallel, dtype_of(dtype), Numerics(transformer_impl=transformer_impl))
+        config = make_transformer_config(llama, parallel, dtype_of(dtype), Numerics(transformer_impl=transformer_impl))
         model = build_model(llama, config, SEQ_LENGTH, current_platform(), ranks)
         load_checkpoint(find_checkpoint(f"{folder}/megatron"), [model])
         logits = model(inputs, None, None).float()

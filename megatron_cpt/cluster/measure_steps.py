@@ -102,7 +102,7 @@ def main(target: str, settings: str) -> None:
             * stack.seq_length
             / statistics.median(seconds[WARM_UP:]),
         }
-        if ranks.first:
+        if ranks.is_rank_zero:
             with open(target, "w", encoding="utf-8") as file:
                 json.dump(found, file)
 

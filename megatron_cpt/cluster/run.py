@@ -42,9 +42,9 @@ def run(config: CheckConfig) -> str | None:
     outcomes = []
     for outcome in outcomes_of(job, chosen(all_checks(job), config.only), begin + 60 * config.minutes):
         outcomes.append(outcome)
-        if job.first:
+        if job.is_rank_zero:
             show(outcome)
-    if not job.first:
+    if not job.is_rank_zero:
         return None
     report = config.report or str(Path(config.folder) / "check_cluster.json")
     os.makedirs(os.path.dirname(os.path.abspath(report)), exist_ok=True)
@@ -103,7 +103,7 @@ def outcomes_of(job: ClusterJob, checks: Sequence[Check], deadline: float) -> It
     passed: set[str] = set()
     for number, check in enumerate(checks):
         begin = time.monotonic()
-        if job.first:
+        if job.is_rank_zero:
             job.tell(f"skip/{number}", reason_to_skip(job, check, passed, deadline))
         reason = job.ask(f"skip/{number}", LONGEST)
         if reason is None:
@@ -133,7 +133,7 @@ def outcome_of(job: ClusterJob, check: Check, number: int, begin: float) -> Chec
         measured = error
     except Exception as error:
         measured = unexpected(error)
-    if not job.first:
+    if not job.is_rank_zero:
         job.tell(f"measured/{number}/{job.rank}", measured)
         return CheckOutcome(check.name, "skipped", "the first rank speaks")
     measured = [measured, *(job.ask(f"measured/{number}/{rank}", LONGEST) for rank in range(1, job.world_size))]

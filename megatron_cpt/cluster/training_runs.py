@@ -178,7 +178,7 @@ def check_of(run: ClusterRun, job: ClusterJob) -> Check:
 def train(job: ClusterJob, run: ClusterRun) -> dict[str, Any] | None:
     """Run it, on the ranks that it takes."""
     folder = job.folder / "runs" / run.folder_name
-    if job.first and run.after is not None:
+    if job.is_rank_zero and run.after is not None:
         begin_after(job.folder / "runs" / ClusterRun(run.after).folder_name, folder)
     command = [sys.executable, str(TOOLS / "pretrain_cpt.py"), *arguments(job, run, folder)]
     ended = job.run(run.folder_name, command, run.processes, SECONDS)

@@ -50,11 +50,11 @@ def current_fields(
     renamed, prefix, found = old_names(kind), f"{name}." if name else "", dict[Any, Any]()
     for field, value in fields.items():
         current = renamed.get(field, field)
+        old, today = f"{where}{prefix}{field}", f"{prefix}{current}"
         if current != field:
-            notes.append(note(f"{where}{prefix}{field}", f"{prefix}{current}"))
+            notes.append(note(old, today))
         if current != field and current in fields:
-            both = f"{where}{prefix}{field} is given beside {prefix}{current}, its name of today"
-            refusals.add(InputError(f"{both}; expected one of the two"))
+            refusals.add(InputError(f"{old} is given beside {today}, its name of today; expected one of the two"))
         else:
             found[current] = value
     return found

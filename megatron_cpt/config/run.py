@@ -179,7 +179,7 @@ class CheckpointConfig:
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
     keep_last: int | None = None
-    """Newest checkpoints to keep; older ones are deleted once a newer one is published. Default: all."""
+    """Newest checkpoints to keep; older ones are deleted once a newer one is committed. Default: all."""
     keep_every: int | None = None
     """Keep those of every so many steps, whatever keep_last says."""
     save_retries: int = 3

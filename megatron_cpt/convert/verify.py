@@ -26,7 +26,7 @@ from megatron_cpt.convert.hf_weights import check_shapes, open_hf, pieces_of
 from megatron_cpt.convert.megatron_lm import foreign_config
 from megatron_cpt.convert.megatron_weights import MegatronTensors
 from megatron_cpt.convert.run_files import is_hf
-from megatron_cpt.model.build import build_model, transformer_config
+from megatron_cpt.model.build import build_model, make_transformer_config
 from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.llama import LlamaConfig, llama_from, read_llama_config
 from megatron_cpt.platforms import current_platform
@@ -219,7 +219,7 @@ def single_process_model(llama: LlamaConfig, dtype: str) -> Iterator[Any]:
     """The whole model on CPU, uninitialised, within a process group of one."""
     parallel = ParallelConfig()
     with process_groups(parallel, alone=True) as ranks:
-        config = transformer_config(llama, parallel, dtype_of(dtype))
+        config = make_transformer_config(llama, parallel, dtype_of(dtype))
         yield build_model(llama, config, llama.max_position_embeddings, current_platform(), ranks)
 
 

@@ -35,7 +35,7 @@ class DocumentOrigins:
     skipped: dict[int, Numbers]
     order: Numbers | None
 
-    def locate(self, documents: Numbers) -> tuple[Numbers, Numbers]:
+    def lookup(self, documents: Numbers) -> tuple[Numbers, Numbers]:
         """(file, line) of documents: places in `files`, and lines from 1 on; int64 as `documents`. UNKNOWN: not known."""
         unknown = np.full(documents.shape, UNKNOWN, np.int64)
         if self.ends is None:

@@ -55,7 +55,7 @@ class Score:
     others: dict[str, float]
 
 
-UNVERIFIED = "there is no task of it: in which form its data are published, and how they are scored, could not be verified"
+UNAVAILABLE = "there is no task of it: in which form its data are published, and how they are scored, could not be verified"
 
 # The paper's tables name the benchmarks. The settings are those that are usual for them, and for those that lm-eval lacks,
 # ours: examples show a base model what an answer looks like, a chat model is told.
@@ -80,12 +80,12 @@ CHAT = (
     Benchmark("WMT22 en-zh", "wmt22_en_zh", "bleu,none", 0),
     Benchmark("CMMLU", "cmmlu", "acc,none", 5),
     Benchmark("IFEval", "ifeval", "prompt_level_strict_acc,none", 0),
-    *(Benchmark(name, "-", "-", absent=UNVERIFIED) for name in ("SECEU", "TAPTAP", "BotChat's Turing test")),
+    *(Benchmark(name, "-", "-", absent=UNAVAILABLE) for name in ("SECEU", "TAPTAP", "BotChat's Turing test")),
 )
 SUITES = {"cpt": CPT, "chat": CHAT}
 
 
-class Catalog:
+class TaskRegistry:
     """lm-eval's tasks, this package's, and those of a folder; which of them can be asked here."""
 
     def __init__(self, tasks: str | None, data_folder: str | None) -> None:
@@ -173,9 +173,11 @@ class Catalog:
 class Harness:
     """lm-eval on one model."""
 
-    def __init__(self, model: str, catalog: Catalog, batch_size: int, chat: bool, device: str, spread: bool = False) -> None:
+    def __init__(
+        self, model: str, registry: TaskRegistry, batch_size: int, chat: bool, device: str, spread: bool = False
+    ) -> None:
         """`model`: HF folder, loaded when it is first asked; `chat`: by its template; `spread`: over all GPUs."""
-        self._catalog, self._chat = catalog, chat
+        self._registry, self._chat = registry, chat
         self._options = {"pretrained": model, "batch_size": batch_size, "device": device, "parallelize": spread}
         self._options |= {"trust_remote_code": False} | WITHOUT_ADAPTERS
 
@@ -185,8 +187,8 @@ class Harness:
         Raises:
             InputError: the task is not known, or has no such metric
         """
-        self._catalog.check(benchmark)
-        missing = benchmark.absent or self._catalog.missing(benchmark.task, allow_code)
+        self._registry.check(benchmark)
+        missing = benchmark.absent or self._registry.missing(benchmark.task, allow_code)
         if missing is None and self._chat and self._lm.tokenizer.chat_template is None:
             missing = "the model has no chat template; use apply_chat_template: false"
         if missing is not None:
@@ -206,13 +208,13 @@ class Harness:
         results: dict[str, Any] = lm_eval.simple_evaluate(
             model=self._lm,
             tasks=[benchmark.task],
-            task_manager=self._catalog.manager,
+            task_manager=self._registry.manager,
             num_fewshot=benchmark.num_fewshot,
             limit=limit,
             apply_chat_template=self._chat,
             fewshot_as_multiturn=self._chat,
             # lm-eval refuses code as well where none was found
-            confirm_run_unsafe_code=allow_code and bool(self._catalog.code_tasks(benchmark.task)),
+            confirm_run_unsafe_code=allow_code and bool(self._registry.code_tasks(benchmark.task)),
             random_seed=seed,
             numpy_random_seed=seed,
             torch_random_seed=seed,

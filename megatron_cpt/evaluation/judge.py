@@ -48,7 +48,7 @@ class JudgeError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Judged:
+class PairVerdict:
     """Both verdicts on one pair of answers, of the first answer shown as A and as B; None: what it said is no verdict."""
 
     as_a: Letter | None
@@ -94,7 +94,7 @@ class Judge:
         self._lock = threading.Lock()
         self._gone: JudgeError | None = None  # once all tries of a request have had no answer
 
-    def verdicts(self, pairs: Sequence[tuple[str, str, str]]) -> list[Judged]:
+    def verdicts(self, pairs: Sequence[tuple[str, str, str]]) -> list[PairVerdict]:
         """On each (question, first answer, second answer), asked in both orders.
 
         Raises:
@@ -103,10 +103,10 @@ class Judge:
         with ThreadPoolExecutor(self._config.parallel) as pool:
             return list(pool.map(lambda pair: self._judge(*pair), pairs))
 
-    def _judge(self, question: str, first: str, second: str) -> Judged:
+    def _judge(self, question: str, first: str, second: str) -> PairVerdict:
         if first == second:
-            return Judged("C", "C")  # there is nothing to ask
-        return Judged(parse(self._ask(question, first, second)), parse(self._ask(question, second, first)))
+            return PairVerdict("C", "C")  # there is nothing to ask
+        return PairVerdict(parse(self._ask(question, first, second)), parse(self._ask(question, second, first)))
 
     def _ask(self, question: str, answer_a: str, answer_b: str) -> str:
         """What the judge says, now or in an earlier run."""

@@ -48,7 +48,7 @@ class Comparison:
     missing: str | None = None
 
 
-class Referee:
+class PairwiseEvaluator:
     """Judges pairs of models. It is there before anything is measured, so that what is wrong with it is known by then."""
 
     def __init__(self, config: EvaluateConfig, pairwise: PairwiseConfig) -> None:

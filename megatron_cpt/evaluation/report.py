@@ -14,9 +14,9 @@ from megatron_cpt.evaluation import figures
 from megatron_cpt.evaluation.ablation import ablation_table
 from megatron_cpt.evaluation.columns import Measured
 from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
-from megatron_cpt.evaluation.harness import Catalog
+from megatron_cpt.evaluation.harness import TaskRegistry
 from megatron_cpt.evaluation.identity import folder_identity
-from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparisons_table
+from megatron_cpt.evaluation.pairwise import Comparison, PairwiseEvaluator, comparisons_table
 from megatron_cpt.evaluation.run import benchmarks_of, check_files, measure, wanted_parts
 from megatron_cpt.evaluation.run_files import check_settings
 from megatron_cpt.evaluation.table import markdown
@@ -40,11 +40,11 @@ def evaluate(config: EvaluateConfig) -> str:
     for folder in [*config.models.values(), *(checkpoint.model for checkpoint in along)]:
         say_notes(folder)
     check_files(config)
-    referee = Referee(config, config.pairwise) if config.pairwise is not None else None
-    catalog = catalog_of(config)
+    evaluator = PairwiseEvaluator(config, config.pairwise) if config.pairwise is not None else None
+    registry = registry_of(config)
     os.makedirs(config.output, exist_ok=True)
     with only_evaluation(config.output):
-        return measure_and_report(config, referee, catalog)
+        return measure_and_report(config, evaluator, registry)
 
 
 @contextlib.contextmanager
@@ -67,10 +67,10 @@ def only_evaluation(output: str) -> Iterator[None]:
             raise
 
 
-def measure_and_report(config: EvaluateConfig, referee: Referee | None, catalog: Catalog | None) -> str:
+def measure_and_report(config: EvaluateConfig, evaluator: PairwiseEvaluator | None, registry: TaskRegistry | None) -> str:
     """The evaluation itself, of models that there are; returns the path of report.md."""
-    measured = measure_models(config, catalog)
-    comparisons = referee.comparisons(measured) if referee is not None else []
+    measured = measure_models(config, registry)
+    comparisons = evaluator.comparisons(measured) if evaluator is not None else []
     report = {
         "models": measured,
         "pairwise": [dataclasses.asdict(item) for item in comparisons],
@@ -84,7 +84,7 @@ def measure_and_report(config: EvaluateConfig, referee: Referee | None, catalog:
     path = os.path.join(config.output, "report.md")
     write_text(path, page(sections))  # a trajectory may take days
     if config.trajectory is not None:
-        write_text(path, page([*sections, follow(config, catalog, config.trajectory)]))
+        write_text(path, page([*sections, follow(config, registry, config.trajectory)]))
     check_judged(config, comparisons, path)
     return path
 
@@ -105,7 +105,7 @@ def page(sections: Sequence[str]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def catalog_of(config: EvaluateConfig) -> Catalog | None:
+def registry_of(config: EvaluateConfig) -> TaskRegistry | None:
     """Of the benchmarks, if there are any: what is wrong with them is known before hours are spent.
 
     Raises:
@@ -114,13 +114,13 @@ def catalog_of(config: EvaluateConfig) -> Catalog | None:
     benchmarks = benchmarks_of(config)
     if not benchmarks:
         return None
-    catalog = Catalog(config.tasks_folder, config.data_folder)
+    registry = TaskRegistry(config.tasks_folder, config.data_folder)
     for benchmark in benchmarks:
-        catalog.check(benchmark)
-    return catalog
+        registry.check(benchmark)
+    return registry
 
 
-def measure_models(config: EvaluateConfig, catalog: Catalog | None) -> dict[str, dict[str, object]]:
+def measure_models(config: EvaluateConfig, registry: TaskRegistry | None) -> dict[str, dict[str, object]]:
     """name -> measurements."""
     parts = wanted_parts(config)
     if config.pairwise is not None and config.pairwise.judge.url is not None:
@@ -128,7 +128,9 @@ def measure_models(config: EvaluateConfig, catalog: Catalog | None) -> dict[str,
     measured = {}
     for name, folder in config.models.items():
         path = os.path.join(config.output, f"{name}.json")
-        measured[name] = measure(config, catalog, parts, name, path, folder_identity(folder), contextlib.nullcontext(folder))
+        measured[name] = measure(
+            config, registry, parts, name, path, folder_identity(folder), contextlib.nullcontext(folder)
+        )
     return measured
 
 
@@ -153,9 +155,9 @@ def draw_models(config: EvaluateConfig, measured: Measured) -> list[str]:
     return links
 
 
-def follow(config: EvaluateConfig, catalog: Catalog | None, trajectory: TrajectoryConfig) -> str:
+def follow(config: EvaluateConfig, registry: TaskRegistry | None, trajectory: TrajectoryConfig) -> str:
     """trajectory.json, .csv and .png; a link to the last."""
-    points = measure_trajectory(config, catalog, trajectory)
+    points = measure_trajectory(config, registry, trajectory)
     write_trajectory(config, points)
     figures.save(figures.trajectory(points), os.path.join(config.output, "trajectory.png"))
     return "![trajectory](trajectory.png)"

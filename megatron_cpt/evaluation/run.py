@@ -19,7 +19,7 @@ from megatron_cpt.checkpoint.hf_model import load_hf_model
 from megatron_cpt.convert.vocabulary import load
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextConfig
-from megatron_cpt.evaluation.harness import SUITES, Benchmark, Catalog, Harness
+from megatron_cpt.evaluation.harness import SUITES, Benchmark, Harness, TaskRegistry
 from megatron_cpt.evaluation.identity import answers_identity, benchmark_identity, pairwise_identity, text_identity
 from megatron_cpt.evaluation.language_share import language_share
 from megatron_cpt.model.hf_folder import check_room, positions_of_config
@@ -89,9 +89,9 @@ def names_in(config: EvaluateConfig, part: str) -> list[str]:
     return list(dict.fromkeys(item.language for item in (config.text if part == "text" else config.prompts)))
 
 
-def identities_of(config: EvaluateConfig, catalog: Catalog | None, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+def identities_of(config: EvaluateConfig, registry: TaskRegistry | None, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
     """part -> name -> what it depends on beside the model, as JSON gives it back."""
-    index = catalog.manager.task_index if catalog is not None else {}
+    index = registry.manager.task_index if registry is not None else {}
     kinds: dict[str, Callable[[str], Any]] = {
         "text": lambda name: text_identity(config, name),
         "answers": lambda name: answers_identity(config, name),
@@ -114,20 +114,20 @@ def still_true(kept: dict[str, dict[str, Any]], identities: dict[str, dict[str, 
     }
 
 
-def without_mended(config: EvaluateConfig, scores: dict[str, Any], catalog: Catalog) -> dict[str, Any]:
+def without_mended(config: EvaluateConfig, scores: dict[str, Any], registry: TaskRegistry) -> dict[str, Any]:
     """Scores without the benchmarks that could not be measured and now can, or cannot for another reason."""
 
     def changed(name: str) -> bool:
         benchmark, reason = benchmark_named(config, name), scores[name]["missing"]
         looked_for = reason is not None and benchmark.absent is None
-        return looked_for and catalog.missing(benchmark.task, config.confirm_run_unsafe_code) != reason
+        return looked_for and registry.missing(benchmark.task, config.confirm_run_unsafe_code) != reason
 
     return {name: score for name, score in scores.items() if not changed(name)}
 
 
 def measure(
     config: EvaluateConfig,
-    catalog: Catalog | None,
+    registry: TaskRegistry | None,
     parts: Sequence[str],
     name: str,
     path: str,
@@ -137,20 +137,20 @@ def measure(
     """The parts of one model; what is in the file `path` is taken from there if nothing that it depends on has changed.
 
     Args:
-        catalog: of benchmarks, if there are any
+        registry: of benchmarks, if there are any
         name: for the screen
         model: what tells it from others
         opened: gives its HF folder; entered only if there is something to measure
     """
-    identities, kept = identities_of(config, catalog, parts), recall(path, model)
+    identities, kept = identities_of(config, registry, parts), recall(path, model)
     found = still_true(kept, identities)
-    if catalog is not None and "benchmarks" in found:
-        found["benchmarks"] = without_mended(config, found["benchmarks"], catalog)
+    if registry is not None and "benchmarks" in found:
+        found["benchmarks"] = without_mended(config, found["benchmarks"], registry)
     wanted = [(part, key) for part, names in identities.items() for key in names if key not in found[part]]
     if not wanted:
         return found
     with opened as folder:
-        session = Session(config, catalog, folder)
+        session = Session(config, registry, folder)
         for part, key in wanted:
             print(f"{name}: {part}: {key}", file=sys.stderr, flush=True)
             entry = {"identity": identities[part][key], "found": session.measure(part, key)}
@@ -173,8 +173,8 @@ def check_files(config: EvaluateConfig) -> None:
 class Session:
     """A model in memory while it is measured."""
 
-    def __init__(self, config: EvaluateConfig, catalog: Catalog | None, folder: str) -> None:
-        self._config, self._catalog, self._folder = config, catalog, folder
+    def __init__(self, config: EvaluateConfig, registry: TaskRegistry | None, folder: str) -> None:
+        self._config, self._registry, self._folder = config, registry, folder
         self._device = device_type()
         self._loaded: tuple[Any, Any] | None = None
         self._harness: Harness | None = None
@@ -216,13 +216,13 @@ class Session:
 
     def benchmark(self, name: str) -> dict[str, Any]:
         """A score."""
-        assert self._catalog is not None
+        assert self._registry is not None
         config = self._config
         if self._harness is None:
             self.close()  # lm-eval loads the model anew
             spread = config.device_map is not None
             self._harness = Harness(
-                self._folder, self._catalog, config.batch_size, config.apply_chat_template, self._device, spread
+                self._folder, self._registry, config.batch_size, config.apply_chat_template, self._device, spread
             )
         benchmark = benchmark_named(config, name)
         return dataclasses.asdict(self._harness.score(benchmark, config.limit, config.confirm_run_unsafe_code, config.seed))

@@ -21,7 +21,7 @@ from megatron_cpt.convert.convert import megatron_to_hf
 from megatron_cpt.convert.model_card import seq_length
 from megatron_cpt.evaluation.columns import all_columns
 from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
-from megatron_cpt.evaluation.harness import Catalog
+from megatron_cpt.evaluation.harness import TaskRegistry
 from megatron_cpt.evaluation.identity import folder_identity
 from megatron_cpt.evaluation.run import identities_of, measure, recall, still_true, wanted_parts
 from megatron_cpt.utils.errors import InputError
@@ -41,7 +41,7 @@ class TrajectoryPoint:
 
 
 def measure_trajectory(
-    config: EvaluateConfig, catalog: Catalog | None, trajectory: TrajectoryConfig
+    config: EvaluateConfig, registry: TaskRegistry | None, trajectory: TrajectoryConfig
 ) -> list[TrajectoryPoint]:
     """All checkpoints, in their order, with those that were measured before the run removed them.
 
@@ -54,7 +54,7 @@ def measure_trajectory(
     run, points = trajectory.run, {}
     live = checkpoints_of(run, trajectory.every) if run is not None else {}
     if run is not None:
-        points = removed_points(config, catalog, run, folder)
+        points = removed_points(config, registry, run, folder)
     for item in trajectory.checkpoints:
         if item.iteration in live:
             raise InputError(
@@ -63,7 +63,7 @@ def measure_trajectory(
         opened = contextlib.nullcontext(item.model)
         parts = measure(
             config,
-            catalog,
+            registry,
             wanted_parts(config),
             f"iteration {item.iteration}",
             os.path.join(folder, f"hf_{item.iteration:07d}.json"),
@@ -73,7 +73,7 @@ def measure_trajectory(
         points[item.iteration] = TrajectoryPoint(item.iteration, item.tokens, parts)
     for iteration, checkpoint in live.items():
         try:
-            points[iteration] = measure_checkpoint(config, catalog, str(run), iteration, checkpoint, folder)
+            points[iteration] = measure_checkpoint(config, registry, str(run), iteration, checkpoint, folder)
         except (InputError, OSError):
             if os.path.exists(checkpoint):
                 raise
@@ -98,7 +98,7 @@ def checkpoints_of(run: str, every: int | None) -> dict[int, str]:
 
 
 def measure_checkpoint(
-    config: EvaluateConfig, catalog: Catalog | None, run: str, iteration: int, checkpoint: str, folder: str
+    config: EvaluateConfig, registry: TaskRegistry | None, run: str, iteration: int, checkpoint: str, folder: str
 ) -> TrajectoryPoint:
     """One of a run's."""
     manifest = read_checkpoint_manifest(checkpoint)
@@ -109,7 +109,7 @@ def measure_checkpoint(
     path = os.path.join(folder, f"{checkpoint_name(iteration)}.json")
     opened = converted(checkpoint, os.path.join(folder, CONVERTED))
     name = f"iteration {iteration}"
-    return TrajectoryPoint(iteration, tokens, measure(config, catalog, wanted_parts(config), name, path, model, opened))
+    return TrajectoryPoint(iteration, tokens, measure(config, registry, wanted_parts(config), name, path, model, opened))
 
 
 @contextlib.contextmanager
@@ -121,7 +121,9 @@ def converted(checkpoint: str, folder: str) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def removed_points(config: EvaluateConfig, catalog: Catalog | None, run: str, folder: str) -> dict[int, TrajectoryPoint]:
+def removed_points(
+    config: EvaluateConfig, registry: TaskRegistry | None, run: str, folder: str
+) -> dict[int, TrajectoryPoint]:
     """What was measured in the same way of checkpoints that a run with `keep_last` has removed since, be it not all.
 
     A run removes none after its newest: those are of another that was in this folder, or of a part that was taken back.
@@ -129,7 +131,7 @@ def removed_points(config: EvaluateConfig, catalog: Catalog | None, run: str, fo
     points = {}
     here = iterations(run)
     newest = max(here, default=None)
-    identities = identities_of(config, catalog, wanted_parts(config))
+    identities = identities_of(config, registry, wanted_parts(config))
     for path in Path(folder).glob("iter_*.json"):
         model = measured_model(str(path))
         parts = still_true(recall(str(path), model), identities)

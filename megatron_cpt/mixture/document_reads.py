@@ -18,7 +18,7 @@ from megatron_cpt.mixture.order.order import SampleLocations, SampleOrder
 
 CHUNK = 1 << 16  # samples at a time: some megabytes of rows
 Numbers = npt.NDArray[np.int64]
-Locate = Callable[[SampleOrder, int, int], SampleLocations]
+Lookup = Callable[[SampleOrder, int, int], SampleLocations]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Reads:
         document: of the corpus, from 0 on
         first_token: within the document
         tokens: how many of the document
-        file, line: where the document comes from, see `DocumentOrigins.locate`
+        file, line: where the document comes from, see `DocumentOrigins.lookup`
     """
 
     step: Numbers
@@ -95,7 +95,7 @@ class CorpusDocuments:
         self.origins: DocumentOrigins = origins_of(corpus.prefix, corpus.manifest)
 
     def parts(self, begin: Numbers, tokens: Numbers) -> tuple[Numbers, Numbers, Numbers, Numbers]:
-        """Spans of tokens (spans,), `tokens` of them from `begin` on -> the documents in them.
+        """Token ranges (ranges,), `tokens` of them from `begin` on -> the documents in them.
 
         Returns: the span, the document, its first token that is in it, and how many are; (parts,) each, by span.
         """
@@ -126,17 +126,17 @@ def documents_of(corpora: Sequence[Corpus]) -> list[CorpusDocuments]:
     return found
 
 
-def spans_of(order: Order, first: int, count: int, locate: Locate) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+def token_ranges_of(order: Order, first: int, count: int, lookup: Lookup) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     """The parts of samples first to first + count - 1: sample, corpus, first token in the corpus, tokens; (parts,) each."""
     if not isinstance(order, SampleOrder):
         parts = [
             (first + i, corpus, begin, tokens)
-            for i, (corpus, spans) in enumerate(order.spans(first, count))
-            for begin, tokens in spans
+            for i, (corpus, token_ranges) in enumerate(order.token_ranges(first, count))
+            for begin, tokens in token_ranges
         ]
         columns = np.array(parts, np.int64).reshape(-1, 4).T
         return columns[0], columns[1], columns[2], columns[3]
-    places, length = locate(order, first, count), order.seq_length + 1
+    places, length = lookup(order, first, count), order.seq_length + 1
     sizes = np.array([corpus.tokens for corpus in order.corpora], np.int64)
     samples, corpora = np.arange(first, first + count), places.corpus.astype(np.int64)
     here = np.minimum(length, sizes[corpora] - places.begin)
@@ -149,16 +149,16 @@ def spans_of(order: Order, first: int, count: int, locate: Locate) -> tuple[Numb
     )
 
 
-def read_samples(stretch: Stretch, documents: Sequence[CorpusDocuments], first: int, count: int, locate: Locate) -> Reads:
+def read_samples(stretch: Stretch, documents: Sequence[CorpusDocuments], first: int, count: int, lookup: Lookup) -> Reads:
     """The rows of samples first to first + count - 1, in the order in which each sample reads them."""
-    samples, corpora, begin, tokens = spans_of(stretch.order, first, count, locate)
+    samples, corpora, begin, tokens = token_ranges_of(stretch.order, first, count, lookup)
     parts: list[tuple[Numbers, ...]] = []
     for number, one in enumerate(documents):
-        spans = np.flatnonzero(corpora == number)
-        span, document, first_token, length = one.parts(begin[spans], tokens[spans])
-        file, line = one.origins.locate(document)
+        token_ranges = np.flatnonzero(corpora == number)
+        span, document, first_token, length = one.parts(begin[token_ranges], tokens[token_ranges])
+        file, line = one.origins.lookup(document)
         file = np.where(file < 0, file, file + one.first_file)
-        parts.append((spans[span], document, first_token, length, file, line))
+        parts.append((token_ranges[span], document, first_token, length, file, line))
     span, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
     by_span = np.argsort(span, kind="stable")
     sample = samples[span[by_span]]
@@ -171,7 +171,7 @@ def read_steps(
     documents: Sequence[CorpusDocuments],
     first_step: int,
     last_step: int,
-    locate: Locate,
+    lookup: Lookup,
     threads: int = 1,
 ) -> Iterator[Reads]:
     """The rows of all samples of some steps, in their order, a piece at a time; `threads` work ahead."""
@@ -181,7 +181,7 @@ def read_steps(
             samples = stretch.samples_of(first_step, last_step)
             for first in range(samples.start, samples.stop, CHUNK):
                 count = min(CHUNK, samples.stop - first)
-                ahead.append(pool.submit(read_samples, stretch, documents, first, count, locate))
+                ahead.append(pool.submit(read_samples, stretch, documents, first, count, lookup))
                 if len(ahead) > threads:
                     yield ahead.popleft().result()
         while ahead:
@@ -224,4 +224,4 @@ def _only(reads: Reads, places: Sequence[tuple[int, int]]) -> Reads:
 
 def on_cpu(order: SampleOrder, first: int, count: int) -> SampleLocations:
     """Places of samples, by the compiled order where there is one."""
-    return order.locate_many(first, count)
+    return order.lookup_many(first, count)

@@ -16,7 +16,7 @@ from rich.text import Text
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.mixture.ledger import Ledger, check_limits, make_ledger, unreached
-from megatron_cpt.mixture.loader import read_spans
+from megatron_cpt.mixture.loader import read_token_ranges
 from megatron_cpt.mixture.mixture import Mixture
 from megatron_cpt.mixture.order.order import MAX_SAMPLES
 from megatron_cpt.mixture.stages import whole
@@ -125,10 +125,10 @@ def _print_samples(
     order = mixture.sample_order(schedule, questions.global_batch_size)
     tokenizer = load_tokenizer(questions.tokenizer or mixture.manifest.tokenizer.path)
     for n in numbers:
-        place, ((_, spans),) = order.locate(n), order.spans(n, 1)
+        place, ((_, token_ranges),) = order.lookup(n), order.token_ranges(n, 1)
         corpus = mixture.corpora[place.corpus]
         tokens = np.empty(mixture.seq_length + 1, np.int64)
-        read_spans(corpus.data, spans, tokens)
+        read_token_ranges(corpus.data, token_ranges, tokens)
         where = f"sample {n:,}: {corpus.name}, epoch {place.epoch:,}, sample {place.sample:,}, tokens from {place.begin:,}"
         console.rule(Text(where), align="left")
         print(tokenizer.decode(tokens.tolist()))  # as it is: no wrapping

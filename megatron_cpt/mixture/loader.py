@@ -22,7 +22,7 @@ from megatron_cpt.utils.errors import RunError
 
 T = TypeVar("T")
 STOP_POLL_SECONDS = 0.2
-Span = tuple[int, int]  # first token in the .bin, number of tokens
+TokenRange = tuple[int, int]  # first token in the .bin, number of tokens
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Order(Protocol):
     def seq_length(self) -> int:
         """Inputs of a sample; it has one token more."""
 
-    def spans(self, first: int, count: int) -> list[tuple[int, list[Span]]]:
+    def token_ranges(self, first: int, count: int) -> list[tuple[int, list[TokenRange]]]:
         """Of samples first to first + count - 1: the corpus, and its parts, seq_length + 1 tokens together."""
 
 
@@ -99,19 +99,19 @@ class TrainingData:
 
         RunError: a file has changed or cannot be read, or has ids that are not below `vocab_size`.
         """
-        samples, length = self.order.spans(first, count), self.order.seq_length
+        samples, length = self.order.token_ranges(first, count), self.order.seq_length
         tokens: npt.NDArray[np.int64] | None = None
         loss_mask: npt.NDArray[np.float32] | None = None
         cu_seqlens: npt.NDArray[np.int32] | None = None
         if self.reads_tokens:
             tokens = np.empty((count, length + 1), np.int64)
             loss_mask = np.ones((count, length), np.float32)
-            for row, (corpus, spans) in zip(tokens, samples, strict=True):
-                read_spans(self.corpora[corpus], spans, row)
+            for row, (corpus, token_ranges) in zip(tokens, samples, strict=True):
+                read_token_ranges(self.corpora[corpus], token_ranges, row)
                 if self.vocab_size is not None and row.view(np.uint64).max() >= self.vocab_size:  # negative ones as well
-                    raise wrong_id(self.corpora[corpus], spans, row, self.vocab_size)
+                    raise wrong_id(self.corpora[corpus], token_ranges, row, self.vocab_size)
         if self.config.eod_mask_loss or self.config.reset_attention_mask:
-            starts = [document_starts(self.corpora[corpus], spans) for corpus, spans in samples]
+            starts = [document_starts(self.corpora[corpus], token_ranges) for corpus, token_ranges in samples]
             if self.config.eod_mask_loss and loss_mask is not None:
                 for row, found in zip(loss_mask, starts, strict=True):
                     row[found - 1] = 0  # the input before a document's first token
@@ -120,19 +120,21 @@ class TrainingData:
         return Batch(tokens, loss_mask, cu_seqlens)
 
 
-def read_spans(corpus: IndexedCorpus, spans: Sequence[Span], out: npt.NDArray[np.int64]) -> None:
+def read_token_ranges(corpus: IndexedCorpus, token_ranges: Sequence[TokenRange], out: npt.NDArray[np.int64]) -> None:
     """Fill `out` with the tokens of (first token, number of tokens) one after the other."""
     place = 0
-    for first, count in spans:
+    for first, count in token_ranges:
         out[place : place + count] = corpus.read(first, count)
         place += count
 
 
-def wrong_id(corpus: IndexedCorpus, spans: Sequence[Span], row: npt.NDArray[np.int64], vocab_size: int) -> RunError:
-    """What to say of a sample that was read from these spans and has an id that is in no vocabulary of this size."""
+def wrong_id(
+    corpus: IndexedCorpus, token_ranges: Sequence[TokenRange], row: npt.NDArray[np.int64], vocab_size: int
+) -> RunError:
+    """What to say of a sample that was read from these token ranges and has an id that is in no vocabulary of this size."""
     wrong = int(np.flatnonzero(row.view(np.uint64) >= vocab_size)[0])
     position, place = 0, wrong
-    for first, count in spans:
+    for first, count in token_ranges:
         if place < count:
             position = first + place
             break
@@ -143,14 +145,14 @@ def wrong_id(corpus: IndexedCorpus, spans: Sequence[Span], row: npt.NDArray[np.i
     )
 
 
-def document_starts(corpus: IndexedCorpus, spans: Sequence[Span]) -> npt.NDArray[np.int64]:
+def document_starts(corpus: IndexedCorpus, token_ranges: Sequence[TokenRange]) -> npt.NDArray[np.int64]:
     """(n,) places of a sample, from 1 to that of the last target, where another document begins.
 
     They are found in the index, not by looking for an end token. Each span but the first begins with a document.
     """
     found: list[npt.NDArray[np.int64]] = []
     place = 0
-    for first, count in spans:
+    for first, count in token_ranges:
         if place:
             found.append(np.array([place]))
         found.append(corpus.sequences_at(first, first + count) - first + place)
@@ -259,7 +261,7 @@ class InOrder:
     seq_length: int
     num_samples: int
 
-    def spans(self, first: int, count: int) -> list[tuple[int, list[Span]]]:
+    def token_ranges(self, first: int, count: int) -> list[tuple[int, list[TokenRange]]]:
         """See `Order`."""
         places = [min(n, self.num_samples - 1) for n in range(first, first + count)]
         return [(0, [(place * self.seq_length, self.seq_length + 1)]) for place in places]

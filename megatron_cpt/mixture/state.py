@@ -1,7 +1,7 @@
 """The state of a run's data: how much it has consumed, and of what. It travels in every checkpoint.
 
 As long as neither the mixture nor the global batch size changes it is one number, `consumed_samples`. A change begins a new
-segment: blocks are counted from there, and each corpus goes on with the sample that was its turn.
+phase: blocks are counted from there, and each corpus goes on with the sample that was its turn.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class CorpusUse:
 
 
 @dataclass(frozen=True)
-class Segment:
+class MixturePhase:
     """A stretch of a run with one mixture and one global batch size, from sample `start` on."""
 
     start: int
     global_batch_size: int
-    before: tuple[CorpusUse, ...]
+    consumed_before: tuple[CorpusUse, ...]
     """What had been read before."""
     mixture: dict[str, Any]
     """Its fingerprint."""
@@ -54,39 +54,43 @@ class Segment:
     """How far the trees of groups had come: {"general": {"members": see `Mixture.describe_group`, "samples": n}, ...}.
     None: of a version that did not carry over what the mixture before owed."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `consumed_before` is written as "before", as it always was."""
+        return {"before" if name == "consumed_before" else name: value for name, value in asdict(self).items()}
+
     def samples_before(self) -> dict[str, int]:
         """By corpus of this mixture, samples of this very text that were read before."""
         return {
-            name: sum(u.samples for u in self.before if (u.name, u.bin_sha256) == (name, facts["bin_sha256"]))
+            name: sum(u.samples for u in self.consumed_before if (u.name, u.bin_sha256) == (name, facts["bin_sha256"]))
             for name, facts in self.mixture["corpora"].items()
         }
 
 
 @dataclass(frozen=True)
 class DataState:
-    """The segments of a run so far; the last one is the one it is in."""
+    """The phases of a run so far; the last one is the one it is in."""
 
-    segments: tuple[Segment, ...]
-
-    @property
-    def phase(self) -> Segment:
-        """The segment in which the run's mixture began: since then only the batch has changed."""
-        segments = list(self.segments)
-        while len(segments) > 1 and (segments[-2].mixture, segments[-2].schedule) == (self.now.mixture, self.now.schedule):
-            segments.pop()
-        return segments[-1]
+    phases: tuple[MixturePhase, ...]
 
     @property
-    def now(self) -> Segment:
-        """The segment the run is in."""
-        return self.segments[-1]
+    def mixture_start(self) -> MixturePhase:
+        """The phase in which the run's mixture began: since then only the batch has changed."""
+        phases = list(self.phases)
+        while len(phases) > 1 and (phases[-2].mixture, phases[-2].schedule) == (self.current.mixture, self.current.schedule):
+            phases.pop()
+        return phases[-1]
+
+    @property
+    def current(self) -> MixturePhase:
+        """The phase the run is in."""
+        return self.phases[-1]
 
     def order(self, mixture: Mixture, schedule: Schedule) -> Order:
-        """Where the samples of this segment lie."""
+        """Where the samples of this phase lie."""
         if schedule.megatron is not None:
             return schedule.megatron
         schedule = self.continued(mixture, schedule)
-        return mixture.sample_order(schedule, self.now.global_batch_size, self.now.start)
+        return mixture.sample_order(schedule, self.current.global_batch_size, self.current.start)
 
     def continued(self, mixture: Mixture, schedule: Schedule) -> Schedule:
         """The schedule as it goes on after what was read of other mixtures: `counts` are those of the whole run then.
@@ -94,32 +98,32 @@ class DataState:
         Each corpus goes on with its next sample, the additional text that is owed is carried over, and a group that is the
         same as before goes on in its tree.
         """
-        phase = self.phase
-        if phase.start == 0 or schedule.megatron is not None or schedule.begin is not None or schedule.moved:
+        mixture_start = self.mixture_start
+        if mixture_start.start == 0 or schedule.megatron is not None or schedule.begin is not None or schedule.moved:
             return schedule
-        before = phase.samples_before()
+        before = mixture_start.samples_before()
         used = tuple(before[corpus.name] for corpus in mixture.corpora)
-        if phase.trees is None:
-            counts = schedule.counts(phase.start)
+        if mixture_start.trees is None:
+            counts = schedule.counts(mixture_start.start)
             return replace(schedule, moved=tuple(a - b for a, b in zip(used, counts, strict=True)))
-        begin = Position(phase.start, used, self.debt(), tree_positions(phase.trees, mixture, used))
+        begin = Position(mixture_start.start, used, self.debt(), tree_positions(mixture_start.trees, mixture, used))
         return replace(schedule, begin=begin)
 
     def debt(self) -> Fraction:
         """Additional samples that were asked for before the run's mixture began, less those that were read."""
-        phase = self.phase
+        mixture_start = self.mixture_start
         asked = Fraction(0)
-        for segment, following in itertools.pairwise(self.segments):
-            if segment.start < phase.start:
-                described = described_schedule(segment.schedule)
-                asked += described.asked(following.start) - described.asked(segment.start)
-        return asked - sum(use.samples for use in phase.before if use.group == "additional")
+        for phase, following in itertools.pairwise(self.phases):
+            if phase.start < mixture_start.start:
+                described = described_schedule(phase.schedule)
+                asked += described.asked(following.start) - described.asked(phase.start)
+        return asked - sum(use.samples for use in mixture_start.consumed_before if use.group == "additional")
 
     def consumed(self, mixture: Mixture, schedule: Schedule, consumed_samples: int) -> tuple[CorpusUse, ...]:
-        """Everything the run has read so far: in this segment and before."""
+        """Everything the run has read so far: in this phase and before."""
         schedule = self.continued(mixture, schedule)
-        uses = {(use.name, use.bin_sha256, use.group): use for use in self.now.before}
-        counts = zip(schedule.counts(consumed_samples), schedule.counts(self.now.start), strict=True)
+        uses = {(use.name, use.bin_sha256, use.group): use for use in self.current.consumed_before}
+        counts = zip(schedule.counts(consumed_samples), schedule.counts(self.current.start), strict=True)
         for corpus, (now, began) in zip(mixture.corpora, counts, strict=True):
             key = corpus.name, corpus.manifest.files["bin"].sha256, corpus.group or ""
             use = uses.get(key, CorpusUse(*key, 0))
@@ -131,7 +135,7 @@ class DataState:
         schedule = self.continued(mixture, schedule)
         trees = schedule.position(consumed_samples).trees if schedule.megatron is None and not schedule.moved else {}
         return {
-            "segments": [asdict(segment) for segment in self.segments],
+            "segments": [phase.to_json() for phase in self.phases],
             "consumed": [asdict(use) for use in self.consumed(mixture, schedule, consumed_samples)],
             "trees": {
                 name: {"members": mixture.describe_group(tree.group), "samples": tree.samples}
@@ -168,7 +172,7 @@ def almr_of(consumed: Sequence[CorpusUse]) -> float:
 
 def begin(mixture: Mixture, schedule: Schedule, global_batch_size: int) -> DataState:
     """The state of a run that has read nothing yet."""
-    return DataState((Segment(0, global_batch_size, (), mixture.fingerprint(), schedule.describe()),))
+    return DataState((MixturePhase(0, global_batch_size, (), mixture.fingerprint(), schedule.describe()),))
 
 
 def resume(
@@ -187,12 +191,12 @@ def resume(
     InputError: the mixture is another one and that was not accepted, or cannot be; or what was saved is damaged.
     """
     fingerprint, described = mixture.fingerprint(), schedule.describe()
-    segments, changed = compare(saved, consumed_samples, mixture, described, accept_new_mixture, longer)
-    if not changed and segments[-1].global_batch_size == global_batch_size:
-        return DataState(segments)
+    phases, changed = compare(saved, consumed_samples, mixture, described, accept_new_mixture, longer)
+    if not changed and phases[-1].global_batch_size == global_batch_size:
+        return DataState(phases)
     trees = _trees(saved.get("trees", {}), "data.trees")
-    segment = Segment(consumed_samples, global_batch_size, _uses(saved.get("consumed")), fingerprint, described, trees)
-    return DataState((*segments, segment))
+    phase = MixturePhase(consumed_samples, global_batch_size, _uses(saved.get("consumed")), fingerprint, described, trees)
+    return DataState((*phases, phase))
 
 
 def compare(
@@ -202,13 +206,13 @@ def compare(
     described: list[dict[str, Any]],
     accept_new_mixture: bool,
     longer: bool,
-) -> tuple[tuple[Segment, ...], bool]:
-    """The segments in a checkpoint, and whether mixture or schedule (see `Schedule.describe`) have changed since the last.
+) -> tuple[tuple[MixturePhase, ...], bool]:
+    """The phases in a checkpoint, and whether mixture or schedule (see `Schedule.describe`) have changed since the last.
 
     InputError: they have, and that was not accepted, or cannot be; or what was saved is damaged.
     """
-    segments = saved_segments(saved)
-    now, fingerprint = segments[-1], mixture.fingerprint()
+    phases = saved_phases(saved)
+    now, fingerprint = phases[-1], mixture.fingerprint()
     changed = [
         describe_difference(old, new) for old, new in ((now.mixture, fingerprint), (now.schedule, described)) if old != new
     ]
@@ -232,21 +236,21 @@ def compare(
         raise InputError(
             f"{read}: {changed[0]}; data.accept_new_mixture takes it from here on, each corpus going on where it was"
         )
-    return segments, bool(changed)
+    return phases, bool(changed)
 
 
-def saved_segments(saved: Any) -> tuple[Segment, ...]:
-    """The segments in a checkpoint's manifest, every field checked: its numbers go to the native order of the data.
+def saved_phases(saved: Any) -> tuple[MixturePhase, ...]:
+    """The phases in a checkpoint's manifest, every field checked: its numbers go to the native order of the data.
 
     InputError: it is another kind of thing, or a number that no run can have
     """
-    segments = _of_kind(_of_kind(saved, dict, "data").get("segments"), list, "data.segments")
-    if not segments:
+    phases = _of_kind(_of_kind(saved, dict, "data").get("segments"), list, "data.segments")
+    if not phases:
         raise InputError("the checkpoint's manifest.json: data.segments is empty; expected one or more")
-    return tuple(_segment(segment, f"data.segments[{i}]") for i, segment in enumerate(segments))
+    return tuple(_phase(phase, f"data.segments[{i}]") for i, phase in enumerate(phases))
 
 
-def _segment(saved: Any, where: str) -> Segment:
+def _phase(saved: Any, where: str) -> MixturePhase:
     fields = _of_kind(saved, dict, where)
     mixture = _of_kind(fields.get("mixture"), dict, f"{where}.mixture")
     for name, facts in _of_kind(mixture.get("corpora"), dict, f"{where}.mixture.corpora").items():
@@ -256,10 +260,10 @@ def _segment(saved: Any, where: str) -> Segment:
         if name not in mixture:
             raise InputError(f"the checkpoint's manifest.json: {where}.mixture has no field {name!r}")
     schedule = _of_kind(fields.get("schedule"), list, f"{where}.schedule")
-    return Segment(
+    return MixturePhase(
         start=_number(fields.get("start"), 0, f"{where}.start"),
         global_batch_size=_number(fields.get("global_batch_size"), 1, f"{where}.global_batch_size"),
-        before=_uses(fields.get("before"), f"{where}.before"),
+        consumed_before=_uses(fields.get("before"), f"{where}.before"),
         mixture=mixture,
         schedule=[_plan(plan, f"{where}.schedule[{i}]") for i, plan in enumerate(schedule)],
         trees=None if fields.get("trees") is None else _trees(fields["trees"], f"{where}.trees"),

@@ -26,7 +26,7 @@ from megatron_cpt.config.run import TrainingConfig
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.platforms import Platform, current_platform
 from megatron_cpt.platforms.everywhere import quiet
-from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.platforms.process_groups import RankInfo
 
 __all__ = [
     "LayerType",
@@ -34,9 +34,9 @@ __all__ = [
     "TransformerConfig",
     "build_chunks",
     "build_model",
+    "make_transformer_config",
     "mark_tensor_parallel",
     "numerics_of",
-    "transformer_config",
 ]
 
 
@@ -56,12 +56,12 @@ def numerics_of(training: TrainingConfig) -> Numerics:
     return Numerics(training.fp8, training.fp8_recipe, training.deterministic, training.transformer_impl)
 
 
-def transformer_config(
-    llama: LlamaConfig, parallel: ParallelConfig, params_dtype: torch.dtype, arithmetic: Numerics = Numerics()
+def make_transformer_config(
+    llama: LlamaConfig, parallel: ParallelConfig, params_dtype: torch.dtype, numerics: Numerics = Numerics()
 ) -> TransformerConfig:
     """What megatron-core needs to know to build and train this architecture; no dropout anywhere, as in Llama."""
     platform = current_platform()
-    transformer_impl = arithmetic.transformer_impl or platform.transformer_impl(params_dtype)
+    transformer_impl = numerics.transformer_impl or platform.transformer_impl(params_dtype)
     with quiet("megatron.core"):  # 0.19 warns of what it has not replaced in its own defaults
         return TransformerConfig(
             num_layers=llama.num_hidden_layers,
@@ -94,7 +94,7 @@ def transformer_config(
             overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
             batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
             **recompute(parallel),
-            **dataclasses.asdict(arithmetic) | {"transformer_impl": transformer_impl},
+            **dataclasses.asdict(numerics) | {"transformer_impl": transformer_impl},
             # Losses are sums; the gradient is divided once, by the targets that count in the whole global batch.
             calculate_per_token_loss=True,
             use_cpu_initialization=True,
@@ -119,7 +119,7 @@ def recompute(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def build_chunks(
-    llama: LlamaConfig, config: TransformerConfig, seq_length: int, platform: Platform, ranks: Ranks
+    llama: LlamaConfig, config: TransformerConfig, seq_length: int, platform: Platform, ranks: RankInfo
 ) -> list[GPTModel]:
     """The model chunks of this rank: several under the interleaved pipeline schedule, else one."""
     virtual = config.virtual_pipeline_model_parallel_size
@@ -133,7 +133,7 @@ def build_model(
     config: TransformerConfig,
     seq_length: int,
     platform: Platform,
-    ranks: Ranks,
+    ranks: RankInfo,
     vp_stage: int | None = None,
 ) -> GPTModel:
     """One chunk of the part of the model that this rank owns, with uninitialised weights. Needs megatron's process groups.

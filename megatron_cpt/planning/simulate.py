@@ -15,7 +15,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_cpt.config.run import OptimizerConfig
-from megatron_cpt.model.build import build_chunks, transformer_config
+from megatron_cpt.model.build import build_chunks, make_transformer_config
 from megatron_cpt.planning.collectives import CollectiveCounter, Traffic
 from megatron_cpt.planning.layouts import Layout, TrainingJob
 from megatron_cpt.platforms import current_platform
@@ -63,7 +63,7 @@ def simulate(job: TrainingJob, layout: Layout, rank: int) -> Simulation:
     dtype = torch.bfloat16 if job.params_dtype == "bf16" else torch.float32
     with warnings.catch_warnings(), fake_rank(layout.parallel, rank, layout.devices) as ranks:
         warnings.simplefilter("ignore")
-        config = transformer_config(job.llama, layout.parallel, dtype)
+        config = make_transformer_config(job.llama, layout.parallel, dtype)
         models = build_chunks(job.llama, config, job.seq_length, current_platform(), ranks)
         chunks = in_ddp(models, config, layout.parallel)
         optimizer = build_optimizer(chunks, dtype)

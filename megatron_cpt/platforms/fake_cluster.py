@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.platforms import prepare_platform
-from megatron_cpt.platforms.process_groups import Ranks, ranks_here
+from megatron_cpt.platforms.process_groups import RankInfo, ranks_here
 
 
 @contextlib.contextmanager
-def fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[Ranks]:
+def fake_rank(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[RankInfo]:
     """Be rank `rank` of `world_size`, with fake tensors, for the length of the block."""
     prepare_platform()
     from megatron.core import parallel_state, tensor_parallel

@@ -19,8 +19,8 @@ from megatron_cpt.platforms import prepare_platform
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Where this process stands, and with whom it talks."""
+class RankInfo:
+    """Rank and size of this process in each parallel dimension, its device, and what all ranks do together."""
 
     rank: int
     world_size: int
@@ -52,7 +52,7 @@ class Ranks:
         return self.is_first_stage or self.is_last_stage
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Speaks for the run."""
         return self.rank == 0
 
@@ -64,7 +64,7 @@ class Ranks:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.model_parallel_group)
         return bool(value.item())
 
-    def gather(self, thing: Any) -> list[Any]:
+    def all_gather_object(self, thing: Any) -> list[Any]:
         """What each rank passed, in the order of ranks, on every rank; all ranks call this."""
         things: list[Any] = [None] * self.world_size
         dist.all_gather_object(things, thing)
@@ -113,11 +113,11 @@ def gloo_model_parallel_group() -> dist.ProcessGroup | None:
     return mine
 
 
-def ranks_here(device: torch.device, model_parallel_group: dist.ProcessGroup | None) -> Ranks:
+def ranks_here(device: torch.device, model_parallel_group: dist.ProcessGroup | None) -> RankInfo:
     """Where this process stands in megatron-core's groups."""
     from megatron.core import parallel_state
 
-    return Ranks(
+    return RankInfo(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -191,7 +191,7 @@ def is_loopback(host: str) -> bool:
 
 
 @contextlib.contextmanager
-def process_groups(parallel: ParallelConfig, seed: int = 1234, alone: bool = False) -> Iterator[Ranks]:
+def process_groups(parallel: ParallelConfig, seed: int = 1234, alone: bool = False) -> Iterator[RankInfo]:
     """Join the groups that torchrun's environment describes, for the length of the block.
 
     A group of one if there is no such environment, or if `alone` says to ignore it (a conversion inside a job).

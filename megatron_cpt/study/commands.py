@@ -15,8 +15,8 @@ from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.critical import predict_critical_ratios
 from megatron_cpt.study.fit import Fit, equation, fit, fit_for_choice, grouped_notes, write_fit
-from megatron_cpt.study.grid import Base, GridPoint, points, read_base, read_proposed, run_folder, write_proposed
-from megatron_cpt.study.html_report import critical_words, interval, noise_words, write_page
+from megatron_cpt.study.grid import Base, GridPoint, grid_points, read_base, read_proposed, run_folder, write_proposed
+from megatron_cpt.study.html_report import critical_words, interval, noise_words, write_html_report
 from megatron_cpt.study.inputs import check_inputs, record_inputs
 from megatron_cpt.study.local_executor import alone_in, device_shares, environment, run_locally
 from megatron_cpt.study.plan import make_plan, plan_table
@@ -40,7 +40,7 @@ def plan(study: PlanOptions) -> str:
     if study.adaptive:
         from megatron_cpt.study.propose import propose  # imports optuna
 
-        found = [point for point in points(study) if read_outcome(run_folder(study.folder, point))]
+        found = [point for point in grid_points(study) if read_outcome(run_folder(study.folder, point))]
         results = collect(study, base) if found else Results([], [])
         proposed += propose(study, results, study.adaptive)
     table = plan_table(make_plan(study, base, proposed), proposed)
@@ -56,8 +56,8 @@ def run(study: RunOptions) -> str:
     if study.only is not None:
         return run_only(study, base, study.only)
     make_plan(study, base, read_proposed(study.folder))  # refuses what a run would refuse
-    todo = [point for point in points(study) if not is_done(study, point)]
-    say(f"{len(todo)} of {len(points(study))} runs to do")
+    todo = [point for point in grid_points(study) if not is_done(study, point)]
+    say(f"{len(todo)} of {len(grid_points(study))} runs to do")
     os.makedirs(os.path.join(study.folder, "runs"), exist_ok=True)
     if todo and study.executor == "slurm":
         return submit(study, todo)
@@ -66,9 +66,9 @@ def run(study: RunOptions) -> str:
             measure_start(study, base)
         run_locally(study, base, todo, say)
     finally:
-        if any(read_outcome(run_folder(study.folder, point)) for point in points(study)):
+        if any(read_outcome(run_folder(study.folder, point)) for point in grid_points(study)):
             write_results(study, collect(study, base))
-    unmeasured = [point.name for point in points(study) if lacks_scores(study, point)]
+    unmeasured = [point.name for point in grid_points(study) if lacks_scores(study, point)]
     if unmeasured:
         say(
             f"{counted(len(unmeasured), 'run')} finished without scores, and the checkpoints are gone; the first is "
@@ -84,7 +84,7 @@ def run_only(study: StudyConfig, base: Base, name: str) -> str:
     if name == START:
         measure_start(study, base)
         return scores_path(study.folder, START, 0)
-    found = points(study)
+    found = grid_points(study)
     chosen = [point for point in found if point.name == name]
     if not chosen:
         raise InputError(f"only is {name}, which is no run of this study; the first is {found[0].name}")
@@ -198,7 +198,7 @@ def plot(study: PlotOptions) -> str:
     )
     write_fit(study.folder, found)
     title = f"ALMR x LR study: {os.path.basename(os.path.abspath(study.folder))}"
-    return write_page(study.folder, title, results, found, choice, images)
+    return write_html_report(study.folder, title, results, found, choice, images)
 
 
 def plot_trajectories(study: PlotOptions, error: InputError) -> str:

@@ -39,7 +39,7 @@ class GridPoint:
         return f"almr{self.almr:g}_lr{self.lr:g}_seed{self.seed}"
 
 
-def points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = None) -> list[GridPoint]:
+def grid_points(study: StudyConfig, proposed: Sequence[tuple[float, float]] | None = None) -> list[GridPoint]:
     """All runs: the grid, or the pairs of it to begin with, and what was proposed beside it, seed by seed, so that one seed
     is whole before the next begins.
 

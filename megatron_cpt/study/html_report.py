@@ -37,7 +37,7 @@ CAPTIONS = {
 }
 
 
-def write_page(
+def write_html_report(
     folder: str, title: str, results: Results, fit: Fit, choice: dict[str, Any] | None, images: Sequence[str]
 ) -> str:
     """Write report.html; returns its path."""

@@ -19,8 +19,8 @@ from megatron_cpt.study.grid import (
     Base,
     GridPoint,
     check_same_study,
+    grid_points,
     parse,
-    points,
     run_fields,
     run_folder,
     write_configuration,
@@ -77,7 +77,7 @@ def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, fl
     """
     from megatron_cpt.training.validate_config import check_run  # imports megatron-core
 
-    outcomes = {point: read_outcome(run_folder(study.folder, point)) for point in points(study, proposed)}
+    outcomes = {point: read_outcome(run_folder(study.folder, point)) for point in grid_points(study, proposed)}
     checked: dict[float, GridPoint] = {}
     for point in outcomes:
         check_same_study(study, base, point)

@@ -11,7 +11,7 @@ from optuna.samplers import GPSampler, QMCSampler
 from optuna.trial import create_trial
 
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import GridPoint, points
+from megatron_cpt.study.grid import GridPoint, grid_points
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import fit_surface
 from megatron_cpt.utils.errors import InputError
@@ -53,7 +53,7 @@ def propose(study: StudyConfig, results: Results, number: int, seed: int = 0) ->
         values = [row[quantity] for row in rows if (row["almr"], row["lr"]) == (almr, lr)]
         search.add_trial(create_trial(params={"almr": almr, "lr": lr}, distributions=space, value=float(np.mean(values))))
     found: list[tuple[float, float]] = []
-    known = {(point.almr, point.lr) for point in points(study)}
+    known = {(point.almr, point.lr) for point in grid_points(study)}
 
     usual = float(np.mean([row[quantity] for row in rows])) if rows else 0.0
 

@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import Base, GridPoint, check_same_study, points, run_folder
+from megatron_cpt.study.grid import Base, GridPoint, check_same_study, grid_points, run_folder
 from megatron_cpt.study.inputs import check_inputs
 from megatron_cpt.study.records import LEDGER, general_languages, planned_tokens, read_ledger, read_run_metrics
 from megatron_cpt.study.run_status import OUTCOME, RunOutcome, read_outcome
@@ -60,7 +60,7 @@ def collect(study: StudyConfig, base: Base) -> Results:
     """
     rows: list[dict[str, Any]] = []
     names: set[str] = set()
-    ledgers = {point: ledger for point in points(study) if (ledger := ledger_of(study, base, point)) is not None}
+    ledgers = {point: ledger for point in grid_points(study) if (ledger := ledger_of(study, base, point)) is not None}
     check_inputs(study, base)
     general = set().union(*map(general_languages, ledgers.values()))
     for point, ledger in ledgers.items():
@@ -83,7 +83,7 @@ def collect(study: StudyConfig, base: Base) -> Results:
         row |= {name: found.get(name) for name in scores}
         whole = bool(wanted) and all(name in found for name in wanted)
         row[MEAN_METRIC] = sum(found[name] for name in wanted) / len(wanted) if whole else None
-    return Results(rows, scores, sorted({(point.almr, point.lr) for point in points(study)}))
+    return Results(rows, scores, sorted({(point.almr, point.lr) for point in grid_points(study)}))
 
 
 def ledger_of(study: StudyConfig, base: Base, point: GridPoint) -> dict[str, Any] | None:
@@ -188,7 +188,7 @@ def write_results(study: StudyConfig, results: Results) -> str | None:
 
     None: not by those of a part of the study, as `fit --almr '[0.25,0.5]'` looks at.
     """
-    known = {point.name for point in points(study)}
+    known = {point.name for point in grid_points(study)}
     begun = {name for name in os.listdir(os.path.join(study.folder, "runs")) if not name.startswith(".")}  # locks
     if begun - known:
         return None

@@ -30,7 +30,7 @@ class OnDevice:
         self._device, self._library, self._orders = device, library, dict[int, Any]()
 
     def __call__(self, order: SampleOrder, first: int, count: int) -> SampleLocations:
-        """Places of samples, see `Locate`."""
+        """Places of samples, see `Lookup`."""
         import torch
 
         if id(order) not in self._orders:

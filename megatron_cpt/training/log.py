@@ -49,10 +49,10 @@ class RunLog:
         self.folder = folder
         self.config = config
         self.rank = rank
-        self.first = rank == 0
-        self.console = wide_console(markup=False, highlight=False, soft_wrap=True, quiet=not self.first)
+        self.is_rank_zero = rank == 0
+        self.console = wide_console(markup=False, highlight=False, soft_wrap=True, quiet=not self.is_rank_zero)
         self.error_stream: TextIO = sys.stderr
-        self.live = self.first and self.console.is_terminal and not self.console.is_dumb_terminal
+        self.live = self.is_rank_zero and self.console.is_terminal and not self.console.is_dumb_terminal
         self.progress = RunProgress(self.console, self.live)
         self.file = MetricsFile(folder)
         self.time_left = TimeLeft()
@@ -63,7 +63,7 @@ class RunLog:
         self._said_status = 0.0
 
     def __enter__(self) -> RunLog:
-        if not self.first:
+        if not self.is_rank_zero:
             path = rank_file(self.folder, self.rank)
             file, self.error_stream = self.stack.enter_context(output_to_file(path, self.rank))
             self.console = wide_console(file, markup=False, highlight=False, soft_wrap=True)
@@ -97,7 +97,7 @@ class RunLog:
         `resumed`: whether it goes on from a checkpoint of a run, by default if there were any steps.
         """
         self.new = new_languages(ledger)
-        if not self.first:
+        if not self.is_rank_zero:
             return
         os.makedirs(self.folder, exist_ok=True)
         starts = self._starts(iteration)
@@ -125,7 +125,7 @@ class RunLog:
 
     def step(self, row: dict[str, Any], train_iters: int) -> None:
         """Record and show one training step."""
-        if not self.first:
+        if not self.is_rank_zero:
             return
         self.metrics(row)
         self._position = (row["iteration"], train_iters)
@@ -150,7 +150,7 @@ class RunLog:
         baselines: Sequence[Baseline],
     ) -> None:
         """Record and show an evaluation, compared with the baselines of these measurements (see `figures`)."""
-        if not self.first:
+        if not self.is_rank_zero:
             return
         sets = figures(results, measured, baselines)
         self.metrics({"iteration": iteration, "validation": sets})
@@ -161,7 +161,7 @@ class RunLog:
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
-        if not self.first:
+        if not self.is_rank_zero:
             return
         waited = bool(self.file.waiting)
         try:
@@ -216,7 +216,7 @@ class RunLog:
 
     def finish(self) -> None:
         """Write what waits of the metrics, and the report of the run so far if it is wanted."""
-        if not self.first or not os.path.exists(self._path("run.json")):
+        if not self.is_rank_zero or not os.path.exists(self._path("run.json")):
             return
         try:
             self.file.flush()
@@ -231,7 +231,7 @@ class RunLog:
         return os.path.join(self.folder, name)
 
     def _replace(self, name: str, content: dict[str, Any]) -> None:
-        if not self.first:
+        if not self.is_rank_zero:
             return
         try:
             write_json(self._path(name), content)

@@ -14,7 +14,7 @@ from megatron.core.utils import check_param_hashes_across_dp_replicas
 
 from megatron_cpt.checkpoint.save_load import Progress
 from megatron_cpt.config.run import LossSpikesConfig
-from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.platforms.process_groups import RankInfo
 from megatron_cpt.utils.errors import RunError
 
 
@@ -47,7 +47,7 @@ class SpikeHistory:
         kept = (*self.losses, loss)[-config.spike_window :] if config.spike_sigmas is not None else ()
         return SpikeHistory(kept)
 
-    def rejected(self, progress: Progress) -> SpikeHistory:
+    def with_skipped_step(self, progress: Progress) -> SpikeHistory:
         """After a step that did not; `progress` as before it."""
         return dataclasses.replace(self, skipped=self.skipped + 1, before=self.before or progress)
 
@@ -67,7 +67,7 @@ def is_spike(history: SpikeHistory, config: LossSpikesConfig, loss: float, grad_
     return None
 
 
-def check_replicas(chunks: Sequence[DistributedDataParallel], iteration: int, ranks: Ranks) -> None:
+def check_replicas(chunks: Sequence[DistributedDataParallel], iteration: int, ranks: RankInfo) -> None:
     """Compare the weights of all data-parallel replicas, by hash; all ranks hear of a difference anywhere.
 
     Raises:

@@ -19,32 +19,36 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import OptimizerConfig, RunConfig
-from megatron_cpt.model.build import build_chunks, numerics_of, transformer_config
+from megatron_cpt.model.build import build_chunks, make_transformer_config, numerics_of
 from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.platforms import current_platform
-from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.platforms.process_groups import RankInfo
 
 
 def build(
-    config: RunConfig, llama: LlamaConfig, seq_length: int, ranks: Ranks
+    config: RunConfig, llama: LlamaConfig, seq_length: int, ranks: RankInfo
 ) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     """Model chunks (one, unless the pipeline is interleaved) with uninitialised weights, and their optimizer."""
     params_dtype, parallel = dtype_of(config.training.params_dtype), config.parallel
-    engine = transformer_config(llama, parallel, params_dtype, numerics_of(config.training))
+    transformer_config = make_transformer_config(llama, parallel, params_dtype, numerics_of(config.training))
     current_platform().before_layers(parallel, config.training, seq_length, llama.hidden_size)
-    chunks = in_ddp(build_chunks(llama, engine, seq_length, current_platform(), ranks), engine, parallel)
+    chunks = in_ddp(
+        build_chunks(llama, transformer_config, seq_length, current_platform(), ranks), transformer_config, parallel
+    )
     optimizer = get_megatron_optimizer(
         optimizer_config(config.optimizer, params_dtype, parallel.overlap_param_gather), chunks
     )
-    engine.finalize_model_grads_func = finalize_model_grads
-    engine.grad_scale_func = optimizer.scale_loss
+    transformer_config.finalize_model_grads_func = finalize_model_grads
+    transformer_config.grad_scale_func = optimizer.scale_loss
     if parallel.overlap_grad_reduce:
-        engine.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
+        transformer_config.no_sync_func = chunks[0].no_sync if len(chunks) == 1 else [chunk.no_sync for chunk in chunks]
     return chunks, optimizer
 
 
-def in_ddp(models: Sequence[GPTModel], engine: TransformerConfig, parallel: ParallelConfig) -> list[DistributedDataParallel]:
+def in_ddp(
+    models: Sequence[GPTModel], transformer_config: TransformerConfig, parallel: ParallelConfig
+) -> list[DistributedDataParallel]:
     """megatron-core's wrapper with its gradient buffers, for the distributed optimizer, around each model chunk."""
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
@@ -54,7 +58,8 @@ def in_ddp(models: Sequence[GPTModel], engine: TransformerConfig, parallel: Para
     )
     # Chunks after the first have no buckets of their own: their reductions overlap with the other chunks' passes.
     return [
-        DistributedDataParallel(engine, settings, model, disable_bucketing=place > 0) for place, model in enumerate(models)
+        DistributedDataParallel(transformer_config, settings, model, disable_bucketing=place > 0)
+        for place, model in enumerate(models)
     ]
 
 

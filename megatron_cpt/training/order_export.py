@@ -18,7 +18,7 @@ from megatron_cpt.config.run import RunConfig
 from megatron_cpt.corpus.config import available_cores
 from megatron_cpt.mixture.document_reads import (
     CorpusDocuments,
-    Locate,
+    Lookup,
     Reads,
     Stretch,
     documents_of,
@@ -31,7 +31,7 @@ from megatron_cpt.mixture.ledger import check_limits
 from megatron_cpt.mixture.mixture import Mixture
 from megatron_cpt.mixture.order.order import SampleOrder
 from megatron_cpt.mixture.reads_file import FORMATS, is_of, manifest_of, write_reads
-from megatron_cpt.mixture.state import MOST_SAMPLES, DataState, begin, saved_segments
+from megatron_cpt.mixture.state import MOST_SAMPLES, DataState, begin, saved_phases
 from megatron_cpt.training.device_order import OnDevice, check_library
 from megatron_cpt.training.run_files import length_of, schedule_of
 from megatron_cpt.utils.compare import describe_difference
@@ -143,8 +143,8 @@ def export_order(config: ExportOrderConfig) -> str | None:
             wanted = dict.fromkeys(place for name in config.documents for place in places_of(name, documents))
             pieces = reads_of_documents(ordered.stretches, documents, list(wanted), first, last)
         else:
-            locate: Locate = OnDevice() if config.device == "cuda" else on_cpu
-            pieces = read_steps(ordered.stretches, documents, first, last, locate, config.num_workers)
+            lookup: Lookup = OnDevice() if config.device == "cuda" else on_cpu
+            pieces = read_steps(ordered.stretches, documents, first, last, lookup, config.num_workers)
         if config.output is None:
             if not print_reads(pieces, names, files):
                 print(f"not read in steps {first:,} to {last:,}", file=sys.stderr)
@@ -236,19 +236,19 @@ def read_run(path: str, mixture_path: str | None, threads: int) -> OrderedRun:
     mixture = load_mixture(mixture_path or config.mixture)
     samples = length_of(config, mixture.seq_length, manifest).run_samples
     schedule = schedule_of(mixture, config.data.order, samples, threads)
-    state = DataState(saved_segments(manifest["data"]))
-    for old, new in ((state.now.mixture, mixture.fingerprint()), (state.now.schedule, schedule.describe())):
+    state = DataState(saved_phases(manifest["data"]))
+    for old, new in ((state.current.mixture, mixture.fingerprint()), (state.current.schedule, schedule.describe())):
         if old != new:
             raise InputError(f"{mixture.path}: not the mixture that {folder} has read: {describe_difference(old, new)}")
     check_steps(folder, state, manifest["iteration"], manifest["consumed_samples"])
     stretches, step = list[Stretch](), 1
-    for i, segment in enumerate(state.segments):
-        end = state.segments[i + 1].start if i + 1 < len(state.segments) else samples
-        part = DataState(state.segments[: i + 1])
-        if segment.start >= state.phase.start:
+    for i, phase in enumerate(state.phases):
+        end = state.phases[i + 1].start if i + 1 < len(state.phases) else samples
+        part = DataState(state.phases[: i + 1])
+        if phase.start >= state.mixture_start.start:
             order = part.order(mixture, schedule)
-            stretches.append(Stretch(step, segment.start, end, segment.global_batch_size, order))
-        step += -(-(end - segment.start) // segment.global_batch_size)
+            stretches.append(Stretch(step, phase.start, end, phase.global_batch_size, order))
+        step += -(-(end - phase.start) // phase.global_batch_size)
     return OrderedRun(mixture, stretches)
 
 
@@ -262,9 +262,9 @@ def check_mixture_file(run: str, mixture: str) -> None:
 
 
 def check_steps(folder: str, state: DataState, iteration: int, consumed_samples: int) -> None:
-    """Raise InputError where the segments do not tell of all global batch sizes: those of before, in Megatron-LM's order."""
-    ends = [*(segment.start for segment in state.segments[1:]), consumed_samples]
-    steps = sum(-(-(end - one.start) // one.global_batch_size) for one, end in zip(state.segments, ends, strict=True))
+    """Raise InputError where the phases do not tell of all global batch sizes: those of before, in Megatron-LM's order."""
+    ends = [*(phase.start for phase in state.phases[1:]), consumed_samples]
+    steps = sum(-(-(end - one.start) // one.global_batch_size) for one, end in zip(state.phases, ends, strict=True))
     if steps != iteration:
         raise InputError(
             f"{os.path.join(folder, 'manifest.json')}: data.segments are {steps:,} steps up to sample {consumed_samples:,}; "

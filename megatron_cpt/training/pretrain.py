@@ -119,7 +119,7 @@ def main(context: RunContext) -> None:
         log.say(extension_note(run))
     rates = learning_rate_table(run.schedule, run.length, run.config.training.global_batch_size)
     log.start(
-        run_description(context) | run_facts(ranks.gather),
+        run_description(context) | run_facts(ranks.all_gather_object),
         run_ledger(run, state.progress),
         run.data.ledger(run.mixture),
         run.length.iteration,
@@ -217,7 +217,7 @@ def fit(context: RunContext, state: TrainState) -> None:
                 reruns,
                 lambda loss, grad_norm: is_spike(state.history, config.loss_spikes, loss, grad_norm),
             )
-            take(context, state, result, after)
+            record_step(context, state, result, after)
             seconds = time.perf_counter() - start
             log.step(metrics_of_step(context, state, result, lr, seconds, batches.seconds - waited), run.length.train_iters)
             files.poll()
@@ -239,12 +239,12 @@ def files_to_check(context: RunContext) -> list[ExpectedFile]:
     return expected_files(mixture.corpora + mixture.validation) if context.config.data.check_files and is_first else []
 
 
-def take(context: RunContext, state: TrainState, result: StepResult, after: Progress) -> None:
-    """Note the outcome of a step."""
-    if result.rejected is None:
+def record_step(context: RunContext, state: TrainState, result: StepResult, after: Progress) -> None:
+    """Record the outcome of a step: its loss, or that it was skipped."""
+    if result.skip_reason is None:
         state.history = state.history.accepted(result.loss, context.config.loss_spikes)
     else:
-        state.history = state.history.rejected(state.progress)
+        state.history = state.history.with_skipped_step(state.progress)
     state.progress = after
 
 
@@ -262,7 +262,7 @@ def give_up_if_too_many(context: RunContext, state: TrainState, result: StepResu
     save(context, state, last=True)
     raise RunError(
         f"{skipped} steps in a row did not change the weights (loss_spikes.max_skipped_steps {most}); at step {iteration} "
-        f"{result.rejected}. The checkpoint of step {before.iteration} is from before"
+        f"{result.skip_reason}. The checkpoint of step {before.iteration} is from before"
     )
 
 
@@ -307,7 +307,7 @@ def stop(context: RunContext, state: TrainState, reason: str) -> None:
     run, iteration = context.run, state.progress.iteration
     context.log.say(f"stopping at step {iteration}/{run.length.train_iters}: {reason}")
     context.saver.finish()
-    if iteration > run.length.iteration and context.saver.published != iteration:
+    if iteration > run.length.iteration and context.saver.committed != iteration:
         save(context, state, last=True)
     context.log.status("stopped", iteration, run.length.train_iters, reason)
 
@@ -315,7 +315,7 @@ def stop(context: RunContext, state: TrainState, reason: str) -> None:
 def save(context: RunContext, state: TrainState, last: bool = False) -> None:
     """Write a checkpoint, in the background if the configuration says so and it is not the last."""
     run, config = context.run, context.config
-    if context.saver.published == state.progress.iteration:
+    if context.saver.committed == state.progress.iteration:
         return
     with gathered_parameters(state.chunks):
         optimizer = state.optimizer if config.checkpoint.save_optim else None

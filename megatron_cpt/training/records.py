@@ -14,7 +14,7 @@ from megatron_cpt.checkpoint.save_load import Progress
 from megatron_cpt.mixture.state import CorpusUse, almr_of
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.platforms import current_platform
-from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.platforms.process_groups import RankInfo
 from megatron_cpt.training.baseline import to_json
 from megatron_cpt.training.state import RunContext, TrainState
 from megatron_cpt.training.step import StepResult
@@ -35,7 +35,7 @@ def metrics_of_step(
         **dataclasses.asdict(state.progress),
         "loss": result.loss,
         "grad_norm": result.grad_norm,
-        "skipped": result.rejected,
+        "skipped": result.skip_reason,
         "lr": lr,
         "seconds": seconds,
         "data_seconds": data_seconds,
@@ -66,7 +66,7 @@ def run_ledger(run: CheckedRun, progress: Progress) -> dict[str, Any]:
             "almr_realised": almr_of(consumed),
             "corpora": [dataclasses.asdict(use) for use in consumed],
         },
-        "segments": [dataclasses.asdict(segment) for segment in data.state.segments],
+        "segments": [phase.to_json() for phase in data.state.phases],
     }
 
 
@@ -109,13 +109,13 @@ def run_description(context: RunContext) -> dict[str, Any]:
     }
 
 
-def layout(ranks: Ranks) -> str:
+def layout(ranks: RankInfo) -> str:
     """The layout in Megatron's shorthand."""
     context = f" x CP{ranks.context_size}" if ranks.context_size > 1 else ""
     return f"TP{ranks.tensor_size} x PP{ranks.pipeline_size}{context} x DP{ranks.data_size} on {ranks.device.type}"
 
 
-def peak_memory(ranks: Ranks) -> int:
+def peak_memory(ranks: RankInfo) -> int:
     """Peak memory of all processes together, in bytes (each counts the libraries it shares with the others)."""
     total = torch.tensor([current_platform().peak_memory_bytes()], dtype=torch.int64, device=ranks.device)
     torch.distributed.all_reduce(total)

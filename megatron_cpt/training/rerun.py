@@ -17,7 +17,7 @@ from megatron_cpt.mixture.loader import Batch
 
 
 class Reruns:
-    """Runs a step's forward and backward pass once, and again where its result is rejected.
+    """Runs a step's forward and backward pass once, and again where its result is not finite.
 
     `batches` remembers a step's micro-batches for that: pass it to `train_step`.
     """

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from megatron_cpt.checkpoint.checksums import TensorCheck
 from megatron_cpt.checkpoint.folders import set_aside_damaged
 from megatron_cpt.checkpoint.layout import read_manifest
-from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.platforms.process_groups import RankInfo
 from megatron_cpt.training.run_files import is_own
 from megatron_cpt.training.state import RunContext
 from megatron_cpt.training.stopping import StopRequestedError
@@ -18,7 +18,7 @@ from megatron_cpt.utils.errors import InputError, RunError, SharedInputError
 
 
 @contextlib.contextmanager
-def checking_tensors(run: CheckedRun, ranks: Ranks) -> Iterator[TensorCheck]:
+def checking_tensors(run: CheckedRun, ranks: RankInfo) -> Iterator[TensorCheck]:
     """The files with tensors are read and compared with their checksums, while the block does something else."""
     path = os.path.join(run.start_from, "manifest.json")
     manifest = read_manifest(path) if os.path.exists(path) else {}
@@ -69,7 +69,7 @@ def damage_found(context: RunContext, check: TensorCheck) -> str | None:
     """
     check.wait(context.watch.requests.stopping)
     stop_if_asked(context)
-    found: list[tuple[str, str | None]] = context.ranks.gather((os.path.realpath(check.folder), check.damage()))
+    found: list[tuple[str, str | None]] = context.ranks.all_gather_object((os.path.realpath(check.folder), check.damage()))
     folders = sorted({folder for folder, _ in found})
     if len(folders) > 1:
         raise RunError(f"processes see different checkpoints as the one to start from: {', '.join(folders)}")

@@ -41,8 +41,8 @@ class RunData:
 
     def ledger(self, mixture: Mixture) -> Ledger:
         """What is left to read, by this mixture: from where it (or this global batch size) began to the end of the run."""
-        now = self.state.now
-        return make_ledger(mixture, self.schedule, self.run_samples, now.start)
+        current = self.state.current
+        return make_ledger(mixture, self.schedule, self.run_samples, current.start)
 
 
 def check_files(config: RunConfig) -> None:

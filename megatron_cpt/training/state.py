@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_cpt.checkpoint.save_load import Progress
 from megatron_cpt.checkpoint.saver import Saver
 from megatron_cpt.config.run import RunConfig
-from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.platforms.process_groups import RankInfo
 from megatron_cpt.training.baseline import Baseline
 from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.loss_spikes import SpikeHistory
@@ -30,7 +30,7 @@ class RunContext:
     """
 
     run: CheckedRun
-    ranks: Ranks
+    ranks: RankInfo
     log: RunLog
     watch: StopController
     saver: Saver

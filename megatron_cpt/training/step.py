@@ -23,7 +23,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from megatron_cpt.config.run import OptimizerConfig
 from megatron_cpt.mixture.loader import Batch
-from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.platforms.process_groups import RankInfo
 from megatron_cpt.training.rerun import Reruns
 from megatron_cpt.training.stopping import StopRequestedError, StopRequests
 
@@ -54,13 +54,13 @@ class StepResult:
     Attributes:
         loss: mean over the global batch's targets that count
         grad_norm: before clipping; NaN when the loss already was not finite
-        rejected: why the weights were not changed, None if they were
+        skip_reason: why the weights were not changed, None if they were
         stop, save: whether any rank was asked to stop after this step, or to save after it and go on
     """
 
     loss: float
     grad_norm: float
-    rejected: str | None
+    skip_reason: str | None
     stop: bool = False
     save: bool = False
 
@@ -93,7 +93,7 @@ class Microbatches:
     """
 
     shape: StepShape
-    ranks: Ranks
+    ranks: RankInfo
     loss_function: LossFunction
     stopping: Callable[[], bool]
     forward_only: bool
@@ -184,7 +184,7 @@ def run_schedule(
     chunks: Sequence[DistributedDataParallel],
     batches: Batches,
     shape: StepShape,
-    ranks: Ranks,
+    ranks: RankInfo,
     loss_function: LossFunction,
     forward_only: bool = False,
     stopping: Callable[[], bool] = never,
@@ -237,7 +237,7 @@ def train_step(
     shape: StepShape,
     lr: float,
     settings: OptimizerConfig,
-    ranks: Ranks,
+    ranks: RankInfo,
     requests: StopRequests | None = None,
     reruns: Reruns | None = None,
     is_spike: Callable[[float, float], str | None] = lambda loss, grad_norm: None,
@@ -271,10 +271,10 @@ def train_step(
         return StepResult(loss, math.nan, reason, stop, save)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    rejected = is_spike(loss, grad_norm) if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
-    if rejected is None:
+    skip_reason = is_spike(loss, grad_norm) if math.isfinite(grad_norm) else f"the gradient norm is {grad_norm}"
+    if skip_reason is None:
         apply_gradients(optimizer, grad_norm, settings.clip_grad)
-    return StepResult(loss, grad_norm, rejected, stop, save)
+    return StepResult(loss, grad_norm, skip_reason, stop, save)
 
 
 def apply_gradients(optimizer: MegatronOptimizer, grad_norm: float, clip_grad: float) -> None:

@@ -15,7 +15,7 @@ from megatron_cpt.config.run import RunConfig
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.mixture.ledger import unreached
 from megatron_cpt.mixture.mixture import Mixture
-from megatron_cpt.model.build import LayerType, TransformerConfig, numerics_of, transformer_config
+from megatron_cpt.model.build import LayerType, TransformerConfig, make_transformer_config, numerics_of
 from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.layout import check_batch, check_layout, check_recomputed_chunk
 from megatron_cpt.model.llama import LlamaConfig
@@ -181,22 +181,22 @@ def check_engine(config: RunConfig, llama: LlamaConfig) -> None:
         InputError: with megatron-core's words, where it is megatron-core that refuses
     """
     try:
-        engine = transformer_config(
+        transformer_config = make_transformer_config(
             llama, config.parallel, dtype_of(config.training.params_dtype), numerics_of(config.training)
         )
     except (AssertionError, ValueError) as error:
         raise InputError(f"megatron-core refuses this configuration: {error}") from error
     if config.parallel.pipeline_model_parallel_layout is not None:
-        check_pipeline_layout(config.parallel, engine)
+        check_pipeline_layout(config.parallel, transformer_config)
 
 
-def check_pipeline_layout(parallel: ParallelConfig, engine: TransformerConfig) -> None:
+def check_pipeline_layout(parallel: ParallelConfig, transformer_config: TransformerConfig) -> None:
     """What only megatron-core's reading of pipeline_model_parallel_layout tells.
 
     Raises:
         InputError: it has more or fewer parts than the settings, or recomputation does not come out even in one
     """
-    stages = engine.pipeline_model_parallel_layout.layout  # of each stage, of each model chunk, the layers
+    stages = transformer_config.pipeline_model_parallel_layout.layout  # of each stage, of each model chunk, the layers
     chunks = len(stages[0])
     if chunks != (parallel.virtual_pipeline_model_parallel_size or 1):
         raise InputError(

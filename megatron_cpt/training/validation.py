@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_cpt.config.run import DataConfig
 from megatron_cpt.mixture.loader import BatchShape, validation_microbatches, validation_samples
 from megatron_cpt.mixture.mixture import Corpus
-from megatron_cpt.platforms.process_groups import Ranks
+from megatron_cpt.platforms.process_groups import RankInfo
 from megatron_cpt.training.step import StepShape, never, run_schedule
 from megatron_cpt.training.stopping import StopRequestedError
 from megatron_cpt.training.validation_result import ValidationResult
@@ -29,7 +29,7 @@ def validate(
     token_bytes: torch.Tensor,
     shape: StepShape,
     eval_samples: int | None,
-    ranks: Ranks,
+    ranks: RankInfo,
     data: DataConfig,
     on_samples: Callable[[int], None] = lambda samples: None,
     stopping: Callable[[], bool] = never,

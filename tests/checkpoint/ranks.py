@@ -30,7 +30,7 @@ from megatron_cpt.checkpoint.save_operation import Request, SaveOperation
 from megatron_cpt.checkpoint.staging import live_tensors
 from megatron_cpt.checkpoint.state import Progress
 from megatron_cpt.config.parallel import ParallelConfig
-from megatron_cpt.model.build import mark_tensor_parallel, transformer_config
+from megatron_cpt.model.build import make_transformer_config, mark_tensor_parallel
 from megatron_cpt.model.llama import read_llama_config
 from megatron_cpt.platforms import prepare_platform
 
@@ -126,7 +126,7 @@ def build(hf: str, layout: Layout, step: bool = True) -> Trained:
     platform = prepare_platform()
     llama = read_llama_config(hf)
     parallel = ParallelConfig(tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline)
-    config = transformer_config(llama, parallel, torch.float32)
+    config = make_transformer_config(llama, parallel, torch.float32)
     config.virtual_pipeline_model_parallel_size = layout.chunks
     chunks = []
     for stage in range(layout.chunks or 1):

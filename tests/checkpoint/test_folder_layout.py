@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.checkpoint.folders import atomic_folder, hide, remove_unfinished, set_aside_damaged, to_delete
+from megatron_cpt.checkpoint.folders import atomic_folder, make_tombstone, remove_unfinished, set_aside_damaged, to_delete
 from megatron_cpt.checkpoint.layout import (
     TRACKER,
     check_complete,
@@ -93,7 +93,7 @@ def test_unfinished_folders_do_not_count_and_are_removed(tmp_path: Path) -> None
     root = str(tmp_path)
     make(tmp_path, 10)
     make(tmp_path, 20).rename(tmp_path / ".iter_0000020.tmp")
-    hide(str(make(tmp_path, 5)))
+    make_tombstone(str(make(tmp_path, 5)))
     assert newest_complete(root) == (f"{root}/iter_0000010", [])
     remove_unfinished(root)
     assert [path.name for path in tmp_path.iterdir()] == ["iter_0000010"]

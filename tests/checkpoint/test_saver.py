@@ -1,4 +1,4 @@
-"""Saves in the background and failing saves: what is published is whole, what was published stays."""
+"""Saves in the background and failing saves: what is committed is whole, what was committed stays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_saver(root: str, said: list[str], **settings: Any) -> Saver:
 
 
 def wait(saver: Saver) -> None:
-    while saver._attempt is not None:
+    while saver._operation is not None:
         saver.poll()
         time.sleep(0.005)
 
@@ -52,12 +52,12 @@ def save_and_change_at_once(rank: int, hf: str, layout: Layout, root: str) -> No
     for iteration in range(1, 4):
         trained.save(f"{root}/sync", iteration)
         saver.save(trained.chunks, trained.optimizer, read_hf_files(hf), {}, Progress(iteration))
-        assert saver._attempt is not None
+        assert saver._operation is not None
         fill(trained, 0.5)
         fake_step(trained, seed=iteration, weights=True)
-        assert saver.published == (iteration - 1 or None)
+        assert saver.committed == (iteration - 1 or None)
         wait(saver)
-        assert saver.published == iteration
+        assert saver.committed == iteration
 
 
 @pytest.mark.parametrize("layout", [PP2, DP2], ids=str)
@@ -85,10 +85,10 @@ def save_many(rank: int, hf: str, layout: Layout, root: str, async_save: bool) -
     for iteration in range(1, 8):
         saver.save(trained.chunks, trained.optimizer, read_hf_files(hf), {}, Progress(iteration))  # waits for the one before
         if not async_save:
-            assert saver.published == iteration
+            assert saver.committed == iteration
         assert not saver.retry_due()
     saver.finish()
-    assert saver.published == 7
+    assert saver.committed == 7
     assert 0 < saver.seconds_blocked < 60
     return said
 
@@ -141,7 +141,7 @@ def fail_and_recover(rank: int, hf: str, layout: Layout, root: str, where: str, 
     repair = break_disk(where, rank)
     save(2)
     wait(saver)
-    assert saver.published == 1
+    assert saver.committed == 1
     if rank == 0:
         assert not [name for name in os.listdir(root) if ".tmp" in name]  # the space is free again
     assert not saver.retry_due()
@@ -154,7 +154,7 @@ def fail_and_recover(rank: int, hf: str, layout: Layout, root: str, where: str, 
     assert saver.retry_due()
     save(4)
     saver.finish()
-    assert saver.published == 4
+    assert saver.committed == 4
     assert not saver.retry_due()
     return said
 
@@ -212,17 +212,17 @@ def fill_a_small_disk(rank: int, hf: str, root: str) -> list[str] | str:
     for iteration in range(1, 5):
         saver.save(trained.chunks, trained.optimizer, read_hf_files(hf), {}, Progress(iteration))
         saver.finish()
-    assert saver.published in (1, 2)
-    newest = f"{root}/iter_{saver.published:07d}"
+    assert saver.committed in (1, 2)
+    newest = f"{root}/iter_{saver.committed:07d}"
     assert newest_complete(root) == (newest, [])
-    assert len(os.listdir(root)) == saver.published + 1  # and the tracker
+    assert len(os.listdir(root)) == saver.committed + 1  # and the tracker
     with pytest.raises(CheckpointError, match="No space left on device"):
         saver.retry_due()
     shutil.rmtree(f"{root}/iter_0000001")
-    if saver.published == 1:
+    if saver.committed == 1:
         shutil.rmtree(newest, ignore_errors=True)
     saver.save(trained.chunks, trained.optimizer, read_hf_files(hf), {}, Progress(9), last=True)
-    assert saver.published == 9
+    assert saver.committed == 9
     return said
 
 
@@ -295,10 +295,10 @@ def test_kill_9_at_any_moment_loses_no_published_checkpoint(async_save: bool, ti
         for rank in moments.sample(range(2), 2):
             os.kill(int(Path(f"{log}.pid{rank}").read_text()), 9)
         ranks.join()
-        published = [int(line.split("/iter_")[1][:7]) for line in log.read_text().splitlines()]
+        committed = [int(line.split("/iter_")[1][:7]) for line in log.read_text().splitlines()]
         folder, passed_over = newest_complete(str(root))
         assert not passed_over
         iteration = int(folder[-7:])
-        assert iteration >= published[-1]
+        assert iteration >= committed[-1]
         for name, tensor in tensors_of(folder).items():
             assert (tensor == iteration).all(), name

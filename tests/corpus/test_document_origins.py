@@ -42,7 +42,7 @@ def check(prefix: str, tokenizer_dir: str, without_lines: str = "") -> None:
     """Every document is the text of its line; of the files `without_lines` the line is not known."""
     corpus, tokenizer = IndexedCorpus(prefix), load_tokenizer(tokenizer_dir)
     origins = origins_of(prefix, read_manifest(prefix))
-    files, lines = origins.locate(np.arange(corpus.num_documents))
+    files, lines = origins.lookup(np.arange(corpus.num_documents))
     for document, (file, line) in enumerate(zip(files.tolist(), lines.tolist(), strict=True)):
         text = tokenizer.decode(corpus[document].tolist()[:-1])
         path = Path(origins.files[file])
@@ -94,7 +94,7 @@ def test_a_file_that_gave_documents_only_to_the_second_corpus(
         merge_datasets(MergeConfig([str(folder / name) for name in names], prefix, shuffle_documents=shuffle))
         corpus, tokenizer = IndexedCorpus(prefix), load_tokenizer(tiny_tokenizer_dir)
         origins = origins_of(prefix, read_manifest(prefix))
-        files, lines = origins.locate(np.arange(corpus.num_documents))
+        files, lines = origins.lookup(np.arange(corpus.num_documents))
         assert (files == UNKNOWN).all() == (number == 0)
         for document, (file, line) in enumerate(zip(files.tolist(), lines.tolist(), strict=True)):
             text = tokenizer.decode(corpus[document].tolist()[:-1])
@@ -117,14 +117,14 @@ def test_what_was_shuffled_before_it_was_joined_is_not_known(folder: Path, tiny_
         make(folder, name, name, tiny_tokenizer_dir, shuffle_documents=1)
     merge_datasets(MergeConfig([str(folder / "a"), str(folder / "b")], str(folder / "both")))
     origins = origins_of(str(folder / "both"), read_manifest(str(folder / "both")))
-    assert [column.tolist() for column in origins.locate(np.arange(3))] == [[UNKNOWN] * 3] * 2
+    assert [column.tolist() for column in origins.lookup(np.arange(3))] == [[UNKNOWN] * 3] * 2
     assert origins.find(0, 2) is None
 
 
 def test_what_is_held_out_has_no_lines(folder: Path, tiny_tokenizer_dir: str) -> None:
     prefix = make(folder, "held", "ab", tiny_tokenizer_dir, holdout=5, shuffle_documents=2)
     check(prefix, tiny_tokenizer_dir, without_lines="ab")
-    files, _ = origins_of(prefix, read_manifest(f"{prefix}_holdout")).locate(np.arange(5))
+    files, _ = origins_of(prefix, read_manifest(f"{prefix}_holdout")).lookup(np.arange(5))
     assert files.tolist() == [UNKNOWN] * 5
 
 
@@ -137,7 +137,7 @@ def test_a_manifest_of_before(folder: Path, tiny_tokenizer_dir: str) -> None:
         del fields["in_order"]
         fields["sources"] = [{k: v for k, v in source.items() if k != "records"} for source in fields["sources"]]
         path.write_text(json.dumps(fields))
-        files, lines = origins_of(prefix, read_manifest(prefix)).locate(np.arange(2))
+        files, lines = origins_of(prefix, read_manifest(prefix)).lookup(np.arange(2))
         assert (files.tolist(), lines.tolist()) == ([file] * 2, [UNKNOWN] * 2)
 
 

@@ -20,7 +20,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="session", autouse=True)
 def index_read_once() -> Iterator[None]:
-    """lm-eval reads the YAML of its 14,000 tasks for each catalog, which takes ten seconds: here once."""
+    """lm-eval reads the YAML of its 14,000 tasks for each registry, which takes ten seconds: here once."""
     from lm_eval.tasks import _index
 
     build = _index.TaskIndex.build

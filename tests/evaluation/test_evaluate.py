@@ -21,7 +21,7 @@ from tiny_models import command_of, run_tool, write_yaml
 
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskConfig, TextConfig
-from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Catalog, Harness, Score, shots_of
+from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Harness, Score, TaskRegistry, shots_of
 from megatron_cpt.evaluation.report import evaluate
 from megatron_cpt.evaluation.run import answers_to, questions_of
 from megatron_cpt.evaluation.table import markdown
@@ -32,7 +32,7 @@ CHOICES = Benchmark("Choices", "tiny_choices", "acc,none", 1)
 
 
 def test_scores_are_those_of_lm_evals_own_command(model: str, tasks: str, tmp_path: Path) -> None:
-    score = Harness(model, Catalog(tasks, None), 1, False, "cpu").score(CHOICES, None, False, 1234)
+    score = Harness(model, TaskRegistry(tasks, None), 1, False, "cpu").score(CHOICES, None, False, 1234)
     command = [forked_python("lm_eval"), "-m", "lm_eval", "run", "--model", "hf", "--tasks", "tiny_choices"]
     command += ["--include_path", tasks]
     options = ["--model_args", f"pretrained={model}", "--device", "cpu", "--num_fewshot", "1", "--seed", "1234"]
@@ -51,7 +51,7 @@ def test_scores_are_those_of_lm_evals_own_command(model: str, tasks: str, tmp_pa
 
 
 def test_what_cannot_be_measured_is_not_scored(model: str, tasks: str) -> None:
-    harness = Harness(model, Catalog(tasks, None), 1, False, "cpu")
+    harness = Harness(model, TaskRegistry(tasks, None), 1, False, "cpu")
     lost = harness.score(Benchmark("Lost", "lost_choices", "acc,none", 3), 2, False, 1)
     assert lost.value is None
     assert str(lost.missing).startswith("its data cannot be had: ")
@@ -63,7 +63,7 @@ def test_what_cannot_be_measured_is_not_scored(model: str, tasks: str) -> None:
 
 
 def test_without_a_template_there_is_no_chat(model: str, tasks: str) -> None:
-    found = Harness(model, Catalog(tasks, None), 1, True, "cpu").score(CHOICES, None, False, 1234)
+    found = Harness(model, TaskRegistry(tasks, None), 1, True, "cpu").score(CHOICES, None, False, 1234)
     assert (found.value, found.missing) == (None, "the model has no chat template; use apply_chat_template: false")
 
 
@@ -75,12 +75,12 @@ def test_packages_that_are_not_there_are_told(model: str, tasks: str, monkeypatc
         raise ImportError("No module named 'langdetect'")
 
     ifeval = Benchmark("IFEval", "ifeval", "prompt_level_strict_acc,none", 0)
-    harness = Harness(model, Catalog(tasks, None), 1, False, "cpu")
+    harness = Harness(model, TaskRegistry(tasks, None), 1, False, "cpu")
     monkeypatch.setattr(lm_eval.tasks, "get_task_dict", without_package)
     missing = harness.score(ifeval, 1, False, 1).missing
     assert missing == "a package that it uses is not installed: No module named 'langdetect'"
     monkeypatch.setattr(lm_eval.tasks, "get_task_dict", lambda *_: {})
-    harness = Harness(model, Catalog(tasks, None), 1, False, "cpu")  # a catalog finds out once
+    harness = Harness(model, TaskRegistry(tasks, None), 1, False, "cpu")  # a registry finds out once
     monkeypatch.setattr(nltk.data, "path", [])
     assert str(harness.score(ifeval, 1, False, 1).missing).startswith("nltk has no punkt_tab")
 

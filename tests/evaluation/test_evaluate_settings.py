@@ -39,8 +39,8 @@ ROWS: dict[str, tuple[str, Any]] = {
     "tasks.task": ("asked.tasks", ["own_task"]),
     "tasks.metric": ("own_metric", "f1,none"),
     "tasks.num_fewshot": ("asked.num_fewshot", 3),
-    "tasks_folder": ("catalog.tasks", "TASKS"),
-    "data_folder": ("catalog.data_folder", "DATA"),
+    "tasks_folder": ("registry.tasks", "TASKS"),
+    "data_folder": ("registry.data_folder", "DATA"),
     "text.path": ("documents", ["text 0", "text 1"]),
     "text.language": ("text_languages", ["fr"]),
     "text.max_documents": ("documents", ["text 0", "text 1"]),
@@ -199,9 +199,9 @@ def stand_in(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
         found["batch"] = max(found.get("batch", 0), len(prompts))
         return [run.Answer(f"{model.name} says {prompt}", False) for prompt in prompts]
 
-    class Catalog:
+    class TaskRegistry:
         def __init__(self, tasks: str, data_folder: str) -> None:
-            found.update({"catalog.tasks": Path(tasks).name, "catalog.data_folder": Path(data_folder).name})
+            found.update({"registry.tasks": Path(tasks).name, "registry.data_folder": Path(data_folder).name})
             self.manager = SimpleNamespace(task_index={})
 
         def check(self, benchmark: Any) -> None: ...
@@ -242,9 +242,9 @@ def stand_in(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
     pool = judge.ThreadPoolExecutor
     measure_along = trajectory.measure
 
-    def along(config: Any, catalog: Any, parts: Any, name: str, path: str, model: dict[str, Any], opened: Any) -> Any:
+    def along(config: Any, registry: Any, parts: Any, name: str, path: str, model: dict[str, Any], opened: Any) -> Any:
         found["along"] = Path(model["folder"]).name
-        return measure_along(config, catalog, parts, name, path, model, opened)
+        return measure_along(config, registry, parts, name, path, model, opened)
 
     def checkpoints_of(run_folder: str, every: int) -> dict[int, str]:
         found.update({"trajectory.run": Path(run_folder).name, "trajectory.every": every})
@@ -255,7 +255,7 @@ def stand_in(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
     patch.setattr(run, "text_loss", text_loss)
     patch.setattr(run, "answers_to", answers_to)
     patch.setattr(run, "language_share", lambda *_: LanguageShare(1.0, 1.0, 1))
-    patch.setattr(report, "Catalog", Catalog)
+    patch.setattr(report, "TaskRegistry", TaskRegistry)
     patch.setattr(report, "draw_models", lambda *_: [])
     patch.setattr(report.figures, "trajectory", lambda *_: None)
     patch.setattr(report.figures, "save", lambda *_: None)

@@ -11,7 +11,7 @@ import pytest
 from judges import judge_server
 
 from megatron_cpt.evaluation.config import JudgeConfig
-from megatron_cpt.evaluation.judge import JUDGE_PROMPT, Judge, Judged, JudgeError, filled, parse, read_said
+from megatron_cpt.evaluation.judge import JUDGE_PROMPT, Judge, JudgeError, PairVerdict, filled, parse, read_said
 from megatron_cpt.utils.errors import InputError
 
 PAIRS = [("How are you?", "good", "bad"), ("And now?", "bad", "good"), ("Still?", "fine", "fine"), ("Well?", "bad", "poor")]
@@ -40,7 +40,7 @@ def test_both_orders_have_to_agree(tmp_path: Path) -> None:
 def test_a_judge_that_goes_by_the_place_makes_ties(tmp_path: Path) -> None:
     with judge_server(lambda prompt: "[[A]]") as server:
         verdicts = Judge(config(server.url), str(tmp_path / "verdicts.jsonl")).verdicts(PAIRS[:2])
-    assert verdicts == [Judged("A", "A")] * 2
+    assert verdicts == [PairVerdict("A", "A")] * 2
     assert [(verdict.outcome, verdict.parsed, verdict.consistent) for verdict in verdicts] == [("tie", True, False)] * 2
 
 

@@ -12,7 +12,7 @@ from judges import judge_server
 
 from megatron_cpt.config.cli import exit_on_input_error
 from megatron_cpt.evaluation.config import EvaluateConfig, JudgeConfig, PairwiseConfig, PromptsConfig
-from megatron_cpt.evaluation.pairwise import Comparison, Referee, comparison, comparisons_table, wilson
+from megatron_cpt.evaluation.pairwise import Comparison, PairwiseEvaluator, comparison, comparisons_table, wilson
 from megatron_cpt.evaluation.report import check_judged, evaluate
 from megatron_cpt.evaluation.votes import Outcome
 from megatron_cpt.utils.errors import InputError, RunError
@@ -61,7 +61,7 @@ def test_a_judge_compares_every_later_model_with_the_first(tmp_path: Path) -> No
     with judge_server(longer) as server:
         wanted = config(tmp_path, JudgeConfig(url=server.url, model="wise"), ("x", "y", "z"))
         assert wanted.pairwise is not None
-        found = Referee(wanted, wanted.pairwise).comparisons(measured)
+        found = PairwiseEvaluator(wanted, wanted.pairwise).comparisons(measured)
     assert [(item.model, item.against) for item in found] == [("y", "x"), ("z", "x")]
     assert (found[0].wins, found[0].ties, found[0].losses, found[0].unparsed, found[0].consistent) == (2, 0, 1, 1, 1.0)
     assert (found[1].ties, found[1].win_rate, found[1].unparsed) == (4, 0.5, 0)
@@ -76,17 +76,17 @@ def test_judges_of_no_use(tmp_path: Path) -> None:
     with judge_server(lambda prompt: "[[B]]") as server:
         wanted = config(tmp_path, JudgeConfig(url=server.url, model="biased"), ("x", "y"))
         assert wanted.pairwise is not None
-        found = Referee(wanted, wanted.pairwise).comparisons(measured)[0]
+        found = PairwiseEvaluator(wanted, wanted.pairwise).comparisons(measured)[0]
         assert (found.ties, found.win_rate, found.consistent) == (2, 0.5, 0.0)
     with judge_server(lambda prompt: "Lorem ipsum [A]") as server:
         wanted = config(tmp_path, JudgeConfig(url=server.url, model="garbage"), ("x", "y"))
         assert wanted.pairwise is not None
-        found = Referee(wanted, wanted.pairwise).comparisons(measured)[0]
+        found = PairwiseEvaluator(wanted, wanted.pairwise).comparisons(measured)[0]
         assert (found.questions, found.win_rate, found.unparsed, found.consistent) == (0, None, 2, None)
     with judge_server(longer, failures=1000) as server:
         wanted = config(tmp_path, JudgeConfig(url=server.url, model="ill", parallel=1), ("x", "y"))
         assert wanted.pairwise is not None
-        missing = Referee(wanted, wanted.pairwise).comparisons(measured)
+        missing = PairwiseEvaluator(wanted, wanted.pairwise).comparisons(measured)
     assert "503" in str(missing[0].missing)
     assert "- y against x: not judged, http://127.0.0.1" in comparisons_table(missing)
 
@@ -107,7 +107,7 @@ def test_people(tmp_path: Path) -> None:
     )
     wanted = config(tmp_path, JudgeConfig(votes=str(votes)), ("x", "y", "z"))
     assert wanted.pairwise is not None
-    first, second = Referee(wanted, wanted.pairwise).comparisons({})
+    first, second = PairwiseEvaluator(wanted, wanted.pairwise).comparisons({})
     assert (first.wins, first.ties, first.losses) == (1, 1, 1)
     assert first.agreement is not None
     assert (first.agreement.share, first.agreement.pairs) == (pytest.approx(1 / 3), 3)

@@ -15,7 +15,7 @@ import sacrebleu
 from fork_server import ENVIRONMENT, forked_python
 from tiny_models import make_tiny_llama, write_yaml
 
-from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Catalog, Harness
+from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Harness, TaskRegistry
 from megatron_cpt.evaluation.tasks import data, metrics
 from megatron_cpt.utils.errors import InputError
 
@@ -216,7 +216,7 @@ def test_a_missing_file_is_not_looked_for_elsewhere(data_folder: str) -> None:
 def test_a_model_is_scored_on_all(tmp_path: Path, tiny_tokenizer_dir: str, data_folder: str) -> None:
     """With as many examples as the suites say."""
     model = make_tiny_llama(tmp_path / "hf", tiny_tokenizer_dir, max_position_embeddings=4096, num_hidden_layers=1)
-    harness = Harness(model, Catalog(None, data_folder), 1, False, "cpu")
+    harness = Harness(model, TaskRegistry(None, data_folder), 1, False, "cpu")
     scores = {item.name: harness.score(item, 1, True, 1) for item in OWN.values()}
     assert {name: score.missing for name, score in scores.items() if score.missing} == {}
     for item in OWN.values():
@@ -233,7 +233,7 @@ def test_a_model_is_scored_on_all(tmp_path: Path, tiny_tokenizer_dir: str, data_
 def test_scores_are_lm_evals(model: str, data_folder: str, tmp_path: Path) -> None:
     """Its own command, with this package's folder of tasks."""
     benchmark = Benchmark("EPRSTMT", "eprstmt", "acc,none", 2)
-    score = Harness(model, Catalog(None, data_folder), 1, False, "cpu").score(benchmark, None, False, 1234)
+    score = Harness(model, TaskRegistry(None, data_folder), 1, False, "cpu").score(benchmark, None, False, 1234)
     command = [forked_python("lm_eval"), "-m", "lm_eval", "run", "--model", "hf", "--tasks", "eprstmt"]
     command += ["--include_path", str(TASKS)]
     options = ["--model_args", f"pretrained={model}", "--device", "cpu", "--num_fewshot", "2", "--seed", "1234"]
@@ -250,9 +250,9 @@ def test_scores_are_lm_evals(model: str, data_folder: str, tmp_path: Path) -> No
 def test_without_data_nothing_is_scored(model: str, data_folder: str) -> None:
     Path(data_folder, "eprstmt", "test_public.json").write_text("{}\n")
     asked = [OWN["eprstmt"], OWN["lcsts"]]
-    broken = Harness(model, Catalog(None, data_folder), 1, False, "cpu").score(asked[0], 1, False, 1)
+    broken = Harness(model, TaskRegistry(None, data_folder), 1, False, "cpu").score(asked[0], 1, False, 1)
     assert "row 1: sentence is None" in str(broken.missing)
-    harness = Harness(model, Catalog(None, None), 1, False, "cpu")
+    harness = Harness(model, TaskRegistry(None, None), 1, False, "cpu")
     for item in asked:
         score = harness.score(item, 1, False, 1)
         assert score.value is None
@@ -260,7 +260,7 @@ def test_without_data_nothing_is_scored(model: str, data_folder: str) -> None:
 
 
 def test_code_is_run_in_the_sandbox_only(model: str, data_folder: str) -> None:
-    harness = Harness(model, Catalog(None, data_folder), 1, False, "cpu")
+    harness = Harness(model, TaskRegistry(None, data_folder), 1, False, "cpu")
     other = Benchmark("HumanEval", "humaneval", "pass@1,create_test", 0)
     found = harness.score(other, 1, True, 1)
     assert found.missing == "it runs code that the model has written in this very process; use humaneval_sandboxed"
@@ -282,27 +282,27 @@ def test_code_is_refused_within_groups_and_tags(fields: dict[str, Any], tmp_path
     """lm-eval's own executor would run it in this process: `confirm_run_unsafe_code` is for the sandbox only."""
     write_yaml(tmp_path / "mixed.yaml", fields | {"metadata": {"version": 1}})
     write_yaml(tmp_path / "inner.yaml", {"task": "code_of_ours", "tag": "code", "unsafe_code": True})
-    catalog = Catalog(str(tmp_path), None)
-    assert "runs code that the model has written in this very process" in str(catalog.missing("mixed", True))
-    assert catalog.code_tasks("code") == ["code_of_ours"]
-    assert catalog.code_tasks("mmlu") == []
+    registry = TaskRegistry(str(tmp_path), None)
+    assert "runs code that the model has written in this very process" in str(registry.missing("mixed", True))
+    assert registry.code_tasks("code") == ["code_of_ours"]
+    assert registry.code_tasks("mmlu") == []
 
 
 def test_a_group_of_the_sandboxed_task_needs_leave(tmp_path: Path, data_folder: str) -> None:
     write_yaml(tmp_path / "programs.yaml", {"group": "programs", "task": ["humaneval_sandboxed"]})
-    catalog = Catalog(str(tmp_path), data_folder)
+    registry = TaskRegistry(str(tmp_path), data_folder)
     assert (
-        catalog.missing("programs", False)
+        registry.missing("programs", False)
         == "it runs code that the model has written; use confirm_run_unsafe_code: true to let it"
     )
-    assert catalog.missing("programs", True) is None
+    assert registry.missing("programs", True) is None
 
 
 def test_what_could_not_be_verified_is_named(model: str) -> None:
     absent = [item for item in SUITES["chat"] if item.absent is not None]
     assert {item.name for item in absent} >= {"SECEU", "TAPTAP"}
     for item in absent:
-        score = Harness(model, Catalog(None, None), 1, False, "cpu").score(item, 1, True, 1)
+        score = Harness(model, TaskRegistry(None, None), 1, False, "cpu").score(item, 1, True, 1)
         assert (score.value, score.samples) == (None, 0)
         assert str(score.missing).startswith("there is no task of it")
 

@@ -14,7 +14,7 @@ from rigged_models import last_of_prompt, make_reciter, set_json, tokens_of
 from tiny_models import run_tool, write_yaml
 
 from megatron_cpt.evaluation.config import EvaluateConfig, JudgeConfig, PairwiseConfig, PromptsConfig
-from megatron_cpt.evaluation.harness import Benchmark, Catalog, Harness
+from megatron_cpt.evaluation.harness import Benchmark, Harness, TaskRegistry
 from megatron_cpt.evaluation.report import evaluate
 from megatron_cpt.posttrain.template_files import CHATML, LLAMA3
 
@@ -127,7 +127,7 @@ def test_answers_that_reach_the_limit_are_counted(
 
 
 @pytest.fixture(scope="module")
-def catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TaskRegistry]:
     """With a task of free answers on local data."""
     place = tmp_path_factory.mktemp("tasks")
     data = place / "questions.jsonl"
@@ -149,12 +149,12 @@ def catalog(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalog]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
-        yield Catalog(str(place), None)
+        yield TaskRegistry(str(place), None)
 
 
 # lm-eval generates as generation_config says beside the ends, as its own command does
 @pytest.mark.parametrize("folder", ["the template alone", "plain text of the template"], indirect=True)
-def test_benchmarks_through_the_template_are_scored_by_the_answer(folder: str, catalog: Catalog) -> None:
+def test_benchmarks_through_the_template_are_scored_by_the_answer(folder: str, registry: TaskRegistry) -> None:
     """Where lm-eval would stop at the tokenizer's end of text and the task's own texts only."""
-    harness = Harness(folder, catalog, 1, True, "cpu")
+    harness = Harness(folder, registry, 1, True, "cpu")
     assert harness.score(Benchmark("Answers", "tiny_answers", "exact_match,none", 0), None, False, 1234).value == 1.0

@@ -86,7 +86,7 @@ def test_the_ledger_is_what_the_run_reads(
     mixture = mixture_of(corpora, [*almrs[:-1], (None, almrs[-1][1])])
     schedule = mixture.schedule(samples)
     order = mixture.sample_order(schedule, batch)
-    read = [order.locate(n) for n in range(samples)]
+    read = [order.lookup(n) for n in range(samples)]
     counts = Counter(place.corpus for place in read)
     ledger = make_ledger(mixture, schedule, samples)
     given_ = {corpus.name: 0 for corpus in corpora}

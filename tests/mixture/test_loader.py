@@ -123,7 +123,7 @@ def test_samples_are_what_the_order_says(mixture: Mixture) -> None:
     order = mixture.sample_order(mixture.schedule(600), 6)
     around = 0
     for n in range(600):
-        corpus, epoch, sample, begin = order.locate(n)
+        corpus, epoch, sample, begin = order.lookup(n)
         positions = [(begin + i) % sizes[corpus] for i in range(SEQ_LENGTH + 1)]
         assert tokens_of(data.read(n, 1))[0].tolist() == [corpus * MILLION + position for position in positions]
         assert begin == sample * SEQ_LENGTH + order.token_phase(corpus, epoch)
@@ -137,7 +137,7 @@ def test_every_token_is_a_target_once_in_an_epoch(mixture: Mixture) -> None:
     order = mixture.sample_order(mixture.schedule(900), 1)
     targets: dict[tuple[int, int], list[int]] = {}
     for n in range(900):
-        corpus, epoch, _, _ = order.locate(n)
+        corpus, epoch, _, _ = order.lookup(n)
         targets.setdefault((corpus, epoch), []).extend(tokens_of(data.read(n, 1))[0, 1:].tolist())
     for (corpus, epoch), found in targets.items():
         tokens = list(TOKENS.values())[corpus]

@@ -443,7 +443,7 @@ def test_the_length_of_the_run_changes_nothing(folder: Path) -> None:
     """Unless stages are given as fractions of it."""
     mixture = load(folder, almr=MISSING, stages=STAGES)
     short, long = (mixture.sample_order(mixture.schedule(n), 8) for n in (400, 40_000))
-    assert [short.locate(n) for n in range(400)] == [long.locate(n) for n in range(400)]
+    assert [short.lookup(n) for n in range(400)] == [long.lookup(n) for n in range(400)]
 
 
 def test_schedules_of_almr(folder: Path) -> None:

@@ -62,7 +62,7 @@ def test_nothing_changed(corpora: list[Corpus]) -> None:
     )
 )
 def test_any_changes(corpora: list[Corpus], changes: list[tuple[int, int, Fraction, set[int]]]) -> None:
-    """Over all segments each corpus gives sample 0, 1, 2, ... of its order, also when it was away for a while, and after
+    """Over all phases each corpus gives sample 0, 1, 2, ... of its order, also when it was away for a while, and after
     every batch the additional text is what was asked for by all mixtures so far, to half a sample."""
     asked = Fraction(0)
     seen: dict[str, list[tuple[int, int]]] = {corpus.name: [] for corpus in corpora}
@@ -81,7 +81,7 @@ def test_any_changes(corpora: list[Corpus], changes: list[tuple[int, int, Fracti
         order = state.order(mixture, schedule)
         assert isinstance(order, SampleOrder)
         for n in range(consumed, consumed + steps * batch):
-            corpus, epoch, sample, _ = order.locate(n)
+            corpus, epoch, sample, _ = order.lookup(n)
             seen[chosen[corpus].name].append((epoch, sample))
             if (n + 1 - consumed) % batch == 0:
                 given = sum(len(seen[corpus.name]) for corpus in corpora if corpus.group == "additional")
@@ -131,7 +131,7 @@ def test_almr_after_every_sample_through_any_changes(
         order = state.order(new, schedule)
         assert isinstance(order, SampleOrder)
         for n in range(consumed, consumed + samples):
-            given += corpora[order.locate(n).corpus].group == "additional"
+            given += corpora[order.lookup(n).corpus].group == "additional"
             asked = asked_before + schedule.asked(n + 1)
             assert abs(given - asked) <= Fraction(1, 2) + Fraction(n + 1, 2**60)
         consumed += samples
@@ -168,14 +168,14 @@ def test_an_older_change_goes_on_as_it_was(corpora: list[Corpus]) -> None:
     state = go_on(begin(first, first.schedule(10_000), 1), first, new, 1, 1)
     saved = json.loads(json.dumps(state.to_json(new, new.schedule(10_000), 41)))
     del saved["trees"]
-    for segment in saved["segments"]:
-        del segment["trees"]
+    for phase in saved["segments"]:
+        del phase["trees"]
     old = resume(saved, 41, new, new.schedule(10_000), 1, False)
     order = old.order(new, new.schedule(10_000))
     from_start = new.sample_order(new.schedule(10_000), 1)  # as if the new mixture had been there from sample 0 on
-    places = [(order.locate(n), from_start.locate(n)) for n in range(41, 200)]
+    places = [(order.lookup(n), from_start.lookup(n)) for n in range(41, 200)]
     assert all(found.corpus == other.corpus for found, other in places)
-    seen = [first.sample_order(first.schedule(10_000), 1).locate(0)] + [order.locate(n) for n in range(1, 200)]
+    seen = [first.sample_order(first.schedule(10_000), 1).lookup(0)] + [order.lookup(n) for n in range(1, 200)]
     for place, corpus in enumerate(corpora):
         found = [(sample.epoch, sample.sample) for sample in seen if sample.corpus == place]
         size = corpus.num_samples(SEQ_LENGTH)
@@ -184,7 +184,7 @@ def test_an_older_change_goes_on_as_it_was(corpora: list[Corpus]) -> None:
     assert old.to_json(new, new.schedule(10_000), 41)["segments"][1]["trees"] is None
     # Another change begins to carry: what the older one owes is paid back, at most a sample with each.
     changed = go_on(old, new, first, 200, 1)
-    assert changed.phase.trees == {}
+    assert changed.mixture_start.trees == {}
     assert isinstance(changed.order(first, first.schedule(10_000)), SampleOrder)
 
 
@@ -200,7 +200,7 @@ def test_another_text_under_the_same_name_is_another_corpus(corpora: list[Corpus
     state = begin(first, first.schedule(10_000), 8)
     for mixture, then, at in ((first, without, 80), (without, new, 160), (new, first, 240)):
         state = go_on(state, mixture, then, at, 8)
-    starts = [segment.samples_before().get("news") for segment in state.segments]
+    starts = [phase.samples_before().get("news") for phase in state.phases]
     read = first.schedule(10_000).counts(80)[2]
     assert starts == [0, None, 0, read]
     consumed = state.consumed(first, first.schedule(10_000), 320)
@@ -217,7 +217,7 @@ def test_the_books_know_as_what_a_corpus_was_read(corpora: list[Corpus]) -> None
     assert sum(use.samples for use in consumed) == 160
     assert almr_of(consumed) == (40 + 20) / 160
     news = {use.group: use.samples for use in consumed if use.name == "news"}
-    assert state.now.samples_before()["news"] == news["additional"] > 0
+    assert state.current.samples_before()["news"] == news["additional"] > 0
     assert news["general"] > 0
 
 
@@ -225,7 +225,7 @@ def test_epochs_after_a_change_are_those_that_are_read(corpora: list[Corpus]) ->
     first = mixture_of(corpora[:3], Fraction(1, 2))
     new = mixture_of([*corpora[:2], corpora[3]], Fraction(1, 2))  # poems instead of news
     state = go_on(begin(first, first.schedule(200), 8), first, new, 80, 8)
-    ledger = make_ledger(new, state.continued(new, new.schedule(200)), 200, state.now.start)
+    ledger = make_ledger(new, state.continued(new, new.schedule(200)), 200, state.current.start)
     assert [(row.corpus, row.samples, row.epochs) for row in ledger.rows if row.group == "additional"] == [
         ("poems", 60, 60 / 7)
     ]
@@ -246,9 +246,9 @@ def test_a_new_mixture_is_refused_unless_accepted(corpora: list[Corpus]) -> None
     state = begin(mixture, mixture.schedule(10_000), 8)
     with pytest.raises(InputError, match=r"m\.yaml: not the mixture the run has read 80 samples of: stages\[0\]\.almr"):
         go_on(state, mixture, new, 80, 8, accept=False)
-    assert len(go_on(state, mixture, new, 80, 8).segments) == 2
+    assert len(go_on(state, mixture, new, 80, 8).phases) == 2
     longer = go_on(state, mixture, mixture, 80, 4, accept=False)  # a batch needs no permission
-    assert [(s.start, s.global_batch_size) for s in longer.segments] == [(0, 8), (80, 4)]
+    assert [(s.start, s.global_batch_size) for s in longer.phases] == [(0, 8), (80, 4)]
 
 
 def test_stages_that_depend_on_the_length_of_the_run(corpora: list[Corpus]) -> None:
@@ -259,9 +259,9 @@ def test_stages_that_depend_on_the_length_of_the_run(corpora: list[Corpus]) -> N
     with pytest.raises(InputError, match=r"the length of the run .* is not what it was.* 100 there and 200 now"):
         resume(saved, 16, mixture, mixture.schedule(200), 8, False)
     assert resume(saved, 16, mixture, mixture.schedule(100), 8, False) == state
-    assert len(resume(saved, 16, mixture, mixture.schedule(200), 8, True).segments) == 2
+    assert len(resume(saved, 16, mixture, mixture.schedule(200), 8, True).phases) == 2
     longer = resume(saved, 16, mixture, mixture.schedule(200), 8, False, longer=True)  # training.extend_to
-    assert [segment.start for segment in longer.segments] == [0, 16]
+    assert [phase.start for phase in longer.phases] == [0, 16]
     # Additional text: 16 samples of the ramp over 100, then what is left of the one over 200.
     asked = mixture.schedule(100).asked(16) + mixture.schedule(200).asked(200) - mixture.schedule(200).asked(16)
     additional = sum(longer.continued(mixture, mixture.schedule(200)).counts(200)[2:])
@@ -278,7 +278,7 @@ def test_megatrons_order_cannot_begin_in_the_middle(tmp_path: Path, corpora: lis
     assert [use["samples"] for use in saved["consumed"]] == schedule.counts(16)
     assert resume(saved, 16, mixture, schedule, 8, False) == state
     other = resume(saved, 16, mixture, schedule, 4, False)  # its samples stay the same: only steps are counted otherwise
-    assert [(segment.start, segment.global_batch_size) for segment in other.segments] == [(0, 8), (16, 4)]
+    assert [(phase.start, phase.global_batch_size) for phase in other.phases] == [(0, 8), (16, 4)]
     assert other.order(mixture, schedule) is schedule.megatron
     assert [use.samples for use in other.consumed(mixture, schedule, 60)] == schedule.counts(60)
     with pytest.raises(InputError, match="cannot begin, end or change within a run"):

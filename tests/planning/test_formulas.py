@@ -14,7 +14,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import OptimizerConfig as Settings
 from megatron_cpt.mixture.loader import Batch
-from megatron_cpt.model.build import build_model, transformer_config
+from megatron_cpt.model.build import build_model, make_transformer_config
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.planning.activations import chunk_bytes
 from megatron_cpt.planning.layouts import Layout, TrainingJob, chunks_of_stage
@@ -146,7 +146,7 @@ def test_a_real_job_in_memory(dtype: torch.dtype) -> None:
     layout = Layout(ParallelConfig(), 1, 2, 2)
     job = TrainingJob(TINY, 40, 4, "bf16" if dtype == torch.bfloat16 else "fp32")
     with process_groups(ParallelConfig(), alone=True) as ranks:
-        config = transformer_config(TINY, ParallelConfig(), dtype)
+        config = make_transformer_config(TINY, ParallelConfig(), dtype)
         config.finalize_model_grads_func = finalize_model_grads
         module = build_model(TINY, config, 40, current_platform(), ranks)
         for parameter in module.parameters():

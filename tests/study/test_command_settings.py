@@ -60,8 +60,8 @@ def stand_in(patch: pytest.MonkeyPatch, seen: dict[str, Any]) -> None:
         return lambda *given, **_: (seen.update({name: given[place]}), answer)[1]
 
     rows = SimpleNamespace(rows=[{"lr": 1e-4}], last=lambda name: [{"lr": 1e-4}])
-    answers = {"read_base": None, "collect": rows, "write_all_results": None, "write_fit": "fit.json", "points": []}
-    answers |= {"read_proposed": [], "make_plan": None, "plan_table": "", "show": None, "write_page": "page"}
+    answers = {"read_base": None, "collect": rows, "write_all_results": None, "write_fit": "fit.json", "grid_points": []}
+    answers |= {"read_proposed": [], "make_plan": None, "plan_table": "", "show": None, "write_html_report": "page"}
     for name, answer in answers.items():
         patch.setattr(commands, name, lambda *_, answer=answer: answer)
     patch.setattr(commands, "write_proposed", lambda *_: None)

@@ -18,7 +18,15 @@ from study_results import make_results
 from megatron_cpt.study.choose import read_choice
 from megatron_cpt.study.commands import choose_command, fit_command, plot
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import Base, points, read_base, read_proposed, run_folder, write_configuration, write_proposed
+from megatron_cpt.study.grid import (
+    Base,
+    grid_points,
+    read_base,
+    read_proposed,
+    run_folder,
+    write_configuration,
+    write_proposed,
+)
 from megatron_cpt.study.local_executor import read_status, training_seconds
 from megatron_cpt.study.results import collect
 from megatron_cpt.study.run_files import read_base_partly
@@ -46,7 +54,7 @@ def make_study(folder: Path, **changes: Any) -> StudyConfig:
 def read_all(study: StudyConfig, base: Base | None = None) -> None:
     """Everything that the commands read of a folder."""
     base = base or read_base(study)
-    for point in points(study):
+    for point in grid_points(study):
         write_configuration(study, base, point)
         read_status(run_folder(study.folder, point))
         training_seconds(run_folder(study.folder, point))

@@ -24,7 +24,7 @@ from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.study.commands import choose_command, fit_command, plan, plot, run
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import points, read_base
+from megatron_cpt.study.grid import grid_points, read_base
 from megatron_cpt.study.inputs import checkpoint_checksum, record_inputs, record_start
 from megatron_cpt.study.settings import ChooseOptions, FitOptions, PlanOptions, PlotOptions, RunOptions
 from megatron_cpt.training.baseline import measurements
@@ -252,7 +252,7 @@ def test_runs_know_their_start_checkpoint(study: Study) -> None:
     """Also where the study's own record is lost, or was made anew before the first of them said anything of itself."""
     study.do("plan")
     config = study.config(StudyConfig)
-    names = [point.name for point in points(config)]
+    names = [point.name for point in grid_points(config)]
     for name in names[:3]:
         (study.folder / "study" / "runs" / name).mkdir(parents=True)
         record_start(config, read_base(config), name)

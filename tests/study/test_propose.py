@@ -9,7 +9,7 @@ import pytest
 from study_results import ALMRS, RATES, make_results
 
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import grid, points, write_proposed
+from megatron_cpt.study.grid import grid, grid_points, write_proposed
 from megatron_cpt.study.propose import new_pair, propose
 from megatron_cpt.study.results import Results
 from megatron_cpt.utils.errors import InputError
@@ -47,17 +47,17 @@ def test_the_first_pairs_are_spread_over_the_grid(tmp_path: Path) -> None:
     assert parts[-1] == whole
     holes = np.linalg.norm(places(whole)[:, None] - places(parts[2])[None], axis=-1).min(axis=1)
     assert holes.max() < 0.4  # nothing is far from all of nine pairs
-    assert len(points(make_study(tmp_path, 5))) == 5
+    assert len(grid_points(make_study(tmp_path, 5))) == 5
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_few_pairs_and_proposals_find_the_best(tmp_path: Path, batch: int) -> None:
     study = make_study(tmp_path, 5)
     for _ in range(6 // batch):
-        pairs = sorted({(point.almr, point.lr) for point in points(study)})
+        pairs = sorted({(point.almr, point.lr) for point in grid_points(study)})
         proposed = [pair for pair in pairs if pair not in grid(study)]
         write_proposed(study.folder, proposed + propose(study, measured(pairs), batch))
-    found = sorted({(point.almr, point.lr) for point in points(study)})
+    found = sorted({(point.almr, point.lr) for point in grid_points(study)})
     assert len(found) == 11
     best = max(found, key=lambda pair: peak(*pair))
     assert np.linalg.norm(places([best]) - places([(0.6, 2e-3)])) < 0.1
@@ -92,15 +92,15 @@ def test_every_call_adds_as_many_new_pairs_as_asked_for(tmp_path: Path) -> None:
     for number in (3, 3, 2, 1):
         proposed += propose(study, Results([], []), number)
         write_proposed(study.folder, proposed)
-        names = {point.name for point in points(study)}
-        assert len(names) == len(points(study)) == 9 + len(proposed)
+        names = {point.name for point in grid_points(study)}
+        assert len(names) == len(grid_points(study)) == 9 + len(proposed)
         assert all(study.covers(pair) for pair in proposed)
 
 
 def test_a_pair_in_a_corner_is_moved_until_it_is_another(tmp_path: Path) -> None:
     """What is drawn beyond both borders is the corner again."""
     study = StudyConfig("base.yaml", str(tmp_path), [0.0, 1.0], [1e-4, 1e-2], 1000)
-    taken = {(point.almr, point.lr) for point in points(study)}
+    taken = {(point.almr, point.lr) for point in grid_points(study)}
     for seed in range(20):
         pair = new_pair(study, 1.0, 1e-2, taken, seed)
         assert pair not in taken
@@ -117,4 +117,4 @@ def test_a_pair_that_was_proposed_twice_is_run_once(tmp_path: Path) -> None:
     """As an earlier version wrote it."""
     study = make_study(tmp_path, 4)
     write_proposed(study.folder, [(0.3, 2e-4), (0.3, 2e-4), (1.0, 1e-2)])
-    assert len(points(study)) == 5
+    assert len(grid_points(study)) == 5

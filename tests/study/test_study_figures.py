@@ -12,7 +12,7 @@ from study_results import make_results
 from megatron_cpt.study.figures import contours, draw_line, ends_within, languages, plt, spread
 from megatron_cpt.study.fit import fit, grouped_notes
 from megatron_cpt.study.frontier import Line, no_line
-from megatron_cpt.study.html_report import write_page
+from megatron_cpt.study.html_report import write_html_report
 
 LIMITS = ((1e-4, 1e-2), (0.0, 1.0))
 
@@ -55,7 +55,7 @@ def test_notes_are_given_once(tmp_path: Path) -> None:
         "loss line, frontier of balanced: no",
     ]
     choice = {"almr": 0.2, "lr": 1e-3, "almr_interval": None, "lr_interval": None, "reason": "why", "notes": found.notes[:2]}
-    page = Path(write_page(str(tmp_path), "title", results, found, choice, [])).read_text()
+    page = Path(write_html_report(str(tmp_path), "title", results, found, choice, [])).read_text()
     assert page.count(few) == 1
     assert page.count(found.notes[0]) == 1
     assert "why" in page

@@ -106,7 +106,7 @@ def main(task: dict[str, Any]) -> dict[str, Any]:
         SaveOperation(
             Request(task["save"], theirs, None, read_hf_files(task["hf"]), {"kind": "test"}, Progress(1, 1))
         ).finish()
-        everything = ranks.gather((compared, keys_of(theirs)))
+        everything = ranks.all_gather_object((compared, keys_of(theirs)))
     keys = set().union(*(keys for _, keys in everything))
     known = {piece.chunk.key for piece in pieces_of(llama, dtype)} | set(extra_states(llama))
     return {
@@ -122,14 +122,14 @@ def loaded(task: dict[str, Any], transformer_impl: str, platform: Any, ranks: An
     """This rank's model chunks with a platform's layers and the checkpoint's weights."""
     from megatron_cpt.checkpoint.save_load import load_checkpoint
     from megatron_cpt.config.parallel import ParallelConfig
-    from megatron_cpt.model.build import Numerics, build_chunks, transformer_config
+    from megatron_cpt.model.build import Numerics, build_chunks, make_transformer_config
     from megatron_cpt.model.dtypes import dtype_of
     from megatron_cpt.model.llama import read_llama_config
 
     llama, dtype = read_llama_config(task["hf"]), dtype_of(task["dtype"])
     on_gpu = transformer_impl == "transformer_engine"
-    arithmetic = Numerics(**(task.get("arithmetic", {}) if on_gpu else {}), transformer_impl=transformer_impl)
-    config = transformer_config(llama, ParallelConfig(**task["parallel"]), dtype, arithmetic)
+    numerics = Numerics(**(task.get("numerics", {}) if on_gpu else {}), transformer_impl=transformer_impl)
+    config = make_transformer_config(llama, ParallelConfig(**task["parallel"]), dtype, numerics)
     with as_on_a_gpu() if on_gpu else contextlib.nullcontext():
         chunks = build_chunks(llama, config, 64, platform, ranks)
     with torch.no_grad():

@@ -87,7 +87,7 @@ def comparisons(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: st
 
 def task(name: str, folder: Path) -> dict[str, Any]:
     """What layers.py is told."""
-    variant, parallel, arithmetic = TASKS[name]
+    variant, parallel, numerics = TASKS[name]
     (folder / name).mkdir()
     allowed = "1" if name.endswith("not allowed") else "0"  # Transformer Engine's kernels that are not deterministic
     return {
@@ -95,7 +95,7 @@ def task(name: str, folder: Path) -> dict[str, Any]:
         "checkpoint": str(folder / "models" / variant / "megatron" / "release"),
         "dtype": "bf16",
         "parallel": parallel,
-        "arithmetic": arithmetic,
+        "numerics": numerics,
         "processes": parallel.get("tensor_model_parallel_size", 1) * parallel.get("pipeline_model_parallel_size", 1),
         "environment": {"NVTE_ALLOW_NONDETERMINISTIC_ALGO": allowed} if name.startswith("deterministic") else {},
         "save": str(folder / name / "saved"),

@@ -135,7 +135,7 @@ class KilledRun:
         assert job.returncode in (-signal.SIGKILL, 1, 0), self.log.read_text()[-3000:]
 
 
-class Ranks:
+class RankInfo:
     """Forked ranks, as `KilledRun` sees a job."""
 
     def __init__(self, job: Job) -> None:
@@ -157,7 +157,7 @@ class ForkedRun(KilledRun):
     """A run without torchrun: it is killed as a whole, or one rank is, whose end has to end the others."""
 
     def start(self) -> Any:
-        return Ranks(self.forks.start(self.arguments, self.log, self.case.processes))
+        return RankInfo(self.forks.start(self.arguments, self.log, self.case.processes))
 
     def kill(self, job: Any, alone: bool) -> None:
         pids = job.job.pids

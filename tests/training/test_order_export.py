@@ -28,7 +28,7 @@ from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.mixture.document_reads import on_cpu
 from megatron_cpt.mixture.loader import TrainingData
 from megatron_cpt.mixture.order.order import SampleOrder
-from megatron_cpt.mixture.state import DataState, saved_segments
+from megatron_cpt.mixture.state import DataState, saved_phases
 from megatron_cpt.training import device_order
 from megatron_cpt.training.device_order import OnDevice
 from megatron_cpt.training.order_export import ExportOrderConfig, check_mixture_file, check_steps, open_run
@@ -160,11 +160,11 @@ def test_steps_of_a_run_in_megatrons_order_that_changed_its_batch(runs: Runs, tm
     assert {row["sample"]: row["step"] for row in rows} == {n: n // 8 + 1 if n < 16 else n // 4 - 1 for n in range(32)}
     check_tokens(rows, ExportOrderConfig(str(run), output="order.npy"), 0, 32)
     manifest = read_checkpoint_manifest(str(sorted(run.glob("iter_*"))[-1]))
-    segments = saved_segments(manifest["data"])
-    check_steps("run", DataState(segments), 6, 32)
+    phases = saved_phases(manifest["data"])
+    check_steps("run", DataState(phases), 6, 32)
     said = "data.segments are 4 steps up to sample 32; expected 6, as iteration"  # as versions of before recorded it
     with pytest.raises(InputError, match=said):
-        check_steps("run", DataState(segments[:1]), 6, 32)
+        check_steps("run", DataState(phases[:1]), 6, 32)
 
 
 def test_an_output_that_is_there(runs: Runs, tmp_path: Path) -> None:
@@ -338,9 +338,9 @@ def test_an_order_on_a_device(runs: Runs, tmp_path: Path) -> None:
     """The source for GPUs, compiled for the CPU; tests/mixture/order/test_cuda.py has it on a GPU."""
     (stretch,) = open_run(ExportOrderConfig(None, runs.mixture, 8, 30, output="order.npy")).stretches
     assert isinstance(stretch.order, SampleOrder)
-    locate = OnDevice("cpu", compile_emulated(tmp_path))
+    lookup = OnDevice("cpu", compile_emulated(tmp_path))
     for _ in range(2):
-        for found, wanted in zip(locate(stretch.order, 3, 200), on_cpu(stretch.order, 3, 200), strict=True):
+        for found, wanted in zip(lookup(stretch.order, 3, 200), on_cpu(stretch.order, 3, 200), strict=True):
             assert found.tolist() == wanted.tolist()
 
 

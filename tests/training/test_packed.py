@@ -17,10 +17,10 @@ from megatron_cpt.config.run import OptimizerConfig, ParallelConfig
 from megatron_cpt.convert.config import HfToMegatron
 from megatron_cpt.convert.convert import hf_to_megatron
 from megatron_cpt.mixture.loader import Batch
-from megatron_cpt.model.build import build_model, transformer_config
+from megatron_cpt.model.build import build_model, make_transformer_config
 from megatron_cpt.model.llama import read_llama_config
 from megatron_cpt.platforms import current_platform
-from megatron_cpt.platforms.process_groups import Ranks, process_groups
+from megatron_cpt.platforms.process_groups import RankInfo, process_groups
 from megatron_cpt.training.step import StepShape, packed_seq_params, run_schedule, summed_loss, train_step
 
 SEQ_LENGTH = 48  # beyond original_max_position_embeddings, so that rope scaling matters
@@ -37,7 +37,7 @@ PACKS = {
 class Trainer:
     """The model in megatron-core's DDP, in a process of its own."""
 
-    def __init__(self, model: DistributedDataParallel, ranks: Ranks) -> None:
+    def __init__(self, model: DistributedDataParallel, ranks: RankInfo) -> None:
         self.model, self.ranks = model, ranks
 
     def run(self, batches: list[Batch], seq_length: int) -> tuple[float, float, dict[str, torch.Tensor]]:
@@ -71,7 +71,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: str) -
     checkpoint = hf_to_megatron(HfToMegatron(hf, str(folder / "megatron")))
     llama = read_llama_config(hf)
     with process_groups(ParallelConfig(), alone=True) as ranks:
-        config = transformer_config(llama, ParallelConfig(), torch.float32)
+        config = make_transformer_config(llama, ParallelConfig(), torch.float32)
         config.finalize_model_grads_func = finalize_model_grads
         model = DistributedDataParallel(
             config,
@@ -166,7 +166,7 @@ def test_a_step_in_which_nothing_counts_changes_nothing(trainer: Trainer) -> Non
     batch = make_packed(PACKS["one token each"], True)
     shape = StepShape(1, 1, SEQ_LENGTH, packed=True)
     result = train_step([trainer.model], Optimizer(), iter([batch]), shape, 1e-3, OptimizerConfig(), trainer.ranks)
-    assert result.rejected == "no target of the global batch counts"
+    assert result.skip_reason == "no target of the global batch counts"
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -25,7 +25,7 @@ from tiny_runs import Runs
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.run import RunConfig, TrainingConfig
-from megatron_cpt.model.build import numerics_of, transformer_config
+from megatron_cpt.model.build import make_transformer_config, numerics_of
 from megatron_cpt.model.llama import read_llama_config
 
 SEQ_LENGTH = 64
@@ -436,7 +436,7 @@ def test_what_needs_a_gpu_reaches_megatron_core(starts: Starts, setting: str) ->
         "training": {"train_iters": 1, "params_dtype": "bf16", "fp8": "e4m3"},
     }
     given[setting.split(".")[0]][setting.split(".")[1]] = value
-    config = transformer_config(
+    config = make_transformer_config(
         read_llama_config(str(starts.runs.folder / "hf")),
         ParallelConfig(**given["parallel"]),
         torch.bfloat16,

@@ -272,7 +272,7 @@ class MegatronOrder:
         """Samples that Megatron-LM's dataset has: those of the run and, because of how it rounds, some more."""
         return len(self.corpora[0]) if self.dataset_index is None else self.dataset_index.size
 
-    def locate_many(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def lookup_many(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Samples first to first + count - 1 of the run -> (int32 corpus, int64 sample of the corpus), (count,) each."""
         if first < 0 or count < 0 or first + count > len(self):
             raise InputError(f"{count} samples from {first} were asked for; the order was built for 0 to {len(self) - 1}")
@@ -287,13 +287,13 @@ class MegatronOrder:
             return [n]
         return np.bincount(self.dataset_index[:n], minlength=len(self.corpora)).tolist()
 
-    def spans(self, first: int, count: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    def token_ranges(self, first: int, count: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """Of samples first to first + count - 1 of the run: the corpus, and what `parts` says."""
-        corpora, samples = (array.tolist() for array in self.locate_many(first, count))
+        corpora, samples = (array.tolist() for array in self.lookup_many(first, count))
         return [(corpus, self.parts(corpus, sample)) for corpus, sample in zip(corpora, samples, strict=True)]
 
     def parts(self, corpus: int, sample: int) -> list[tuple[int, int]]:
-        """The tokens of a sample of `locate_many`: (first token in the .bin, number of tokens) of each of its parts.
+        """The tokens of a sample of `lookup_many`: (first token in the .bin, number of tokens) of each of its parts.
 
         In order and none empty, together seq_length + 1 tokens: what GPTDataset concatenates.
         """

@@ -136,7 +136,7 @@ class SampleOrder:
         """How many of the first n samples of the run each corpus gives (whole blocks; within one the order is random)."""
         return self._stage(n).counts(n)
 
-    def locate(self, n: int) -> SampleLocation:
+    def lookup(self, n: int) -> SampleLocation:
         """Where sample n of the run lies."""
         block, place = divmod(n - self.block_origin, self.block_size)
         first = self.block_origin + block * self.block_size
@@ -147,7 +147,7 @@ class SampleOrder:
         return SampleLocation(corpus, epoch, sample, self.token_phase(corpus, epoch) + sample * self.seq_length)
 
     def find(self, corpus: int, used: int, stop: int) -> int | None:
-        """The sample of the run that is a corpus's number `used`, counted over all epochs: what `locate` gives it for.
+        """The sample of the run that is a corpus's number `used`, counted over all epochs: what `lookup` gives it for.
 
         None: no sample from the first block to that before `stop` is.
         """
@@ -185,30 +185,30 @@ class SampleOrder:
         """First token of the first sample of an epoch: each but the first cuts the corpus at other places."""
         return combine(self.seed, PHASE, self._keys[corpus], epoch) % self.seq_length if epoch else 0
 
-    def locate_many(self, first: int, count: int, threads: int = 1) -> SampleLocations:
+    def lookup_many(self, first: int, count: int, threads: int = 1) -> SampleLocations:
         """Samples first to first + count - 1 of the run. `threads` matters to the compiled twin only."""
         if first < self.block_origin or count < 0 or first + count > MAX_SAMPLES:
             raise ValueError(f"{count} samples from {first}: use numbers from {self.block_origin} to 2**62")
         if self._native:
             return SampleLocations(*self._native.locate(first, count, threads))
-        places = np.array([self.locate(n) for n in range(first, first + count)], np.int64).reshape(count, 4)
+        places = np.array([self.lookup(n) for n in range(first, first + count)], np.int64).reshape(count, 4)
         corpus, epoch, sample, begin = places.T.copy()
         return SampleLocations(corpus.astype(np.int32), epoch, sample, begin)
 
-    def spans(self, first: int, count: int) -> list[tuple[int, list[tuple[int, int]]]]:
+    def token_ranges(self, first: int, count: int) -> list[tuple[int, list[tuple[int, int]]]]:
         """Of samples first to first + count - 1: the corpus, and (first token, number of tokens) of the sample's parts.
 
         seq_length + 1 tokens together; two parts when it goes on at the corpus's beginning.
         """
-        places, spans = self.locate_many(first, count), []
+        places, token_ranges = self.lookup_many(first, count), []
         for corpus, begin in zip(places.corpus.tolist(), places.begin.tolist(), strict=True):
             here = min(self.seq_length + 1, self.corpora[corpus].tokens - begin)
             rest = self.seq_length + 1 - here
-            spans.append((corpus, [(begin, here), (0, rest)] if rest else [(begin, here)]))
-        return spans
+            token_ranges.append((corpus, [(begin, here), (0, rest)] if rest else [(begin, here)]))
+        return token_ranges
 
     def tables(self) -> OrderTables:
-        """Everything `locate` needs, as arrays."""
+        """Everything `lookup` needs, as arrays."""
         nodes: list[tuple[int, int, int]] = []
         places: dict[int, int] = {}  # trees that stages share are written once
 

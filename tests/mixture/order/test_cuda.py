@@ -24,7 +24,7 @@ pytestmark = [
 def test_a_gpu_gives_the_same_places(sizes: list[int], block_size: int) -> None:
     case = Case([plan(Fraction(1, 3), 1, [Fraction(1), Fraction(1), Fraction(2)])], sizes, 5, block_size)
     order, count, first = case.order(), 1_500_000, 12_345
-    wanted = order.locate_many(first, count)
+    wanted = order.lookup_many(first, count)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         found = [torch.full((count,), -1, dtype=dtype, device="cuda") for dtype in (torch.int32, *[torch.int64] * 3)]
@@ -37,5 +37,5 @@ def test_a_gpu_gives_the_same_places(sizes: list[int], block_size: int) -> None:
 
 def test_an_export_on_a_gpu_has_the_same_places() -> None:
     order = Case([plan(Fraction(1, 3), 1, [Fraction(1), Fraction(1), Fraction(2)])], [7, 300, 4096], 5, 1024).order()
-    for found, wanted in zip(OnDevice()(order, 123, 70_000), order.locate_many(123, 70_000), strict=True):
+    for found, wanted in zip(OnDevice()(order, 123, 70_000), order.lookup_many(123, 70_000), strict=True):
         assert np.array_equal(found, wanted)

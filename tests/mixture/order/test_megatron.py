@@ -100,12 +100,12 @@ def assert_same_indices(order: MegatronOrder, dataset: GPTDataset | BlendedDatas
 
 def assert_same_tokens(order: MegatronOrder, corpora: list[IndexedCorpus], dataset: GPTDataset | BlendedDataset) -> None:
     assert len(order) == len(dataset)
-    chosen, samples = order.locate_many(0, len(order))
+    chosen, samples = order.lookup_many(0, len(order))
     assert (chosen.dtype, samples.dtype) == (np.int32, np.int64)
     for n, (corpus, sample) in enumerate(zip(chosen.tolist(), samples.tolist(), strict=True)):
-        spans = order.parts(corpus, sample)
-        assert all(length > 0 for _, length in spans)
-        ours = np.concatenate([corpora[corpus].sample(start, length) for start, length in spans]).tolist()
+        token_ranges = order.parts(corpus, sample)
+        assert all(length > 0 for _, length in token_ranges)
+        ours = np.concatenate([corpora[corpus].sample(start, length) for start, length in token_ranges]).tolist()
         theirs = dataset[n]
         assert ours == [*theirs["tokens"].tolist(), int(theirs["labels"][-1])]
 
@@ -304,19 +304,19 @@ def small_order(num_samples: int = 60, **changes: Any) -> MegatronOrder:
 
 def test_any_part_of_the_order_can_be_asked_for() -> None:
     order = small_order()
-    whole = np.stack(order.locate_many(0, len(order)))
+    whole = np.stack(order.lookup_many(0, len(order)))
     borders = [0, 1, 1, 20, len(order)]
-    parts = [np.stack(order.locate_many(first, last - first)) for first, last in pairwise(borders)]
+    parts = [np.stack(order.lookup_many(first, last - first)) for first, last in pairwise(borders)]
     assert np.array_equal(np.concatenate(parts, axis=1), whole)
-    order.locate_many(0, len(order))[1][:] = -1  # what is given out is the caller's
-    assert np.array_equal(np.stack(order.locate_many(0, len(order))), whole)
+    order.lookup_many(0, len(order))[1][:] = -1  # what is given out is the caller's
+    assert np.array_equal(np.stack(order.lookup_many(0, len(order))), whole)
 
 
 @pytest.mark.parametrize(("first", "count"), [(-1, 5), (5, -1), (0, 10_000), (10_000, 0)])
 def test_samples_outside_the_run_are_refused(first: int, count: int) -> None:
     for order in (small_order(), MegatronOrder([np.full(9, 50, np.int32)], [1.0], 40, 10, 1)):
         with pytest.raises(InputError, match=f"{count} samples from {first} .* 0 to {len(order) - 1}"):
-            order.locate_many(first, count)
+            order.lookup_many(first, count)
         for sample in (-1, len(order.corpora[0])):
             with pytest.raises(IndexError, match=f"sample {sample} of corpus 0"):
                 order.parts(0, sample)

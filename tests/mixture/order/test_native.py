@@ -45,11 +45,11 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["cpu", "three threads", "cuda"])
-def locate(request: pytest.FixtureRequest) -> Callable[[Case, int, int], SampleLocations]:
+def lookup(request: pytest.FixtureRequest) -> Callable[[Case, int, int], SampleLocations]:
     """(case, first, count) -> places, by one of the compiled twins."""
     if request.param != "cuda":
         threads = 3 if request.param == "three threads" else 1
-        return lambda case, first, count: case.order().locate_many(first, count, threads)
+        return lambda case, first, count: case.order().lookup_many(first, count, threads)
     library = request.getfixturevalue("emulated")
 
     def on_device(case: Case, first: int, count: int) -> SampleLocations:
@@ -75,7 +75,7 @@ LONG_RAMP = StagePlan(MAX_RAMP, (Fraction(0), Fraction(1)), plan(Fraction(1, 2),
 def specification(case: Case, first: int, count: int) -> SampleLocations:
     order = case.order()
     order._native = None
-    return order.locate_many(first, count)
+    return order.lookup_many(first, count)
 
 
 def assert_same(found: SampleLocations, wanted: SampleLocations) -> None:
@@ -84,7 +84,7 @@ def assert_same(found: SampleLocations, wanted: SampleLocations) -> None:
         assert np.array_equal(array, other), name
 
 
-def test_any_order(locate: Callable[[Case, int, int], SampleLocations]) -> None:
+def test_any_order(lookup: Callable[[Case, int, int], SampleLocations]) -> None:
     @settings(max_examples=60, deadline=None)
     @given(case=cases(), first=FIRSTS, count=st.integers(0, 30))
     @example(case=TOO_LIGHT, first=0, count=200)  # a share that rounds to 2**64
@@ -96,23 +96,23 @@ def test_any_order(locate: Callable[[Case, int, int], SampleLocations]) -> None:
     @example(case=Case([LONG_RAMP], [2**40, 2**40], 5, 100), first=MAX_RAMP // 3, count=1000)
     def check(case: Case, first: int, count: int) -> None:
         first = max(first, case.block_origin)
-        assert_same(locate(case, first, count), specification(case, first, count))
+        assert_same(lookup(case, first, count), specification(case, first, count))
 
     check()
 
 
-def test_corpora_beyond_any_memory(locate: Callable[[Case, int, int], SampleLocations]) -> None:
+def test_corpora_beyond_any_memory(lookup: Callable[[Case, int, int], SampleLocations]) -> None:
     """2**45 samples of 2**11 tokens, 1,000 corpora, a run of 10**15 samples: nothing is built, so nothing is too large."""
     sizes = [2**45 + i for i in range(1000)]
     case = Case([plan(Fraction(1, 3), 500, [Fraction(1 + i) for i in range(1000)])], sizes, 3, 1024, seq_length=2048)
-    assert_same(locate(case, 10**15, 200), specification(case, 10**15, 200))
+    assert_same(lookup(case, 10**15, 200), specification(case, 10**15, 200))
 
 
-def test_a_call_in_pieces(locate: Callable[[Case, int, int], SampleLocations]) -> None:
+def test_a_call_in_pieces(lookup: Callable[[Case, int, int], SampleLocations]) -> None:
     """More samples than are prepared together (2**20), with tables of both kinds; pieces do not end with blocks."""
     case = thirds([5000, 300, 4096], block_size=1000)
     count = 2_300_000
-    whole = locate(case, 77, count)
+    whole = lookup(case, 77, count)
     for first in (77, 77 + 2**20 - 20, 77 + 2**21 - 20, 77 + count - 40):
         part = specification(case, first, 40)
         assert_same(SampleLocations(*(array[first - 77 : first - 37] for array in whole)), part)
@@ -120,18 +120,18 @@ def test_a_call_in_pieces(locate: Callable[[Case, int, int], SampleLocations]) -
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     case = thirds([700, 30, 11])
-    compiled = case.order().locate_many(0, 500)
+    compiled = case.order().lookup_many(0, 500)
     monkeypatch.setattr(order_module, "_sampling", None)
     order = case.order()
     assert order._native is None
-    assert_same(order.locate_many(0, 500), compiled)
+    assert_same(order.lookup_many(0, 500), compiled)
 
 
 def test_calls_of_several_threads_do_not_mix() -> None:
     order = thirds([5000, 300, 4096]).order()
-    whole = np.stack(order.locate_many(0, 80_000))
+    whole = np.stack(order.lookup_many(0, 80_000))
     with ThreadPoolExecutor(4) as pool:
-        parts = list(pool.map(lambda first: np.stack(order.locate_many(first, 1000)), range(0, 80_000, 1000)))
+        parts = list(pool.map(lambda first: np.stack(order.lookup_many(first, 1000)), range(0, 80_000, 1000)))
     assert np.array_equal(np.concatenate(parts, axis=1), whole)
 
 

@@ -38,15 +38,15 @@ PINNED_LATER = SampleLocation(0, 0, 1043, 8344)
 def test_order_is_pinned() -> None:
     """Checkpoints hold only `consumed_samples`: a new release must not order the same mixture differently."""
     order = Case([plan(Fraction(1, 3), 1, [Fraction(1)] * 2)], [5000, 7], seed=1234, block_size=4).order()
-    assert [order.locate(n) for n in range(4)] == PINNED
-    assert order.locate(311) == PINNED_LATER
+    assert [order.lookup(n) for n in range(4)] == PINNED
+    assert order.lookup(311) == PINNED_LATER
 
 
 def test_each_epoch_visits_each_sample_once() -> None:
     order = make_order()
     n = 1600  # 100 whole blocks
     visits: dict[tuple[int, int], list[int]] = {}
-    for corpus, epoch, sample, _ in map(order.locate, range(n)):
+    for corpus, epoch, sample, _ in map(order.lookup, range(n)):
         visits.setdefault((corpus, epoch), []).append(sample)
     for corpus, count in enumerate(order.counts(n)):
         epochs, rest = divmod(count, SIZES[corpus])
@@ -66,7 +66,7 @@ def test_no_place_comes_twice(case: Case, first: int) -> None:
     order = case.order()
     begin = case.block_origin + first // case.block_size * case.block_size
     count = -(-600 // case.block_size) * case.block_size
-    places = order.locate_many(begin, count)
+    places = order.lookup_many(begin, count)
     triples = set(zip(places.corpus.tolist(), places.epoch.tolist(), places.sample.tolist(), strict=True))
     assert len(triples) == count
     given_here = np.bincount(places.corpus, minlength=len(case.sizes)).tolist()
@@ -76,7 +76,7 @@ def test_no_place_comes_twice(case: Case, first: int) -> None:
 def test_epochs_and_corpora_have_their_own_orders() -> None:
     order = make_order(block_size=1, sizes=(40, 40, 40))
     orders: dict[tuple[int, int], list[int]] = {}
-    for corpus, epoch, sample, _ in map(order.locate, range(1000)):
+    for corpus, epoch, sample, _ in map(order.lookup, range(1000)):
         orders.setdefault((corpus, epoch), []).append(sample)
     whole = [tuple(samples) for samples in orders.values() if len(samples) == 40]
     assert len(whole) > 10
@@ -87,7 +87,7 @@ def test_each_epoch_cuts_the_text_at_other_places() -> None:
     """The first epoch from the first token on; the others from a phase below seq_length, so that packing differs."""
     order = make_order(block_size=1)
     phases: dict[tuple[int, int], set[int]] = {}
-    for corpus, epoch, sample, begin in map(order.locate, range(2000)):
+    for corpus, epoch, sample, begin in map(order.lookup, range(2000)):
         phases.setdefault((corpus, epoch), set()).add(begin - 8 * sample)
     assert all(len(found) == 1 for found in phases.values())
     assert all(found == {0} for (_, epoch), found in phases.items() if epoch == 0)
@@ -114,14 +114,14 @@ def test_no_token_is_a_target_twice_in_an_epoch(case: Case, n: int) -> None:
 def test_order_is_a_function_of_the_sample_number(start: int, seed: int) -> None:
     """Any subset of the run, asked in any order by another process, comes out the same."""
     numbers = [start + i for i in range(40)]
-    straight = {n: make_order(seed).locate(n) for n in [*range(0, start, 97), *numbers]}
+    straight = {n: make_order(seed).lookup(n) for n in [*range(0, start, 97), *numbers]}
     random.Random(start).shuffle(numbers)
     order = make_order(seed)
-    assert {n: order.locate(n) for n in numbers} == {n: straight[n] for n in numbers}
+    assert {n: order.lookup(n) for n in numbers} == {n: straight[n] for n in numbers}
 
 
 def test_another_seed_is_another_order_of_the_same_mixture() -> None:
-    first, second = ([make_order(seed).locate(n) for n in range(320)] for seed in (1, 2))
+    first, second = ([make_order(seed).lookup(n) for n in range(320)] for seed in (1, 2))
     assert first != second
     assert Counter(place.corpus for place in first) == Counter(place.corpus for place in second)
 
@@ -136,7 +136,7 @@ def test_the_name_of_a_corpus_decides_its_order_not_its_place() -> None:
         build_stages([plan(Fraction(0), 3, weights)], 3), [corpora[name] for name in ("a", "b", "c")], 8, 5, 1
     )
     orders = [
-        [place[1:] for place in map(order.locate, range(900)) if place.corpus == position][:250]
+        [place[1:] for place in map(order.lookup, range(900)) if place.corpus == position][:250]
         for order, position in ((two, 0), (three, 1))
     ]
     assert orders[0] == orders[1]
@@ -150,15 +150,15 @@ def test_blocks_are_only_shuffled_within(block_size: int, block: int, seed: int,
     shuffled = make_order(seed, block_size, block_origin=origin)
     unshuffled = make_order(seed, block_size=1)
     numbers = range(start, start + block_size)
-    assert Counter(map(shuffled.locate, numbers)) == Counter(map(unshuffled.locate, numbers))
+    assert Counter(map(shuffled.lookup, numbers)) == Counter(map(unshuffled.lookup, numbers))
 
 
 def test_blocks_are_shuffled() -> None:
     """Without it, a data-parallel rank could get one corpus only: with ALMR 1/2, every other sample."""
     order = Case([plan(Fraction(1, 2), 1, [Fraction(1)] * 2)], [100_000, 100_000], seed=3, block_size=64).order()
-    rank_0 = [order.locate(n).corpus for n in range(0, 6400, 2)]
+    rank_0 = [order.lookup(n).corpus for n in range(0, 6400, 2)]
     assert 1400 < sum(rank_0) < 1800
-    blocks = [[order.locate(block * 64 + i).corpus for i in range(64)] for block in range(10)]
+    blocks = [[order.lookup(block * 64 + i).corpus for i in range(64)] for block in range(10)]
     assert all(sum(block) == 32 for block in blocks)
     assert all(a != b for a, b in pairwise(blocks))
 
@@ -170,12 +170,12 @@ def test_sample_numbers_are_checked(first: int, count: int, native: bool) -> Non
     if not native:
         order._native = None
     with pytest.raises(ValueError, match=str(first)):
-        order.locate_many(first, count)
+        order.lookup_many(first, count)
 
 
 def test_samples_before_the_first_block_cannot_be_asked_for() -> None:
     with pytest.raises(ValueError, match="use numbers from 100"):
-        make_order(block_origin=100).locate_many(99, 1)
+        make_order(block_origin=100).lookup_many(99, 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -183,7 +183,7 @@ def test_samples_before_the_first_block_cannot_be_asked_for() -> None:
 def test_all_samples_that_read_some_tokens_are_found(case: Case, data: st.DataObject) -> None:
     order, first = case.order(), case.block_origin
     stop = first + data.draw(st.integers(1, 150))
-    one = order.locate(data.draw(st.integers(first, stop - 1)))
+    one = order.lookup(data.draw(st.integers(first, stop - 1)))
     tokens = order.corpora[one.corpus].tokens
     begin = (one.begin + data.draw(st.integers(0, case.seq_length))) % tokens
     end = min(begin + data.draw(st.integers(1, 3 * case.seq_length)), tokens)
@@ -193,7 +193,7 @@ def test_all_samples_that_read_some_tokens_are_found(case: Case, data: st.DataOb
         spans.append((0, spans[0][1] - tokens))  # a sample goes on at the corpus's beginning
         return place.corpus == one.corpus and any(a < end and begin < min(b, tokens) for a, b in spans)
 
-    wanted = [n for n in range(first, stop) if reads(order.locate(n))]
+    wanted = [n for n in range(first, stop) if reads(order.lookup(n))]
     assert wanted
     assert order.find_tokens(one.corpus, begin, end, stop) == wanted
     for start in (1, stop // 2, stop - 1):
@@ -203,10 +203,10 @@ def test_all_samples_that_read_some_tokens_are_found(case: Case, data: st.DataOb
 def test_tokens_are_found_in_a_run_of_a_trillion_samples() -> None:
     order = Case([plan(Fraction(1, 3), 1, [Fraction(1)] * 2)], [2**40, 2**33], seed=3, block_size=1024).order()
     for n in (0, 12_345, 10**11, 10**12 - 1):
-        place = order.locate(n)
+        place = order.lookup(n)
         token = place.begin + 3
         found = order.find_tokens(place.corpus, token, token + 1, 10**12)
         assert n in found
-        others = [order.locate(m) for m in found]
+        others = [order.lookup(m) for m in found]
         assert all(other.corpus == place.corpus and 0 <= token - other.begin <= order.seq_length for other in others)
     assert order.find(0, 10**13, 10**12) is None
