@@ -7,23 +7,32 @@ from typing import Any
 from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
 from megatron_cpt.checkpoint.weight_files import named
+from megatron_cpt.model.llama import check_shape
 from megatron_cpt.utils.errors import InputError
 
 
 def load_hf_model(folder: str, **options: Any) -> Any:
     """transformers' causal language model of a folder; `options`: of its `from_pretrained`.
 
-    transformers gives weights that it does not find random numbers, and goes on.
+    transformers gives weights that it does not find random numbers, and goes on. Of those that do not fit its last line
+    says only which of its options to set.
 
     Raises:
-        InputError: a file is damaged, or weights are missing
+        InputError: a file is damaged, or weights are missing or of another shape
     """
     import transformers
 
     with reading_hf_model(f"model {folder}", folder):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, output_loading_info=True, **WITHOUT_ADAPTERS, **options
+            folder,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **WITHOUT_ADAPTERS,
+            **options,
         )
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"model {folder}: its weights lack {named(missing)}; expected all that config.json asks for")
+    for name, its, wanted in sorted(found["mismatched_keys"])[:1]:
+        check_shape(f"model {folder}", name, its, wanted)
     return model

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence
 
 from megatron_cpt.checkpoint.layout import WEIGHT_INDICES
 from megatron_cpt.model.hf_folder import ADAPTER_FILES
-from megatron_cpt.model.llama import hf_shapes, read_llama_config
+from megatron_cpt.model.llama import check_shape, hf_shapes, read_llama_config
 from megatron_cpt.utils.errors import InputError, InputErrors, Refusals
 from megatron_cpt.utils.input_files import check_folder, load_json, parse_json, shown
 
@@ -44,8 +44,8 @@ def weight_files(folder: str) -> list[str]:
 def check_weights(folder: str) -> None:
     """Check that the files are there that the weights would be loaded from, and .safetensors files have all their bytes.
 
-    Of a Llama's, also that no tensor is missing. Those of other models are known to transformers alone (`load_hf_model`),
-    and those in .bin files to torch.
+    Of a Llama's, also that no tensor is missing or of another shape. Those of other models are known to transformers alone
+    (`load_hf_model`), and those in .bin files to torch.
 
     Raises:
         InputError: naming the file; InputErrors: several are missing bytes
@@ -53,7 +53,7 @@ def check_weights(folder: str) -> None:
     refusals = Refusals()
     with refusals.noted():
         files = weight_files(folder)
-        tensors: set[str] = set()
+        tensors = dict[str, tuple[int, ...]]()
         for name in files:
             with refusals.noted():
                 if name.endswith(".safetensors"):
@@ -63,8 +63,8 @@ def check_weights(folder: str) -> None:
     refusals.raise_any()
 
 
-def check_tensors(folder: str, tensors: Set[str]) -> None:
-    """Raise InputError unless a Llama's tensors are all there, and none is of a layer that it does not have."""
+def check_tensors(folder: str, tensors: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise InputError unless a Llama's tensors are all there with their shapes, and none is of a layer that it lacks."""
     try:
         fields = load_json(os.path.join(folder, "config.json"))
         if not isinstance(fields, dict) or fields.get("model_type") != "llama" or "quantization_config" in fields:
@@ -73,9 +73,12 @@ def check_tensors(folder: str, tensors: Set[str]) -> None:
     except (InputError, OSError):
         return  # `check_model` says so, or transformers knows more of configurations
     # As transformers reads them: the model without the class that adds the output layer has saved them without "model."
-    own = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}" for name in tensors}
-    if missing := [name for name in hf_shapes(llama) if name not in own]:
+    own = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": shape for name, shape in tensors.items()}
+    shapes = hf_shapes(llama)
+    if missing := [name for name in shapes if name not in own]:
         raise InputError(f"{folder}: its weights lack {named(missing)}; expected all that config.json asks for")
+    for name, shape in shapes.items():
+        check_shape(folder, name, own[name], shape)
     layers = {int(match[1]) for name in own if (match := re.match(r"model\.layers\.(\d+)\.", name))}
     if beyond := sorted(layers - set(range(llama.num_hidden_layers))):
         raise InputError(
@@ -90,8 +93,8 @@ def named(tensors: Sequence[str]) -> str:
     return f"tensor {tensors[0]}{more}"
 
 
-def check_safetensors(path: str) -> set[str]:
-    """The names of its tensors; InputError unless a .safetensors file has the bytes that its header says."""
+def check_safetensors(path: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of its tensors; InputError unless a .safetensors file has the bytes that its header says."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(LENGTH), "little")
@@ -100,12 +103,15 @@ def check_safetensors(path: str) -> set[str]:
         fields = parse_json(file.read(length), f"{path}: its header")
     tensors = {name: value for name, value in fields.items() if name != "__metadata__"} if isinstance(fields, dict) else {}
     try:
+        shapes = {name: tuple(int(length) for length in value["shape"]) for name, value in tensors.items()}
         expected = LENGTH + length + max((int(value["data_offsets"][1]) for value in tensors.values()), default=0)
     except (TypeError, ValueError, LookupError) as error:
-        raise InputError(f"{path}: its header has a tensor without data_offsets; expected a .safetensors file") from error
+        raise InputError(
+            f"{path}: its header has a tensor without data_offsets or shape; expected a .safetensors file"
+        ) from error
     if size != expected:
         raise InputError(f"{path} has {size:,} bytes; expected {expected:,}, as its header says (was it copied wholly?)")
-    return set(tensors)
+    return shapes
 
 
 def _named_files(folder: str, index: str, present: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 
 from megatron_cpt.checkpoint.hf_files import HfTensors
 from megatron_cpt.checkpoint.torch_dist import TensorChunk
-from megatron_cpt.model.llama import LlamaConfig, hf_shapes
+from megatron_cpt.model.llama import LlamaConfig, check_shape, hf_shapes
 from megatron_cpt.utils.errors import InputError
 
 LAYERS = "decoder.layers."
@@ -72,8 +72,7 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], llama: LlamaConfig, where
     for name, shape in wanted.items():
         if name not in found:
             raise InputError(f"{where}: tensor {name} is missing")
-        if found[name] != shape:
-            raise InputError(f"{where}: tensor {name} has shape {list(found[name])}; config.json asks for {list(shape)}")
+        check_shape(where, name, found[name], shape)
     for name in found:
         if name not in wanted:
             raise InputError(f"{where}: tensor {name} does not belong to this architecture")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,6 +161,12 @@ def hf_shapes(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not llama.tie_word_embeddings:
         shapes["lm_head.weight"] = (llama.vocab_size, hidden)
     return shapes
+
+
+def check_shape(where: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raise InputError for a tensor of another shape than config.json says."""
+    if tuple(found) != tuple(wanted):
+        raise InputError(f"{where}: tensor {name} has shape {list(found)}; config.json asks for {list(wanted)}")
 
 
 def _check_only(path: str, fields: Mapping[str, Any], name: str) -> None:

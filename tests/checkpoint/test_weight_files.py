@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,7 @@ def test_each_file_that_is_cut_off_is_named(folder: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\n", "has 43 bytes and no whole header"),
         (b"\x03" + bytes(7) + b"{}x", "its header is not JSON"),
         (b"\x08" + bytes(7) + b'{"x": 1}', "its header has a tensor without data_offsets"),
+        (b"\x1e" + bytes(7) + b'{"x": {"data_offsets": [0,0]}}', "its header has a tensor without data_offsets or shape"),
     ],
 )
 def test_what_is_no_file_of_weights(folder: Path, content: bytes, said: str) -> None:
@@ -112,6 +114,17 @@ def test_tensors_that_are_missing(tiny_hf: str, tmp_path: Path, lost: list[str],
         load_hf_model(model)
 
 
+@pytest.mark.parametrize("change", [dict, lambda tensors: {name.removeprefix("model."): tensors[name] for name in tensors}])
+def test_a_tensor_of_another_shape(tiny_hf: str, tmp_path: Path, change: Callable[..., dict[str, torch.Tensor]]) -> None:
+    """transformers prints a table, and says in its last line which of its options to set."""
+    model = changed(tiny_hf, tmp_path / "m", lambda all_: change(all_ | {DOWN.format(1): torch.ones(63, 160)}))
+    said = rf"tensor {DOWN.format(1)} has shape \[63, 160\]; config\.json asks for \[64, 160\]"
+    with pytest.raises(InputError, match=f"^{re.escape(model)}: {said}$"):
+        check_weights(model)
+    with pytest.raises(InputError, match=f"^model {re.escape(model)}: {said}$"):
+        load_hf_model(model)
+
+
 def test_a_tensor_of_a_layer_that_there_is_not(tiny_hf: str, tmp_path: Path) -> None:
     model = changed(tiny_hf, tmp_path / "m", lambda all_: all_ | {DOWN.format(4): torch.ones(64, 160)})
     with pytest.raises(InputError, match=r"have a layer 4, counted from 0; expected config.json's num_hidden_layers, 4"):
@@ -144,4 +157,8 @@ def test_tensors_of_another_model_are_known_to_transformers(tmp_path: Path) -> N
     save_file(tensors, path, metadata={"format": "pt"})
     check_weights(str(path.parent))
     with pytest.raises(InputError, match=r"its weights lack tensor transformer\.h\.0\.mlp\.c_proj\.weight; expected"):
+        load_hf_model(str(path.parent))
+    save_file(tensors | {"transformer.h.0.mlp.c_proj.weight": torch.ones(31, 8)}, path, metadata={"format": "pt"})
+    check_weights(str(path.parent))
+    with pytest.raises(InputError, match=r"c_proj\.weight has shape \[31, 8\]; config\.json asks for \[32, 8\]$"):
         load_hf_model(str(path.parent))
