@@ -11,9 +11,17 @@ from forks import Forks
 from hypothesis import settings
 from tiny_tokenizer import add_template_tokens, make_tiny_tokenizer
 
+from megatron_cpt.utils.logs import start_logs
+
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 settings.register_profile("here", deadline=None)  # a busy machine is no failure
 settings.load_profile("here")
+
+
+@pytest.fixture(autouse=True)
+def started_logs() -> None:
+    """Messages are on stderr, as in a tool, whatever the test before has made of it."""
+    start_logs()
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import struct
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -20,6 +20,8 @@ from megatron_cpt.checkpoint.restricted import PickledTensors
 from megatron_cpt.checkpoint.weight_files import WHOLE_FILES, weight_files
 from megatron_cpt.model.hf_folder import adapter_note
 from megatron_cpt.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # For transformers' from_pretrained: adapters are looked for in a subfolder that no model has, so that weights into
@@ -47,7 +49,7 @@ def say_notes(folder: str) -> None:
     """
     for note in (adapter_note(folder), weights_note(folder)):
         if note is not None:
-            print(note, file=sys.stderr)
+            logger.info(note)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_difference
 from megatron_cpt.tokenizer.hf_files import CONFIG, json_object, read_tokenizer_json
 from megatron_cpt.utils.errors import InputError, Refusals, if_on_the_hub
 from megatron_cpt.utils.input_files import load_json, shown
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
@@ -78,7 +80,7 @@ def _may_be_tokenizer(folder: str) -> bool:
 def say_other_reading(folder: str) -> None:
     """Print `other_reading`, once for all processes."""
     if os.environ.get("RANK", "0") == "0" and (note := other_reading(folder)):
-        print(f"note: {note}", file=sys.stderr)
+        logger.info(f"note: {note}")
 
 
 def other_reading(folder: str) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (before megatron is imported)
@@ -19,6 +20,8 @@ from megatron_cpt.checkpoint.staging import Staging, staging_size
 from megatron_cpt.checkpoint.state import Progress
 from megatron_cpt.config.run import CheckpointConfig
 
+logger = logging.getLogger(__name__)
+
 
 class Saver:
     """Writes a run's checkpoints: now or in the background, verified, committed by a rename; deletes old ones.
@@ -31,16 +34,15 @@ class Saver:
         seconds_blocked: how long the last save held up its caller, from start to publication
     """
 
-    def __init__(self, config: CheckpointConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, config: CheckpointConfig) -> None:
         """Remove what a killed run has left unfinished in the folder of the run. Needs the process groups.
 
         Args:
             config: where, how often tried, and what is kept
-            say: shows one line to the user; called on the first rank only
         """
         self.committed: int | None = None
         self.seconds_blocked = 0.0
-        self._config, self._say = config, say
+        self._config = config
         self._operation: SaveOperation | None = None
         self._iteration = 0
         self._started = 0.0
@@ -150,7 +152,7 @@ class Saver:
         if self._first:
             seconds = time.monotonic() - self._started
             blocked = self.seconds_blocked + time.perf_counter() - begin
-            self._say(f"saved {folder} in {seconds:.1f} s; training waited {blocked:.2f} s")
+            logger.info(f"saved {folder} in {seconds:.1f} s; training waited {blocked:.2f} s")
             self._delete_old()
 
     def _failed(self, error: CheckpointError) -> None:
@@ -158,7 +160,7 @@ class Saver:
         if self._first:
             left = self._config.save_retries + 1 - self._failures
             again = f"trying again in {self._config.save_retry_seconds:g} s ({left} left)" if left > 0 else "giving up"
-            self._say(f"the checkpoint of iteration {self._iteration} was not written: {error}; {again}")
+            logger.warning(f"the checkpoint of iteration {self._iteration} was not written: {error}; {again}")
 
     def _raise_if_used_up(self) -> None:
         if self._failures > self._config.save_retries:
@@ -176,7 +178,7 @@ class Saver:
                 make_tombstone(folder) for folder in to_delete(config.save, config.keep_last, config.keep_every, config.load)
             ]
         except OSError as error:
-            self._say(f"an old checkpoint could not be deleted: {error}")
+            logger.warning(f"an old checkpoint could not be deleted: {error}")
             return
         if self._deletion is not None:
             self._deletion.join()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from megatron_cpt.platforms import current_platform
+from megatron_cpt.utils.logs import start_logs
 
 TIMES = 10
 
@@ -52,4 +53,5 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 if __name__ == "__main__":
+    start_logs()
     main(sys.argv[1])

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_cpt.platforms import current_platform
+from megatron_cpt.utils.logs import start_logs
 
 TIMES = 10
 BYTES = {"cuda": 256 << 20, "cpu": 8 << 20}
@@ -118,4 +119,5 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 if __name__ == "__main__":
+    start_logs()
     main(sys.argv[1], int(sys.argv[2]))

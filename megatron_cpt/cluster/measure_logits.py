@@ -20,6 +20,7 @@ from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.llama import read_llama_config
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import process_groups
+from megatron_cpt.utils.logs import start_logs
 
 SEQ_LENGTH, BATCH = 256, 2
 
@@ -50,4 +51,5 @@ def main(folder: str, target: str, dtype: str, transformer_impl: str) -> None:
 
 
 if __name__ == "__main__":
+    start_logs()
     main(*sys.argv[1:5])

@@ -28,6 +28,7 @@ from megatron_cpt.platforms.process_groups import launched_world_size, process_g
 from megatron_cpt.training.launch import set_numerics
 from megatron_cpt.training.model_setup import build
 from megatron_cpt.training.step import StepShape, train_step
+from megatron_cpt.utils.logs import start_logs
 
 WARM_UP, STEPS = 3, 7
 
@@ -115,4 +116,5 @@ def random_batches(stack: Stack, vocab_size: int, seed: int) -> Iterator[Batch]:
 
 
 if __name__ == "__main__":
+    start_logs()
     main(*sys.argv[1:3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import sys
@@ -21,7 +22,10 @@ from megatron_cpt.cluster.config import CheckConfig
 from megatron_cpt.cluster.job import ClusterJob, join
 from megatron_cpt.utils.errors import InputError, RunError
 from megatron_cpt.utils.files import write_text
+from megatron_cpt.utils.logs import ON_SCREEN
 from megatron_cpt.version import __version__
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 1800.0  # seconds in which every rank has ended what a check has it do
 
@@ -161,14 +165,14 @@ COLOURS = {"passed": "32", "failed": "31", "skipped": "33"}
 
 
 def show(outcome: CheckOutcome) -> None:
-    """A row of the table, on stderr."""
-    state = outcome.state
-    if sys.stderr.isatty():
-        state = f"\033[{COLOURS[outcome.state]}m{outcome.state:<7}\033[0m"  # type: ignore[assignment]
+    """A row of the table, on stderr, with columns of fixed widths: it is shown when its check ends."""
+    state = f"{outcome.state:<7}"
     seconds = f"{outcome.seconds:5.0f} s" if outcome.state != "skipped" else " " * 7
-    print(f"{state:<7} {seconds}  {outcome.name:<{WIDTH}} {outcome.said}", file=sys.stderr, flush=True)
+    row = f" {seconds}  {outcome.name:<{WIDTH}} {outcome.said}"
+    coloured = f"\033[{COLOURS[outcome.state]}m{state}\033[0m" if sys.stderr.isatty() else state
+    logger.info(state + row, extra={ON_SCREEN: coloured + row})
     if outcome.advice:
-        print(f"{'':{WIDTH + 18}}try: {outcome.advice}", file=sys.stderr, flush=True)
+        logger.info(f"{'':{WIDTH + 18}}try: {outcome.advice}")
 
 
 def as_json(job: ClusterJob, outcomes: Sequence[CheckOutcome], seconds: float) -> dict[str, Any]:
@@ -193,7 +197,7 @@ def conclusion(outcomes: Sequence[CheckOutcome], report: str) -> str:
     """
     failed = [outcome.name for outcome in outcomes if outcome.state == "failed"]
     passed, skipped = (sum(outcome.state == state for outcome in outcomes) for state in ("passed", "skipped"))
-    print(f"{passed} passed, {len(failed)} failed, {skipped} skipped", file=sys.stderr)
+    logger.info(f"{passed} passed, {len(failed)} failed, {skipped} skipped")
     if failed:
         raise RunError(f"{len(failed)} of {len(outcomes)} checks failed: {', '.join(failed)}; results: {report}")
     return report

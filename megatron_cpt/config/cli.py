@@ -1,7 +1,7 @@
 """The command-line contract every tool keeps, in one place.
 
 A tool's arguments are the fields of one frozen dataclass: `--config FILE.yaml`, dotted overrides (`--optimizer.lr 1e-5`),
-`--print_config` and, by jsonargparse, `--help`. Exit status:
+`--print_config` and, by jsonargparse, `--help`; beside them `--log_level` and `--log_file` (utils/logs.py). Exit status:
 0 done, 1 something went wrong by itself, 2 wrong usage or wrong input, 130 interrupted (Ctrl-C or SIGTERM).
 """
 
@@ -13,8 +13,10 @@ import importlib
 import io
 import itertools
 import json
+import logging
 import os
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -27,15 +29,20 @@ from megatron_cpt.config.fields import ConfigReader
 from megatron_cpt.config.renamed import old_names, print_notes
 from megatron_cpt.utils.errors import InputError, InputErrors, ProcessDiedError, Refusals, RefusedValueError, RunError
 from megatron_cpt.utils.input_files import shown
+from megatron_cpt.utils.logs import LEVELS, ON_SCREEN, record_traceback, start_logs
 from megatron_cpt.utils.redaction import redacted, secrets_of
+from megatron_cpt.version import __version__
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 Config = TypeVar("Config")
+logger = logging.getLogger(__name__)
 
 # Options that take no value.
 SWITCHES = ("--help", "--print_config")
+# Options of every tool that are no settings of what it does: they stand on the command line only, as `--print_config`.
+LOG_OPTIONS = ("--log_level", "--log_file")
 LONGEST_LINE = 2000  # of an error
 LAUNCHER = {"RANK": (0, 10**9), "LOCAL_RANK": (0, 10**9), "WORLD_SIZE": (1, 10**9), "LOCAL_WORLD_SIZE": (1, 10**9)}
 LAUNCHER |= {"MASTER_PORT": (1, 65535)}
@@ -110,9 +117,13 @@ def read_arguments(
     if "-h" in words or "--help" in words:
         make_parser(config_class, description).print_help()
         raise SystemExit(0)
-    reader = collect_arguments(config_class, [word for word in words if word != "--print_config"])
+    log_options, settings = apart(words)
+    reader, only_shown = collect_arguments(config_class, settings), "--print_config" in words
+    if not only_shown:
+        with reader.refusals.noted():
+            start_logs_as_asked(log_options)
     print_notes(reader.notes)
-    if "--print_config" in words:
+    if only_shown:
         print(yaml.safe_dump(reader.plain(), sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
     config: Config = reader.config()
@@ -121,6 +132,35 @@ def read_arguments(
             check(config)
     reader.refusals.raise_any()
     return config
+
+
+def apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words (see `normalise`) that say where messages go, and those that are settings."""
+    log_options = [word for word in words if word.partition("=")[0] in LOG_OPTIONS]
+    return log_options, [word for word in words if word not in log_options and word != "--print_config"]
+
+
+def start_logs_as_asked(words: Sequence[str]) -> None:
+    """`start_logs` with what the options say; without any it stays as it is.
+
+    Raises:
+        InputError: one has no value, or not one that it can have
+    """
+    if not words:
+        return
+    values, refusals = dict[str, str](), Refusals()
+    for word in words:
+        name, _, value = word.partition("=")
+        if value:
+            values[name] = value
+        else:
+            wanted = f"one of {', '.join(LEVELS)}" if name == "--log_level" else "a file to append to"
+            refusals.add(InputError(f"{name} has no value; expected {wanted}"))
+    with refusals.noted():
+        start_logs(values.get("--log_level", "info"), values.get("--log_file"))
+        command = redacted(shlex.join(sys.argv), secrets_of(os.environ))
+        logger.info(f"megatron-cpt {__version__}: {command}", extra={ON_SCREEN: ""})  # which the user sees
+    refusals.raise_any()
 
 
 def collect_arguments(config_class: type, words: Sequence[str]) -> ConfigReader:
@@ -144,6 +184,8 @@ def make_parser(config_class: type, description: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below")
+    parser.add_argument("--log_level", choices=LEVELS, default="info", help="Show messages of this level and above.")
+    parser.add_argument("--log_file", metavar="FILE", help="Append messages to this file; rank N > 0 appends to FILE.rankN.")
     parser.add_class_arguments(config_class, as_group=False)
     return parser
 
@@ -204,6 +246,7 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
     if not sys.warnoptions:  # what libraries say to those who call them is nothing that a user can change
         for kind in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", kind)
+    start_logs()
     try:
         result = call()
     except (InputError, OSError, RunError, ProcessDiedError) as error:
@@ -211,8 +254,11 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
             time.sleep(SECONDS_FOR_FIRST_RANK)
         _exit_with(error)
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr, flush=True)
+        logger.info(f"interrupted{f': {interrupt}' if str(interrupt) else ''}")
         sys.exit(130)
+    except Exception:
+        record_traceback(logger)
+        raise
     if result is not None:
         print(result)
 
@@ -230,9 +276,10 @@ def _exit_with(error: Exception) -> NoReturn:
     """End the process with a line for each mistake."""
     errors: Sequence[Exception] = error.errors if isinstance(error, InputErrors) else (error,)
     secrets = secrets_of(os.environ)
-    lines = [f"error: {_cut(redacted(' '.join(str(one).split()), secrets))}" for one in errors]
-    print("\n".join(lines), file=sys.stderr, flush=True)
-    tell_torchrun(lines)
+    lines = [_cut(redacted(" ".join(str(one).split()), secrets)) for one in errors]
+    for line in lines:
+        logger.error(line)
+    tell_torchrun([f"error: {line}" for line in lines])
     sys.exit(1 if isinstance(error, (RunError, ProcessDiedError)) else 2)
 
 

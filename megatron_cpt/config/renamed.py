@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-import sys
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from megatron_cpt.utils.errors import InputError, Refusals
+
+logger = logging.getLogger(__name__)
 
 FORMERLY = "formerly"
 
@@ -93,4 +95,4 @@ def print_notes(notes: Sequence[str]) -> None:
     """Print each once, by the first process of a run."""
     if os.environ.get("RANK", "0") == "0":
         for text in dict.fromkeys(notes):
-            print(f"note: {text}", file=sys.stderr, flush=True)
+            logger.info(f"note: {text}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from megatron_cpt.checkpoint.hf_tokenizer import load, own_reading
 from megatron_cpt.tokenizer import Tokenizer
 from megatron_cpt.tokenizer.hf_files import CONFIG, json_object, read_tokenizer_json
 from megatron_cpt.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 OTHER = "make a tokenizer that has it in its own vocabulary and use --extend_tokenizer"
 # Matched in the text as it is: matched after the normalizer, which may put or replace characters, some are never found
@@ -42,7 +44,7 @@ def add_tokens(hf: str, path: str, folder: str, names: Sequence[str]) -> None:
     if not new:
         raise InputError(f"added_tokens {path}: the tokenizer of {hf} has all of these tokens already")
     if len(new) < len(tokens):
-        print(f"added_tokens {path}: {len(tokens) - len(new)} of {len(tokens)} are there already", file=sys.stderr)
+        logger.info(f"added_tokens {path}: {len(tokens) - len(new)} of {len(tokens)} are there already")
     ids = next_ids(target, new, path)
     entries = [{"id": number, "content": token} | FLAGS for token, number in ids.items()]
     edit(target, "added_tokens", entries)
@@ -110,10 +112,9 @@ def check_added(old: Tokenizer, new: Tokenizer, ids: dict[str, int], path: str) 
                 changed.setdefault(token, (text, new.decode(found)))
     for token, (text, decoded) in list(changed.items())[:1]:
         others = f" (and so with {len(changed) - 1} others)" if len(changed) > 1 else ""
-        print(
+        logger.info(
             f"note: added_tokens {path}: with token {token!r} the text {text!r} is read as {decoded!r}{others}, as this "
-            f"tokenizer takes what follows an added token for the beginning of a text; if that matters, {OTHER}",
-            file=sys.stderr,
+            f"tokenizer takes what follows an added token for the beginning of a text; if that matters, {OTHER}"
         )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import mmap
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from megatron_cpt.checkpoint.folders import missing_parents, publish_folder, rem
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import replacing
 from megatron_cpt.utils.lock import is_named, open_lock, try_inherited
+
+logger = logging.getLogger(__name__)
 
 JOB = ".job"  # folder beside the files: what the job is, and a marker for each complete file
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -211,4 +213,4 @@ class _Meter:
         return decimal(int(self._counts.sum() / max(time.monotonic() - self._began, 1e-9))) + "/s"
 
     def _say(self, text: str) -> None:
-        print(f"{self._description}: {text}", file=sys.stderr, flush=True)
+        logger.info(f"{self._description}: {text}")

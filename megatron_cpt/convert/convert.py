@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -62,6 +62,8 @@ from megatron_cpt.utils.files import sync_files, write_json, write_text
 from megatron_cpt.utils.input_files import load_json
 from megatron_cpt.utils.signals import interruptible
 
+logger = logging.getLogger(__name__)
+
 FILE_BYTES = 2 << 30  # of a .distcp file: what a killed conversion has to do again, and what processes share out
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -89,7 +91,7 @@ def convert_to_megatron(config: HfToMegatron, llama: LlamaConfig, source: HfTens
     tensors = ExtendedTensors(source, plan)
     reports = tensors.reports()
     for line in sentences(reports, plan):
-        print(line, file=sys.stderr)
+        logger.info(line)
     pieces = {(piece.chunk.key, piece.chunk.offset): piece for piece in pieces_of(llama, dtype_of(dtype))}
     chunks = [piece.chunk for piece in pieces.values()]
     extra = extra_states(llama)
@@ -282,7 +284,7 @@ def shard_job(shard: Shard, infos: Mapping[str, TensorInfo], tensors: MegatronTe
 
 def say_size(folder: str, size: int, dtype: str) -> str:
     """Print what would be written into a folder, `size` bytes of weights; returns the folder."""
-    print(f"size: {decimal(size)} of {dtype} weights, into {folder}", file=sys.stderr)
+    logger.info(f"size: {decimal(size)} of {dtype} weights, into {folder}")
     return folder
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ from megatron_cpt.convert.config import NewRows
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.tokenizer.behaviour import PROBES
 from megatron_cpt.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 NEAR_ZERO = 0.01  # of the median norm: a row below has hardly been trained
@@ -132,7 +134,7 @@ def new_tokens(old_folder: str, new_folder: str, rows: int) -> dict[int, tuple[i
         ids = new.encode(text)
         if ids != old.encode(text) and set(ids) <= set(old_ids.values()):
             otherwise = f"splits {text[:40]!r} otherwise than {old_folder}, without a token that is new"
-            print(f"note: {new_folder} {otherwise}", file=sys.stderr)
+            logger.info(f"note: {new_folder} {otherwise}")
             break
     found: dict[int, tuple[int, ...]] = {}
     for number in sorted((known - set(old_ids.values())) | set(range(rows, max(known) + 1))):

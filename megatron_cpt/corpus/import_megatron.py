@@ -7,6 +7,7 @@ end with the end-of-document token, checksums. Language shares and characters co
 from __future__ import annotations
 
 import hashlib
+import logging
 import shlex
 import sys
 import time
@@ -39,6 +40,8 @@ from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError, Refusals
 from megatron_cpt.utils.language_codes import check_language
 from megatron_cpt.utils.progress import meter, rates
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 22  # tokens looked at at a time
 SAMPLED_DOCUMENTS = 1000
@@ -126,8 +129,8 @@ def import_corpus(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerI
     documents, tokens = counted(corpus.num_documents, "document"), counted(corpus.num_tokens, "token")
     counts = f"{documents}, {tokens}, {text_bytes:,} bytes of text"
     if odd := unlike(language, languages):
-        print(f"WARNING: {prefix}: {odd}", file=sys.stderr)
-    print(f"{prefix}: {counts}; eos: {eos}, bos: {bos}; {speed}", file=sys.stderr)
+        logger.warning(f"{prefix}: {odd}")
+    logger.info(f"{prefix}: {counts}; eos: {eos}, bos: {bos}; {speed}")
     return CorpusManifest(
         language=language,
         documents=corpus.num_documents,

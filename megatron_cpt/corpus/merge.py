@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 import re
 import shlex
@@ -31,6 +32,8 @@ from megatron_cpt.corpus.sources import parse_partition, printable, sha256_file
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.utils.progress import Meter, meter, rates
+
+logger = logging.getLogger(__name__)
 
 COPY_BYTES = 8 << 20
 MOST_NAMED = 8  # of corpora or partitions in a message
@@ -67,7 +70,7 @@ def merge_datasets(config: MergeConfig) -> str:
     began, prefix = time.monotonic(), os.path.expanduser(config.output_prefix)
     prefixes, manifests = check_files(config)
     for note in _repeated(prefixes, manifests):
-        print(note, file=sys.stderr)
+        logger.warning(note)
     holdout = _asked(manifests[0])
     folder = partial_folder(prefix)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +95,7 @@ def merge_datasets(config: MergeConfig) -> str:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    print(_summary(prefixes, merged, seconds), file=sys.stderr)
+    logger.info(_summary(prefixes, merged, seconds))
     return path
 
 
@@ -230,7 +233,7 @@ def _repeated(prefixes: Sequence[str], manifests: Sequence[CorpusManifest]) -> l
                 key = (source.sha256,) if source.sha256 else (source.path, source.bytes)
                 first = seen.setdefault(key, prefix)
                 if first != prefix:
-                    said = f"WARNING: {first} and {prefix} were both made from {source.path}: its documents are joined twice"
+                    said = f"{first} and {prefix} were both made from {source.path}: its documents are joined twice"
                     notes.setdefault((first, prefix), said)
     return list(notes.values())
 

@@ -7,6 +7,7 @@ order of the input, so the corpus does not depend on the number of workers. Ever
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -48,6 +49,8 @@ from megatron_cpt.utils.progress import Meter, meter, rates
 from megatron_cpt.utils.signals import interruptible
 from megatron_cpt.utils.worker_pool import ordered_map
 
+logger = logging.getLogger(__name__)
+
 FAST_FROM_BYTES = 8 << 20
 """Input from which gigatoken's second of loading is worth while."""
 
@@ -73,7 +76,7 @@ def preprocess(config: PreprocessConfig) -> str:
         try:
             return _preprocess(config, sources, folder, config.fast_tokenizer)
         except (TokenizerMismatchError, EncodingError) as mismatch:
-            print(f"WARNING: gigatoken is wrong here, so all is done again without it: {mismatch}", file=sys.stderr)
+            logger.warning(f"gigatoken is wrong here, so all is done again without it: {mismatch}")
             discard(folder)
             return _preprocess(config, sources, folder, "never")
         except KeyboardInterrupt:
@@ -152,19 +155,19 @@ def _preprocess(config: PreprocessConfig, sources: list[Source], folder: Path, f
         elif state and "publish" in state and state["run"] == run:
             return publish(config.prefix, folder, state["publish"])
         for line in tokenizer_lines(facts, config.eos):
-            print(line, file=sys.stderr)
+            logger.info(line)
         policy = TokenPolicy.of(facts.vocab_size, facts.bos_id, facts.eos_id, config.bos, config.eos, config.tokenizer)
         encoder = Encoder(engine, policy, sources, config.read_options, audited=is_fast, keyed=config.holdout is not None)
         with open_partial(folder, run, "gigatoken" if is_fast else "reference", len(sources)) as partial:
             begun = partial.counts.read_bytes
             if partial.units:
-                print(f"going on with {folder}: {counted(sum(partial.counts.documents), 'document')} done", file=sys.stderr)
+                logger.info(f"going on with {folder}: {counted(sum(partial.counts.documents), 'document')} done")
             with meter(total, begun) as shown, _kept_on_error(partial, audit):
                 _encode(config, sources, encoder, partial, audit, shown)
             files, manifests = _finish(config, sources, facts, policy, partial, audit)
             summary = _summary(partial, policy, manifests[1:])
         path = publish(config.prefix, folder, files)
-    print(summary, file=sys.stderr)
+    logger.info(summary)
     return path
 
 
@@ -196,7 +199,7 @@ def _load(config: PreprocessConfig, audit: Audit, fast: str) -> tuple[Engine, To
         except NotSupportedError as error:
             if fast == "always":
                 raise InputError(f"fast_tokenizer is 'always' but {error}; expected 'auto' or 'never'") from None
-            print(f"note: {error}; the slower reference encodes", file=sys.stderr)
+            logger.info(f"note: {error}; the slower reference encodes")
         else:
             encoded = per_text(*engine.encode_batch(ODD_TEXTS))
             facts = audit.facts()
@@ -315,7 +318,7 @@ def _finish(
         with_errors=bool(counts.skipped),
     )
     if odd := unlike(config.language, manifests[0].languages):
-        print(f"WARNING: {odd}", file=sys.stderr)
+        logger.warning(odd)
     partial.announce(files)
     return files, manifests
 
@@ -334,7 +337,7 @@ def _check_counts(config: PreprocessConfig, partial: PartialCorpus) -> None:
         raise
     if not documents:
         whole = "; files that are compressed, text, Arrow or JSON arrays are not divided" if not counts.read_bytes else ""
-        print(f"WARNING: partition {config.partition} has no documents{whole}", file=sys.stderr)
+        logger.warning(f"partition {config.partition} has no documents{whole}")
 
 
 def _summary(partial: PartialCorpus, policy: TokenPolicy, held_out: Sequence[CorpusManifest]) -> str:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import lzma
 import os
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +23,8 @@ import orjson
 
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError, Refusals, said_by_system
+
+logger = logging.getLogger(__name__)
 
 Format = Literal["jsonl", "text", "parquet", "arrow"]
 
@@ -120,7 +122,7 @@ def note_passed_over(files: Sequence[str]) -> None:
     """Say on stderr which files of folders are not read."""
     if files:
         some = ", ".join(map(printable, files[:3])) + (", ..." if len(files) > 3 else "")
-        print(f"not read, of unknown kind: {counted(len(files), 'file')} ({some})", file=sys.stderr)
+        logger.info(f"not read, of unknown kind: {counted(len(files), 'file')} ({some})")
 
 
 def _match(pattern: str, file_format: Format | Literal["auto"]) -> tuple[list[Source], list[str]]:

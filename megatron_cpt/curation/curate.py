@@ -15,9 +15,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +32,8 @@ from megatron_cpt.utils.errors import InputError, RefusedValueError
 from megatron_cpt.utils.files import write_json
 from megatron_cpt.utils.input_files import why_unreadable, why_unwritable
 from megatron_cpt.utils.lock import locked, share
+
+logger = logging.getLogger(__name__)
 
 # How it runs, not what comes out: these may change when a curation is continued.
 RUN_SETTINGS = ("workers", "executor", "slurm", "dry_run", "overwrite")
@@ -55,7 +57,7 @@ def curate(config: CurateConfig) -> str:
     jobs = curation_jobs.plan_jobs(config, sources, root)  # finds every mistake in the settings
     prepare_folder(folder, identity(config, sources), config.overwrite)
     if (root / "report.json").exists():
-        print(f"{folder}: complete already", file=sys.stderr)
+        logger.info(f"{folder}: complete already")
     elif config.executor == "slurm":
         scripts = curation_executors.submit(jobs, config, root)
         return str(scripts if config.dry_run else folder)

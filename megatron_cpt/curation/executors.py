@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from datatrove.executor import slurm
 from datatrove.executor.local import LocalPipelineExecutor
-from loguru import logger
+from loguru import logger as datatrove_logger
 
 from megatron_cpt.curation.jobs import CurationJob
 from megatron_cpt.utils.console import counted
@@ -29,6 +30,8 @@ from megatron_cpt.utils.signals import handling
 
 if TYPE_CHECKING:
     from megatron_cpt.curation.config import CurateConfig, CurationSlurmConfig
+
+logger = logging.getLogger(__name__)
 
 
 class LocalExecutor(LocalPipelineExecutor):
@@ -67,7 +70,7 @@ def terminated_like_interrupted() -> Iterator[None]:
 
 def run_locally(jobs: list[CurationJob], workers: int, root: Path) -> None:
     """Run all jobs but the last (finish) one after another; tasks that are done are passed over."""
-    logger.remove()
+    datatrove_logger.remove()
     for job in jobs[:-1]:
         executor = LocalExecutor(
             root / "lock",
@@ -79,10 +82,10 @@ def run_locally(jobs: list[CurationJob], workers: int, root: Path) -> None:
         begin, todo = time.monotonic(), len(executor.get_incomplete_ranks())
         if todo:
             done = f", {job.tasks - todo} done before" if todo < job.tasks else ""
-            print(f"{job.name}: {counted(job.tasks, 'task')}{done} ...", file=sys.stderr, flush=True)
+            logger.info(f"{job.name}: {counted(job.tasks, 'task')}{done} ...")
             with terminated_like_interrupted():
                 executor.run()
-            print(f"{job.name}: {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+            logger.info(f"{job.name}: {time.monotonic() - begin:.1f} s")
 
 
 def submit(jobs: list[CurationJob], config: CurateConfig, root: Path) -> Path:
@@ -95,7 +98,7 @@ def submit(jobs: list[CurationJob], config: CurateConfig, root: Path) -> Path:
     scripts.mkdir(parents=True)
     ids: dict[str, Any] = {}
     submitted: list[str] = []
-    logger.remove()  # datatrove says "launched" in a dry run, too
+    datatrove_logger.remove()  # datatrove says "launched" in a dry run, too
     with recorded_submissions(scripts, submitted, config.dry_run):
         for job in jobs:
             # -1 is datatrove's id of a job whose tasks were all done before
@@ -104,7 +107,7 @@ def submit(jobs: list[CurationJob], config: CurateConfig, root: Path) -> Path:
             executor.launch_job()
             ids[job.name] = executor.job_id
     if not config.dry_run:
-        print(f"{len(submitted)} jobs submitted; the same command shows the report when the last is done", file=sys.stderr)
+        logger.info(f"{len(submitted)} jobs submitted; the same command shows the report when the last is done")
     return scripts
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from megatron_cpt.evaluation.judge import Judge, JudgeError
 from megatron_cpt.evaluation.table import table
 from megatron_cpt.evaluation.votes import Agreement, Outcome, Vote, agreement, majority, read_votes, votes_on
 from megatron_cpt.utils.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 VERDICTS = "verdicts.jsonl"
 Z = 1.959963984540054  # of a normal distribution, 95 % lie within so many standard deviations
@@ -70,7 +72,7 @@ class PairwiseEvaluator:
             if self._judge is None:
                 found.append(voted(self._votes or [], model, against))
                 continue
-            print(f"{model} against {against}: judging", file=sys.stderr, flush=True)
+            logger.info(f"{model} against {against}: judging")
             pairs = answers_of_both(measured[model]["pairwise"]["answers"], measured[against]["pairwise"]["answers"])
             found.append(judged(self._judge, pairs, model, against))
         return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
-import sys
 from collections.abc import Iterator, Sequence
 
 from megatron_cpt.checkpoint.hf_files import say_notes
@@ -24,6 +24,8 @@ from megatron_cpt.evaluation.trajectory import measure_trajectory, write_traject
 from megatron_cpt.utils.errors import RunError
 from megatron_cpt.utils.files import write_json, write_text
 from megatron_cpt.utils.lock import locked
+
+logger = logging.getLogger(__name__)
 
 REPORT = "report.json"
 
@@ -79,7 +81,7 @@ def measure_and_report(config: EvaluateConfig, evaluator: PairwiseEvaluator | No
     }
     write_json(os.path.join(config.output, REPORT), report)
     sections = tables(config, measured, comparisons)
-    print("\n\n".join(sections), file=sys.stderr)
+    logger.info("\n\n".join(sections))
     sections += draw_models(config, measured)
     path = os.path.join(config.output, "report.md")
     write_text(path, page(sections))  # a trajectory may take days

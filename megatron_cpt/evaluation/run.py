@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -30,6 +30,8 @@ from megatron_cpt.posttrain.templates import PromptTemplate
 from megatron_cpt.posttrain.turn_end import TurnEnd, turn_end
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import write_json
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of the files of measurements
 
@@ -152,7 +154,7 @@ def measure(
     with opened as folder:
         session = Session(config, registry, folder)
         for part, key in wanted:
-            print(f"{name}: {part}: {key}", file=sys.stderr, flush=True)
+            logger.info(f"{name}: {part}: {key}")
             entry = {"identity": identities[part][key], "found": session.measure(part, key)}
             kept[part] = kept.get(part, {}) | {key: entry}
             write_json(path, {"identity": {"format": FORMAT, "model": model}, "parts": kept})

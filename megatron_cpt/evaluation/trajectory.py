@@ -7,9 +7,9 @@ import csv
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from megatron_cpt.evaluation.identity import folder_identity
 from megatron_cpt.evaluation.run import identities_of, measure, recall, still_true, wanted_parts
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import write_json
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "trajectory"
 CONVERTED = ".hf"  # in it: the checkpoint that is being measured
@@ -77,7 +79,7 @@ def measure_trajectory(
         except (InputError, OSError):
             if os.path.exists(checkpoint):
                 raise
-            print(f"left out: {checkpoint} has been removed by its run", file=sys.stderr)
+            logger.info(f"left out: {checkpoint} has been removed by its run")
     if not points:
         raise InputError(f"trajectory.run is {trajectory.run}, which has no complete checkpoint iter_*")
     return [points[iteration] for iteration in sorted(points)]
@@ -91,7 +93,7 @@ def checkpoints_of(run: str, every: int | None) -> dict[int, str]:
         try:
             check_complete(path)
         except InputError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            logger.info(f"left out: {error}")
             continue
         found[iteration] = path
     return {iteration: path for iteration, path in found.items() if not iteration % (every or 1) or iteration == max(found)}
@@ -138,7 +140,7 @@ def removed_points(
         iteration = model["iteration"]
         removed = iteration not in here and (newest is None or iteration < newest)
         if any(parts.values()) and model["run"] == os.path.abspath(run) and removed:
-            print(f"iteration {iteration}: its checkpoint is gone; as it was measured before", file=sys.stderr)
+            logger.info(f"iteration {iteration}: its checkpoint is gone; as it was measured before")
             points[iteration] = TrajectoryPoint(iteration, model["tokens"], parts)
     return points
 

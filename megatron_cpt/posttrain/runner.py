@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import uuid
@@ -32,6 +32,8 @@ from megatron_cpt.training.metrics_file import MetricsFile
 from megatron_cpt.utils.errors import InputError, Refusals
 from megatron_cpt.utils.files import sync_files, write_json
 from megatron_cpt.utils.signals import handling
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REPORT, STATUS = "data_report.json", "status.json"
@@ -71,7 +73,7 @@ def load_dated_template(model: str, name: str | None, checkpoint: str | None) ->
     if template.date is not None and PartialState().is_main_process:
         day = template.date.split("T")[0]
         said = f"the chat template writes the date into conversations: all have {day}, the day of the run's first start"
-        print(f"note: {said}; chat and evaluation have the day on which they run", file=sys.stderr)
+        logger.info(f"note: {said}; chat and evaluation have the day on which they run")
     return template
 
 
@@ -79,7 +81,7 @@ def begin(folder: str, checkpoint: str | None, facts: dict[str, Any]) -> None:
     """Put aside what the run does not resume from, and write run.json, unless it resumes. By the first process."""
     step = -1 if checkpoint is None else int(os.path.basename(checkpoint).removeprefix("checkpoint-"))
     for name in set_aside(folder, step):
-        print(f"set aside: {name}", file=sys.stderr)
+        logger.info(f"set aside: {name}")
     if checkpoint is None:
         write_json(os.path.join(folder, RUN), facts | {"run_id": uuid.uuid4().hex, "versions": versions()})
 
@@ -94,7 +96,7 @@ class RunRecord(TrainerCallback):
         if self._first:
             problems = self._file.keep_until(-1) if resumed is None else self._file.keep_until(*kept_by(resumed))
             for problem in problems:
-                print(problem, file=sys.stderr)
+                logger.warning(problem)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save, evaluate and log as often as this start says: transformers would do so as the checkpoint says."""
@@ -113,7 +115,7 @@ class RunRecord(TrainerCallback):
         if "train_loss" in row:  # the trainer's is of the part since the last start
             row["train_loss"] = mean_loss(state.log_history)
         self._file.append(row)
-        print(line_of(row, state.max_steps, time.monotonic() - self._began), file=sys.stderr, flush=True)
+        logger.info(line_of(row, state.max_steps, time.monotonic() - self._began))
 
 
 def mean_loss(history: list[dict[str, Any]]) -> float | None:
@@ -218,7 +220,7 @@ def train(
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     first = PartialState().is_main_process
     if checkpoint and first:
-        print(f"resuming from {checkpoint}", file=sys.stderr)
+        logger.info(f"resuming from {checkpoint}")
     # Within the training, where a sharded model is sharded already
     trainer.args.eval_on_start = bool(trainer.eval_dataset) and checkpoint is None
     sum_in_fp32(trainer.accelerator)
@@ -232,7 +234,7 @@ def train(
         if steps < trainer.state.max_steps:
             if first:
                 write_json(os.path.join(folder, STATUS), {"state": "stopped", "iteration": steps, "reason": stop.asked})
-                print(f"stopped by {stop.asked} after step {steps}; the same command goes on", file=sys.stderr)
+                logger.info(f"stopped by {stop.asked} after step {steps}; the same command goes on")
             return folder
         if trainer.eval_dataset and not evaluated_at(trainer.state, steps):
             trainer.evaluate()

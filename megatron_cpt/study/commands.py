@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
-import sys
 import threading
 
 from rich.table import Table
@@ -28,10 +28,7 @@ from megatron_cpt.study.slurm_executor import submit
 from megatron_cpt.utils.console import counted, wide_console
 from megatron_cpt.utils.errors import InputError
 
-
-def say(text: str) -> None:
-    """A line for the user, beside the result on stdout."""
-    print(text, file=sys.stderr, flush=True)
+logger = logging.getLogger(__name__)
 
 
 def plan(study: PlanOptions) -> str:
@@ -57,20 +54,20 @@ def run(study: RunOptions) -> str:
         return run_only(study, base, study.only)
     make_plan(study, base, read_proposed(study.folder))  # refuses what a run would refuse
     todo = [point for point in grid_points(study) if not is_done(study, point)]
-    say(f"{len(todo)} of {len(grid_points(study))} runs to do")
+    logger.info(f"{len(todo)} of {len(grid_points(study))} runs to do")
     os.makedirs(os.path.join(study.folder, "runs"), exist_ok=True)
     if todo and study.executor == "slurm":
         return submit(study, todo)
     try:
         if todo and study.scores is not None:
             measure_start(study, base)
-        run_locally(study, base, todo, say)
+        run_locally(study, base, todo, logger.info)
     finally:
         if any(read_outcome(run_folder(study.folder, point)) for point in grid_points(study)):
             write_results(study, collect(study, base))
     unmeasured = [point.name for point in grid_points(study) if lacks_scores(study, point)]
     if unmeasured:
-        say(
+        logger.info(
             f"{counted(len(unmeasured), 'run')} finished without scores, and the checkpoints are gone; the first is "
             f"{unmeasured[0]}. Remove the folders to repeat them, or use another folder for a study with scores"
         )
@@ -88,7 +85,7 @@ def run_only(study: StudyConfig, base: Base, name: str) -> str:
     chosen = [point for point in found if point.name == name]
     if not chosen:
         raise InputError(f"only is {name}, which is no run of this study; the first is {found[0].name}")
-    run_locally(study, base, chosen, say)
+    run_locally(study, base, chosen, logger.info)
     return run_folder(study.folder, chosen[0])
 
 
@@ -141,7 +138,7 @@ def write_all_results(study: StudyConfig, results: Results) -> str | None:
     """Write results.parquet, or say why not; returns its path."""
     path = write_results(study, results)
     if path is None:
-        say(f"{study.folder} has more runs than are asked for here: results.parquet is left as it is")
+        logger.info(f"{study.folder} has more runs than are asked for here: results.parquet is left as it is")
     return path
 
 
@@ -153,11 +150,11 @@ def fit_command(study: FitOptions) -> str:
         if line is not None and not math.isnan(line.a):
             intervals = f"a{interval(line.a_interval)}, b{interval(line.b_interval)}"
             intervals = intervals if math.isfinite(line.b_interval[0]) else "no intervals"
-            say(f"{name}: {equation(line)}; {intervals}{' (not supported)' if line.refused else ''}")
+            logger.info(f"{name}: {equation(line)}; {intervals}{' (not supported)' if line.refused else ''}")
     for critical in found.critical:
-        say(critical_words(critical))
+        logger.info(critical_words(critical))
     for note in grouped_notes(found.notes):
-        say(f"note: {note}")
+        logger.info(f"note: {note}")
     return write_fit(study.folder, found)
 
 
@@ -207,7 +204,7 @@ def plot_trajectories(study: PlotOptions, error: InputError) -> str:
 
     results = collect(study, read_base(study))
     rates = sorted({row["lr"] for row in results.rows})
-    say(f"trajectories only: {error}")
+    logger.info(f"trajectories only: {error}")
     (path,) = figures.save_all(
         study.folder, [("trajectories", lambda: figures.trajectories(results, rates[len(rates) // 2]))]
     )
@@ -225,8 +222,8 @@ def choose_command(study: ChooseOptions) -> str:
 
 def show(choice: Choice) -> None:
     """The choice on screen."""
-    say(f"ALMR           {choice.almr:.3g}{interval(choice.almr_interval)}")
-    say(f"learning rate  {choice.lr:.3g}{interval(choice.lr_interval)}")
-    say(choice.reason)
+    logger.info(f"ALMR           {choice.almr:.3g}{interval(choice.almr_interval)}")
+    logger.info(f"learning rate  {choice.lr:.3g}{interval(choice.lr_interval)}")
+    logger.info(choice.reason)
     for note in grouped_notes(choice.notes):
-        say(f"note: {note}")
+        logger.info(f"note: {note}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import shlex
 import subprocess
@@ -18,6 +19,8 @@ from megatron_cpt.study.grid import GridPoint
 from megatron_cpt.study.scores import START
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import write_text
+
+logger = logging.getLogger(__name__)
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "almr_study.py"
 
@@ -44,7 +47,7 @@ def submit(study: StudyConfig, todo: Sequence[GridPoint]) -> str:
         raise InputError("sbatch is not there; use executor local, or a machine that submits to SLURM") from error
     if done.returncode:
         raise InputError(f"sbatch {script} was refused: {' '.join(done.stderr.split())}")
-    print(done.stdout.strip(), file=sys.stderr, flush=True)
+    logger.info(done.stdout.strip())
     return script
 
 

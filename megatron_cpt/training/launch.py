@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import traceback
@@ -16,6 +17,9 @@ from megatron_cpt.training.run_files import find_start
 from megatron_cpt.training.stopping import StopController, StopRequestedError
 from megatron_cpt.utils.errors import InputError, RunError, SharedInputError
 from megatron_cpt.utils.lock import locked
+from megatron_cpt.utils.logs import record_traceback
+
+logger = logging.getLogger(__name__)
 
 
 def leave(watch: StopController) -> None:
@@ -67,6 +71,7 @@ def propagate_failure(
             raise
         for stream in {error_stream, sys.stderr}:  # the latter is a file on ranks other than the first
             traceback.print_exc(file=stream)
+        record_traceback(logger)
         watch.failed(error)
         os._exit(1)  # process groups cannot be left in good order while others wait in them
 

@@ -6,6 +6,7 @@ The first rank shows and records; what the others print goes to files of their o
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -28,6 +29,8 @@ from megatron_cpt.training.validation_result import ValidationResult
 from megatron_cpt.training.validation_table import figures, new_languages, validation_lines
 from megatron_cpt.utils.console import wide_console
 from megatron_cpt.utils.files import write_json
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_STATUS = 30.0
 State = Literal["running", "stopped", "finished", "failed"]
@@ -79,9 +82,16 @@ class RunLog:
             self.stack.__exit__(kind, error, trace)
             self.error_stream = sys.stderr
 
-    def say(self, message: Any) -> None:
-        """Print for the person watching."""
-        self.console.print(message)
+    def say(self, message: str | Table) -> None:
+        """Tell the person watching. A message goes above a line that is redrawn, as Live replaces stderr meanwhile."""
+        if isinstance(message, str):
+            logger.info(message)
+        else:
+            self.console.print(message)
+
+    def warn(self, message: str) -> None:
+        """Say what all ranks see, and one shows."""
+        logger.log(logging.WARNING if self.is_rank_zero else logging.INFO, message)
 
     def start(
         self,
@@ -106,8 +116,8 @@ class RunLog:
         write_json(self._path("learning_rate.json"), rates)
         last_recorded = max((row["iteration"] for row in read_metrics(self.folder)), default=-1)
         for problem in self.file.keep_until(iteration if (iteration if resumed is None else resumed) else -1):
-            self.say(problem)
-        self.trackers = Trackers(self.config, Start(self.folder, iteration, last_recorded, run), self.say)
+            logger.warning(problem)
+        self.trackers = Trackers(self.config, Start(self.folder, iteration, last_recorded, run))
         self.say(ledger_table(ledger))
         self.say(learning_rate_lines(rates))
 
@@ -120,7 +130,7 @@ class RunLog:
             with open(path, encoding="utf-8") as file:
                 return [start for start in json.load(file)["starts"] if start["iteration"] <= iteration]
         except (ValueError, KeyError, TypeError) as error:  # a record is no reason not to go on
-            self.say(f"{path} cannot be read, earlier starts are forgotten: {error}")
+            logger.warning(f"{path} cannot be read, earlier starts are forgotten: {error}")
             return []
 
     def step(self, row: dict[str, Any], train_iters: int) -> None:
@@ -136,7 +146,7 @@ class RunLog:
         self.time_left.step(row["seconds"])
         left = self.time_left.seconds(train_iters - row["iteration"])
         if row.get("skipped"):
-            self.say(f"step {row['iteration']:,} is skipped: {row['skipped']}")
+            logger.warning(f"step {row['iteration']:,} is skipped: {row['skipped']}")
         if self.live:
             self.progress.show(row, train_iters, left)
         elif row["iteration"] % self.config.log_interval == 0 or row["iteration"] == train_iters:
@@ -168,7 +178,7 @@ class RunLog:
             self.file.append(row)
         except OSError as error:
             if not waited:
-                self.say(f"{self.file.path} cannot be written, rows wait for a later step: {error}")
+                logger.warning(f"{self.file.path} cannot be written, rows wait for a later step: {error}")
 
     def ledger(self, ledger_json: dict[str, Any]) -> None:
         """Replace ledger.json."""
@@ -225,7 +235,7 @@ class RunLog:
 
                 self.say(f"report: {write_report(self.folder)}")
         except OSError as error:  # the run's results are safe in its checkpoints
-            self.say(f"the report could not be written: {error}")
+            logger.warning(f"the report could not be written: {error}")
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -236,7 +246,7 @@ class RunLog:
         try:
             write_json(self._path(name), content)
         except OSError as error:
-            self.say(f"{self._path(name)} could not be written: {error}")
+            logger.warning(f"{self._path(name)} could not be written: {error}")
 
 
 def this_start(iteration: int, run: dict[str, Any]) -> dict[str, Any]:

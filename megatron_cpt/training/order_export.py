@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import sys
@@ -39,6 +40,8 @@ from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError, R
 from megatron_cpt.utils.input_files import why_unwritable
 from megatron_cpt.utils.progress import meter
 from megatron_cpt.utils.signals import interruptible
+
+logger = logging.getLogger(__name__)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 MOST_STEPS = 1 << 40
@@ -135,7 +138,7 @@ def export_order(config: ExportOrderConfig) -> str | None:
         first, last = steps_of(config, ordered)
         made_from = describe(config, ordered, first, last)
         if config.output is not None and is_there(config, made_from):
-            print(f"{config.output} is there, of the same steps: nothing to do", file=sys.stderr)
+            logger.info(f"{config.output} is there, of the same steps: nothing to do")
             return config.output
         documents = documents_of(ordered.mixture.corpora)
         names, files = made_from["corpora"], made_from["files"]
@@ -147,7 +150,7 @@ def export_order(config: ExportOrderConfig) -> str | None:
             pieces = read_steps(ordered.stretches, documents, first, last, lookup, config.num_workers)
         if config.output is None:
             if not print_reads(pieces, names, files):
-                print(f"not read in steps {first:,} to {last:,}", file=sys.stderr)
+                logger.info(f"not read in steps {first:,} to {last:,}")
             return None
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
-import sys
 import time
 from contextlib import closing
 
@@ -40,6 +40,8 @@ from megatron_cpt.training.validate_config import CheckedRun, check_run
 from megatron_cpt.training.validation import validate
 from megatron_cpt.utils.errors import RunError, SharedInputError
 
+logger = logging.getLogger(__name__)
+
 SECONDS_FOR_LAST_CHECKS = 10.0  # before the last checkpoint, where the run was shorter than reading its files takes
 
 
@@ -67,7 +69,7 @@ def setup(config: RunConfig) -> str | None:
                 log.ended_before(run.length.iteration, run.length.train_iters)
         except StopRequestedError:
             if first:
-                print(f"stopped before the first step: {watch.requests.stop}", file=sys.stderr)
+                logger.info(f"stopped before the first step: {watch.requests.stop}")
                 RunLog(folder, config.logging, 0).stopped_early(watch.requests.stop)
     return folder if first else None
 
@@ -81,10 +83,10 @@ def start(run: CheckedRun, watch: StopController) -> None:
         RunLog(config.checkpoint.save, config.logging, ranks.rank) as log,
     ):
         heartbeat = config.loss_spikes.heartbeat_seconds
-        watch.share(job_store(), ranks.rank, ranks.world_size, heartbeat, log.error_stream, log.failed)
+        watch.share(job_store(), ranks.rank, ranks.world_size, heartbeat, log.failed)
         with propagate_failure(watch, ranks.world_size, log.error_stream, log.failed):
             try:
-                main(RunContext(run, ranks, log, watch, Saver(config.checkpoint, log.say)))
+                main(RunContext(run, ranks, log, watch, Saver(config.checkpoint)))
             except StopRequestedError:
                 watch.reason()
                 leave(watch)
@@ -294,7 +296,9 @@ def finish_step(context: RunContext, state: TrainState, shape: StepShape, result
     if result.save:
         context.watch.requests.save = False
         if state.history.skipped or context.saver.retry_pending():
-            context.log.say("save_now is not obeyed: steps are being skipped, or an earlier save is to be tried again first")
+            context.log.warn(
+                "save_now is not obeyed: steps are being skipped, or an earlier save is to be tried again first"
+            )
 
 
 def due(iteration: int, interval: int) -> bool:

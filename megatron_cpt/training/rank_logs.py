@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Iterator
 from typing import TextIO
 
+from megatron_cpt.utils.logs import beside_screen
+
 
 def rank_file(folder: str, rank: int) -> str:
     """The log of one rank in the folder of a run."""
@@ -34,7 +36,7 @@ def output_to_file(path: str, rank: int) -> Iterator[tuple[TextIO, TextIO]]:
         for number in saved:
             os.dup2(file.fileno(), number)  # C libraries, and Python's logging handlers that hold the old sys.stderr
         try:
-            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), beside_screen(real_stderr):
                 now = time.strftime("%Y-%m-%d %H:%M:%S %z")
                 print(f"--- {now} rank {rank} on {socket.gethostname()}, process {os.getpid()}", file=file)
                 try:

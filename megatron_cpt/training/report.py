@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import statistics
 import sys
@@ -23,6 +24,9 @@ from megatron_cpt.training.report_figure import draw
 from megatron_cpt.training.validation_table import baseline_of, change, percent, perplexity, verdict
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import replacing, write_text
+from megatron_cpt.utils.logs import start_logs
+
+logger = logging.getLogger(__name__)
 
 REPORT, FIGURE = "report.md", "report.png"
 SKIPPED_NAMED = 20
@@ -336,10 +340,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="report", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", help="folder of a run (checkpoint.save)")
+    start_logs()
     try:
         print(write_report(parser.parse_args(arguments).run))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        logger.error(error)
         return 2
     return 0
 

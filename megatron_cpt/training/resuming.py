@@ -56,7 +56,7 @@ def intact_run(context: RunContext, check: TensorCheck) -> CheckedRun:
             check.wait(context.watch.requests.stopping)
     if context.ranks.rank == 0 and is_own(run.config, run.start_from):
         for name in set_aside_damaged(run.config.checkpoint.save, run.length.iteration if run.resumed else -1):
-            log.say(f"a damaged checkpoint is now {name}")
+            log.warn(f"a damaged checkpoint is now {name}")
     return run
 
 
@@ -86,7 +86,7 @@ def run_without(context: RunContext, damaged: dict[str, str]) -> CheckedRun:
     newest = list(damaged)[-1]
     if not is_own(config, newest):
         raise SharedInputError(f"{damaged[newest]}; copy or convert it again, or use another checkpoint.load")
-    context.log.say(f"passed over: {damaged[newest]}")  # now: why else is the one before compared with the configuration?
+    context.log.warn(f"passed over: {damaged[newest]}")  # now: why else is the one before compared with the configuration?
     try:
         return check_run(config, context.ranks.world_size, damaged)
     except InputError as error:

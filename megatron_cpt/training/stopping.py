@@ -7,19 +7,20 @@ with: no collective is needed, so it arrives whatever the ranks are doing. A thr
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import TextIO
 
 import torch.distributed as dist
 
 from megatron_cpt.utils.errors import ProcessDiedError, StopRequestedError
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["ProcessDiedError", "StopController", "StopRequestedError", "StopRequests"]
 
@@ -56,7 +57,6 @@ class StopController:
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._starting = True
         self._closing = threading.Event()
-        self._error_stream: TextIO = sys.stderr
         self._thread: threading.Thread | None = None
         self._peers: Peers | None = None
         self._answered = 0.0  # when the store last did
@@ -81,15 +81,13 @@ class StopController:
         rank: int,
         world_size: int,
         heartbeat_seconds: float,
-        error_stream: TextIO,
         on_death: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """From now on requests reach all ranks, and a rank that shows no sign of life ends the run.
 
-        `error_stream`: where people look for errors, whatever stderr is meanwhile; `on_death`: called with the reason before
-        this process ends for another one's sake.
+        `on_death`: called with the reason before this process ends for another one's sake.
         """
-        self._error_stream, self._on_death = error_stream, on_death
+        self._on_death = on_death
         self._peers = Peers(
             store.clone(),  # type: ignore[attr-defined]  # missing in torch's stub
             rank,
@@ -112,7 +110,7 @@ class StopController:
     def _give_up(self, reason: object) -> None:
         """The main thread may be in a collective that never ends: there is nothing to wait for."""
         rank = self._peers.rank if self._peers is not None else 0
-        print(f"error: rank {rank} stops: {reason}", file=self._error_stream, flush=True)
+        logger.error(f"rank {rank} stops: {reason}")
         self._on_death(str(reason))
         os._exit(1)
 
@@ -185,7 +183,7 @@ class StopController:
         except OSError as error:
             if str(error) not in self._complained:
                 self._complained.add(str(error))
-                print(f"{name} is not obeyed, as it cannot be removed: {error}", file=self._error_stream, flush=True)
+                logger.warning(f"{name} is not obeyed, as it cannot be removed: {error}")
             return False
         return True
 

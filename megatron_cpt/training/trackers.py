@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import write_text
 from megatron_cpt.utils.redaction import redacted, secrets_of
+
+logger = logging.getLogger(__name__)
 
 WANDB_ID = "wandb_id"
 LOGIN_SECONDS = 60  # for typing the key in where there is none: the other ranks are waiting
@@ -177,14 +180,13 @@ def wandb_id(start: Start) -> tuple[str, bool]:
 class Trackers:
     """The trackers that the configuration asks for. One that fails is left out from there on, and that is said."""
 
-    def __init__(self, config: LoggingConfig, start: Start, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, config: LoggingConfig, start: Start) -> None:
         self.open: list[Tracker] = []
         if config.tensorboard:
             try:
                 self.open.append(TensorBoard(start))
             except OSError as error:
-                self.say(f"TensorBoard is not used: {error}")
+                logger.warning(f"TensorBoard is not used: {error}")
         if config.wandb_project is not None:
             self._start_wandb(config, start)
 
@@ -194,9 +196,9 @@ class Trackers:
         try:
             sink = WeightsAndBiases(start, config)
         except (wandb.Error, OSError) as error:  # a server that is away must not keep a job from its GPUs
-            self.say(f"Weights & Biases is not used: {redacted(str(error), secrets_of(os.environ))}")
+            logger.warning(f"Weights & Biases is not used: {redacted(str(error), secrets_of(os.environ))}")
             return
-        self.say(f"Weights & Biases: {sink.place}")
+        logger.info(f"Weights & Biases: {sink.place}")
         self.open.append(sink)
 
     def training(self, row: Mapping[str, Any]) -> None:
@@ -213,7 +215,7 @@ class Trackers:
             try:
                 sink.write(iteration, values)
             except sink.failures as error:
-                self.say(f"{sink.name} is left out from step {iteration} on: {error}")
+                logger.warning(f"{sink.name} is left out from step {iteration} on: {error}")
                 self.open.remove(sink)
 
     def close(self, failed: bool) -> None:
@@ -222,5 +224,5 @@ class Trackers:
             try:
                 sink.close(failed)
             except sink.failures as error:
-                self.say(f"{sink.name} could not be closed: {error}")
+                logger.warning(f"{sink.name} could not be closed: {error}")
         self.open.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BEFORE_BAR = 1.0
 SECONDS_BETWEEN_LINES = 60.0
@@ -52,7 +55,7 @@ class Meter:
                 self._shown = now
         elif now - self._shown > SECONDS_BETWEEN_LINES:
             self._shown = now
-            print(self._line(now - self._began), file=sys.stderr, flush=True)
+            logger.info(self._line(now - self._began))
 
     def _line(self, seconds: float) -> str:
         read = self._done - self._first

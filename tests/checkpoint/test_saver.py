@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
+import logging
 import os
 import random
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,17 @@ PP2, DP2 = Layout(pipeline=2), Layout(data=2)
 
 
 def make_saver(root: str, said: list[str], **settings: Any) -> Saver:
-    return Saver(CheckpointConfig(load="elsewhere", save=root, **settings), said.append)
+    hear(said.append)
+    return Saver(CheckpointConfig(load="elsewhere", save=root, **settings))
+
+
+def hear(listen: Callable[[str], object]) -> None:
+    """Have what a saver says, in this process."""
+    handler = logging.Handler()
+    handler.emit = lambda record: listen(record.getMessage())  # type: ignore[assignment,method-assign]
+    logger = logging.getLogger("megatron_cpt.checkpoint.saver")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]
 
 
 def wait(saver: Saver) -> None:
@@ -264,7 +276,8 @@ def save_until_killed(rank: int, hf: str, layout: Layout, root: str, log: str, a
         with open(log, "a") as file:
             file.write(line + "\n")
 
-    saver = Saver(CheckpointConfig("elsewhere", root, async_save=async_save, keep_last=2), say)
+    hear(say)
+    saver = Saver(CheckpointConfig("elsewhere", root, async_save=async_save, keep_last=2))
     newest, _ = newest_complete(root)
     iteration = int(newest[-7:]) if newest else 0
     dist.barrier()

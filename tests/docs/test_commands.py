@@ -19,6 +19,8 @@ import yaml
 from pages import PAGES, REASONS, SHELL, Block, blocks, prose
 from tiny_models import ROOT, make_tiny_llama
 
+from megatron_cpt.config.cli import LOG_OPTIONS
+
 BASH = [block for page in PAGES for block in blocks(page) if block.language == "bash"]
 
 
@@ -79,7 +81,7 @@ def options() -> dict[str, list[str]]:
     return json.loads(result.stdout)
 
 
-GENERAL = {"config", "help", "print_config"}
+GENERAL = {"config", "help", "print_config", *(name.removeprefix("--") for name in LOG_OPTIONS)}
 
 
 def test_all_tools_and_options_in_commands_exist(options: dict[str, list[str]]) -> None:

@@ -47,8 +47,8 @@ def test_shares_of_a_source(template: Template, tmp_path: Path, capfd: pytest.Ca
     show_report(found)
     said = capfd.readouterr().err
     assert "right.json: answers are en 75.0%, zh 25.0% by identification; declared as en\n" in said
-    assert f"warning: {tmp_path}/wrong.json: {warning}" in said
-    assert "warning: " + str(tmp_path / "right.json") not in said
+    assert f"WARNING: {tmp_path}/wrong.json: {warning}" in said
+    assert "WARNING: " + str(tmp_path / "right.json") not in said
 
 
 def test_the_chosen_answer_counts(template: Template, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.metrics_file import MetricsFile, read_metrics
 from megatron_cpt.training.validation_result import ValidationResult
+from megatron_cpt.utils.logs import start_logs
 
 
 def test_names_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,8 +181,13 @@ def test_status_is_for_launchers(tmp_path: Path) -> None:
     assert (status["state"], status["iteration"], status["train_iters"], status["reason"]) == ("stopped", 7, 20, "SIGTERM")
 
 
-def test_without_entering_it_only_speaks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_entering_it_only_speaks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     RunLog(str(tmp_path / "run"), LoggingConfig(), 0).say("something")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    start_logs()
     RunLog(str(tmp_path / "other"), LoggingConfig(), 1).say("nothing")
     assert capsys.readouterr().err == "something\n"
     assert list(tmp_path.iterdir()) == []
@@ -192,6 +198,8 @@ def other_rank(folder: str, stdout: int, stderr: int) -> None:
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ |= {"RANK": "1", "WORLD_SIZE": "2"}
+    start_logs()
     handler = logging.StreamHandler()  # holds the stderr of now
     with RunLog(folder, LoggingConfig(tensorboard=True), 1) as log:
         start(log)
@@ -200,6 +208,7 @@ def other_rank(folder: str, stdout: int, stderr: int) -> None:
         log.status("running", 1, 2)
         log.finish()
         log.say("said")
+        logging.getLogger("megatron_cpt.x").warning("odd")
         print("printed")
         print("warned", file=sys.stderr)
         logging.getLogger("x").addHandler(handler)
@@ -222,6 +231,8 @@ def test_other_ranks_write_to_their_own_file_but_fatal_errors_are_seen(tmp_path:
         assert text in written
     seen = (tmp_path / "err").read_text()
     assert "heard" in seen
+    assert "[rank 1] WARNING: odd\n" in seen
+    assert "\nWARNING: odd\n" in written
     assert seen.rstrip().endswith("RuntimeError: fatal")
     assert (tmp_path / "out").read_text() == ""
     for text in ("said", "printed", "warned", "logged", "from C"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ def test_a_rank_that_was_asked_to_stop_has_told_the_others_when_it_leaves(
     monkeypatch.setattr(stopping, "POLL_SECONDS", 3600.0)
     store = dist.HashStore()
     with StopController(str(tmp_path), None, world_size=2) as watch:
-        watch.share(store, 1, 2, 0.0, io.StringIO())
+        watch.share(store, 1, 2, 0.0)
         watch.requests.stop = "SIGTERM"
         assert watch.reason() == "SIGTERM"
     other = Peers(store, 0, 2, 0.0)
