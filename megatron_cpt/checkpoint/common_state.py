@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from megatron_cpt.checkpoint.restricted import ChunkPlace, load_metadata
+from megatron_cpt.checkpoint.checkpoint_pickles import ChunkPlace, load_metadata
 from megatron_cpt.utils.errors import InputError
 
 COMMON_STATE = "common_state/shard_0_1"

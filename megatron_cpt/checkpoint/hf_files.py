@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 
+from megatron_cpt.checkpoint.checkpoint_pickles import PickledTensors
 from megatron_cpt.checkpoint.layout import WEIGHT_INDICES
-from megatron_cpt.checkpoint.restricted import PickledTensors
 from megatron_cpt.checkpoint.weight_files import WHOLE_FILES, weight_files
 from megatron_cpt.model.hf_folder import adapter_note
 from megatron_cpt.utils.errors import InputError

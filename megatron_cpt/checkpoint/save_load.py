@@ -22,9 +22,9 @@ from megatron.core.dist_checkpointing.validation import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_cpt.checkpoint.checkpoint_pickles import Opaque, load_common
 from megatron_cpt.checkpoint.common_state import find_common_state
 from megatron_cpt.checkpoint.layout import check_format
-from megatron_cpt.checkpoint.restricted import Opaque, load_common
 from megatron_cpt.checkpoint.safe_pickle import plain
 from megatron_cpt.checkpoint.save_operation import CheckpointError, save_checkpoint
 from megatron_cpt.checkpoint.state import Progress, chunk_names, restore_rng, state_to_load

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_cpt.checkpoint.restricted import (
+from megatron_cpt.checkpoint.checkpoint_pickles import (
     DAMAGE,
     ChunkPlace,
     StoredChunk,

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_cpt.checkpoint.checkpoint_pickles import Opaque, load_settings
 from megatron_cpt.checkpoint.common_state import find_common_state
-from megatron_cpt.checkpoint.restricted import Opaque, load_settings
 from megatron_cpt.model.llama import MOST_FLOAT
 from megatron_cpt.utils.errors import InputError, brief
 from megatron_cpt.utils.input_files import load_yaml, plain_number

@@ -22,9 +22,9 @@ from megatron_cpt.utils.logs import record_traceback
 logger = logging.getLogger(__name__)
 
 
-def leave(watch: StopController) -> None:
+def shutdown_barrier(stop_controller: StopController) -> None:
     """The store that ranks talk through goes with the first of them that leaves: by then none may listen any more."""
-    watch.close()
+    stop_controller.close()
     torch.distributed.barrier()
 
 
@@ -52,7 +52,7 @@ def only_run(config: RunConfig, start_from: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def propagate_failure(
-    watch: StopController, world_size: int, error_stream: TextIO, failed: Callable[[str], None]
+    stop_controller: StopController, world_size: int, error_stream: TextIO, failed: Callable[[str], None]
 ) -> Iterator[None]:
     """If this rank fails alone, say so at once: the others would wait for it in a collective until that times out.
 
@@ -72,7 +72,7 @@ def propagate_failure(
         for stream in {error_stream, sys.stderr}:  # the latter is a file on ranks other than the first
             traceback.print_exc(file=stream)
         record_traceback(logger)
-        watch.failed(error)
+        stop_controller.failed(error)
         os._exit(1)  # process groups cannot be left in good order while others wait in them
 
 

@@ -22,7 +22,7 @@ from megatron_cpt.mixture.loader import BatchShape, TrainingData, Waited, prefet
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import job_store, process_groups
 from megatron_cpt.training.baseline import extended, incomparable, measurements
-from megatron_cpt.training.launch import duration, leave, only_run, propagate_failure, set_numerics
+from megatron_cpt.training.launch import duration, only_run, propagate_failure, set_numerics, shutdown_barrier
 from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.loss_spikes import check_replicas, is_spike
 from megatron_cpt.training.model_setup import build, gathered_parameters, unwrap
@@ -55,12 +55,12 @@ def setup(config: RunConfig) -> str | None:
             log.say(note)
         log.say(ledger_table(run.data.ledger(run.mixture)))
         return None
-    with StopController(folder, duration(config.training), launched_world_size()) as watch:
+    with StopController(folder, duration(config.training), launched_world_size()) as stop_controller:
         try:
             run = check_run(config, launched_world_size())
             if not run.complete:
                 with only_run(config, run.start_from) if first else contextlib.nullcontext():
-                    start(run, watch)
+                    start(run, stop_controller)
             elif first:
                 log = RunLog(folder, config.logging, 0)
                 log.say(
@@ -69,12 +69,12 @@ def setup(config: RunConfig) -> str | None:
                 log.ended_before(run.length.iteration, run.length.train_iters)
         except StopRequestedError:
             if first:
-                logger.info(f"stopped before the first step: {watch.requests.stop}")
-                RunLog(folder, config.logging, 0).stopped_early(watch.requests.stop)
+                logger.info(f"stopped before the first step: {stop_controller.requests.stop}")
+                RunLog(folder, config.logging, 0).stopped_early(stop_controller.requests.stop)
     return folder if first else None
 
 
-def start(run: CheckedRun, watch: StopController) -> None:
+def start(run: CheckedRun, stop_controller: StopController) -> None:
     """Start the process groups and run."""
     config = run.config
     set_numerics(config.training)
@@ -83,18 +83,18 @@ def start(run: CheckedRun, watch: StopController) -> None:
         RunLog(config.checkpoint.save, config.logging, ranks.rank) as log,
     ):
         heartbeat = config.loss_spikes.heartbeat_seconds
-        watch.share(job_store(), ranks.rank, ranks.world_size, heartbeat, log.failed)
-        with propagate_failure(watch, ranks.world_size, log.error_stream, log.failed):
+        stop_controller.share(job_store(), ranks.rank, ranks.world_size, heartbeat, log.failed)
+        with propagate_failure(stop_controller, ranks.world_size, log.error_stream, log.failed):
             try:
-                main(RunContext(run, ranks, log, watch, Saver(config.checkpoint)))
+                main(RunContext(run, ranks, log, stop_controller, Saver(config.checkpoint)))
             except StopRequestedError:
-                watch.reason()
-                leave(watch)
+                stop_controller.reason()
+                shutdown_barrier(stop_controller)
                 raise
             except SharedInputError:
-                leave(watch)
+                shutdown_barrier(stop_controller)
                 raise
-            leave(watch)
+            shutdown_barrier(stop_controller)
 
 
 def main(context: RunContext) -> None:
@@ -131,12 +131,12 @@ def main(context: RunContext) -> None:
     if run.resumed is not None:
         measure_anew_if_needed(context, state)
     log.status("running", run.length.iteration, run.length.train_iters)
-    context.watch.working()
+    context.stop_controller.working()
     stop_if_asked(context)
     try:
         fit(context, state)
     except StopRequestedError:
-        stop(context, state, context.watch.reason())
+        stop(context, state, context.stop_controller.reason())
     except RunError as error:
         log.status("failed", state.progress.iteration, run.length.train_iters, str(error))
         log.finish()
@@ -180,7 +180,7 @@ def fit(context: RunContext, state: TrainState) -> None:
         RunError: it cannot go on
     """
     run, config, log, ranks = context.run, context.config, context.log, context.ranks
-    training, requests = config.training, context.watch.requests
+    training, requests = config.training, context.stop_controller.requests
     batch = BatchShape(training.micro_batch_size, training.global_batch_size, ranks.data_rank, ranks.data_size)
     shape = StepShape(
         batch.num_microbatches, training.micro_batch_size, run.mixture.seq_length, config.data.reset_attention_mask
@@ -294,7 +294,7 @@ def finish_step(context: RunContext, state: TrainState, shape: StepShape, result
     if last or (asked and not state.history.skipped):
         save(context, state, last)
     if result.save:
-        context.watch.requests.save = False
+        context.stop_controller.requests.save = False
         if state.history.skipped or context.saver.retry_pending():
             context.log.warn(
                 "save_now is not obeyed: steps are being skipped, or an earlier save is to be tried again first"
@@ -352,7 +352,7 @@ def evaluate(context: RunContext, state: TrainState, shape: StepShape) -> None:
                 context.ranks,
                 config.data,
                 on_samples=lambda samples: log.progress.advance(task, samples),
-                stopping=context.watch.requests.stopping,
+                stopping=context.stop_controller.requests.stopping,
             )
         log.progress.remove_task(task)
         measured = measurements(mixture, config)

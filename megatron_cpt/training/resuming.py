@@ -53,7 +53,7 @@ def intact_run(context: RunContext, check: TensorCheck) -> CheckedRun:
         run = run_without(context, damaged)
         log.say(f"{'resuming' if run.resumed else 'starting'} from {run.start_from}")
         with checking_tensors(run, context.ranks) as check:
-            check.wait(context.watch.requests.stopping)
+            check.wait(context.stop_controller.requests.stopping)
     if context.ranks.rank == 0 and is_own(run.config, run.start_from):
         for name in set_aside_damaged(run.config.checkpoint.save, run.length.iteration if run.resumed else -1):
             log.warn(f"a damaged checkpoint is now {name}")
@@ -67,7 +67,7 @@ def damage_found(context: RunContext, check: TensorCheck) -> str | None:
         RunError: the ranks do not see the same checkpoint
         StopRequestedError: somebody asked to stop
     """
-    check.wait(context.watch.requests.stopping)
+    check.wait(context.stop_controller.requests.stopping)
     stop_if_asked(context)
     found: list[tuple[str, str | None]] = context.ranks.all_gather_object((os.path.realpath(check.folder), check.damage()))
     folders = sorted({folder for folder, _ in found})
@@ -95,5 +95,5 @@ def run_without(context: RunContext, damaged: dict[str, str]) -> CheckedRun:
 
 def stop_if_asked(context: RunContext) -> None:
     """All ranks together: StopRequestedError if any was asked to stop during the start."""
-    if context.ranks.any(context.watch.requests.stopping()):
+    if context.ranks.any(context.stop_controller.requests.stopping()):
         raise StopRequestedError

@@ -32,7 +32,7 @@ class RunContext:
     run: CheckedRun
     ranks: RankInfo
     log: RunLog
-    watch: StopController
+    stop_controller: StopController
     saver: Saver
     hf_files: Mapping[str, bytes] = field(default_factory=dict)
 

@@ -18,7 +18,7 @@ import torch
 from hostile_pickles import NAMES, harmless, module_spec, mutations, system_call, text
 
 from megatron_cpt.checkpoint import zip_reader
-from megatron_cpt.checkpoint.restricted import Opaque, PickledTensors, load_common, load_metadata, load_settings
+from megatron_cpt.checkpoint.checkpoint_pickles import Opaque, PickledTensors, load_common, load_metadata, load_settings
 from megatron_cpt.checkpoint.safe_pickle import Name, PickleError, PickleRecord, plain, read_pickle
 from megatron_cpt.utils.errors import InputError
 
@@ -166,7 +166,7 @@ def test_the_classes_of_torch_are_known() -> None:
 
 
 def load_from(content: bytes) -> Any:
-    from megatron_cpt.checkpoint.restricted import MAKERS, METADATA_NAMES, VALUES, _description
+    from megatron_cpt.checkpoint.checkpoint_pickles import MAKERS, METADATA_NAMES, VALUES, _description
 
     return _description(read_pickle(content, VALUES, MAKERS, METADATA_NAMES))
 

@@ -22,9 +22,9 @@ from tiny_models import VARIANTS, make_tiny_llama
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
 
+from megatron_cpt.checkpoint.checkpoint_pickles import Opaque, load_settings
 from megatron_cpt.checkpoint.hf_files import HfTensors
 from megatron_cpt.checkpoint.layout import read_hf_files
-from megatron_cpt.checkpoint.restricted import Opaque, load_settings
 from megatron_cpt.checkpoint.save_load import load_checkpoint, save_checkpoint
 from megatron_cpt.checkpoint.torch_dist import Region, TorchDistReader, tiles
 from megatron_cpt.convert.config import HfToMegatron, Verify

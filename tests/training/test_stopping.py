@@ -18,10 +18,10 @@ def test_a_rank_that_was_asked_to_stop_has_told_the_others_when_it_leaves(
     """They wait for the reason; its thread may not have looked at the request yet."""
     monkeypatch.setattr(stopping, "POLL_SECONDS", 3600.0)
     store = dist.HashStore()
-    with StopController(str(tmp_path), None, world_size=2) as watch:
-        watch.share(store, 1, 2, 0.0)
-        watch.requests.stop = "SIGTERM"
-        assert watch.reason() == "SIGTERM"
+    with StopController(str(tmp_path), None, world_size=2) as stop_controller:
+        stop_controller.share(store, 1, 2, 0.0)
+        stop_controller.requests.stop = "SIGTERM"
+        assert stop_controller.reason() == "SIGTERM"
     other = Peers(store, 0, 2, 0.0)
     assert other.store.check(["stop"])
     assert other.reason() == "SIGTERM"
@@ -40,14 +40,14 @@ def test_a_rank_that_never_showed_a_sign_of_life_is_noticed(monkeypatch: pytest.
 
 def test_a_request_that_cannot_be_removed_is_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "stop_now").mkdir()
-    with StopController(str(tmp_path), None, 2) as watch:
+    with StopController(str(tmp_path), None, 2) as stop_controller:
         for _ in range(3):
-            watch._look_around()
-        assert not watch.requests.stopping()
+            stop_controller._look_around()
+        assert not stop_controller.requests.stopping()
     assert capsys.readouterr().err.count("stop_now is not obeyed, as it cannot be removed") <= 1
     (tmp_path / "stop_now").rmdir()
     (tmp_path / "stop_now").touch()
-    with StopController(str(tmp_path), None, 2) as watch:
-        watch._look_around()
-        assert watch.requests.stop == "the file stop_now"
+    with StopController(str(tmp_path), None, 2) as stop_controller:
+        stop_controller._look_around()
+        assert stop_controller.requests.stop == "the file stop_now"
     assert not (tmp_path / "stop_now").exists()
