@@ -30,7 +30,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # numpy would start a thread for each co
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """Of one program.
 
     Attributes:
@@ -54,7 +54,7 @@ class SandboxOutcome:
     error: str
 
 
-def run(program: str, limits: Limits) -> SandboxOutcome:
+def run(program: str, limits: SandboxLimits) -> SandboxOutcome:
     """Run a Python program in an empty folder, without this process's environment.
 
     It passes by coming to its end: not by an exit, whatever the status. What it has started is killed with it.
@@ -77,7 +77,7 @@ def run(program: str, limits: Limits) -> SandboxOutcome:
     return SandboxOutcome(False, f"killed after {limits.seconds} s" if killed else (lines or ["it ended early"])[-1][:200])
 
 
-def bounds(limits: Limits, user: int) -> dict[str, int]:
+def bounds(limits: SandboxLimits, user: int) -> dict[str, int]:
     """Limits by setrlimit's names. That on processes counts all of a user's."""
     return {
         "RLIMIT_CPU": math.ceil(limits.seconds),
@@ -130,6 +130,6 @@ def is_text(path: Path, text: str) -> bool:
 
 def require_sandbox() -> None:
     """Raise InputError if programs cannot be run here: every answer would be called wrong."""
-    outcome = run("import math, typing\nassert math.isqrt(9) == 3", Limits(seconds=60.0))
+    outcome = run("import math, typing\nassert math.isqrt(9) == 3", SandboxLimits(seconds=60.0))
     if not outcome.passed:
         raise InputError(f"the sandbox cannot run {sys.executable}: {outcome.error}; expected: a program that passes")

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_cpt.evaluation.sandbox import Limits, SandboxOutcome, require_sandbox, run, threads_of
+from megatron_cpt.evaluation.sandbox import SandboxLimits, SandboxOutcome, require_sandbox, run, threads_of
 from megatron_cpt.utils.errors import InputError
 
-LIMITS = Limits(seconds=20.0)
+LIMITS = SandboxLimits(seconds=20.0)
 
 
 def test_right_and_wrong_answers() -> None:
@@ -33,7 +33,7 @@ def test_an_exit_before_the_end_does_not_pass(way: str) -> None:
 def test_an_endless_loop_is_killed() -> None:
     began = time.monotonic()
     for program in ("while True: pass", "import time; time.sleep(100)"):
-        outcome = run(program, Limits(seconds=2.0))
+        outcome = run(program, SandboxLimits(seconds=2.0))
         assert not outcome.passed
     assert outcome.error == "killed after 2.0 s"
     assert time.monotonic() - began < 15
@@ -55,7 +55,7 @@ def test_processes_are_limited() -> None:
 def test_a_fork_bomb_leaves_nothing() -> None:
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     before = psutil.pids()
-    outcome = run(bomb, Limits(seconds=3.0, processes=8))
+    outcome = run(bomb, SandboxLimits(seconds=3.0, processes=8))
     assert not outcome.passed
     deadline = time.monotonic() + 10
     while left := [pid for pid in psutil.pids() if pid not in before and in_sandbox(pid)]:

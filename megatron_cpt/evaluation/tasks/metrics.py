@@ -119,4 +119,4 @@ def corpus_chrf(pairs: Sequence[Pair]) -> float:
 def code(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """HumanEval: whether the function passes its tests, in a process with limits."""
     program = f"{doc['prompt']}{results[0]}\n{doc['test']}\ncheck({doc['entry_point']})"
-    return {"pass@1": float(sandbox.run(program, sandbox.Limits()).passed)}
+    return {"pass@1": float(sandbox.run(program, sandbox.SandboxLimits()).passed)}
