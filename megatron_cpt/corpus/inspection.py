@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
@@ -16,6 +15,7 @@ from megatron_cpt.corpus.sources import sha256_file
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.tables import PlainTable, number_column, text_column
 
 CHUNK = 1 << 22  # values looked at at a time
 
@@ -25,51 +25,47 @@ def manifest_of(prefix: str) -> CorpusManifest | None:
     return read_manifest(prefix) if manifest_path(prefix).exists() else None
 
 
-def describe(corpus: IndexedCorpus, manifest: CorpusManifest | None) -> Table:
+def describe(corpus: IndexedCorpus, manifest: CorpusManifest | None) -> PlainTable:
     """One corpus as a list of facts."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=Text(corpus.prefix), title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = PlainTable(text_column(style="bold"), text_column(), title=corpus.prefix)
     size = corpus.num_tokens * corpus.dtype.itemsize
-    table.add_row("documents", Text(f"{corpus.num_documents:,}"))
-    table.add_row("tokens", Text(f"{corpus.num_tokens:,} of {corpus.dtype} ({size / 1e6:,.1f} MB)"))
+    table.add_row("documents", f"{corpus.num_documents:,}")
+    table.add_row("tokens", f"{corpus.num_tokens:,} of {corpus.dtype} ({size / 1e6:,.1f} MB)")
     lengths = corpus.lengths()
     if lengths.size:
         quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int).tolist()
-        table.add_row("tokens/document", Text(" / ".join(f"{q:,}" for q in quantiles) + "  (min, 10 %, median, 90 %, max)"))
+        table.add_row("tokens/document", " / ".join(f"{q:,}" for q in quantiles) + "  (min, 10 %, median, 90 %, max)")
     if manifest is None:
-        table.add_row("manifest", Text("none: another program wrote this corpus"))
+        table.add_row("manifest", "none: another program wrote this corpus")
         return table
-    table.add_row("language", Text(manifest.language))
-    table.add_row("found in a sample", Text(_shares(manifest) or "-"))
+    table.add_row("language", manifest.language)
+    table.add_row("found in a sample", _shares(manifest) or "-")
     per_token = f"{manifest.bytes_per_token:.2f} bytes/token"
-    table.add_row("text", Text(f"{manifest.text_bytes:,} bytes, {manifest.characters:,} characters, {per_token}"))
-    table.add_row(
-        "left out", Text(", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items()) or "nothing")
-    )
+    table.add_row("text", f"{manifest.text_bytes:,} bytes, {manifest.characters:,} characters, {per_token}")
+    table.add_row("left out", ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items()) or "nothing")
     order = "as in the input" if manifest.shuffle_documents is None else f"shuffled, seed {manifest.shuffle_documents}"
-    table.add_row("order", Text(order))
+    table.add_row("order", order)
     if manifest.partition:
-        table.add_row("partition", Text(manifest.partition))
+        table.add_row("partition", manifest.partition)
     if manifest.holdout:
         side, _, split = manifest.holdout.partition(":")
         words = {"train": "the rest of split", "holdout": "held out, split", "asked": "held out when merged:"}
-        table.add_row("hold-out", Text(f"{words.get(side, side)} {split}"))
-    table.add_row("bos, eos", Text(f"{manifest.bos}, {manifest.eos}"))
+        table.add_row("hold-out", f"{words.get(side, side)} {split}")
+    table.add_row("bos, eos", f"{manifest.bos}, {manifest.eos}")
     tokenizer = manifest.tokenizer
     table.add_row(
         "tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} tokens, {tokenizer.fingerprint[:12]}, {tokenizer.path}"
     )
-    table.add_row("encoded by", Text(manifest.encoder))
+    table.add_row("encoded by", manifest.encoder)
     for source in manifest.sources[:20]:
         checksum = f", sha256 {source.sha256[:12]}" if source.sha256 else ""
         documents = counted(source.documents, "document")
-        table.add_row("input", Text(f"{source.path}: {documents}, {source.bytes:,} bytes{checksum}"))
+        table.add_row("input", f"{source.path}: {documents}, {source.bytes:,} bytes{checksum}")
     if len(manifest.sources) > 20:
-        table.add_row("input", Text(f"... {len(manifest.sources) - 20:,} more"))
-    table.add_row("command", Text(manifest.command))
-    table.add_row("took", Text(f"{manifest.duration_seconds:,.1f} s"))
-    table.add_row("versions", Text(", ".join(f"{name} {number}" for name, number in manifest.versions.items())))
+        table.add_row("input", f"... {len(manifest.sources) - 20:,} more")
+    table.add_row("command", manifest.command)
+    table.add_row("took", f"{manifest.duration_seconds:,.1f} s")
+    table.add_row("versions", ", ".join(f"{name} {number}" for name, number in manifest.versions.items()))
     return table
 
 
@@ -78,19 +74,21 @@ def _shares(manifest: CorpusManifest, most: int = 4) -> str:
     return ", ".join(f"{code} {100 * share:.1f} %" for code, share in list(manifest.languages.items())[:most])
 
 
-def compare(corpora: Sequence[tuple[IndexedCorpus, CorpusManifest | None]]) -> Table:
+def compare(corpora: Sequence[tuple[IndexedCorpus, CorpusManifest | None]]) -> PlainTable:
     """Several corpora, one a row, with their sums."""
-    table = Table(box=None, padding=(0, 2, 0, 0), show_footer=True)
     tokens = sum(corpus.num_tokens for corpus, _ in corpora)
     documents = sum(corpus.num_documents for corpus, _ in corpora)
     text = sum(manifest.text_bytes for _, manifest in corpora if manifest)
-    table.add_column("corpus", "", overflow="fold", min_width=10)
-    table.add_column("in", "", no_wrap=True)
     sums = {"documents": f"{documents:,}", "tokens": f"{tokens:,}", "share": "", "text MB": f"{text / 1e6:,.1f}"}
-    for name, footer in (sums | {"bytes/token": "", "left out": ""}).items():
-        table.add_column(name, footer, justify="right", no_wrap=True)
-    table.add_column("found in a sample", "")
-    table.add_column("tokenizer", "", no_wrap=True)
+    table = PlainTable(
+        text_column("corpus", min_width=10),
+        text_column("in", no_wrap=True),
+        *(number_column(name, total) for name, total in sums.items()),
+        number_column("bytes/token"),
+        number_column("left out"),
+        text_column("found in a sample"),
+        text_column("tokenizer", no_wrap=True),
+    )
     for corpus, manifest in corpora:
         share = f"{100 * corpus.num_tokens / max(tokens, 1):.1f} %"
         row = [corpus.prefix, "-", f"{corpus.num_documents:,}", f"{corpus.num_tokens:,}", share, "-", "-", "-", "-", "-"]
@@ -103,7 +101,7 @@ def compare(corpora: Sequence[tuple[IndexedCorpus, CorpusManifest | None]]) -> T
                 _shares(manifest, 2),
                 manifest.tokenizer.fingerprint[:8],
             ]
-        table.add_row(*map(Text, row))
+        table.add_row(*row)
     return table
 
 

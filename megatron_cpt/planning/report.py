@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.planning.hardware import ATTENTION_EFFICIENCY, LINK_EFFICIENCY
@@ -16,6 +15,7 @@ from megatron_cpt.planning.layouts import Layout, ModelChunk
 from megatron_cpt.planning.memory import GIB
 from megatron_cpt.planning.search import TIGHT, Candidate, LayoutPlan, recomputation
 from megatron_cpt.planning.weights import Parameter, parameters_of_chunk
+from megatron_cpt.utils.tables import PlainTable, number_column, text_column
 
 # Heading, what to print, from which width of the terminal on.
 Column = tuple[str, Callable[[Candidate, LayoutPlan], str], int]
@@ -145,14 +145,12 @@ def layers_of(plan: LayoutPlan) -> str:
     return "torch's, with context parallelism Transformer Engine's," if with_context else "torch's"
 
 
-def layouts_table(plan: LayoutPlan, candidates: list[Candidate], width: int) -> Table:
+def layouts_table(plan: LayoutPlan, candidates: list[Candidate], width: int) -> PlainTable:
     """One row for each of our layouts, numbered as `--row` counts them, or for each of FSDP's."""
     columns = columns_of(plan, candidates, width)
     while table_width(columns) > width and (name := next((name for name in DISPENSABLE if name in columns), None)):
         del columns[name]
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = PlainTable(*map(number_column, columns))
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     return table
@@ -164,8 +162,8 @@ def columns_of(plan: LayoutPlan, candidates: list[Candidate], width: int) -> dic
     left_out = {"#", "PPxVP", "PP comm"} if sharded else set[str]()
     if all(candidate.layout.context == 1 for candidate in candidates):
         left_out |= {"CP", "CP comm"}
-    numbers = [str(number) for number in range(1, len(candidates) + 1)]
-    columns = {"#": numbers} | {
+    order = [str(number) for number in range(1, len(candidates) + 1)]
+    columns = {"#": order} | {
         heading: [cell(candidate, plan) for candidate in candidates] for heading, cell, least in COLUMNS if width >= least
     }
     names = {"DP": "FSDP"} if sharded else {}
@@ -177,10 +175,8 @@ def table_width(columns: dict[str, list[str]]) -> int:
     return sum(max(map(len, (heading, *found))) + 2 for heading, found in columns.items()) - 2
 
 
-def infeasible_table(plan: LayoutPlan) -> Table:
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    table.add_column("not", max_width=30)
-    table.add_column("because", overflow="fold")
+def infeasible_table(plan: LayoutPlan) -> PlainTable:
+    table = PlainTable(text_column("not", max_width=30), text_column("because"))
     for layouts, reason in plan.infeasible[:REFUSED_SHOWN]:
         table.add_row(layouts, reason)
     return table

@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.planning.activations import chunk_bytes
@@ -22,6 +21,7 @@ from megatron_cpt.planning.weights import state_bytes
 from megatron_cpt.planning.write import write_layout
 from megatron_cpt.utils.console import wide_console
 from megatron_cpt.utils.errors import InputError, RunError
+from megatron_cpt.utils.tables import PlainTable, number_column, text_column
 
 if TYPE_CHECKING:
     from megatron_cpt.planning.simulate import Simulation
@@ -109,15 +109,12 @@ def planned_flops(job: TrainingJob, layout: Layout, stage: int) -> float:
     return flops * tokens / layout.tensor
 
 
-def comparison(job: TrainingJob, layout: Layout, result: Simulation) -> Table:
+def comparison(job: TrainingJob, layout: Layout, result: Simulation) -> PlainTable:
     """Simulated and planned, side by side."""
     stage = result.pipeline_rank
     state = state_bytes(job, layout, stage, result.data_rank)
     activations = sum(sum(chunk_bytes(job, layout, chunk).values()) for chunk in chunks_of_stage(job.llama, layout, stage))
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    table.add_column("")
-    table.add_column("simulated", justify="right", no_wrap=True)
-    table.add_column("planned", justify="right", no_wrap=True)
+    table = PlainTable(text_column(), number_column("simulated"), number_column("planned"))
     rows: list[tuple[str, float, float]] = [
         ("parameters", result.parameters, state.parameters),
         ("weights, bytes", result.weights, state.weights),
@@ -131,11 +128,10 @@ def comparison(job: TrainingJob, layout: Layout, result: Simulation) -> Table:
     return table
 
 
-def traffic_table(result: Simulation) -> Table:
+def traffic_table(result: Simulation) -> PlainTable:
     """Collectives of one micro-batch and of the end of a step."""
-    table = Table(box=None, padding=(0, 1), pad_edge=False, header_style="bold")
-    for heading in ("collectives", "kind", "ranks", "number", "bytes"):
-        table.add_column(heading, justify="left" if heading in ("collectives", "kind") else "right", no_wrap=True)
+    texts = (text_column(heading, no_wrap=True) for heading in ("collectives", "kind"))
+    table = PlainTable(*texts, *map(number_column, ("ranks", "number", "bytes")))
     for when, traffics in (("of a micro-batch", result.microbatch_traffic), ("of a step's end", result.step_traffic)):
         for (kind, size), traffic in sorted(traffics.items()):
             table.add_row(when, kind, str(size), f"{traffic.count:,}", f"{traffic.bytes:,}")

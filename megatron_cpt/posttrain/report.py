@@ -6,12 +6,11 @@ import logging
 import os
 from typing import Any
 
-from rich.table import Table
-
 from megatron_cpt.posttrain.data import Prepared, RowCounts
 from megatron_cpt.posttrain.runner import REPORT
-from megatron_cpt.utils.console import counted, wide_console
+from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.files import write_json
+from megatron_cpt.utils.tables import PlainTable, log_table, number_column, text_column
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +45,12 @@ def languages_of(counts: RowCounts) -> str:
 
 def show_report(prepared: Prepared[Any]) -> None:
     """On stderr."""
-    table = Table(title=f"data: {len(prepared.train):,} examples, ALMR {prepared.almr:.3f}", title_justify="left")
-    table.add_column("source", overflow="fold")
-    for name in ("rows", "broken", "train", "valid", "cut", "tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("lengths", no_wrap=True)
+    table = PlainTable(
+        text_column("source"),
+        *map(number_column, ("rows", "broken", "train", "valid", "cut", "tokens")),
+        text_column("lengths", no_wrap=True),
+        title=f"data: {len(prepared.train):,} examples, ALMR {prepared.almr:.3f}",
+    )
     for counts in prepared.counts:
         facts = counts.to_json()
         broken = sum(kind["rows"] for kind in facts["broken"].values())
@@ -61,7 +61,7 @@ def show_report(prepared: Prepared[Any]) -> None:
             f"{counts.tokens:,}",
             " - ".join(lengths),
         )
-    wide_console().print(table)
+    log_table(logger, table)
     if not identified(prepared):
         logger.info(NOT_IDENTIFIED)
     for counts in prepared.counts:

@@ -8,8 +8,6 @@ import math
 import os
 import threading
 
-from rich.table import Table
-
 from megatron_cpt.checkpoint.layout import iterations
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
@@ -25,8 +23,9 @@ from megatron_cpt.study.run_status import read_outcome
 from megatron_cpt.study.scores import START, measure, read_all_scores, scores_path
 from megatron_cpt.study.settings import ChooseOptions, FitOptions, PlanOptions, PlotOptions, RunOptions
 from megatron_cpt.study.slurm_executor import submit
-from megatron_cpt.utils.console import counted, wide_console
+from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.tables import PlainTable, log_table, number_column, text_column
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ def plan(study: PlanOptions) -> str:
     table = plan_table(make_plan(study, base, proposed), proposed)
     if study.adaptive:
         write_proposed(study.folder, proposed)  # within the limits
-    wide_console().print(table)
+    log_table(logger, table)
     return study.folder
 
 
@@ -145,7 +144,7 @@ def write_all_results(study: StudyConfig, results: Results) -> str | None:
 def fit_command(study: FitOptions) -> str:
     """`almr_study.py fit`; returns the path of fit.json."""
     _, found = fitted(study)
-    wide_console().print(fit_table(found))
+    log_table(logger, fit_table(found))
     for name, line in ((f"frontier of {found.frontier_of}", found.frontier), ("loss line", found.line)):
         if line is not None and not math.isnan(line.a):
             intervals = f"a{interval(line.a_interval)}, b{interval(line.b_interval)}"
@@ -158,15 +157,14 @@ def fit_command(study: FitOptions) -> str:
     return write_fit(study.folder, found)
 
 
-def fit_table(found: Fit) -> Table:
+def fit_table(found: Fit) -> PlainTable:
     """The surfaces."""
-    table = Table(title="surfaces over ALMR and log LR", title_justify="left")
-    for name in ("", "runs", "noise", "left-out error", "explained", "supported"):
-        table.add_column(name, justify="left" if name in ("", "supported") else "right")
+    figures = map(number_column, ("runs", "noise", "left-out error", "explained"))
+    table = PlainTable(text_column(), *figures, text_column("supported"), title="surfaces over ALMR and log LR")
     for name, fitted_surface in found.surfaces.items():
         runs = str(len(fitted_surface.surface.values))
-        figures = noise_words(fitted_surface), f"{fitted_surface.error:.3g}", f"{fitted_surface.explained:.1%}"
-        table.add_row(name, runs, *figures, "no" if fitted_surface.refused else "yes")
+        found_of = noise_words(fitted_surface), f"{fitted_surface.error:.3g}", f"{fitted_surface.explained:.1%}"
+        table.add_row(name, runs, *found_of, "no" if fitted_surface.refused else "yes")
     return table
 
 

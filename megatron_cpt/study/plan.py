@@ -8,8 +8,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
-
 from megatron_cpt.model.llama import LlamaConfig, hf_shapes
 from megatron_cpt.planning.hardware import Cluster, find_device
 from megatron_cpt.planning.layouts import Layout, TrainingJob
@@ -30,6 +28,7 @@ from megatron_cpt.study.run_status import RunOutcome, read_outcome
 from megatron_cpt.training.progress_line import duration
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.tables import PlainTable, number_column
 
 MOMENTS_BYTES, MAIN_BYTES = 8, 4  # fp32 moments of Adam, fp32 main weights of a bf16 model
 
@@ -145,27 +144,25 @@ def check_limits(plan: StudyPlan) -> None:
             raise InputError(f"the study takes {name} {value:,.4g}; limits.{name} is {limit:,.4g}")
 
 
-def plan_table(plan: StudyPlan, proposed: Sequence[tuple[float, float]]) -> Table:
+def plan_table(plan: StudyPlan, proposed: Sequence[tuple[float, float]]) -> PlainTable:
     """A line for each pair of ALMR and learning rate, and the total."""
     study = plan.study
-    table = Table(
-        title=f"{counted(len(plan.outcomes), 'run')} of {counted(plan.steps, 'step')}; tokens, time and disk of each",
-        title_justify="left",
-        show_footer=True,
-    )
     total = f"{len(plan.outcomes) * plan.tokens:,}"
     hours, done = plan.hours_left, len(plan.outcomes) - plan.left
     time_left = "" if hours is None else f"{duration(3600 * hours)} left"
-    for name, footer in (
-        ("ALMR", "total"),
-        ("LR", ""),
-        ("done", f"{done}/{len(plan.outcomes)}"),
-        ("tokens", total),
-        ("additional", ""),
-        ("time", time_left),
-        ("disk", size(plan.disk_in_all)),
-    ):
-        table.add_column(name, footer, justify="right", no_wrap=True)
+    how = "kept" if study.keep_checkpoints else f"removed once measured, {study.parallel_runs} at a time"
+    caption = f"time: {plan.seconds_from}; {counted(study.parallel_runs, 'run')} at a time. Checkpoints: {how}."
+    table = PlainTable(
+        number_column("ALMR", "total"),
+        number_column("LR"),
+        number_column("done", f"{done}/{len(plan.outcomes)}"),
+        number_column("tokens", total),
+        number_column("additional"),
+        number_column("time", time_left),
+        number_column("disk", size(plan.disk_in_all)),
+        title=f"{counted(len(plan.outcomes), 'run')} of {counted(plan.steps, 'step')}; tokens, time and disk of each",
+        caption=caption + (" *: proposed." if proposed else ""),
+    )
     pairs = list(dict.fromkeys((point.almr, point.lr) for point in plan.outcomes))
     for almr, lr in pairs:
         of_pair = [outcome for point, outcome in plan.outcomes.items() if (point.almr, point.lr) == (almr, lr)]
@@ -180,10 +177,6 @@ def plan_table(plan: StudyPlan, proposed: Sequence[tuple[float, float]]) -> Tabl
             "?" if plan.seconds is None else duration(plan.seconds) if plan.seconds >= 1 else "<1 s",
             size(plan.disk),
         )
-    how = "kept" if study.keep_checkpoints else f"removed once measured, {study.parallel_runs} at a time"
-    table.caption = f"time: {plan.seconds_from}; {counted(study.parallel_runs, 'run')} at a time. Checkpoints: {how}."
-    table.caption += " *: proposed." if proposed else ""
-    table.caption_justify = "left"
     return table
 
 

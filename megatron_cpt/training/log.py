@@ -15,8 +15,6 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
-from rich.table import Table
-
 from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.mixture.inspection import ledger_table
 from megatron_cpt.mixture.ledger import Ledger
@@ -29,6 +27,7 @@ from megatron_cpt.training.validation_result import ValidationResult
 from megatron_cpt.training.validation_table import figures, new_languages, validation_lines
 from megatron_cpt.utils.console import wide_console
 from megatron_cpt.utils.files import write_json
+from megatron_cpt.utils.tables import PlainTable, log_table, number_column
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +81,12 @@ class RunLog:
             self.stack.__exit__(kind, error, trace)
             self.error_stream = sys.stderr
 
-    def say(self, message: str | Table) -> None:
+    def say(self, message: str | PlainTable) -> None:
         """Tell the person watching. A message goes above a line that is redrawn, as Live replaces stderr meanwhile."""
         if isinstance(message, str):
             logger.info(message)
         else:
-            self.console.print(message)
+            log_table(logger, message)
 
     def warn(self, message: str) -> None:
         """Say what all ranks see, and one shows."""
@@ -255,11 +254,9 @@ def this_start(iteration: int, run: dict[str, Any]) -> dict[str, Any]:
     return now | {name: run[name] for name in ("start_from", "layout", "config") if name in run}
 
 
-def learning_rate_lines(rates: list[dict[str, float]]) -> Table:
+def learning_rate_lines(rates: list[dict[str, float]]) -> PlainTable:
     """The learning rate of the first step, of the last and of some between."""
-    table = Table(title="learning rate", title_justify="left")
-    for name in ("step", "samples", "learning rate"):
-        table.add_column(name, justify="right")
+    table = PlainTable(*map(number_column, ("step", "samples", "learning rate")), title="learning rate")
     for rate in rates:
         table.add_row(f"{rate['iteration']:,.0f}", f"{rate['consumed_samples']:,.0f}", f"{rate['lr']:.4e}")
     return table

@@ -70,7 +70,7 @@ def test_noise_between_seeds_needs_second_seeds(fitted: Fit, tmp_path: Path) -> 
     for found, known in ((one, False), (fitted, True)):
         written = json.loads(Path(write_fit(str(tmp_path), found)).read_text())
         cells = [
-            list(fit_table(found).columns[2].cells),
+            list(map(str, fit_table(found).columns[2].cells)),
             re.findall(r"<tr><td>\w+</td><td>\d+</td><td>(.*?)<", surfaces_table(found)),
         ]
         for name, *shown in zip(found.surfaces, *cells, strict=True):

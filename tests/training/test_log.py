@@ -8,6 +8,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def test_steps_are_recorded_and_shown_every_log_interval_and_at_the_end(
 ) -> None:
     record(tmp_path, 1, 20, LoggingConfig(log_interval=8))
     assert [row["iteration"] for row in read_metrics(str(tmp_path)) if "loss" in row] == list(range(1, 21))
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if re.match(r"step \d", line)]
     assert [line.split(" | ")[0] for line in lines] == ["step 8/20", "step 16/20", "step 20/20"]
     for shown in (
         "loss 3.9200",
