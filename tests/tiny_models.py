@@ -63,15 +63,16 @@ def make_tiny_llama(folder: Path, tokenizer_dir: str, dtype: torch.dtype = torch
 
 
 def write_empty_weights(folder: Path) -> None:
-    """model.safetensors with the names of a Llama's tensors, none of which holds a number; of another model, with none."""
+    """model.safetensors with the names and shapes of a Llama's tensors, but no number; of another model, with none."""
     from megatron_cpt.model.llama import hf_shapes, read_llama_config
     from megatron_cpt.utils.errors import InputError
 
     try:
-        names = list(hf_shapes(read_llama_config(str(folder))))
+        shapes = hf_shapes(read_llama_config(str(folder)))
     except InputError:
-        names = []
-    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
+        shapes = {}
+    tensors = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    header = json.dumps(tensors).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
 
 

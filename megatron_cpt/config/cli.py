@@ -27,6 +27,7 @@ import yaml
 
 from megatron_cpt.config.fields import ConfigReader
 from megatron_cpt.config.renamed import old_names, print_notes
+from megatron_cpt.config.values import SEPARATOR
 from megatron_cpt.utils.errors import InputError, InputErrors, ProcessDiedError, Refusals, RefusedValueError, RunError
 from megatron_cpt.utils.input_files import shown
 from megatron_cpt.utils.logs import LEVELS, ON_SCREEN, record_traceback, start_logs
@@ -58,8 +59,8 @@ SECONDS_FOR_FIRST_RANK = 20.0  # processes of one node may differ by some second
 def normalise(argv: Sequence[str], switches: Collection[str] = ()) -> list[str]:
     """Accept what Megatron users type: `--output-prefix P` (for `--output_prefix`), `--input a b`, a bare `--overwrite`.
 
-    Several values after an option become a list. One of `switches` (options that are true or false) without a value
-    becomes true; any other option without a value is left for the parser to refuse.
+    Several values after an option are joined with SEPARATOR. One of `switches` (options that are true or false) without a
+    value becomes true; any other option without a value is left for the parser to refuse.
     """
     normalised: list[str] = []
     i = 0
@@ -76,7 +77,7 @@ def normalise(argv: Sequence[str], switches: Collection[str] = ()) -> list[str]:
         values = list(itertools.takewhile(is_value, argv[i:]))
         i += len(values)
         if len(values) > 1:
-            normalised.append(f"{name}={json.dumps(values)}")
+            normalised.append(f"{name}={SEPARATOR.join(values)}")
         elif values:
             normalised.append(f"{name}={values[0]}")
         else:

@@ -15,6 +15,7 @@ from megatron_cpt.config.lr import LrConfig
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.config.renamed import formerly
 from megatron_cpt.config.require import Requirements, at_most_one, require, require_at_least
+from megatron_cpt.config.values import Text
 from megatron_cpt.utils.errors import InputError
 
 MOST_THREADS = 256  # of a process
@@ -235,9 +236,9 @@ class LoggingConfig:
     """Write report.md and report.png when the run ends or stops, which takes a second."""
     tensorboard: bool = False
     """Write event files to tensorboard/ in the run's folder."""
-    wandb_project: str | None = None
+    wandb_project: Text | None = None
     """Log to this project of Weights & Biases, with files under wandb/ in the run's folder."""
-    wandb_name: str | None = None
+    wandb_name: Text | None = None
     """Name of the run there; default: the name of the run's folder."""
     wandb_mode: Literal["online", "offline"] = "online"
     """Offline: only write files, for `wandb sync` later."""

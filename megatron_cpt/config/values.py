@@ -19,6 +19,7 @@ LARGEST = 2**63 - 1  # whole number
 SCALARS = (int, float, Fraction, str, bool)
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
+SEPARATOR = "\0"  # of several values of an option, in its text: the system passes none on in a word
 # Fields that may be written as 20B or 500k. Not lengths: 2k tokens of a sequence are 2,048 for some and 2,000 for others.
 COUNTED = re.compile(r"(^|_)(?<!shuffle_)(token|sample|document|character|prompt|row|iter|step)s?(_|$)")
 
@@ -30,6 +31,18 @@ class Limits:
     hold: Callable[[Any], bool]
     wanted: str
     """What is expected, type and limits, in words."""
+    verbatim: bool = False
+    """Whether an option's text is the value, whatever it looks like: `[x]` is no list then, nor `null` nothing."""
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it holds whole characters only: not bytes of another encoding, nor halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+# What is encoded, as the names of files need not be: whoever does that would end with a traceback
+Text = Annotated[str, Limits(is_unicode, "text in UTF-8")]
+Prose = Annotated[str, Limits(is_unicode, "text in UTF-8", verbatim=True)]
 
 
 class Given(dict[str, Any]):
@@ -210,14 +223,30 @@ def _within(value: Any, limits: Sequence[Limits]) -> Any:
 
 def _value_of(kind: Any, text: str, name: str) -> Any:
     """What the text of an option stands for: null, a list, fields, or itself."""
+    if SEPARATOR in text:
+        return text.split(SEPARATOR)
+    limits = [get_args(option)[-1] for option in alternatives(kind) if get_origin(option) is Annotated]
+    if any(limit.verbatim for limit in limits):
+        return text
     options = [get_args(option)[0] if get_origin(option) is Annotated else option for option in alternatives(kind)]
     if text == "null" and is_optional(kind):
         return None
     if text[:1] in ("[", "{") and any(option not in SCALARS for option in options):
-        return parse_yaml(text, f"--{name}")
+        return _structure(text, name, str in options)
     if any(get_origin(option) is list for option in options) and str not in options:
         return [text]  # a list of one
     return text
+
+
+def _structure(text: str, name: str, or_text: bool) -> Any:
+    """The list or fields that a text spells. `or_text`: the text where it spells no list (`[ab]*.jsonl`, `{name}.jsonl`)."""
+    if not or_text:
+        return parse_yaml(text, f"--{name}")
+    try:
+        value = parse_yaml(text, f"--{name}")
+    except InputError:
+        return text
+    return value if isinstance(value, list) else text
 
 
 def _scalar(kind: Any, value: Any, name: str) -> Any:

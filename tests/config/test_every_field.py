@@ -253,3 +253,21 @@ def test_wrong_values_are_named_all_at_once(name: str, tmp_path: Path) -> None:
     lines = [str(error) for error in caught.value.errors if "is missing" not in str(error)]
     assert len(lines) == number, "\n".join(lines)
     assert all(line.startswith(f"{path}: ") for line in lines), "\n".join(lines)
+
+
+ENCODED = {
+    "config.run:RunConfig": ["logging.wandb_project", "logging.wandb_name"],
+    "corpus.config:PreprocessConfig": ["text_key", "metadata_keys", "document_separator", "eos_token"],
+    "corpus.import_megatron:ImportCorpusConfig": ["eos_token"],
+    "curation.config:CurateConfig": ["text_key", "keep_fields", "document_separator", "slurm.qos", "slurm.sbatch_args.x"],
+    "posttrain.settings:ChatConfig": ["prompt", "system"],
+    "evaluation.config:EvaluateConfig": ["pairwise.judge.model"],
+}
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in ENCODED.items() for field in fields])
+def test_text_that_is_encoded_is_unicode(name: str, field: str) -> None:
+    """Bytes of another encoding, as options may have them, and halves of characters, as YAML may: `"\\ud800"`."""
+    for text in ("a\udcff", "\ud800"):
+        found = refusals(load(name), [f"--{field}={text}"])
+        assert any(f"{field} is {text!r}; expected " in line and "text in UTF-8" in line for line in found), found

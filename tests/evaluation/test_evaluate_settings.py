@@ -187,7 +187,7 @@ def stand_in(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
         limits = SimpleNamespace(max_position_embeddings=4096)
         model = SimpleNamespace(config=limits, generation_config=None, name=Path(folder).name)
         model.eval = lambda: model
-        return model, {"missing_keys": []}
+        return model, {"missing_keys": [], "mismatched_keys": []}
 
     def text_loss(model: Any, tokenizer: Any, documents: list[str], window: int) -> TextLoss:
         found.update(documents=documents, window=window)

@@ -85,6 +85,38 @@ def test_a_setting_acts_on_a_prompt_or_is_refused(
     assert capsys.readouterr().err.splitlines()[-1] == said
 
 
+TEXTS = ["[INST] hi [/INST]", '{"name": "Bob"}', "[1, 2]", "[x]", "[]", "null", '["a", "b"]', "{"]
+
+
+@pytest.mark.parametrize("texts", [*([text] for text in TEXTS), ["[a]", "null"]], ids=str)
+def test_a_text_is_a_text(
+    texts: list[str], chat_tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it looks like in YAML."""
+    seen = stand_in(monkeypatch)
+    shutil.copytree(chat_tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    run_tool(chat, ChatConfig, "", [str(tmp_path), "--prompt", *texts], positional="model")
+    assert seen["completed"] == texts
+
+
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [
+        (["--prompt", "\udcff"], "prompt is '\\udcff'; expected a list (text in UTF-8 each) or text in UTF-8 or null"),
+        (["--prompt", "a", "\udcff"], "prompt[1] is '\\udcff'; expected text in UTF-8"),
+        (["--system", "\udcff"], "system is '\\udcff'; expected text in UTF-8 or null"),
+        (["--system", "Be", "kind."], "system is ['Be', 'kind.']; expected text in UTF-8 or null"),
+    ],
+)
+def test_what_is_no_text(option: list[str], found: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes that are not UTF-8, which no tokenizer takes, and words that are not one text."""
+    with pytest.raises(SystemExit) as end:
+        run_tool(chat, ChatConfig, "", ["model", *option], positional="model")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {found}\n"
+
+
 def test_temperature_0_is_greedy(chat_tokenizer_dir: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = stand_in(monkeypatch)
     shutil.copytree(chat_tokenizer_dir, tmp_path, dirs_exist_ok=True)
@@ -115,7 +147,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen.update(folder=Path(folder).name, dtype=dtype)
         limits = SimpleNamespace(max_position_embeddings=2048)
         model = Model(config=limits, generation_config=transformers.GenerationConfig(), device="cpu")
-        return model, {"missing_keys": []}
+        return model, {"missing_keys": [], "mismatched_keys": []}
 
     def completed(folder: str, prompts: list[str], number: int | None, **options: Any) -> list[str]:
         seen.update(options, completed=prompts, max_new_tokens=number)
