@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.config.require import Requirements, require
-from megatron_cpt.corpus.sources import Source, find_sources, note_passed_over
+from megatron_cpt.corpus.sources import Source, find_sources, note_passed_over, printable
 from megatron_cpt.curation import languages
 from megatron_cpt.curation import report as curation_report
 from megatron_cpt.curation.config import CurateConfig
@@ -139,7 +139,7 @@ def find_input(config: CurateConfig) -> tuple[list[Source], list[str]]:
     for source in sources:
         if source.is_local and os.path.realpath(source.url).startswith(folder + os.sep):
             raise InputError(
-                f"input {source.url} lies in output_folder {folder}; expected a folder of its own for the output"
+                f"input {printable(source.url)} lies in output_folder {folder}; expected a folder of its own for the output"
             )
     return sources, passed_over
 
@@ -147,7 +147,7 @@ def find_input(config: CurateConfig) -> tuple[list[Source], list[str]]:
 def identity(config: CurateConfig, sources: list[Source]) -> dict[str, Any]:
     """What a curation is made from; a stopped one is only continued when this is the same."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUN_SETTINGS}
-    files = [[source.url, source.bytes, source.version] for source in sources]
+    files = [[printable(source.url), source.bytes, source.version] for source in sources]
     return json.loads(json.dumps(settings | {"output_folder": "", "input": files}, default=str))
 
 

@@ -24,7 +24,7 @@ from datatrove.utils.word_tokenizers import load_word_tokenizer
 from megatron_cpt.corpus.documents import read_part
 from megatron_cpt.corpus.language_check import ALIASES
 from megatron_cpt.corpus.reading import ReadOptions, units
-from megatron_cpt.corpus.sources import Source
+from megatron_cpt.corpus.sources import Source, printable
 
 
 class CorpusReader(BaseReader):
@@ -43,7 +43,7 @@ class CorpusReader(BaseReader):
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for source in self.sources[rank::world_size]:
-            number = 0
+            number, path = 0, printable(source.url)
             for unit in units([source], self.with_id):
                 for part in unit.parts:
                     content = read_part(part, [source], self.with_id)
@@ -51,14 +51,14 @@ class CorpusReader(BaseReader):
                     for problem in content.problems:
                         self.stat_update(f"dropped_{problem.reason}")
                     for text, fields in zip(content.texts, content.metadata, strict=True):
-                        yield self.document(text, orjson.loads(fields), f"{source.url}/{number}", source.url)
+                        yield self.document(text, orjson.loads(fields), f"{path}/{number}", path)
                         number += 1
 
-    def document(self, text: str, fields: dict[str, Any], default_id: str, url: str) -> Document:
+    def document(self, text: str, fields: dict[str, Any], default_id: str, path: str) -> Document:
         """The document with this text and these fields of its record."""
         # Under a name of their own: datatrove puts metadata into file names, where a field `rank` would lead astray.
         kept = {name: fields[name] for name in self.options.metadata_keys if fields[name] is not None}
-        metadata = {"file_path": url} | ({"source": kept} if kept else {})
+        metadata = {"file_path": path} | ({"source": kept} if kept else {})
         return Document(text=text, id=str(fields["id"] or default_id), metadata=metadata)
 
 

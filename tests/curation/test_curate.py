@@ -123,6 +123,21 @@ def test_no_document_of_any_kind_of_file_is_lost(tmp_path: Path) -> None:
     assert all("\ufeff" not in text and "##" not in text for text in kept)
 
 
+def test_file_names_that_are_not_utf8(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
+    """datatrove writes them beside the documents, as text."""
+    text = document(CHINESE, 1)
+    write_lines(tmp_path / "in" / os.fsdecode(b"\xff.jsonl"), [text])
+    config = configured(tmp_path, keep_languages="zh")
+    out = Path(curate(config))
+    (line,) = (out / "zh" / "00000.jsonl").read_text().splitlines()
+    path = f"{tmp_path}/in/\\xff.jsonl"
+    found = json.loads(line)
+    assert (found["text"], found["id"], found["metadata"]["file_path"]) == (text, f"{path}/0", path)
+    assert curate(config) == str(out)  # complete already
+    made = preprocess(PreprocessConfig(str(out / "zh"), tiny_tokenizer_dir, str(tmp_path / "zh"), "zh", workers=1))
+    assert list(json.loads(Path(made).read_text())["origins"].values()) == [[path]]
+
+
 def test_each_language_keeps_its_good_documents(corpus: dict[str, Any]) -> None:
     for language, originals, near in (("en", "english", 0), ("zh", "chinese", 1)):
         kept = texts_in(corpus["output"] / language)
