@@ -16,21 +16,19 @@ from functools import partial
 from typing import Any, TextIO
 
 import numpy as np
-from rich.console import Console
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_cpt.checkpoint.background import ForkedWork, WorkerError
 from megatron_cpt.checkpoint.folders import missing_parents, publish_folder, remove_empty, temporary_name
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import replacing
 from megatron_cpt.utils.lock import is_named, open_lock, try_inherited
+from megatron_cpt.utils.progress import ProgressBar
 
 logger = logging.getLogger(__name__)
 
 JOB = ".job"  # folder beside the files: what the job is, and a marker for each complete file
 SECONDS_BETWEEN_LOOKS = 0.05
-SECONDS_BETWEEN_LINES = 60.0
 
 
 @dataclass(frozen=True)
@@ -168,33 +166,22 @@ def _take_result(folder: str, job: FileJob) -> Any:
 
 
 class _Meter:
-    """Bytes written by all processes: a bar on a terminal, a line every minute elsewhere, and a line at the end."""
+    """Bytes written by all processes: a bar while they are, and a line at the end."""
 
     def __init__(self, description: str, total: int, todo: int, processes: int) -> None:
         self._description, self._total, self._before = description, total, total - todo
         self._counts = np.frombuffer(mmap.mmap(-1, 8 * max(processes, 1)), np.int64)  # shared with the forked processes
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
-        self._task = self._bar.add_task(description, total=total, completed=self._before)
-        self._began = self._said = time.monotonic()
+        self._bar = ProgressBar(total, self._before, description)
 
     def __enter__(self) -> _Meter:
-        self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
         if kind is None:
             earlier = f", after {decimal(self._before)} in an earlier attempt" if self._before else ""
-            seconds = time.monotonic() - self._began
-            self._say(f"{decimal(self._total - self._before)} in {seconds:.1f} s ({self._rate()}){earlier}")
+            done = f"{decimal(self._total - self._before)} in {self._bar.seconds():.1f} s ({self._rate()}){earlier}"
+            logger.info(f"{self._description}: {done}")
 
     def advance(self, number: int, count: int) -> None:
         """Called by process `number`."""
@@ -203,14 +190,7 @@ class _Meter:
     def show(self) -> None:
         """Called by the parent."""
         done = self._before + int(self._counts.sum())
-        self._bar.update(self._task, completed=done, refresh=True)
-        now = time.monotonic()
-        if self._bar.disable and now - self._said > SECONDS_BETWEEN_LINES:
-            self._said = now
-            self._say(f"{decimal(done)} of {decimal(self._total)} ({self._rate()})")
+        self._bar.show(done, f"{decimal(done)} of {decimal(self._total)}, {self._rate()}")
 
     def _rate(self) -> str:
-        return decimal(int(self._counts.sum() / max(time.monotonic() - self._began, 1e-9))) + "/s"
-
-    def _say(self, text: str) -> None:
-        logger.info(f"{self._description}: {text}")
+        return decimal(int(self._counts.sum() / max(self._bar.seconds(), 1e-9))) + "/s"

@@ -13,8 +13,6 @@ import megatron_cpt.platforms.imported_megatron  # noqa: F401  isort: skip  (bef
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from rich.console import Console
-from rich.progress import track
 
 from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_files import HfTensors
@@ -33,6 +31,7 @@ from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import process_groups
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.utils.errors import InputError, RunError
+from megatron_cpt.utils.progress import tracked
 
 TEXT = (
     "Continual pre-training teaches a language model a new language without taking the old one from it. "
@@ -116,8 +115,7 @@ def verify_tensors(a: Checkpoint, b: Checkpoint) -> str:
     only = sorted(set(tensors_a) ^ set(tensors_b))
     if only:
         raise DifferentError(f"tensor {only[0]} is only in {(a if only[0] in tensors_a else b).path} (of {len(only)} such)")
-    console = Console(stderr=True)
-    names = track(list(tensors_a), "comparing", console=console, transient=True, disable=not console.is_terminal)
+    names = tracked(list(tensors_a), "comparing")
     differences = [text for name in names if (text := difference(name, tensors_a[name], tensors_b[name]))]
     if differences:
         raise DifferentError(f"{differences[0]} ({len(differences)} of {len(tensors_a)} tensors differ)")

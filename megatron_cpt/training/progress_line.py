@@ -114,7 +114,11 @@ class TimeLeft:
 
 
 class RunProgress(Progress):
-    """The line of the training step, redrawn in place; below it a bar for each task (validation)."""
+    """The line of the training step, redrawn in place; below it a bar for each task (validation).
+
+    Not the ProgressBar of utils: it stands for days with figures that change with the width of the terminal, has a thread
+    that counts its time left down during a step, and several bars.
+    """
 
     def __init__(self, console: Console, shown: bool) -> None:
         self.row: dict[str, Any] | None = None  # before the base class, whose constructor renders once
