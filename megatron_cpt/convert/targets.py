@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_cpt.checkpoint.layout import checkpoint_name, iterations, read_manifest
 from megatron_cpt.utils.errors import InputError
+from megatron_cpt.utils.input_files import why_unwritable
 
 
 def check_hf_target(folder: str) -> None:
@@ -20,6 +21,7 @@ def check_hf_target(folder: str) -> None:
     if os.path.realpath(folder) == os.path.realpath(os.curdir):
         raise InputError(f"hf is {folder!r}, the folder this runs in, which cannot be replaced; use another name")
     _check_ours(folder, "megatron-to-hf")
+    _check_place("hf", folder, folder)
 
 
 def check_megatron_target(root: str) -> None:
@@ -31,7 +33,9 @@ def check_megatron_target(root: str) -> None:
     if iterations(root):
         newest = max(iterations(root).items())[1]
         raise InputError(f"{root} is the folder of a run (it holds {newest}); use another folder for converted weights")
-    _check_ours(os.path.join(root, checkpoint_name(None)), "hf-to-megatron")
+    target = os.path.join(root, checkpoint_name(None))
+    _check_ours(target, "hf-to-megatron")
+    _check_place("megatron", root, target)
 
 
 def is_done(folder: str, job: str, overwrite: bool) -> bool:
@@ -61,6 +65,13 @@ def _check_name(option: str, folder: str) -> None:
         above = os.path.dirname(above)
     if above and not os.path.isdir(above):
         raise InputError(f"{above} is not a folder; use another name")
+
+
+def _check_place(option: str, given: str, folder: str) -> None:
+    """Raise InputError where a folder is to be made, and cannot be: it is written beside its place, and moved there."""
+    why = None if os.path.isdir(folder) else why_unwritable(folder)
+    if why is not None:
+        raise InputError(f"{option} is {given}; expected a folder to write to, or a name for a new one ({why})")
 
 
 def _check_ours(folder: str, kind: str) -> None:

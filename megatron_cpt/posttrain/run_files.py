@@ -167,13 +167,8 @@ def check_save(folder: str) -> None:
         raise empty_save()
     if os.path.exists(os.path.join(folder, "hf")):
         raise InputError(f"{folder} holds a finished run; use another folder as save, or remove it")
-    place = os.path.abspath(folder)
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
-    if not os.path.isdir(place):
-        raise InputError(f"save is {folder}, and {place} is no folder; use another name as save")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f"save is {folder}, and {place} cannot be written to (Permission denied); use another name as save")
+    if (why := why_unwritable(folder)) is not None:
+        raise InputError(f"save is {folder}, and {why}; use another name as save")
     if os.path.exists(os.path.join(folder, "config.json")):
         raise InputError(f"save is {folder}, which holds a model; expected a folder of its own for the run")
     if any(MEGATRON.fullmatch(name) for name in (os.listdir(folder) if os.access(folder, os.R_OK) else ())):

@@ -20,7 +20,7 @@ from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.records import has_begun, number, of_kind, read_json
 from megatron_cpt.utils.errors import InputError, Refusals
 from megatron_cpt.utils.files import write_json, write_text
-from megatron_cpt.utils.input_files import load_yaml, plain_number, shown
+from megatron_cpt.utils.input_files import load_yaml, plain_number, shown, why_unwritable
 
 PROPOSED = "proposed.json"
 
@@ -167,10 +167,8 @@ def check_no_stages(path: str, mixture: Mapping[str, Any]) -> None:
 
 def check_folder(folder: str) -> None:
     """Raise InputError unless the study's folder is one or can become one."""
-    place = os.path.abspath(folder)
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
-    require(os.path.isdir(place), "folder", folder, f"a folder, or a name for a new one ({place} is none)")
+    why = why_unwritable(folder)
+    require(why is None, "folder", folder, f"a folder to write to, or a name for a new one ({why})")
 
 
 def read_fields(path: str, notes: list[str] | None = None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Callable, Hashable
 from fractions import Fraction
 from typing import Any
@@ -340,13 +341,23 @@ def why_unreadable(path: str) -> str | None:
 
 
 def why_unwritable(folder: str) -> str | None:
-    """Why a folder can neither be written to nor be made by this user; None: it can. Nothing is made."""
+    """Why a folder can neither be written to nor be made by this user; None: it can.
+
+    Rights are not all there is: root has those to /proc, or to a server that lets no root write. So a file is begun, which
+    has no name where the system can do that, and stays nowhere.
+    """
     place = os.path.abspath(folder)
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     if not os.path.isdir(place):
         return f"{place} is no folder"
-    return None if os.access(place, os.W_OK | os.X_OK) else f"{place} cannot be written to: Permission denied"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return f"{place} cannot be written to: Permission denied"
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return f"{place} cannot be written to: {error.strerror}"
 
 
 def check_plain_file(path: str | os.PathLike[str], where: str) -> None:

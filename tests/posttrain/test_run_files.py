@@ -140,7 +140,7 @@ def test_what_may_not_be_read_or_written_is_named(tmp_path: Path) -> None:
     for name in ("locked.json", "folder"):
         lock(tmp_path / name)
     (tmp_path / "readonly").chmod(0o555)
-    place = f"save is readonly/run, and {tmp_path}/readonly cannot be written to (Permission denied)"
+    place = f"save is readonly/run, and {tmp_path}/readonly cannot be written to: Permission denied"
     try:
         for data in ("locked.json", "folder/in.json"):
             assert wrong_files(tmp_path, "readonly/run", data, *LAUNCHER) == [

@@ -247,7 +247,7 @@ def test_wrong_studies_are_refused(runs: Runs) -> None:
     assert "configuration nowhere.yaml: No such file" in refused("--base", "nowhere.yaml")
     both = study("plan", path, "--base", "nowhere.yaml", "--folder", str(path), check=False).stderr
     assert "configuration nowhere.yaml: No such file" in both
-    assert f"folder is {path}; expected a folder, or a name for a new one ({path} is none)" in both
+    assert f"folder is {path}; expected a folder to write to, or a name for a new one ({path} is no folder)" in both
     assert not (runs.folder / "wrong" / "runs").exists()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_cpt.convert.targets import check_hf_target, check_megatron_target
+from megatron_cpt.corpus.publish import check_output_folder
+from megatron_cpt.curation.config import CurateConfig
+from megatron_cpt.curation.curate import check_output as check_curated
+from megatron_cpt.posttrain.run_files import check_save
+from megatron_cpt.study.grid import check_folder as check_study_folder
+from megatron_cpt.training import run_files as training_files
+from megatron_cpt.training.order_export import check_output as check_order
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.input_files import (
     MOST_JSON_BYTES,
@@ -233,3 +243,31 @@ def test_a_tilde_is_a_name_where_it_is_written_to(tmp_path: Path, monkeypatch: p
     assert why_unwritable("~/new") is None
     (tmp_path / "~").write_text("no folder")
     assert why_unwritable("~/new") == f"{tmp_path}/~ is no folder"
+
+
+def test_where_rights_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root has all rights to /proc, where nobody can make a file."""
+    assert why_unwritable(str(tmp_path / "new" / "folder")) is None
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(os, "access", lambda *_, **__: True)
+    assert re.fullmatch("/proc cannot be written to: .+", why_unwritable("/proc/new/folder") or "")
+
+
+OUTPUTS: dict[str, tuple[str, Callable[[str], object]]] = {
+    "pretrain_cpt.py": ("checkpoint.save is /proc/x", training_files.check_folder),
+    "finetune_sft.py": ("save is /proc/x", check_save),
+    "curate_data.py": ("output_folder is /proc/x", lambda path: check_curated(CurateConfig("in", path, "zh"))),
+    "preprocess_data.py": ("output_prefix is /proc/x/a", lambda path: check_output_folder(f"{path}/a")),
+    "hf-to-megatron": ("megatron is /proc/x", check_megatron_target),
+    "megatron-to-hf": ("hf is /proc/x", check_hf_target),
+    "export_order.py": ("output is /proc/x/a.npy", lambda path: check_order(f"{path}/a.npy")),
+    "almr_study.py": ("folder is /proc/x", check_study_folder),
+}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="there is no /proc")
+@pytest.mark.parametrize("tool", OUTPUTS)
+def test_an_output_that_cannot_be_made_is_named(tool: str) -> None:
+    named, check = OUTPUTS[tool]
+    with pytest.raises(InputError, match=f"^{re.escape(named)}[;,] .*/proc cannot be written to: "):
+        check("/proc/x")
