@@ -18,8 +18,9 @@ def load_hf_model(folder: str, **options: Any) -> Any:
     says only which of its options to set.
 
     Raises:
-        InputError: a file is damaged, or weights are missing or of another shape
+        InputError: a file is damaged, weights are missing or of another shape, or a number is not finite
     """
+    import torch
     import transformers
 
     with reading_hf_model(f"model {folder}", folder):
@@ -35,4 +36,7 @@ def load_hf_model(folder: str, **options: Any) -> Any:
         raise InputError(f"model {folder}: its weights lack {named(missing)}; expected all that config.json asks for")
     for name, its, wanted in sorted(found["mismatched_keys"])[:1]:
         check_shape(f"model {folder}", name, its, wanted)
+    for name, tensor in model.named_parameters():
+        if tensor.numel() and not all(torch.isfinite(bound) for bound in tensor.detach().aminmax()):
+            raise InputError(f"model {folder}: tensor {name} holds numbers that are not finite (NaN or infinity)")
     return model

@@ -22,7 +22,7 @@ from megatron_cpt.evaluation.run_files import check_settings
 from megatron_cpt.evaluation.table import markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
 from megatron_cpt.utils.errors import RunError
-from megatron_cpt.utils.files import write_json, write_text
+from megatron_cpt.utils.files import finite, write_json, write_text
 from megatron_cpt.utils.lock import locked
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def measure_and_report(config: EvaluateConfig, evaluator: PairwiseEvaluator | No
         "settings": dataclasses.asdict(config),
         "versions": versions(),
     }
-    write_json(os.path.join(config.output, REPORT), report)
+    write_json(os.path.join(config.output, REPORT), finite(report))
     sections = tables(config, measured, comparisons)
     logger.info("\n\n".join(sections))
     sections += draw_models(config, measured)

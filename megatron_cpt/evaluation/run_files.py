@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_cpt.checkpoint.hf_tokenizer import read_folder
+from megatron_cpt.checkpoint.run_folder import EVALUATION, check_own_folder
 from megatron_cpt.checkpoint.weight_files import check_weights
 from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.evaluation.config import EvaluateConfig
@@ -81,6 +82,8 @@ def check_given(config: EvaluateConfig) -> None:
         with need.noted():
             why = why_unwritable(config.output) if config.output else "it is empty"
             need(why is None, "output", config.output or "''", f"a folder to write to, or a name for a new one ({why})")
+            begun = os.path.exists(os.path.join(config.output, "report.json"))
+            check_own_folder(config.output, "output", EVALUATION, () if begun else ("report.md",))
         for name, source in sources_of(config, need):
             with need.noted():
                 check_file(name, source.path)

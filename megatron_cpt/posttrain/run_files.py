@@ -6,11 +6,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_cpt.checkpoint.hf_tokenizer import read_folder
+from megatron_cpt.checkpoint.run_folder import FINE_TUNING, check_own_folder
 from megatron_cpt.checkpoint.weight_files import check_weights
 from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.require import Requirements, require
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 LLAMAFACTORY_TEMPLATES = ("llama3", "chatml")  # that both know
 LLAMAFACTORY_LOSSES = ("sigmoid", "hinge", "ipo")
-# What there is in a folder of Megatron checkpoints
-MEGATRON = re.compile(r"latest_checkpointed_iteration\.txt|iter_\d{7,}|release", re.ASCII)
+WRITTEN = ("metrics.jsonl", "status.json", "README.md")  # in the folder of a run
 
 
 def check_settings(config: SftConfig | DpoConfig) -> None:
@@ -169,10 +168,7 @@ def check_save(folder: str) -> None:
         raise InputError(f"{folder} holds a finished run; use another folder as save, or remove it")
     if (why := why_unwritable(folder)) is not None:
         raise InputError(f"save is {folder}, and {why}; use another name as save")
-    if os.path.exists(os.path.join(folder, "config.json")):
-        raise InputError(f"save is {folder}, which holds a model; expected a folder of its own for the run")
-    if any(MEGATRON.fullmatch(name) for name in (os.listdir(folder) if os.access(folder, os.R_OK) else ())):
-        raise InputError(f"save is {folder}, which holds Megatron checkpoints; expected a folder of its own for the run")
+    check_own_folder(folder, "save", FINE_TUNING, WRITTEN)
 
 
 def empty_save() -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -29,8 +30,8 @@ from megatron_cpt.posttrain.sharding import sum_in_fp32
 from megatron_cpt.posttrain.template_files import read_template
 from megatron_cpt.posttrain.templates import Template, load_template
 from megatron_cpt.training.metrics_file import MetricsFile
-from megatron_cpt.utils.errors import InputError, Refusals
-from megatron_cpt.utils.files import sync_files, write_json
+from megatron_cpt.utils.errors import InputError, Refusals, RunError
+from megatron_cpt.utils.files import finite, sync_files, write_json
 from megatron_cpt.utils.signals import handling
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class RunRecord(TrainerCallback):
 
     def __init__(self, folder: str, resumed: TrainerState | None) -> None:
         self._first = PartialState().is_main_process
+        self._folder = folder
         self._file = MetricsFile(folder)
         self._began = time.monotonic()
         if self._first:
@@ -108,9 +110,20 @@ class RunRecord(TrainerCallback):
         """A row of metrics.jsonl, with the trainer's names, and a line.
 
         The last one has `train_loss`, the mean over all steps; its times are of the part since the last start.
+
+        Raises:
+            RunError: the loss is not finite, on all processes, and before the trainer saves what came of it
         """
-        if not self._first:
-            return
+        if self._first:
+            self._write(state, logs)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            reason = f"the loss of step {state.global_step} is {logs['loss']}"
+            if self._first:
+                failed = {"state": "failed", "iteration": state.global_step, "reason": reason}
+                write_json(os.path.join(self._folder, STATUS), failed)
+            raise RunError(f"{reason}; use a lower optimizer.lr, or look at the rows of that step")
+
+    def _write(self, state: TrainerState, logs: dict[str, Any]) -> None:
         row = {"iteration": state.global_step} | {name: value for name, value in logs.items() if name != "total_flos"}
         if "train_loss" in row:  # the trainer's is of the part since the last start
             row["train_loss"] = mean_loss(state.log_history)
@@ -249,7 +262,7 @@ def train(
             write_json(os.path.join(temporary, "manifest.json"), facts)
             sync_files(temporary)
         loss = next((row["loss"] for row in reversed(trainer.state.log_history) if "loss" in row), None)  # the last logged
-        write_json(os.path.join(folder, STATUS), {"state": "finished", "iteration": steps, "loss": loss})
+        write_json(os.path.join(folder, STATUS), finite({"state": "finished", "iteration": steps, "loss": loss}))
     trainer.accelerator.wait_for_everyone()
     return target
 

@@ -8,12 +8,11 @@ reader takes it.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable
 from typing import Any
 
-from megatron_cpt.utils.files import write_text
+from megatron_cpt.utils.files import finite, write_text
 
 METRICS = "metrics.jsonl"
 
@@ -54,15 +53,6 @@ class MetricsFile:
 def line(row: dict[str, Any]) -> str:
     """A row as it stands in the file."""
     return json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def finite(value: Any) -> Any:
-    """The same with None for every number that is not finite."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(path: str) -> list[bytes]:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from megatron_cpt.checkpoint.layout import find_checkpoint, is_of_a_run, newest_complete, read_checkpoint_manifest
+from megatron_cpt.checkpoint.run_folder import PRETRAINING, check_own_folder
 from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.require import require
-from megatron_cpt.config.run import RunConfig
+from megatron_cpt.config.run import CheckpointConfig, RunConfig
 from megatron_cpt.mixture.file import load_mixture, read_seq_length
 from megatron_cpt.mixture.ledger import Ledger, check_limits, make_ledger
 from megatron_cpt.mixture.mixture import Mixture
@@ -29,6 +30,7 @@ from megatron_cpt.utils.errors import InputError, Refusals
 from megatron_cpt.utils.input_files import why_unwritable
 
 Manifest = dict[str, Any]  # of a checkpoint of a run
+WRITTEN = ("metrics.jsonl", "report.md", "report.png", "status.json", "ledger.json", "learning_rate.json")  # in its folder
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,10 @@ def check_files(config: RunConfig) -> None:
     Raises:
         InputError: naming the file; InputErrors: several are wrong
     """
-    refusals = Refusals()
+    refusals, is_own = Refusals(), False
     with refusals.noted():
         check_folder(config.checkpoint.save)
+        is_own = True
     with refusals.noted():
         check_batch(config, world_size_of(config))
     with refusals.noted():
@@ -62,7 +65,7 @@ def check_files(config: RunConfig) -> None:
         check_together(config)
     start: tuple[str, Manifest | None] | None = None
     with refusals.noted():
-        start = find_start(config)
+        start = find_start(config) if is_own else find_loaded(config.checkpoint)
     with refusals.noted():
         if start is not None:
             check_began_with(config, *start)
@@ -152,9 +155,10 @@ def world_size_of(config: RunConfig) -> int:
 
 
 def check_folder(path: str) -> None:
-    """Raise InputError unless the run's folder is one, or can become one, that can be written to."""
+    """Raise InputError unless the run's folder is one, or can become one, that can be written to, and no other's."""
     why = why_unwritable(path) if path else "it is empty"
     require(why is None, "checkpoint.save", path or "''", f"a folder to write to, or a name for a new one ({why})")
+    check_own_folder(path, "checkpoint.save", PRETRAINING, WRITTEN)
 
 
 def find_start(config: RunConfig, damaged: Mapping[str, str] | None = None) -> tuple[str, Manifest | None]:
@@ -169,6 +173,11 @@ def find_start(config: RunConfig, damaged: Mapping[str, str] | None = None) -> t
         raise InputError(f"{passed_over[0]}; empty the folder to begin anew, or use another checkpoint.save")
     if own is not None and is_of_a_run(own):  # then what the run began with need not be there any more
         return own, read_checkpoint_manifest(own)
+    return find_loaded(settings)
+
+
+def find_loaded(settings: CheckpointConfig) -> tuple[str, Manifest | None]:
+    """As `find_start`, of a run that has saved nothing."""
     check_checkpoint_folder(settings.load)
     folder = find_checkpoint(settings.load)
     if settings.load_state == "weights":

@@ -105,7 +105,6 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
     refusals = Refusals()  # of checks that do not need each other
     with refusals.noted():
         check_folder(config.checkpoint.save)
-    with refusals.noted():
         start_from, manifest = find_start(config, damaged)
         check_began_with(config, start_from, manifest)
         llama = read_model(start_from)

@@ -125,6 +125,16 @@ def test_a_tensor_of_another_shape(tiny_hf: str, tmp_path: Path, change: Callabl
         load_hf_model(model)
 
 
+def test_numbers_that_are_not_finite(tiny_hf: str, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[DOWN.format(1)][0, 0] = float("nan")
+        return tensors
+
+    model = changed(tiny_hf, tmp_path / "m", spoil)
+    with pytest.raises(InputError, match=f"tensor {DOWN.format(1)} holds numbers that are not finite"):
+        load_hf_model(model)
+
+
 def test_a_tensor_of_a_layer_that_there_is_not(tiny_hf: str, tmp_path: Path) -> None:
     model = changed(tiny_hf, tmp_path / "m", lambda all_: all_ | {DOWN.format(4): torch.ones(64, 160)})
     with pytest.raises(InputError, match=r"have a layer 4, counted from 0; expected config.json's num_hidden_layers, 4"):

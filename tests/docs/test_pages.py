@@ -146,6 +146,13 @@ def test_rooms_import_what_the_architecture_allows() -> None:
         done |= ready
 
 
+def test_the_rooms_of_the_readme_are_those_of_the_package() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = re.search(r"^    megatron_cpt/ (.*?)^    csrc/", text, re.MULTILINE | re.DOTALL)
+    assert named
+    assert set(named[1].split()) == {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+
+
 # Migrating
 
 

@@ -68,6 +68,14 @@ def test_all_that_is_missing_is_named_at_once(tmp_path: Path) -> None:
     assert said == [*in_file[:4], *folders, *in_file[4:]]
 
 
+def test_the_folder_of_another_run_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"kind": "pretrain"}')
+    fields = {"models": {"base": "nothere"}, "text": TEXT}
+    said = refused(tmp_path, fields, "--output", str(tmp_path / "run"))
+    assert said[-1] == f"output is {tmp_path}/run, which holds a run of pretrain_cpt.py; expected a folder of its own"
+
+
 def test_folders_are_no_files(tmp_path: Path) -> None:
     fields = {"models": {"base": "nothere"}, "text": [{"path": str(tmp_path), "language": "en"}]}
     assert refused(tmp_path, fields)[1:] == [f"run.yaml: text[0].path is {tmp_path}; expected a file (it is a folder)"]

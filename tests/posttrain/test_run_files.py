@@ -106,12 +106,16 @@ def test_a_place_where_no_run_can_be_saved_is_named(tmp_path: Path) -> None:
     (tmp_path / "cpt" / "iter_0000004").mkdir(parents=True)
     (tmp_path / "converted").mkdir()
     (tmp_path / "converted" / "latest_checkpointed_iteration.txt").write_text("release")
+    (tmp_path / "converted" / "release").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "metrics.jsonl").write_text("mine")
     expected = {
         "file/run": f"save is file/run, and {tmp_path}/file is no folder; use another name as save",
         "dead": f"save is dead, and {tmp_path}/dead is no folder; use another name as save",
-        "cpt": "save is cpt, which holds Megatron checkpoints; expected a folder of its own for the run",
-        "converted": "save is converted, which holds Megatron checkpoints; expected a folder of its own for the run",
-        "model": "save is model, which holds a model; expected a folder of its own for the run",
+        "cpt": "save is cpt, which holds a run of pretrain_cpt.py; expected a folder of its own",
+        "converted": "save is converted, which holds Megatron checkpoints; expected a folder of its own",
+        "model": "save is model, which holds a model; expected a folder of its own",
+        "notes": "save is notes, which holds another metrics.jsonl; expected a folder of its own",
         "new/run": None,
     }
     found = {save: wrong_files(tmp_path, save, "mit Leer 狗.json") for save in expected}

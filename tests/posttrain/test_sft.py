@@ -17,7 +17,7 @@ import pytest
 import torch
 from chats import read_metrics, sft_config, write_config
 from fork_server import ENVIRONMENT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import command_of, run_tool
 from trl import SFTConfig as TrlConfig
 
@@ -369,6 +369,24 @@ def test_wrong_configurations(
     with pytest.raises(InputError, match=message):
         run()
     assert not (tmp_path / "run" / "hf").exists()
+
+
+def test_a_run_whose_loss_is_not_finite_ends_and_saves_nothing(whole: tuple[SftConfig, Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(whole[0].model, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e38  # finite, as those of a run that is about to diverge
+    tensors["model.embed_tokens.weight" if "lm_head.weight" not in tensors else "lm_head.weight"] *= 1e4
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    run = replace(whole[0].run, save_interval=1, eval_interval=None)
+    config = replace(whole[0], model=str(model), save=str(tmp_path / "run"), run=run)
+    result = run_tool("finetune_sft.py", "--config", write_config(config, tmp_path / "sft.yaml"), check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: the loss of step 1 is ")
+    assert "Traceback" not in result.stderr
+    assert not {"hf", "checkpoint-1"} & set(os.listdir(tmp_path / "run"))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["iteration"]) == ("failed", 1)
 
 
 def test_errors_are_one_line(whole: tuple[SftConfig, Path], tmp_path: Path) -> None:

@@ -109,6 +109,24 @@ CASES: dict[str, Case] = {
     "truncated corpus": (truncate_bin, [], 1, ["zh.bin", "found 100 bytes", "expected"]),
     "no manifest": (lambda f: (f / "zh.json").unlink(), [], 1, ["zh.json", "no such file"]),
     "almr": (lambda f: edit_mixture(f, almr=1.5), [], 1, ["mixture.yaml", "almr is 1.5", "from 0 to 1"]),
+    "the folder that the run begins with": (
+        lambda f: None,
+        ["--checkpoint.save", "megatron"],
+        1,
+        ["checkpoint.save is megatron, which holds Megatron checkpoints; expected a folder of its own"],
+    ),
+    "the folder of a model": (
+        lambda f: None,
+        ["--checkpoint.save", f"{RELEASE}/hf"],
+        1,
+        [f"checkpoint.save is {RELEASE}/hf, which holds a model"],
+    ),
+    "a report of somebody's own": (
+        lambda f: ((f / "mine").mkdir(), (f / "mine" / "report.md").write_text("mine")),
+        ["--checkpoint.save", "mine"],
+        1,
+        ["checkpoint.save is mine, which holds another report.md"],
+    ),
     "another splitting": (split_at_every_letter, [], 1, ["mixture.yaml", "splits text in another way"]),
     "tp and heads": (
         lambda f: None,
@@ -265,6 +283,7 @@ def test_one_line_and_no_process_group(
     """As torchrun starts the tool, but in this process."""
     spoil, more, world_size, words = CASES[name]
     spoil(folder)
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: pytest.fail("a process group started"))
     before = sorted(folder.rglob("*"))
