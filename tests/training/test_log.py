@@ -257,6 +257,26 @@ def test_an_exception_leaves_the_terminal_clean(tmp_path: Path) -> None:
     assert shown.endswith(("\n", "\x1b[?25h"))
 
 
+def test_messages_stand_above_the_live_line_and_in_the_log_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start_logs(path=str(tmp_path / "file"))
+    log, terminal = RunLog(str(tmp_path), LoggingConfig(), 0), io.StringIO()
+    log.console = Console(file=terminal, force_terminal=True, width=100)
+    log.progress, log.live = type(log.progress)(log.console, True), True
+    with log:
+        start(log)
+        log.step(step_row(1), 20)
+        log.say("a message [x]\nof two lines")
+        log.warn("a warning")
+    shown = terminal.getvalue()
+    assert "a message [x]\nof two lines\n" in shown
+    assert "WARNING: a warning\n" in shown
+    assert capsys.readouterr().err == ""
+    written = (tmp_path / "file").read_text()
+    for text in ("ALMR asked 0.5000", "1.0000e-05", ": a message [x]\nof two lines\n", ": a warning\n"):
+        assert text in written
+    assert "\x1b" not in written
+
+
 def test_a_damaged_line_does_not_stop_a_resume(tmp_path: Path) -> None:
     file = MetricsFile(str(tmp_path))
     for iteration in (1, 2, 3):
