@@ -34,17 +34,18 @@ def run(config: CheckConfig) -> str | None:
     """Make all checks; the path of the results, on the first rank.
 
     Raises:
-        InputError: the folder cannot be written to
+        InputError: the folder cannot be written to, or a check is asked for that there is not
         RunError: some have failed
     """
     begin = time.monotonic()
     folder = Path(config.folder) / "check_cluster"
-    if os.environ.get("RANK", "0") == "0":
-        empty(folder)
     job = join(folder)
+    checks = chosen(all_checks(job), config.only)  # before anything is made, or what an earlier check has left removed
+    if job.is_rank_zero:
+        empty(folder)
     job.gather("ready", True, 600)
     outcomes = []
-    for outcome in outcomes_of(job, chosen(all_checks(job), config.only), begin + 60 * config.minutes):
+    for outcome in outcomes_of(job, checks, begin + 60 * config.minutes):
         outcomes.append(outcome)
         if job.is_rank_zero:
             show(outcome)
@@ -94,7 +95,7 @@ def chosen(checks: Sequence[Check], only: Sequence[str] | None) -> list[Check]:
     for word in only:
         found = {word} & set(names) or {name for name in names if word in name}
         if not found:
-            raise InputError(f"only is {word}, which is in no check's name; expected one of {', '.join(names)}")
+            raise InputError(f"only is {word}, which is in no check's name; expected one of {', '.join(map(repr, names))}")
         wanted |= found
     for check in reversed(checks):
         if check.name in wanted:

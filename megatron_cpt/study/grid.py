@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from megatron_cpt.checkpoint.folders import missing_parents, remove_empty
 from megatron_cpt.config.fields import config_from
 from megatron_cpt.config.renamed import current_names
 from megatron_cpt.config.require import require
@@ -247,6 +249,27 @@ def write_configuration(study: StudyConfig, base: Base, point: GridPoint) -> str
         if not os.path.exists(path) or read_fields(path) != fields:
             write_text(path, text)
     return config_path(study.folder, point)
+
+
+@contextlib.contextmanager
+def written_configurations(study: StudyConfig, base: Base, points: Sequence[GridPoint]) -> Iterator[None]:
+    """Write what runs read; where the block refuses the study, no file stays that was not there before.
+
+    Raises:
+        InputError: see `check_same_study`
+    """
+    new = [path for point in points for path in configuration(study, base, point) if not os.path.exists(path)]
+    made = missing_parents(os.path.join(os.path.abspath(study.folder), "configs", ""))
+    try:
+        for point in points:
+            write_configuration(study, base, point)
+        yield
+    except InputError:
+        for path in new:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        remove_empty(made)
+        raise
 
 
 def configuration(study: StudyConfig, base: Base, point: GridPoint) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from megatron_cpt.study.grid import (
     parse,
     run_fields,
     run_folder,
-    write_configuration,
+    written_configurations,
 )
 from megatron_cpt.study.inputs import check_inputs, record_inputs
 from megatron_cpt.study.run_status import RunOutcome, read_outcome
@@ -70,19 +70,33 @@ class StudyPlan:
 def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, float]]) -> StudyPlan:
     """Write the configurations of all runs, check one of each ALMR as the run itself will, and estimate.
 
+    Of a study that is refused none stays.
+
     Raises:
         InputError: a run would refuse its configuration, what the runs read was replaced since the study began, or the study
             is above its limits
     """
-    from megatron_cpt.training.validate_config import check_run  # imports megatron-core
-
     outcomes = {point: read_outcome(run_folder(study.folder, point)) for point in grid_points(study, proposed)}
-    checked: dict[float, GridPoint] = {}
     for point in outcomes:
         check_same_study(study, base, point)
     check_inputs(study, base)
+    with written_configurations(study, base, [*outcomes]):
+        plan = checked_plan(study, base, outcomes)
+        check_limits(plan)
+    record_inputs(study, base)
+    return plan
+
+
+def checked_plan(study: StudyConfig, base: Base, outcomes: dict[GridPoint, RunOutcome | None]) -> StudyPlan:
+    """Check a run of each ALMR, and estimate all of them.
+
+    Raises:
+        InputError: a run would refuse its configuration
+    """
+    from megatron_cpt.training.validate_config import check_run  # imports megatron-core
+
+    checked: dict[float, GridPoint] = {}
     for point in outcomes:
-        write_configuration(study, base, point)
         checked.setdefault(point.almr, point)
     for point in checked.values():
         fields = run_fields(study, base, point)
@@ -99,10 +113,7 @@ def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, fl
         source = "steps alone, as plan_run.py estimates them"
     else:
         estimate, source = None, "unknown until a run has finished, or device is given"
-    plan = StudyPlan(study, outcomes, steps, steps * batch, estimate, source, disk_bytes(base, run.llama, steps))
-    check_limits(plan)
-    record_inputs(study, base)
-    return plan
+    return StudyPlan(study, outcomes, steps, steps * batch, estimate, source, disk_bytes(base, run.llama, steps))
 
 
 def planned_seconds(study: StudyConfig, base: Base, llama: LlamaConfig, seq_length: int, steps: int) -> float:

@@ -88,10 +88,13 @@ def test_processes_that_a_launcher_of_slurm_starts(tmp_path: Path) -> None:
 
 
 def test_a_word_in_no_name(tmp_path: Path) -> None:
-    result, report = check(tmp_path, "--only", "TP2", "nonsense")
+    folder = tmp_path / "new"
+    result, report = check(folder, "--only", "TP2", "nonsense")
     assert result.returncode == 2
     assert report is None
-    assert "only is TP2, which is in no check's name; expected one of versions, clocks," in result.stderr
+    assert "only is TP2, which is in no check's name; expected one of 'versions', 'clocks'," in result.stderr
+    assert "'logits', 'logits, Transformer Engine'," in result.stderr
+    assert not folder.exists()
     assert "Traceback" not in result.stderr
 
 

@@ -248,7 +248,8 @@ def test_wrong_studies_are_refused(runs: Runs) -> None:
     both = study("plan", path, "--base", "nowhere.yaml", "--folder", str(path), check=False).stderr
     assert "configuration nowhere.yaml: No such file" in both
     assert f"folder is {path}; expected a folder to write to, or a name for a new one ({path} is no folder)" in both
-    assert not (runs.folder / "wrong" / "runs").exists()
+    assert "lr.warmup_iters" in refused("--train_tokens", "10")  # which the check of a run says
+    assert not (runs.folder / "wrong").exists()
 
 
 def test_an_interrupted_study_saves_its_runs(runs: Runs) -> None:
