@@ -1,8 +1,10 @@
 """Runs a program that a model has written, in a process of its own with limits, and says whether it comes to its end.
 
-Against accidents, not against an attack: the program can read this machine's files and use its network, and where this
-process is not root's, whose programs become nobody's, it can do to the user's files and processes what the user can. Where
-this is more than may be risked, evaluate in a container or a virtual machine that holds nothing else.
+Where bubblewrap is installed and may be used, the program sees no network, no other processes and nothing of the user's
+home, and can write into its own folder only. Elsewhere the limits are against accidents, not against an attack: the program
+can read this machine's files and use its network, and where this process is not root's, whose programs become nobody's, it
+can do to the user's files and processes what the user can. Where this is more than may be risked, install bubblewrap, or
+evaluate in a container or a virtual machine that holds nothing else.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import signal
 import stat
 import subprocess
@@ -25,6 +28,7 @@ import psutil
 from megatron_cpt.utils.errors import InputError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
+WALLS = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent")
 NOBODY = 65534  # whom the program runs as where this process is root
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}  # numpy would start a thread for each core, and is not let
 
@@ -96,7 +100,7 @@ def threads_of(user: int) -> int:
 
 def execute(job: str, folder: Path, errors: Path, seconds: float) -> bool:
     """Run the child on a job; returns whether its time ran out. None of its process group is left."""
-    command = [sys.executable, "-I", "-c", CHILD.read_text(encoding="utf-8")]
+    command = [*bubblewrap(folder), sys.executable, "-I", "-c", CHILD.read_text(encoding="utf-8")]
     with (
         errors.open("wb") as log,
         subprocess.Popen(
@@ -117,6 +121,25 @@ def execute(job: str, folder: Path, errors: Path, seconds: float) -> bool:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return False
+
+
+def bubblewrap(folder: Path) -> list[str]:
+    """The beginning of a command that runs within walls, in `folder`; nothing where bubblewrap is missing or not allowed."""
+    program = shutil.which("bwrap")
+    command = [] if program is None else [program, *WALLS, *visible(folder)]
+    if command and subprocess.run([*command, sys.executable, "-I", "-c", ""], capture_output=True, check=False).returncode:
+        return []  # containers and clusters may forbid namespaces
+    return command
+
+
+def visible(folder: Path) -> list[str]:
+    """Options of bubblewrap: this machine read-only, of the user's home only Python's own files, `folder` to write to."""
+    home = os.path.expanduser("~")
+    options = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", home]
+    for place in sorted({sys.prefix, sys.base_prefix, os.path.dirname(os.path.realpath(sys.executable))}):
+        if os.path.commonpath([home, place]) == home:
+            options += ["--ro-bind", place, place]
+    return [*options, "--bind", str(folder), str(folder), "--chdir", str(folder)]
 
 
 def is_text(path: Path, text: str) -> bool:

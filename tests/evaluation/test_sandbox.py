@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_cpt.evaluation.sandbox import SandboxLimits, SandboxOutcome, require_sandbox, run, threads_of
+from megatron_cpt.evaluation.sandbox import SandboxLimits, SandboxOutcome, bubblewrap, require_sandbox, run, threads_of
 from megatron_cpt.utils.errors import InputError
 
 LIMITS = SandboxLimits(seconds=20.0)
@@ -91,7 +91,8 @@ def test_what_stands_in_place_of_the_result_is_not_read() -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root leaves its user")
-def test_root_is_left(tmp_path: Path) -> None:
+def test_root_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # without walls, in which there is nothing to be done to
     (tmp_path / "file").write_text("mine")
     for use in (f"open({str(tmp_path / 'file')!r}, 'w')", "open(f'/proc/{os.getppid()}/environ', 'rb').read()"):
         assert run(f"import os\n{use}", LIMITS).error.startswith("PermissionError")
@@ -111,3 +112,31 @@ def test_a_sandbox_that_cannot_run_is_told(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(sys, "executable", str(broken))
     with pytest.raises(InputError, match=r"the sandbox cannot run .*: no library"):
         require_sandbox()
+
+
+@pytest.mark.skipif(not bubblewrap(Path("/tmp")), reason="bubblewrap is not installed, or not allowed here")
+def test_within_walls_nothing_of_the_user_is_seen(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("kept")
+    os.chmod(outside, 0o666)
+    secret = Path.home() / ".a-secret-of-the-test"
+    secret.write_text("secret")
+    try:
+        home = f"import os\nassert {secret.name!r} not in os.listdir({str(secret.parent)!r})"
+        assert run(home, LIMITS) == SandboxOutcome(True, "")
+    finally:
+        secret.unlink()
+    network = "import socket\nassert [name for _, name in socket.if_nameindex()] == ['lo']"
+    assert run(network, LIMITS) == SandboxOutcome(True, "")
+    assert run("import os\nassert len([p for p in os.listdir('/proc') if p.isdigit()]) <= 2", LIMITS).passed
+    assert not run(f"open({str(outside)!r}, 'w').write('changed')", LIMITS).passed
+    assert outside.read_text() == "kept"
+    assert run("open('mine', 'w').write('x')", LIMITS).passed
+
+
+def test_where_walls_are_not_allowed_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "bwrap").write_text("#!/bin/sh\nexit 1\n")
+    os.chmod(tmp_path / "bwrap", 0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bubblewrap(tmp_path) == []
+    assert run("assert True", LIMITS) == SandboxOutcome(True, "")
