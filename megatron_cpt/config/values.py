@@ -20,6 +20,7 @@ SCALARS = (int, float, Fraction, str, bool)
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
 SEPARATOR = "\0"  # of several values of an option, in its text: the system passes none on in a word
+LONG_NUMBER = re.compile(r"[-+]?(?=\.?\d)([1-9]\d*|0)?(\.\d*)?(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 # Fields that may be written as 20B or 500k. Not lengths: 2k tokens of a sequence are 2,048 for some and 2,000 for others.
 COUNTED = re.compile(r"(^|_)(?<!shuffle_)(token|sample|document|character|prompt|row|iter|step)s?(_|$)")
 
@@ -149,6 +150,8 @@ class Converter:
         exact = number(value)
         if exact is not None and abs(exact) > LARGEST and "whole number" in what:
             what += f" up to {LARGEST}"
+        if exact is None and isinstance(value, int | float | str) and LONG_NUMBER.fullmatch(str(value)):
+            what += f" up to {LARGEST}" if "whole number" in what else " (a number has at most 40 digits, and 2 of exponent)"
         if exact is None and amount(value) is not None:
             what = what.replace("a whole number", "a whole number without a unit")
         return self._refuse(f"{name} is {shown(value)}; expected {what}")

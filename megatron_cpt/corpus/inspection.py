@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.text import Text
 
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.corpus.manifest import CorpusManifest, manifest_path, read_manifest
 from megatron_cpt.corpus.sources import sha256_file
 from megatron_cpt.tokenizer import load_tokenizer
-from megatron_cpt.utils.console import counted
+from megatron_cpt.utils.console import counted, print_heading
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.tables import PlainTable, number_column, text_column
 
@@ -125,7 +124,7 @@ def print_document(
     known = load_tokenizer(path)
     if ids and max(ids) >= known.vocab_size:
         raise InputError(f"{corpus.prefix}: document {number} has id {max(ids)}; {path} has only {known.vocab_size} tokens")
-    console.rule(Text(f"{corpus.prefix}, document {number:,}: {counted(len(ids), 'token')}"), align="left")
+    print_heading(console, f"{corpus.prefix}, document {number:,}: {counted(len(ids), 'token')}")
     for text in (_metadata(corpus.prefix, number), known.decode(ids)):
         if text:
             print(text)  # as it is: no wrapping

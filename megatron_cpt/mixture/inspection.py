@@ -10,7 +10,6 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.text import Text
 
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.mixture.file import load_mixture
@@ -20,7 +19,7 @@ from megatron_cpt.mixture.mixture import Mixture
 from megatron_cpt.mixture.order.order import MAX_SAMPLES
 from megatron_cpt.mixture.stages import whole
 from megatron_cpt.tokenizer import load_tokenizer
-from megatron_cpt.utils.console import counted
+from megatron_cpt.utils.console import counted, print_heading
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.tables import PlainTable, number_column, text_column
 
@@ -126,7 +125,7 @@ def _print_samples(
         tokens = np.empty(mixture.seq_length + 1, np.int64)
         read_token_ranges(corpus.data, token_ranges, tokens)
         where = f"sample {n:,}: {corpus.name}, epoch {place.epoch:,}, sample {place.sample:,}, tokens from {place.begin:,}"
-        console.rule(Text(where), align="left")
+        print_heading(console, where)
         print(tokenizer.decode(tokens.tolist()))  # as it is: no wrapping
 
 

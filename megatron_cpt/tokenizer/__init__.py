@@ -35,6 +35,8 @@ def load_tokenizer(path: str, eos_token: str | None = None) -> Tokenizer:
 
 def tokenizer_file(path: str) -> tuple[Path, Literal["hf", "tiktoken", "sentencepiece"]]:
     """The file a tokenizer is read from and its format. InputError when there is none."""
+    if not path:  # which would be the folder this runs in
+        raise InputError("tokenizer is ''; expected a tokenizer.json or tokenizer.model, or a folder with one")
     source = Path(path).expanduser()
     if source.is_dir():
         check_folder(source)

@@ -327,6 +327,8 @@ def places_of(name: str, documents: Sequence[CorpusDocuments]) -> list[tuple[int
         )
     if len({os.path.realpath(path) for path in paths}) > 1:
         raise InputError(f"find is {name}, which names several files; expected one of {', '.join(paths[:MOST_NAMED])}")
+    if number == 0:
+        raise InputError(f"find is {name}; expected a line from 1 on")
     found = [(place, documents[place].origins.find(file, number)) for place, file, _ in files]
     places = [(place, document) for place, document in found if document is not None]
     if not places:

@@ -144,6 +144,7 @@ def main(context: RunContext) -> None:
     else:
         context.saver.finish()
         log.status("finished", state.progress.iteration, run.length.train_iters)
+        context.stop_controller.drop_requests()
     log.finish()
 
 
@@ -156,7 +157,9 @@ def extension_note(run: CheckedRun) -> str:
     """What becomes of the learning rate of a run that is longer than planned."""
     name, planned = run.config.training.planned_length()
     restarted = run.schedule.start == run.length.consumed_samples
-    rate = "warms up again and decays from here" if restarted else "goes on as scheduled and decays"
+    constant = run.config.lr.decay_style == "constant"
+    again, decays = ("warms up again", "and decays from here") if restarted else ("goes on as scheduled", "and decays")
+    rate = f"{again} and stays constant" if constant else f"{again} {decays}"
     return (
         f"{name} was planned as {planned:,} and is extended to {run.config.training.extend_to:,}: the learning rate {rate} "
         f"to the new end, step {run.length.train_iters:,}"

@@ -130,6 +130,13 @@ class StopController:
                 self._peers.tell_stop(self.requests.stop)
         return self.requests.stop or ""
 
+    def drop_requests(self) -> None:
+        """Remove files that came while the run did its last step: they would stop the next start before its first."""
+        if self._peers is None or self._peers.rank == 0:
+            for name in (STOP_FILE, SAVE_FILE):
+                if self._took(name):
+                    logger.info(f"{name} came when there was nothing left to do, and is removed")
+
     def close(self) -> None:
         """Listen no more."""
         self._closing.set()

@@ -57,6 +57,7 @@ def test_documents_are_printed_as_they_are(prefix: str, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert f'{{"url":"u1"}}\n{TEXTS[1]}<|endoftext|>\n' in shown
     assert f'{{"url":"u0"}}\n{TEXTS[0]}<|endoftext|>\n' in shown
+    assert max(map(len, shown.splitlines())) < 500  # no rule over the width that a pipe does not have
     with pytest.raises(InputError, match=r"document 3 of .*expected one of its 3 documents, 0 to 2"):
         inspect_data(InspectConfig(prefix, document=3))
 

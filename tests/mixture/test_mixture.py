@@ -210,6 +210,12 @@ def test_weights(folder: Path, weight: Any) -> None:
     )
 
 
+def test_a_weight_with_more_digits_than_are_read(folder: Path) -> None:
+    said = "expected a number above 0 or null (a number has at most 40 digits, and 2 of exponent)"
+    for weight in ("1e300", "1e-100", "9" * 41):
+        assert f"general[0].weight is {weight!r}; {said}" in refusal(folder, general=[{"prefix": "en", "weight": weight}])
+
+
 def weights_of(mixture: Mixture, entries: list[Entry] | None) -> tuple[Fraction, ...]:
     group = mixture.group(entries)
     assert group is not None

@@ -186,3 +186,10 @@ def test_imports_neither_torch_nor_transformers() -> None:
     program = "import sys, megatron_cpt.corpus.preprocess; print({'torch', 'transformers', 'tiktoken'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_no_name_is_not_the_folder_this_runs_in(tiny_tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_tokenizer_dir)
+    assert load_tokenizer(".").vocab_size > 0
+    with pytest.raises(InputError, match=r"^tokenizer is ''; expected a tokenizer\.json or tokenizer\.model"):
+        load_tokenizer("")

@@ -238,6 +238,12 @@ def test_rows_that_nobody_reads_to_their_end(runs: Runs) -> None:
     assert (shown.wait(), shown.stderr.read() if shown.stderr else None) == (1, "")
 
 
+def test_lines_begin_with_1(runs: Runs) -> None:
+    steps = ["--mixture", runs.mixture, "--global_batch_size=8", "--train_iters=40"]
+    refused = export(*steps, "--find", "en_train.jsonl:0", check=False)
+    assert (refused.returncode, refused.stderr) == (2, "error: find is en_train.jsonl:0; expected a line from 1 on\n")
+
+
 def test_a_line_that_two_corpora_have_read(runs: Runs) -> None:
     """It is found in both, and each document is named once."""
     fields = yaml.safe_load(Path(runs.mixture).read_text())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_cpt.config.lr import LrConfig
 from megatron_cpt.config.run import CheckpointConfig, OptimizerConfig, RunConfig, TrainingConfig
+from megatron_cpt.training.pretrain import extension_note
 from megatron_cpt.training.schedule import (
     LearningRate,
     continue_schedule,
@@ -304,3 +305,21 @@ def test_a_run_that_is_made_longer_by_less_than_its_warmup() -> None:
     )
     with pytest.raises(InputError, match=wanted):
         resumed(before, now, iteration=10)
+
+
+@pytest.mark.parametrize(
+    ("style", "restarted", "said"),
+    [
+        ("linear", True, "warms up again and decays from here to the new end"),
+        ("WSD", False, "goes on as scheduled and decays to the new end"),
+        ("constant", False, "goes on as scheduled and stays constant to the new end"),
+    ],
+)
+def test_what_is_said_of_an_extended_run(style: str, restarted: bool, said: str) -> None:
+    config = run_config(10, 4, decay_style=style)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, extend_to=16))
+    length, schedule = SimpleNamespace(consumed_samples=40, train_iters=16), SimpleNamespace(start=40 if restarted else 0)
+    run: Any = SimpleNamespace(config=config, length=length, schedule=schedule)
+    assert extension_note(run).endswith(
+        f"train_iters was planned as 10 and is extended to 16: the learning rate {said}, step 16"
+    )

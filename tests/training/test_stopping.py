@@ -38,6 +38,20 @@ def test_a_rank_that_never_showed_a_sign_of_life_is_noticed(monkeypatch: pytest.
         peers.exchange(requests)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_request_in_the_last_step_does_not_wait_for_the_next_start(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank takes it, as always."""
+    monkeypatch.setattr(stopping, "POLL_SECONDS", 3600.0)
+    for name in ("stop_now", "save_now"):
+        (tmp_path / name).touch()
+    with StopController(str(tmp_path), None, world_size=2) as stop_controller:
+        stop_controller.share(dist.HashStore(), rank, 2, 0.0)
+        stop_controller.drop_requests()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ([] if rank == 0 else ["save_now", "stop_now"])
+
+
 def test_a_request_that_cannot_be_removed_is_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "stop_now").mkdir()
     with StopController(str(tmp_path), None, 2) as stop_controller:
