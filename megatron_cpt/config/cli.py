@@ -244,6 +244,8 @@ def exit_on_input_error(call: Callable[[], Any]) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, io.StringIO())
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="surrogateescape")  # the result's path, whatever bytes it is of
     if not sys.warnoptions:  # what libraries say to those who call them is nothing that a user can change
         for kind in (FutureWarning, DeprecationWarning):
             warnings.simplefilter("ignore", kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -444,3 +446,12 @@ def test_what_libraries_say_to_programmers_is_hidden(options: list[str]) -> None
     )
     done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ("gone in version 6" in done.stderr) == bool(options)
+
+
+def test_a_result_whose_name_is_not_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bytes are printed, as ls does: Python refuses in most locales."""
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "utf-8", "strict"))
+    run_tool(lambda config: config.output_prefix, Config, "A tool.", ["--output_prefix", os.fsdecode(b"a\xff")])
+    sys.stdout.flush()
+    assert printed.getvalue() == b"a\xff\n"

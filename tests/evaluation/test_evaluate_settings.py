@@ -186,7 +186,7 @@ def stand_in(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
         found["device_map"] = device_map
         limits = SimpleNamespace(max_position_embeddings=4096)
         model = SimpleNamespace(config=limits, generation_config=None, name=Path(folder).name)
-        model.eval = lambda: model
+        model.eval, model.named_parameters = lambda: model, dict
         return model, {"missing_keys": [], "mismatched_keys": []}
 
     def text_loss(model: Any, tokenizer: Any, documents: list[str], window: int) -> TextLoss:

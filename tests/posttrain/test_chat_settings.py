@@ -147,6 +147,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen.update(folder=Path(folder).name, dtype=dtype)
         limits = SimpleNamespace(max_position_embeddings=2048)
         model = Model(config=limits, generation_config=transformers.GenerationConfig(), device="cpu")
+        model.named_parameters = dict
         return model, {"missing_keys": [], "mismatched_keys": []}
 
     def completed(folder: str, prompts: list[str], number: int | None, **options: Any) -> list[str]:
