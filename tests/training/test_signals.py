@@ -220,6 +220,16 @@ def test_a_stop_before_the_last_step_ends_nothing_twice(stopper: Stopper) -> Non
     assert curve(stopper.runs.folder / name) == curve(stopper.undisturbed(Case()))
 
 
+def test_requests_after_the_last_step_do_not_wait_for_the_next_start(stopper: Stopper) -> None:
+    """They would stop it before its first step."""
+    folder = stopper.runs.folder / "too-late"
+    job = stopper.start(Case(), "too-late", late_requests=str(folder))
+    job.finish()
+    assert status(folder)["state"] == "finished"
+    assert not [name for name in ("stop_now", "save_now") if (folder / name).exists()]
+    assert "stop_now came when there was nothing left to do, and is removed" in job.text()
+
+
 @pytest.mark.parametrize("end", ["finished", "stopped"])
 def test_processes_that_leave_late_are_no_trouble(stopper: Stopper, end: str) -> None:
     """The store that processes talk through is gone with the first of them: who leaves later must not miss it."""
