@@ -106,11 +106,11 @@ def utilisation(seq_length: int, rate: float) -> Row:
     """MFU as the progress line has it, causal attention counted half."""
     from megatron_cpt.model.flops import flops_per_token
     from megatron_cpt.model.llama import read_llama_config
-    from megatron_cpt.training.throughput import throughput
+    from megatron_cpt.training.throughput import step_throughput
 
     llama = read_llama_config(str(WORK / "gpu" / "hf"))
     flops = (flops_per_token(llama, seq_length, causal=False), flops_per_token(llama, seq_length, causal=True))
-    share = throughput(1.0, int(rate), 1, flops, current_platform().peak_tflops()).get("mfu_causal", 0.0)
+    share = step_throughput(1.0, int(rate), 1, flops, current_platform().peak_tflops()).get("mfu_causal", 0.0)
     return compare(f"gpu train {seq_length}: MFU", "of 1", share, 1.0, current_platform().device_name(), 0.4, "least")
 
 

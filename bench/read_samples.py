@@ -61,13 +61,13 @@ def documents_ours(prefixes: list[str]) -> Any:
     from fractions import Fraction
 
     from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-    from megatron_cpt.corpus.manifest import read_manifest
-    from megatron_cpt.mixture.document_reads import CorpusDocuments, Stretch, on_cpu, read_samples
+    from megatron_cpt.corpus.manifest import read_corpus_manifest
+    from megatron_cpt.mixture.document_reads import CorpusDocuments, Stretch, locate_on_cpu, read_samples
     from megatron_cpt.mixture.mixture import Corpus
     from megatron_cpt.mixture.order.order import CorpusTokens, SampleOrder
     from megatron_cpt.mixture.order.splitters import Group, StagePlan, build_stages
 
-    corpora = [Corpus(p, p, "en", read_manifest(p), IndexedCorpus(p)) for p in prefixes]
+    corpora = [Corpus(p, p, "en", read_corpus_manifest(p), IndexedCorpus(p)) for p in prefixes]
     groups = [Group((i,), (Fraction(1),)) for i in range(2)]
     almr = Fraction(str(WEIGHTS[1]))
     stages = build_stages([StagePlan(None, (almr, almr), *groups)], 2)
@@ -75,7 +75,7 @@ def documents_ours(prefixes: list[str]) -> Any:
     order = SampleOrder(stages, tokens, SEQ_LENGTH, 1234, 256)
     documents = [CorpusDocuments(corpus, 0) for corpus in corpora]
     stretch = Stretch(1, 0, 1 << 40, 256, order)
-    return lambda first, count: read_samples(stretch, documents, first, count, on_cpu)
+    return lambda first, count: read_samples(stretch, documents, first, count, locate_on_cpu)
 
 
 def documents_megatron(prefixes: list[str]) -> Any:

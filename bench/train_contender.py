@@ -213,11 +213,11 @@ def batches(task: Task) -> Iterator[list[Any]]:
     from megatron_cpt.config.run import DataConfig
     from megatron_cpt.mixture.file import load_mixture
     from megatron_cpt.mixture.loader import BatchShape, TrainingData
-    from megatron_cpt.mixture.state import begin
+    from megatron_cpt.mixture.state import initial_state
 
     mixture = load_mixture(str(task.folder / "mixture.yaml"))
     schedule = mixture.schedule(MANY * task.batch)
-    order = begin(mixture, schedule, task.batch).order(mixture, schedule)
+    order = initial_state(mixture, schedule, task.batch).order(mixture, schedule)
     data = TrainingData([corpus.data for corpus in mixture.corpora], order, DataConfig())
     for step in range(MANY):
         shape = BatchShape(task.micro, task.batch, 0, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tiny_models import make_tiny_llama
 
-from megatron_cpt.convert.vocabulary import load
+from megatron_cpt.convert.vocabulary import load_hf_tokenizer
 from megatron_cpt.posttrain.conversations import Message
 from megatron_cpt.posttrain.templates import PromptTemplate
 
@@ -49,11 +49,11 @@ def set_json(path: Path, **fields: Any) -> None:
 
 def last_of_prompt(folder: str, template: str, question: str) -> int:
     """The last token of what a model is asked."""
-    tokenizer = load(folder)
+    tokenizer = load_hf_tokenizer(folder)
     return int(tokenizer.encode(PromptTemplate(tokenizer, template).prompt([Message("user", question)]))[-1])
 
 
 def tokens_of(folder: str, *texts: str) -> list[int]:
     """Of texts, one after the other."""
-    tokenizer = load(folder)
+    tokenizer = load_hf_tokenizer(folder)
     return [number for text in texts for number in tokenizer.encode(text, add_special_tokens=False)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.mixture.ledger import Ledger, LedgerRow, StageTotal
-from megatron_cpt.training.baseline import Baseline, Measurement, extended
+from megatron_cpt.training.baseline import Baseline, Measurement, extend_baselines
 from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.validation_result import ValidationResult
 
@@ -57,7 +57,7 @@ def validated(log: RunLog, iteration: int, found: list[ValidationResult], sample
     """Record an evaluation of a run that has evaluated zh and en, 100 samples each, before its first step."""
     before = [Baseline(measured(r.name), 0, r.loss, r.bits_per_byte) for r in results()] if iteration else []
     how = [measured(result.name, samples) for result in found]
-    log.validation(iteration, found, how, extended(before, how, found, iteration))
+    log.validation(iteration, found, how, extend_baselines(before, how, found, iteration))
 
 
 def start(log: RunLog, iteration: int = 0, **run: Any) -> None:

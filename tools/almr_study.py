@@ -10,8 +10,8 @@ COMMANDS, SETTINGS, FILES = (f"megatron_cpt.study.{module}:" for module in ("com
 if __name__ == "__main__":
     run_subcommands(
         {
-            "plan": (COMMANDS + "plan", SETTINGS + "PlanOptions", FILES + "check_runs"),
-            "run": (COMMANDS + "run", SETTINGS + "RunOptions", FILES + "check_runs"),
+            "plan": (COMMANDS + "plan_study", SETTINGS + "PlanOptions", FILES + "check_run_options"),
+            "run": (COMMANDS + "run_study", SETTINGS + "RunOptions", FILES + "check_run_options"),
             "fit": (COMMANDS + "fit_command", SETTINGS + "FitOptions", FILES + "check_study"),
             "plot": (COMMANDS + "plot", SETTINGS + "PlotOptions", FILES + "check_study"),
             "choose": (COMMANDS + "choose_command", SETTINGS + "ChooseOptions", FILES + "check_choice"),

@@ -7,9 +7,9 @@ from megatron_cpt.config.cli import run_tool
 
 if __name__ == "__main__":
     run_tool(
-        "megatron_cpt.cluster.run:run",
+        "megatron_cpt.cluster.run:run_checks",
         "megatron_cpt.cluster.config:CheckConfig",
         "Check the machines that the job runs on.",
         joins=True,
-        check="megatron_cpt.cluster.run_files:check_files",
+        check="megatron_cpt.cluster.run_files:check_cluster_files",
     )

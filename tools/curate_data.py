@@ -7,5 +7,5 @@ if __name__ == "__main__":
         "megatron_cpt.curation.curate:curate",
         "megatron_cpt.curation.config:CurateConfig",
         "Identify languages, filter by quality and drop near-duplicates (with datatrove).",
-        check="megatron_cpt.curation.curate:check_files",
+        check="megatron_cpt.curation.curate:check_curate_files",
     )

@@ -10,5 +10,5 @@ if __name__ == "__main__":
         "megatron_cpt.evaluation.report:evaluate",
         "megatron_cpt.evaluation.config:EvaluateConfig",
         "Evaluate Hugging Face checkpoints.",
-        check="megatron_cpt.evaluation.run_files:check_settings",
+        check="megatron_cpt.evaluation.run_files:check_evaluation",
     )

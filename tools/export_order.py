@@ -11,5 +11,5 @@ if __name__ == "__main__":
         "megatron_cpt.training.order_export:export_order",
         "megatron_cpt.training.order_export:ExportOrderConfig",
         "Write which documents the steps of a run read, or find in which steps a document was read.",
-        check="megatron_cpt.training.order_export:check_files",
+        check="megatron_cpt.training.order_export:check_export_files",
     )

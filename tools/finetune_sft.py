@@ -12,5 +12,5 @@ if __name__ == "__main__":
         "megatron_cpt.posttrain.settings:SftConfig",
         "Supervised fine-tuning of a Hugging Face checkpoint.",
         joins=True,
-        check="megatron_cpt.posttrain.run_files:check_settings",
+        check="megatron_cpt.posttrain.run_files:check_tuning",
     )

@@ -11,5 +11,5 @@ if __name__ == "__main__":
         "megatron_cpt.corpus.import_megatron:ImportCorpusConfig",
         "Write the manifest that mixtures need beside .bin/.idx files of Megatron-LM, which stay as they are.",
         positional="input",
-        check="megatron_cpt.corpus.import_megatron:check_files",
+        check="megatron_cpt.corpus.import_megatron:check_import_files",
     )

@@ -12,5 +12,5 @@ if __name__ == "__main__":
         "megatron_cpt.mixture.inspect_data:InspectConfig",
         "Show what is in Megatron corpora (counts, documents, integrity) or in a mixture of them (table, samples).",
         positional="input",
-        check="megatron_cpt.mixture.inspect_data:check_files",
+        check="megatron_cpt.mixture.inspect_data:check_inspect_files",
     )

@@ -7,5 +7,5 @@ if __name__ == "__main__":
         "megatron_cpt.corpus.merge:merge_datasets",
         "megatron_cpt.corpus.merge:MergeConfig",
         "Join Megatron corpora, such as the partitions of a job array, into one.",
-        check="megatron_cpt.corpus.merge:check_files",
+        check="megatron_cpt.corpus.merge:check_merge_files",
     )

@@ -11,9 +11,9 @@ from megatron_cpt.config.cli import run_tool
 
 if __name__ == "__main__":
     run_tool(
-        "megatron_cpt.planning.run:run",
+        "megatron_cpt.planning.run:run_plan",
         "megatron_cpt.planning.config:PlanConfig",
         "Plan a training run on a cluster.",
         positional="model",
-        check="megatron_cpt.planning.run_files:check_files",
+        check="megatron_cpt.planning.run_files:check_plan_files",
     )

@@ -7,5 +7,5 @@ if __name__ == "__main__":
         "megatron_cpt.corpus.preprocess:preprocess",
         "megatron_cpt.corpus.config:PreprocessConfig",
         "Tokenize text files into a Megatron corpus: PREFIX.bin, .idx and .json.",
-        check="megatron_cpt.corpus.preprocess:check_files",
+        check="megatron_cpt.corpus.preprocess:check_preprocess_files",
     )

@@ -28,5 +28,5 @@ if __name__ == "__main__":  # the checkpoint writer starts processes: an unguard
         "megatron_cpt.config.run:RunConfig",
         "Continue the pre-training of a Llama model on a mixture of corpora.",
         joins=True,
-        check="megatron_cpt.training.run_files:check_files",
+        check="megatron_cpt.training.run_files:check_pretrain_files",
     )

@@ -14,7 +14,7 @@ import yaml
 
 from megatron_cpt.config.cli import collect_arguments, exit_on_input_error, normalise, read_arguments
 from megatron_cpt.evaluation.config import EvaluateConfig
-from megatron_cpt.evaluation.run_files import check_given, check_settings
+from megatron_cpt.evaluation.run_files import check_evaluation, check_given
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.memory import GIB
 from megatron_cpt.planning.presets import find_model
@@ -36,7 +36,7 @@ def main() -> None:
     if own.inputs == "none":
         collect_arguments(EvaluateConfig, normalise(words)).refusals.raise_any()
     else:
-        read_arguments(EvaluateConfig, words, check=check_settings if own.inputs == "all" else check_given)
+        read_arguments(EvaluateConfig, words, check=check_evaluation if own.inputs == "all" else check_given)
     with open(own.config, encoding="utf-8") as file:
         spread = yaml.safe_load(file).get("device_map") is not None
     if own.device and own.gpus:

@@ -21,7 +21,7 @@ from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.planning.memory import GIB
 from megatron_cpt.planning.presets import find_model
 from megatron_cpt.planning.weights import number_of_parameters
-from megatron_cpt.posttrain.run_files import accumulation, check_settings, data_files
+from megatron_cpt.posttrain.run_files import accumulation, check_tuning, data_files
 from megatron_cpt.posttrain.settings import DpoConfig, SftConfig
 from megatron_cpt.utils.errors import InputError, Refusals
 
@@ -57,7 +57,7 @@ def main() -> None:
             data_files(run.data)
     if own.inputs == "all":
         with refusals.noted():
-            check_settings(run)
+            check_tuning(run)
     refusals.raise_any()
 
 

@@ -18,8 +18,8 @@ from megatron_cpt.config.run import RunConfig
 from megatron_cpt.mixture.file import read_seq_length
 from megatron_cpt.model.layout import check_batch
 from megatron_cpt.planning.config import PlanConfig
-from megatron_cpt.planning.one_run import plan_one, spread, tokens_of
-from megatron_cpt.planning.report import show
+from megatron_cpt.planning.one_run import plan_one, run_tokens, spread_run
+from megatron_cpt.planning.report import show_plan
 from megatron_cpt.utils.console import wide_console
 
 
@@ -47,14 +47,14 @@ def main() -> None:
         f"{batch} samples is {micro_batches} micro-batches of {training.micro_batch_size} on each replica"
     )
     step = batch * seq_length
-    steps = math.ceil(tokens_of(training, seq_length) / step)
+    steps = math.ceil(run_tokens(training, seq_length) / step)
     print(f"token budget: {steps * step:,} tokens = {steps:,} steps of {step:,}")
     if own.device:
         model = own.model or run.checkpoint.load
         files = [word.partition("=")[2] for word in normalise(options) if word.startswith("--config=")]
         name = files[-1] if files else "the run"
         config = PlanConfig(model, own.ranks, own.device, run=name, devices_per_node=own.devices_per_node)
-        show(plan_one(spread(config, run)), wide_console(sys.stdout))
+        show_plan(plan_one(spread_run(config, run)), wide_console(sys.stdout))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_cpt.posttrain.generate import complete
+from megatron_cpt.posttrain.generate import complete_text
 from megatron_cpt.training.metrics_file import read_metrics
-from megatron_cpt.training.report import write_report
+from megatron_cpt.training.report import write_run_report
 from megatron_cpt.training.validation_table import baseline_of
 
 PROMPTS = {"zh": "今年春节期间，", "en": "The capital of France is"}
@@ -56,7 +56,7 @@ def layout_name(layout: dict[str, Any]) -> str:
 
 def generations(run: Path) -> dict[str, dict[str, str]]:
     """Greedy completions of one prompt in each language, by the model before and after."""
-    before, after = (complete(str(run / folder), list(PROMPTS.values()), 32) for folder in ("inputs/hf", "hf-cpt"))
+    before, after = (complete_text(str(run / folder), list(PROMPTS.values()), 32) for folder in ("inputs/hf", "hf-cpt"))
     return {
         language: {"prompt": prompt, "before": one_line(old), "after": one_line(new)}
         for (language, prompt), old, new in zip(PROMPTS.items(), before, after, strict=True)
@@ -118,7 +118,7 @@ def main() -> None:
     run: Path = arguments.run
     report = collect(run)
     report["text"] = generations(run)
-    shutil.copyfile(Path(write_report(str(run / "checkpoints"))).with_suffix(".png"), run / "report.png")
+    shutil.copyfile(Path(write_run_report(str(run / "checkpoints"))).with_suffix(".png"), run / "report.png")
     report["wall_seconds"] = arguments.wall_seconds + time.perf_counter() - start
     (run / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_markdown(report, run / "report.md")

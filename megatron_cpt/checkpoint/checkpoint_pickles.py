@@ -24,9 +24,9 @@ from megatron_cpt.checkpoint.safe_pickle import (
     PickleRecord,
     PickleReference,
     is_key,
-    plain,
+    plain_copy,
     read_pickle,
-    shown,
+    shown_value,
 )
 from megatron_cpt.checkpoint.zip_reader import Content, ZipPart, check_record, open_mapped, records_of
 from megatron_cpt.utils.errors import InputError
@@ -173,10 +173,10 @@ def load_settings(path: str, place: ChunkPlace | None = None) -> dict[str, Any]:
             space = Namespace()
             vars(space).update({name: field for name, field in copy(value.fields()).items() if type(name) is str})
             return space
-        return value if type(value) is torch.dtype else str(value) if type(value) is Name else Opaque(shown(value))
+        return value if type(value) is torch.dtype else str(value) if type(value) is Name else Opaque(shown_value(value))
 
     return _dictionary(
-        path, place, lambda content, offset, length: plain(_Archive(content, offset, length).described(None), convert)
+        path, place, lambda content, offset, length: plain_copy(_Archive(content, offset, length).described(None), convert)
     )
 
 
@@ -221,7 +221,7 @@ def read_tensor(content: Content, offset: int, length: int) -> torch.Tensor:
     archive = _Archive(content, offset, length)
     described = archive.described(())
     if type(described) is not TensorRecord:
-        raise PickleError(f"it holds a {shown(described)}, not a tensor")
+        raise PickleError(f"it holds a {shown_value(described)}, not a tensor")
     return archive.tensor(described)
 
 
@@ -250,9 +250,9 @@ def read_object(content: Content, offset: int, length: int, known: Collection[Pa
                     raise PickleError(f"its tensors have more than {MOST_COPIES} times the bytes of the file")
                 copies[value] = view.clone()
             return copies[value]
-        return value if type(value) is torch.dtype else Opaque(shown(value))
+        return value if type(value) is torch.dtype else Opaque(shown_value(value))
 
-    return plain(archive.described(known), convert)
+    return plain_copy(archive.described(known), convert)
 
 
 class PickledTensors:
@@ -272,7 +272,7 @@ class PickledTensors:
         content = open_mapped(path)
         try:
             self._archive = _Archive(content, 0, len(content))
-            found = plain(self._archive.described(()), lambda value, _: value)
+            found = plain_copy(self._archive.described(()), lambda value, _: value)
         except DAMAGE as error:
             raise InputError(f"{path} cannot be read: {error}") from error
         if type(found) is not dict or any(type(n) is not str or type(t) is not TensorRecord for n, t in found.items()):
@@ -347,7 +347,9 @@ def _description(found: Any) -> Description:
     tensors, objects, left = {}, set(), len(places)
     for key, entry in entries.items():
         if type(key) is not str or type(entry) is not PickleRecord:
-            raise PickleError(f"the entry {shown(key)} is a {shown(entry)}; expected the description of a tensor")
+            raise PickleError(
+                f"the entry {shown_value(key)} is a {shown_value(entry)}; expected the description of a tensor"
+            )
         if entry.kind.pair == OBJECT:
             objects.add(key)
         else:
@@ -362,10 +364,10 @@ def _stored_tensor(key: str, entry: PickleRecord, most_chunks: int) -> StoredTen
     fields = _fields(entry, TENSOR, key)
     shape, chunks, properties = _numbers(fields.get("size"), key), fields.get("chunks"), fields.get("properties")
     if type(properties) is not PickleRecord or properties.kind.pair not in PROPERTIES or type(properties.state) is not tuple:
-        raise PickleError(f"the properties of {key} are {shown(properties)}")
+        raise PickleError(f"the properties of {key} are {shown_value(properties)}")
     dtype = properties.state[0] if properties.state else None
     if type(dtype) is not torch.dtype:
-        raise PickleError(f"the dtype of {key} is {shown(dtype)}; expected one of {', '.join(DTYPES)}")
+        raise PickleError(f"the dtype of {key} is {shown_value(dtype)}; expected one of {', '.join(DTYPES)}")
     if type(chunks) is not list:
         raise PickleError(f"the chunks of {key} are a {type(chunks).__name__}; expected a list")
     if len(chunks) > most_chunks:  # one can be named often
@@ -389,14 +391,14 @@ def _places(found: dict[Any, Any]) -> Iterator[tuple[tuple[str, tuple[int, ...]]
         names, where = _fields(index, INDEX, "an index"), _fields(place, PLACE, "a place")
         key, offset = names.get("fqn"), names.get("offset")
         if type(key) is not str:
-            raise PickleError(f"the name of a tensor is {shown(key)}; expected a text")
+            raise PickleError(f"the name of a tensor is {shown_value(key)}; expected a text")
         file, begin, length = (where.get(name) for name in ("relative_path", "offset", "length"))
         if type(file) is not str or file in ("", ".", "..") or "/" in file or "\0" in file:
-            raise PickleError(f"{key} lies in the file {shown(file)}; expected one in the folder itself")
+            raise PickleError(f"{key} lies in the file {shown_value(file)}; expected one in the folder itself")
         if type(begin) is not int or type(length) is not int or begin < 0 or length < 0:
-            raise PickleError(f"{key} lies at byte {shown(begin)}, {shown(length)} bytes long")
+            raise PickleError(f"{key} lies at byte {shown_value(begin)}, {shown_value(length)} bytes long")
         if where.get("transform_descriptors"):
-            raise PickleError(f"{key} is stored by {shown(where['transform_descriptors'])}, which is not known here")
+            raise PickleError(f"{key} is stored by {shown_value(where['transform_descriptors'])}, which is not known here")
         at = (key, () if offset is None else _numbers(offset, key))
         if at in seen:
             raise PickleError(f"the place of {key} at {list(at[1])} is said twice")
@@ -415,18 +417,22 @@ def _check_apart(places: Iterable[ChunkPlace]) -> None:
 def _fields(value: Any, kind: Pair, what: str) -> dict[Any, Any]:
     """Attributes of the object of this class."""
     if type(value) is not PickleRecord or value.kind.pair != kind:
-        raise PickleError(f"{what} is a {shown(value)}; expected {kind[1]}")
+        raise PickleError(f"{what} is a {shown_value(value)}; expected {kind[1]}")
     return value.fields()
 
 
 def _numbers(value: Any, key: str) -> tuple[int, ...]:
     """Sizes or offsets, which torch.Size has made a tuple of."""
     if type(value) is not tuple or len(value) > MOST_DIMENSIONS:
-        raise PickleError(f"a size in {key} is a {shown(value)}; expected up to {MOST_DIMENSIONS} numbers")
+        raise PickleError(f"a size in {key} is a {shown_value(value)}; expected up to {MOST_DIMENSIONS} numbers")
     if any(type(number) is not int or not 0 <= number <= MOST_NUMBERS for number in value):
-        raise PickleError(f"a size in {key} is {', '.join(map(shown, value))}; expected numbers from 0 to {MOST_NUMBERS}")
+        raise PickleError(
+            f"a size in {key} is {', '.join(map(shown_value, value))}; expected numbers from 0 to {MOST_NUMBERS}"
+        )
     if math.prod(number for number in value if number) > MOST_NUMBERS:
-        raise PickleError(f"a size in {key} is {', '.join(map(shown, value))}; expected at most {MOST_NUMBERS} numbers")
+        raise PickleError(
+            f"a size in {key} is {', '.join(map(shown_value, value))}; expected at most {MOST_NUMBERS} numbers"
+        )
     return value
 
 
@@ -466,7 +472,7 @@ def _rebuild_tensor(args: tuple[Any, ...]) -> TensorRecord:
         raise PickleError("a tensor without memory")
     (kind, dtype, key), (offset, shape, stride) = args[0].pid[:3], args[1:4]
     if kind != "storage" or type(dtype) is not torch.dtype or type(key) is not str or not key.isalnum():
-        raise PickleError(f"the memory of a tensor is {shown(kind)}, {shown(dtype)}, {shown(key)}")
+        raise PickleError(f"the memory of a tensor is {shown_value(kind)}, {shown_value(dtype)}, {shown_value(key)}")
     shape, stride, offset = _numbers(shape, key), _numbers(stride, key), _numbers((offset,), key)[0]
     if len(shape) != len(stride):
         raise PickleError(f"a tensor has {len(shape)} dimensions and {len(stride)} strides")

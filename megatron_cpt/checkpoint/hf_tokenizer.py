@@ -11,7 +11,7 @@ from typing import Any
 from megatron_cpt.checkpoint.damage import JSON_FILES, check_json, reading_hf_folder
 from megatron_cpt.checkpoint.layout import WEIGHT_INDICES
 from megatron_cpt.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
-from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_difference
+from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_encoding_difference
 from megatron_cpt.tokenizer.hf_files import CONFIG, json_object, read_tokenizer_json
 from megatron_cpt.utils.errors import InputError, Refusals, if_on_the_hub
 from megatron_cpt.utils.input_files import load_json, shown
@@ -33,7 +33,7 @@ NO_VOCABULARY = (
 OF_BYTES = ("ByT5", "Canine", "Perceiver")  # classes of transformers without a file
 
 
-def load(folder: str, quiet: bool = False) -> Any:
+def load_hf_tokenizer(folder: str, quiet: bool = False) -> Any:
     """transformers' tokenizer of a folder, read from tokenizer.json as it is, whatever class its configuration names.
 
     `quiet`: do not say where other programs read the folder otherwise.
@@ -63,7 +63,7 @@ def read_folder(folder: str) -> Tokenizer | None:
         raise InputError(f"tokenizer {folder}: no such folder{if_on_the_hub(folder)}")
     check_json(folder)
     if os.path.isfile(os.path.join(folder, "tokenizer.json")):
-        check_kinds(os.path.join(folder, CONFIG), *KINDS)
+        check_field_kinds(os.path.join(folder, CONFIG), *KINDS)
     elif not _may_be_tokenizer(folder):
         raise InputError(f"{folder} has no tokenizer; expected tokenizer.json, tokenizer.model or another vocabulary in it")
     files = (os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer.model"))
@@ -95,7 +95,7 @@ def other_reading(folder: str) -> str | None:
     advice = "expected PreTrainedTokenizerFast, which reads tokenizer.json as it is, as all tools here do"
     try:
         other = _from_transformers(folder, by_file=False)
-        difference = first_difference(own_reading(folder), _encoding_text(other))
+        difference = first_encoding_difference(own_reading(folder), _encoding_text(other))
     except InputError:
         return f"{here} cannot use this tokenizer; {advice}"
     if difference is None:
@@ -134,7 +134,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 NEVER_NULL = ("added_tokens_decoder", "model_input_names", "split_special_tokens")
 
 
-def check_kinds(config: str, *names: str) -> None:
+def check_field_kinds(config: str, *names: str) -> None:
     """Raise InputError for fields of a tokenizer_config.json of another kind than transformers takes them for."""
     fields = json_object(Path(config)) if os.path.isfile(config) else {}
     refusals = Refusals()
@@ -201,7 +201,7 @@ def _check_same(folder: str, tokenizer: Any, own: Tokenizer) -> None:
             f"{folder}/{CONFIG}: names {more[0]!r}, which is no token of {own.name}; expected tokens of the vocabulary "
             f"(in added_tokens_decoder, or leave it out)"
         )
-    difference = first_difference(own, _encoding_text(tokenizer))
+    difference = first_encoding_difference(own, _encoding_text(tokenizer))
     if difference is not None:
         text, ids, others = difference
         raise InputError(

@@ -99,7 +99,7 @@ def newest_complete(root: str, own: bool = False, damaged: Mapping[str, str] | N
                 raise InputError(damaged[folder])
             check_intact(folder)
             if own:
-                check_name(folder)
+                check_checkpoint_name(folder)
         except InputError as error:
             passed_over.append(str(error))
             continue
@@ -116,7 +116,7 @@ def check_names(root: str) -> None:
             raise InputError(f"{path} is {kind}; expected the folder of a checkpoint, or nothing of that name")
 
 
-def check_name(folder: str) -> None:
+def check_checkpoint_name(folder: str) -> None:
     """Raise InputError unless a checkpoint has a manifest.json, and lies in the folder that it was saved in.
 
     The names say which one is the newest, and which ones a save replaces and retention deletes.
@@ -166,10 +166,10 @@ def check_complete(folder: str) -> None:
             raise InputError(f"checkpoint {folder} is not complete: {name} is missing")
     if not ours:
         return  # of other software
-    check_sizes(folder, read_manifest(manifest))
+    check_file_sizes(folder, read_manifest(manifest))
 
 
-def check_sizes(folder: str, manifest: Mapping[str, Any]) -> None:
+def check_file_sizes(folder: str, manifest: Mapping[str, Any]) -> None:
     """Raise InputError if a file that a checkpoint's manifest names is missing, or is not as long as it was."""
     files = manifest.get("files", {})
     if not isinstance(files, dict) or any(type(size) is not int or size < 0 for size in files.values()):

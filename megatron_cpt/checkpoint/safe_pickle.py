@@ -87,7 +87,7 @@ def read_pickle(
         raise PickleError(f"the pickle is damaged: {type(error).__name__}") from error
 
 
-def plain(value: Any, convert: Callable[[Any, Callable[[Any], Any]], Any], most: int = 1_000_000) -> Any:
+def plain_copy(value: Any, convert: Callable[[Any, Callable[[Any], Any]], Any], most: int = 1_000_000) -> Any:
     """A copy of a value from a pickle, with `convert(value, copy)` applied to all that is no plain value.
 
     `copy` is for what such a value holds: it counts as a part of the whole, however deep the objects lie in each other.
@@ -123,7 +123,7 @@ def plain(value: Any, convert: Callable[[Any, Callable[[Any], Any]], Any], most:
     return copy(value, 0)
 
 
-def shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A value for a message: short, whatever it is."""
     if type(value) in (str, bytes):
         return repr(value[:60]) + ("..." if len(value) > 60 else "")
@@ -279,7 +279,7 @@ class _Reader:
 
     def name(self, module: Any, qualname: Any) -> None:
         if type(module) is not str or type(qualname) is not str:
-            raise PickleError(f"it names {shown(module)}.{shown(qualname)}")
+            raise PickleError(f"it names {shown_value(module)}.{shown_value(qualname)}")
         name = Name(module[:200], qualname[:200])
         if name.pair in self._values:
             self.push(self._values[name.pair])

@@ -25,7 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_cpt.checkpoint.checkpoint_pickles import Opaque, load_common
 from megatron_cpt.checkpoint.common_state import find_common_state
 from megatron_cpt.checkpoint.layout import check_format
-from megatron_cpt.checkpoint.safe_pickle import plain
+from megatron_cpt.checkpoint.safe_pickle import plain_copy
 from megatron_cpt.checkpoint.save_operation import CheckpointError, save_checkpoint
 from megatron_cpt.checkpoint.state import Progress, chunk_names, restore_rng, state_to_load
 from megatron_cpt.checkpoint.torch_dist import Region, TorchDistReader
@@ -145,7 +145,7 @@ def run_settings(folder: str) -> dict[str, Any]:
             raise InputError(f"{path}: {name} is {value!r:.100}; expected a number of 0 or more")
     if not isinstance(common.get("rng_name"), str | None):
         raise InputError(f"{path}: rng_name is {common['rng_name']!r:.100}; expected a text")
-    return cast(dict[str, Any], plain(common, partial(refuse_objects, path)))
+    return cast(dict[str, Any], plain_copy(common, partial(refuse_objects, path)))
 
 
 def refuse_objects(path: str, value: Any, _: Callable[[Any], Any]) -> Any:

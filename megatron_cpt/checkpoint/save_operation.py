@@ -106,7 +106,7 @@ class SaveOperation:
         state = state_to_save(request.chunks, request.optimizer, progress)
         # The ranks' parts are compared with each other once; they stay the same
         sharded, common = save_preprocess(state, validate_access_integrity=request.structure is None)
-        self._writer, self.structure = plan(sharded, self._temporary, request.structure)
+        self._writer, self.structure = plan_save(sharded, self._temporary, request.structure)
         self._start_writers(common)
 
     def running(self) -> bool:
@@ -207,7 +207,7 @@ class SaveOperation:
         write_tracker(request.root, request.progress.iteration if request.progress is not None else None)
 
 
-def plan(sharded: dict[str, Any], folder: str, structure: Structure | None) -> tuple[FileSystemWriterAsync, Structure]:
+def plan_save(sharded: dict[str, Any], folder: str, structure: Structure | None) -> tuple[FileSystemWriterAsync, Structure]:
     """Plan the files of this rank, together with the other ranks unless the structure is known.
 
     The steps of megatron-core's TorchDistSaveShardedStrategy.async_save.

@@ -78,7 +78,7 @@ def stacks(job: ClusterJob) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"speed, {shape}, FP8", {**batch, "transformer_impl": "transformer_engine", "fp8": "hybrid"}
 
 
-def speed(job: ClusterJob, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+def measure_speed(job: ClusterJob, name: str, settings: dict[str, Any]) -> dict[str, Any] | None:
     """Train such layers on all devices."""
     key = name.replace(" ", "_").replace(",", "")
     target = job.folder / f"{key}.json"
@@ -92,7 +92,7 @@ def judge_speed(job: ClusterJob, settings: dict[str, Any], found: Sequence[dict[
     one = found[0]
     assert one is not None
     rate = one["tokens_per_second_per_device"]
-    planned = plan(job, settings)
+    planned = planned_throughput(job, settings)
     figures = one | {"settings": settings, "planned_tokens_per_second_per_device": planned}
     if planned is None:
         return f"{rate:,.0f} tokens/s for each device; the plan does not know this device", figures
@@ -102,7 +102,7 @@ def judge_speed(job: ClusterJob, settings: dict[str, Any], found: Sequence[dict[
     return said, figures
 
 
-def plan(job: ClusterJob, settings: dict[str, Any]) -> float | None:
+def planned_throughput(job: ClusterJob, settings: dict[str, Any]) -> float | None:
     """What the planner expects, tokens per second of each device; None: it does not know the device."""
     known = known_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return None if known is None else planned_rate(settings, known, job.world_size)
@@ -113,7 +113,7 @@ def no_te(job: ClusterJob) -> str | None:
     return None if has_te() else "needs a GPU and Transformer Engine"
 
 
-def checks(job: ClusterJob) -> list[Check]:
+def engine_checks(job: ClusterJob) -> list[Check]:
     """Logits, then speed."""
     found = [
         Check(
@@ -131,6 +131,6 @@ def checks(job: ClusterJob) -> list[Check]:
         ),
     ]
     for name, settings in stacks(job):
-        measure = functools.partial(speed, name=name, settings=settings)
+        measure = functools.partial(measure_speed, name=name, settings=settings)
         found.append(Check(name, measure, functools.partial(judge_speed, job, settings), ["inputs"]))
     return found

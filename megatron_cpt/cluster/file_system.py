@@ -44,7 +44,7 @@ def use(job: ClusterJob) -> dict[str, Any]:
     found = {
         "write_gb_per_s": SIZE / written / 1e9,
         "read_gb_per_s": SIZE / read / 1e9,
-        "rename_seconds": renamed(job, folder / "latest"),
+        "rename_seconds": seconds_to_see_rename(job, folder / "latest"),
         "locks": kept_out(job, folder / "lock"),
     }
     job.gather("files/done", True)
@@ -74,7 +74,7 @@ def read_when_there(path: os.PathLike[str], size: int) -> bytes:
         time.sleep(0.05)
 
 
-def renamed(job: ClusterJob, path: os.PathLike[str]) -> float:
+def seconds_to_see_rename(job: ClusterJob, path: os.PathLike[str]) -> float:
     """Seconds until this rank sees the first one's new file in the place of an old one."""
     if job.is_rank_zero:
         with open(path, "w", encoding="utf-8") as file:
@@ -115,7 +115,7 @@ def kept_out(job: ClusterJob, path: os.PathLike[str]) -> bool:
         return out
 
 
-def judge(found: Sequence[dict[str, Any]]) -> tuple[str, Figures]:
+def judge_file_system(found: Sequence[dict[str, Any]]) -> tuple[str, Figures]:
     total = {name: sum(one[name] for one in found) for name in ("write_gb_per_s", "read_gb_per_s")}
     slowest = max(one["rename_seconds"] for one in found)
     figures = {**total, "rename_seconds": slowest, "ranks": list(found)}
@@ -130,4 +130,4 @@ def judge(found: Sequence[dict[str, Any]]) -> tuple[str, Figures]:
     return f"{said}; renames and locks are seen", figures
 
 
-CHECKS = (Check("file system", use, judge),)
+CHECKS = (Check("file system", use, judge_file_system),)

@@ -96,8 +96,8 @@ def make_tokenizer_and_model(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", bos_token="<eos>").save_pretrained(folder)
 
 
-def judge(found: Any) -> tuple[str, Figures]:
+def judge_inputs(found: Any) -> tuple[str, Figures]:
     return "a small model and two corpora, made by the tools", {}
 
 
-CHECKS = (Check("inputs", make, judge),)
+CHECKS = (Check("inputs", make, judge_inputs),)

@@ -30,7 +30,7 @@ def exchange(job: ClusterJob) -> dict[str, Any]:
     return read_measured(job.folder / f"links.{job.rank}.json")
 
 
-def judge(found: Sequence[dict[str, Any]]) -> tuple[str, Figures]:
+def judge_links(found: Sequence[dict[str, Any]]) -> tuple[str, Figures]:
     wrong = [rank for rank, one in enumerate(found) if not one["right"]]
     names = [name for name in found[0] if name != "right"]
     slowest = {name: min(one[name] for one in found) for name in names}
@@ -43,4 +43,4 @@ def judge(found: Sequence[dict[str, Any]]) -> tuple[str, Figures]:
     return f"{', '.join(words)} GB/s", figures
 
 
-CHECKS = (Check("links", exchange, judge, here=lambda job: "there is one process" if job.world_size == 1 else None),)
+CHECKS = (Check("links", exchange, judge_links, here=lambda job: "there is one process" if job.world_size == 1 else None),)

@@ -35,7 +35,7 @@ SKEW_SECONDS = 1.0  # time limits and the order of log lines bear as much
 ROUNDS = 20
 
 
-def versions(job: ClusterJob) -> dict[str, str]:
+def machine_versions(job: ClusterJob) -> dict[str, str]:
     """Of everything that computes, on this machine."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -175,7 +175,7 @@ def judge_devices(found: Sequence[dict[str, Any]]) -> tuple[str, Figures]:
 
 
 CHECKS = (
-    Check("versions", versions, judge_versions),
+    Check("versions", machine_versions, judge_versions),
     Check("clocks", clock, judge_clocks, here=lambda job: "there is one process" if job.world_size == 1 else None),
     Check("devices", devices, judge_devices),
 )

@@ -33,14 +33,14 @@ def main(prefix: str) -> None:
         "memory_gib": total / 2**30,
         "free_gib": free / 2**30,
         "matmul_dtype": str(dtype).removeprefix("torch."),
-        "matmul_tflops": 2 * size**3 / seconds_of(lambda: torch.mm(left, right), device) / 1e12,
-        "memory_gb_per_s": 2 * source.numel() / seconds_of(lambda: target.copy_(source), device) / 1e9,
+        "matmul_tflops": 2 * size**3 / device_seconds(lambda: torch.mm(left, right), device) / 1e12,
+        "memory_gb_per_s": 2 * source.numel() / device_seconds(lambda: target.copy_(source), device) / 1e9,
     }
     with open(f"{prefix}.{os.environ.get('RANK', '0')}.json", "w", encoding="utf-8") as file:
         json.dump(found, file)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+def device_seconds(work: Callable[[], object], device: torch.device) -> float:
     """In the median of some times, after three that do not count."""
     taken = []
     for _ in range(3 + TIMES):

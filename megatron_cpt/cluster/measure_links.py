@@ -82,8 +82,8 @@ def bandwidths(values: torch.Tensor, group: dist.ProcessGroup, size: int, device
     volume = values.numel() * values.element_size()
     part = values[: values.numel() // size]
     whole = torch.empty(part.numel() * size, device=device)
-    reduce = seconds_of(lambda: dist.all_reduce(values, group=group), device)
-    gather = seconds_of(lambda: dist.all_gather_into_tensor(whole, part, group=group), device)
+    reduce = link_seconds(lambda: dist.all_reduce(values, group=group), device)
+    gather = link_seconds(lambda: dist.all_gather_into_tensor(whole, part, group=group), device)
     share = (size - 1) / size
     return {"all_reduce": 2 * share * volume / reduce / 1e9, "all_gather": share * volume / gather / 1e9}
 
@@ -102,10 +102,10 @@ def ring_bandwidth(values: torch.Tensor, rank: int, size: int, device: torch.dev
         for work in works:
             work.wait()
 
-    return volume / seconds_of(turn, device) / 1e9
+    return volume / link_seconds(turn, device) / 1e9
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+def link_seconds(work: Callable[[], object], device: torch.device) -> float:
     """In the median of some times, after two that do not count; all ranks begin together."""
     taken = []
     for _ in range(2 + TIMES):

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 LONGEST = 1800.0  # seconds in which every rank has ended what a check has it do
 
 
-def run(config: CheckConfig) -> str | None:
+def run_checks(config: CheckConfig) -> str | None:
     """Make all checks; the path of the results, on the first rank.
 
     Raises:
@@ -48,7 +48,7 @@ def run(config: CheckConfig) -> str | None:
     for outcome in outcomes_of(job, checks, begin + 60 * config.minutes):
         outcomes.append(outcome)
         if job.is_rank_zero:
-            show(outcome)
+            show_outcome(outcome)
     if not job.is_rank_zero:
         return None
     report = config.report or str(Path(config.folder) / "check_cluster.json")
@@ -78,8 +78,8 @@ def all_checks(job: ClusterJob) -> list[Check]:
         *file_system.CHECKS,
         *links.CHECKS,
         *inputs.CHECKS,
-        *engine.checks(job),
-        *training_runs.checks(job),
+        *engine.engine_checks(job),
+        *training_runs.training_checks(job),
     ]
 
 
@@ -112,7 +112,7 @@ def outcomes_of(job: ClusterJob, checks: Sequence[Check], deadline: float) -> It
             job.tell(f"skip/{number}", reason_to_skip(job, check, passed, deadline))
         reason = job.ask(f"skip/{number}", LONGEST)
         if reason is None:
-            outcome = outcome_of(job, check, number, begin)
+            outcome = check_outcome(job, check, number, begin)
         else:
             outcome = CheckOutcome(check.name, "skipped", reason)
         if outcome.state == "passed":
@@ -130,7 +130,7 @@ def reason_to_skip(job: ClusterJob, check: Check, passed: set[str], deadline: fl
     return "time is up (minutes)" if time.monotonic() > deadline else None
 
 
-def outcome_of(job: ClusterJob, check: Check, number: int, begin: float) -> CheckOutcome:
+def check_outcome(job: ClusterJob, check: Check, number: int, begin: float) -> CheckOutcome:
     """Of a check that is made."""
     try:
         measured: Any = check.measure(job)
@@ -165,7 +165,7 @@ WIDTH = 34
 COLOURS = {"passed": "32", "failed": "31", "skipped": "33"}
 
 
-def show(outcome: CheckOutcome) -> None:
+def show_outcome(outcome: CheckOutcome) -> None:
     """A row of the table, on stderr, with columns of fixed widths: it is shown when its check ends."""
     state = f"{outcome.state:<7}"
     seconds = f"{outcome.seconds:5.0f} s" if outcome.state != "skipped" else " " * 7

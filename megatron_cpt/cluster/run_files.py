@@ -9,7 +9,7 @@ from megatron_cpt.config.require import Requirements
 from megatron_cpt.utils.input_files import why_unwritable
 
 
-def check_files(config: CheckConfig) -> None:
+def check_cluster_files(config: CheckConfig) -> None:
     """Check the folders that a configuration names, whatever is wrong with it (see config/partial.py).
 
     Raises:

@@ -62,7 +62,7 @@ class ClusterRun:
         return self.name.replace(" ", "_").replace(",", "").replace("/", "-")
 
 
-def layouts(job: ClusterJob) -> Iterator[tuple[str, tuple[Setting, ...]]]:
+def tried_layouts(job: ClusterJob) -> Iterator[tuple[str, tuple[Setting, ...]]]:
     """Names and settings of what is tried on all processes of the job."""
     count, node = job.world_size, job.devices_per_node
     sizes = [(1, 1, None), (2, 1, None), (1, 2, None), (2, 2, None), (1, 2, 2), (1, 4, None)]
@@ -106,7 +106,7 @@ def runs(job: ClusterJob) -> list[ClusterRun]:
             tolerance=BF16,
         ),
     ]
-    all_layouts = list(layouts(job))
+    all_layouts = list(tried_layouts(job))
     for name, settings in all_layouts:
         found.append(ClusterRun(name, job.world_size, settings, ONE_PROCESS, FP32, advice=LAYOUT_ADVICE))
     if len(all_layouts) > 1:
@@ -168,14 +168,14 @@ def check_of(run: ClusterRun, job: ClusterJob) -> Check:
     needs = [name for name in (run.like, run.after) if name is not None]
     return Check(
         run.name,
-        lambda job: train(job, run),
-        lambda found: judge(run, job, found),
+        lambda job: train_once(job, run),
+        lambda found: judge_training(run, job, found),
         needs=["inputs", *dict.fromkeys(needs), *([ONE_PROCESS] if "packed" in run.name else [])],
         here=lambda job: impossible(run),
     )
 
 
-def train(job: ClusterJob, run: ClusterRun) -> dict[str, Any] | None:
+def train_once(job: ClusterJob, run: ClusterRun) -> dict[str, Any] | None:
     """Run it, on the ranks that it takes."""
     folder = job.folder / "runs" / run.folder_name
     if job.is_rank_zero and run.after is not None:
@@ -216,7 +216,7 @@ def begin_after(finished: Path, folder: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["iteration"] <= SAVED))
 
 
-def judge(run: ClusterRun, job: ClusterJob, found: Sequence[dict[str, Any] | None]) -> tuple[str, Figures]:
+def judge_training(run: ClusterRun, job: ClusterJob, found: Sequence[dict[str, Any] | None]) -> tuple[str, Figures]:
     """Whether all its processes ended well, and its losses are those that they should be."""
     first = found[0]
     assert first is not None
@@ -236,7 +236,7 @@ def judge(run: ClusterRun, job: ClusterJob, found: Sequence[dict[str, Any] | Non
             f"the loss goes from {rows[0]['loss']:.4f} to {rows[-1]['loss']:.4f}: nothing is learned", run.advice
         )
     # Of a single step all samples may lie within a document each; then nothing is to be told apart
-    if "packed" in run.name and losses(rows) == losses(steps(job, ONE_PROCESS)):
+    if "packed" in run.name and read_losses(rows) == read_losses(steps(job, ONE_PROCESS)):
         raise CheckFailedError(f"its losses are those of {ONE_PROCESS}: documents are not told apart", run.advice, figures)
     if run.like is None:
         return f"loss {rows[0]['loss']:.4f} -> {rows[-1]['loss']:.4f}", figures
@@ -256,7 +256,7 @@ def judge(run: ClusterRun, job: ClusterJob, found: Sequence[dict[str, Any] | Non
     return f"like {run.like} to {differences['loss']:.1e} (loss), {differences['grad_norm']:.1e} (gradient norm)", figures
 
 
-def losses(rows: Sequence[dict[str, Any]]) -> list[float]:
+def read_losses(rows: Sequence[dict[str, Any]]) -> list[float]:
     """The loss of each step."""
     return [row["loss"] for row in rows]
 
@@ -277,7 +277,7 @@ def steps(job: ClusterJob, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def stop(job: ClusterJob) -> float | None:
+def seconds_to_stop(job: ClusterJob) -> float | None:
     """Seconds from a SIGTERM to the end of a long run: its last rank gets it once the first has taken a step."""
     run = ClusterRun("sigterm", job.world_size, (("training.train_iters", 100_000), ("checkpoint.save_interval", 0)))
     folder = job.folder / "runs" / run.folder_name
@@ -309,8 +309,8 @@ def judge_stop(job: ClusterJob, found: Sequence[float | None]) -> tuple[str, Fig
     return f"saved at step {int(latest.read_text())} and ended within {seconds:.1f} s", {"seconds": seconds}
 
 
-def checks(job: ClusterJob) -> list[Check]:
+def training_checks(job: ClusterJob) -> list[Check]:
     """All of them."""
     found = [check_of(run, job) for run in runs(job)]
-    found.append(Check("SIGTERM", stop, lambda ended: judge_stop(job, ended), needs=["inputs"]))
+    found.append(Check("SIGTERM", seconds_to_stop, lambda ended: judge_stop(job, ended), needs=["inputs"]))
     return found

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_cpt.checkpoint.hf_tokenizer import load, own_reading
+from megatron_cpt.checkpoint.hf_tokenizer import load_hf_tokenizer, own_reading
 from megatron_cpt.tokenizer import Tokenizer
 from megatron_cpt.tokenizer.hf_files import CONFIG, json_object, read_tokenizer_json
 from megatron_cpt.utils.errors import InputError
@@ -31,7 +31,7 @@ def add_tokens(hf: str, path: str, folder: str, names: Sequence[str]) -> None:
         InputError: naming the file, and the token that cannot be added
     """
     tokens = read_tokens(path)
-    original = load(hf, quiet=True)  # one that transformers and preprocessing read alike
+    original = load_hf_tokenizer(hf, quiet=True)  # one that transformers and preprocessing read alike
     for name in names:
         if os.path.exists(os.path.join(hf, name)):
             shutil.copyfile(os.path.join(hf, name), os.path.join(folder, name))

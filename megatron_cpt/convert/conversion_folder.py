@@ -107,7 +107,7 @@ def _clear(folder: str, done: Sequence[FileJob]) -> None:
         os.remove(os.path.join(folder, JOB, name))
 
 
-def fingerprint(folder: str, names: Sequence[str]) -> dict[str, list[int]]:
+def file_stats(folder: str, names: Sequence[str]) -> dict[str, list[int]]:
     """Sizes and times of change of files: whether they are still the same."""
     stats = {name: os.stat(os.path.join(folder, name)) for name in names}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

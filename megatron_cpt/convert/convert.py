@@ -23,7 +23,7 @@ from megatron_cpt.checkpoint.hf_files import (
     weight_files,
     write_safetensors,
 )
-from megatron_cpt.checkpoint.hf_tokenizer import load, say_other_reading
+from megatron_cpt.checkpoint.hf_tokenizer import load_hf_tokenizer, say_other_reading
 from megatron_cpt.checkpoint.layout import (
     checkpoint_name,
     copy_hf_files,
@@ -47,14 +47,14 @@ from megatron_cpt.checkpoint.torch_dist import (
 )
 from megatron_cpt.checkpoint.zip_reader import check_archives
 from megatron_cpt.convert.config import HfToMegatron, MegatronToHf
-from megatron_cpt.convert.conversion_folder import JOB, FileJob, fingerprint, resumable_folder, write_files
+from megatron_cpt.convert.conversion_folder import JOB, FileJob, file_stats, resumable_folder, write_files
 from megatron_cpt.convert.hf_weights import WeightPiece, check_shapes, extra_states, open_hf, pieces_of
 from megatron_cpt.convert.megatron_lm import foreign_config
 from megatron_cpt.convert.megatron_weights import MegatronTensors
 from megatron_cpt.convert.model_card import model_card
 from megatron_cpt.convert.run_files import check_ours
-from megatron_cpt.convert.targets import check_hf_target, check_megatron_target, is_done, job_name
-from megatron_cpt.convert.vocabulary import ExtendedTensors, Extension, extension, replace_tokenizer, sentences
+from megatron_cpt.convert.targets import check_hf_target, check_megatron_target, is_converted, job_name
+from megatron_cpt.convert.vocabulary import ExtendedTensors, Extension, extension, replace_tokenizer, vocabulary_notes
 from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.llama import LlamaConfig, llama_from, read_llama_config
 from megatron_cpt.utils.errors import InputError
@@ -90,7 +90,7 @@ def convert_to_megatron(config: HfToMegatron, llama: LlamaConfig, source: HfTens
     """The conversion, after everything that can be known to be wrong; `llama` with the rows that will be there."""
     tensors = ExtendedTensors(source, plan)
     reports = tensors.reports()
-    for line in sentences(reports, plan):
+    for line in vocabulary_notes(reports, plan):
         logger.info(line)
     pieces = {(piece.chunk.key, piece.chunk.offset): piece for piece in pieces_of(llama, dtype_of(dtype))}
     chunks = [piece.chunk for piece in pieces.values()]
@@ -107,11 +107,11 @@ def convert_to_megatron(config: HfToMegatron, llama: LlamaConfig, source: HfTens
     identity = (
         manifest
         | {"new": {str(k): v for k, v in plan.new.items()}, "seed": config.seed, "tokenizer": plan.tokenizer_hash()}
-        | {"files": fingerprint(config.hf, [*hf_files(config.hf), *weight_files(config.hf)])}
+        | {"files": file_stats(config.hf, [*hf_files(config.hf), *weight_files(config.hf)])}
         | versions()
     )
     manifest["job"] = job_name(identity)
-    if is_done(folder, manifest["job"], config.overwrite):
+    if is_converted(folder, manifest["job"], config.overwrite):
         if not config.check_only:
             write_tracker(config.megatron, None)  # an attempt may have been killed before
         return folder
@@ -198,10 +198,10 @@ def megatron_to_hf(config: MegatronToHf) -> str:
     if fields is None:
         say_other_reading(os.path.join(folder, "hf"))
     options = {"max_shard_size": config.max_shard_size, "card": card, "fields": fields}
-    files = {"files": fingerprint(folder, names), "hf_files": fingerprint(beside, hf_files(beside)) if beside else {}}
+    files = {"files": file_stats(folder, names), "hf_files": file_stats(beside, hf_files(beside)) if beside else {}}
     identity = source | options | files | versions()
     source["job"] = job_name(identity)
-    if is_done(config.hf, source["job"], config.overwrite):
+    if is_converted(config.hf, source["job"], config.overwrite):
         return config.hf
     if config.check_only:
         return say_size(config.hf, sum(info.bytes for info in infos.values()), dtype)
@@ -257,7 +257,7 @@ def described_by(folder: str, config: MegatronToHf) -> dict[str, Any] | None:
         return None
     fields = foreign_config(folder, config.vocab_size)
     if config.tokenizer is not None:
-        tokenizer = load(config.tokenizer)
+        tokenizer = load_hf_tokenizer(config.tokenizer)
         if len(tokenizer) > fields["vocab_size"]:
             rows = f"{len(tokenizer)} tokens, more than the model's {fields['vocab_size']}"
             raise InputError(

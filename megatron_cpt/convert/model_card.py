@@ -28,25 +28,25 @@ def model_card(name: str, manifest: Mapping[str, Any]) -> str:
     if manifest.get("kind") != "pretrain":
         raise InputError(f"upload_ready is true but {name} comes from no run: its checkpoint holds converted weights")
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front |= {"base_model": base_model(manifest), "language": languages(manifest), "tags": ["continual-pre-training"]}
+    front |= {"base_model": base_model(manifest), "language": card_languages(manifest), "tags": ["continual-pre-training"]}
     front = {field: value for field, value in front.items() if value}  # checkpoints of earlier versions name no languages
     lines = ["---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", "", f"# {name}", ""]
     lines += [
         "Continued pre-training on a mixture of general and additional-language text. "
         "To be completed by hand: licence, evaluation, intended use; base_model is to be the hub's name of it.",
         "",
-        *table(("", ""), facts(manifest)),
+        *card_table(("", ""), card_facts(manifest)),
         "",
         "## Data",
         "",
-        *table(("corpus", "group", "tokens read", "share"), corpora(manifest)),
+        *card_table(("corpus", "group", "tokens read", "share"), corpora(manifest)),
         "",
         "`manifest.json` has the SHA-256 of each corpus's token file, the whole schedule of the mixture, and the settings.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def languages(manifest: Mapping[str, Any]) -> list[str]:
+def card_languages(manifest: Mapping[str, Any]) -> list[str]:
     """Of the corpora that were read, the most read first."""
     of_corpus, read = manifest.get("languages", {}), Counter[str]()
     for use in manifest["data"]["consumed"]:
@@ -66,7 +66,7 @@ def base_model(manifest: Mapping[str, Any]) -> str:
     return f"{in_cache[1]}/{in_cache[2]}" if in_cache else os.path.basename(os.path.normpath(load))
 
 
-def facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def card_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The run in some lines."""
     config, rate = manifest["config"], manifest["training"]["lr_schedule"]
     batch, length = config["training"]["global_batch_size"], seq_length(manifest)
@@ -107,7 +107,7 @@ def corpora(manifest: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def table(header: tuple[str, ...], rows: list[Any]) -> list[str]:
+def card_table(header: tuple[str, ...], rows: list[Any]) -> list[str]:
     """A Markdown table."""
     lines = [header, tuple("---" for _ in header), *rows]
     return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]

@@ -38,7 +38,7 @@ def check_megatron_target(root: str) -> None:
     _check_place("megatron", root, target)
 
 
-def is_done(folder: str, job: str, overwrite: bool) -> bool:
+def is_converted(folder: str, job: str, overwrite: bool) -> bool:
     """Whether the very same conversion (`job_name`) has been finished here before, so that there is nothing to do.
 
     Raises:

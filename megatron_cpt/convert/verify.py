@@ -87,14 +87,14 @@ def verify(config: Verify) -> str:
 
 def open_both(path_a: str, path_b: str) -> tuple[Checkpoint, Checkpoint]:
     """The two checkpoints; one of other software, which counts rows of padding, takes its vocabulary from the other."""
-    if is_foreign(path_a) and not is_foreign(path_b):
+    if is_foreign_checkpoint(path_a) and not is_foreign_checkpoint(path_b):
         b = open_checkpoint(path_b)
         return open_checkpoint(path_a, b.llama.vocab_size), b
     a = open_checkpoint(path_a)
-    return a, open_checkpoint(path_b, a.llama.vocab_size if is_foreign(path_b) else None)
+    return a, open_checkpoint(path_b, a.llama.vocab_size if is_foreign_checkpoint(path_b) else None)
 
 
-def is_foreign(path: str) -> bool:
+def is_foreign_checkpoint(path: str) -> bool:
     """Whether it is a Megatron checkpoint of other software."""
     return not is_hf(path) and not is_ours(find_checkpoint(path))
 
@@ -129,7 +129,7 @@ def verify_tensors(a: Checkpoint, b: Checkpoint) -> str:
 
 def verify_logits(a: Checkpoint, b: Checkpoint, config: Verify) -> str:
     """Run one model after the other, each in memory alone."""
-    tokens = tokens_of(a, b, config)
+    tokens = read_verify_tokens(a, b, config)
     x, y = (logits_of(checkpoint, tokens, config.logits_dtype) for checkpoint in (a, b))
     if x.shape != y.shape:
         raise DifferentError(f"{a.path} has {x.shape[-1]} logits, {b.path} has {y.shape[-1]}")
@@ -146,7 +146,7 @@ def verify_logits(a: Checkpoint, b: Checkpoint, config: Verify) -> str:
     return found
 
 
-def tokens_of(a: Checkpoint, b: Checkpoint, config: Verify) -> torch.Tensor:
+def read_verify_tokens(a: Checkpoint, b: Checkpoint, config: Verify) -> torch.Tensor:
     """int64 [tokens], by the tokenizer of the first checkpoint, or of the second where the first has none."""
     folder = a.tokenizer() or b.tokenizer()
     if folder is None:

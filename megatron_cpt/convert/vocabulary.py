@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_cpt.checkpoint.hf_tokenizer import TOKENIZER_FILES, load
+from megatron_cpt.checkpoint.hf_tokenizer import TOKENIZER_FILES, load_hf_tokenizer
 from megatron_cpt.convert.added_tokens import add_tokens
 from megatron_cpt.convert.config import NewRows
 from megatron_cpt.model.llama import LlamaConfig
@@ -119,7 +119,7 @@ def new_tokens(old_folder: str, new_folder: str, rows: int) -> dict[int, tuple[i
     Raises:
         InputError: a token of the old one has another id in the new one, or nothing is new
     """
-    old, new = load(old_folder, quiet=True), load(new_folder, quiet=True)
+    old, new = load_hf_tokenizer(old_folder, quiet=True), load_hf_tokenizer(new_folder, quiet=True)
     old_ids, new_ids = old.get_vocab(), new.get_vocab()
     for token, number in old_ids.items():
         if new_ids.get(token) != number:
@@ -155,7 +155,7 @@ class ExtendedTensors(Mapping[str, torch.Tensor]):
         tensor = self._tensors[name]
         if name not in VOCABULARY_TENSORS or not (self._plan.new or self._plan.repair):
             return tensor
-        return extended(tensor, self._plan, near_zero_rows(tensor, self._plan)[0])
+        return extend_rows(tensor, self._plan, near_zero_rows(tensor, self._plan)[0])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -182,7 +182,7 @@ def near_zero_rows(tensor: torch.Tensor, plan: Extension) -> tuple[list[int], fl
     return torch.nonzero(known & (norms <= NEAR_ZERO * median)).flatten().tolist(), median
 
 
-def extended(tensor: torch.Tensor, plan: Extension, near_zero: list[int]) -> torch.Tensor:
+def extend_rows(tensor: torch.Tensor, plan: Extension, near_zero: list[int]) -> torch.Tensor:
     """[vocab_size, h]: the rows of [rows, h] with the new and the repaired ones."""
     result = torch.zeros(plan.vocab_size, tensor.shape[1], dtype=tensor.dtype)
     result[: len(tensor)] = tensor
@@ -224,7 +224,7 @@ def report(tensor: torch.Tensor, plan: Extension) -> RowsReport:
     near_zero, median = near_zero_rows(tensor, plan)
     new_norm = None
     if plan.new:
-        rows = extended(tensor, dataclasses.replace(plan, repair=False), near_zero)[list(plan.new)]
+        rows = extend_rows(tensor, dataclasses.replace(plan, repair=False), near_zero)[list(plan.new)]
         new_norm = row_norms(rows).mean().item()
     from_subtokens = sum(bool(parts) for parts in plan.new.values()) if plan.new_rows == "subtokens" else 0
     return RowsReport(len(plan.new), from_subtokens, near_zero, plan.repair and bool(near_zero), median, new_norm)
@@ -239,7 +239,7 @@ def replace_tokenizer(source: str, target: str) -> None:
             shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
 
 
-def sentences(reports: Mapping[str, RowsReport], plan: Extension) -> list[str]:
+def vocabulary_notes(reports: Mapping[str, RowsReport], plan: Extension) -> list[str]:
     """For the person who converts: what was added, what is near zero."""
     lines = []
     for name, rows in reports.items():
@@ -257,12 +257,12 @@ def sentences(reports: Mapping[str, RowsReport], plan: Extension) -> list[str]:
             )
             lines.append(
                 f"{name}: {len(rows.near_zero)} rows are near zero (below {NEAR_ZERO:.0%} of the median norm "
-                f"{rows.median_norm:.3g}): {ranges(rows.near_zero)}; {done}"
+                f"{rows.median_norm:.3g}): {show_some_ranges(rows.near_zero)}; {done}"
             )
     return lines
 
 
-def ranges(numbers: list[int]) -> str:
+def show_some_ranges(numbers: list[int]) -> str:
     """3, 7-12, ...: at most five of them."""
     parts: list[list[int]] = []
     for number in numbers:

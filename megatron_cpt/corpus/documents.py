@@ -21,7 +21,7 @@ from megatron_cpt.corpus.reading import (
     Texts,
     columns,
     field_type,
-    is_list,
+    holds_lists,
     open_parquet,
 )
 from megatron_cpt.corpus.sources import Source, open_file, open_source, printable
@@ -106,7 +106,7 @@ def _read_lines(data: bytes, options: ReadOptions, content: Content) -> None:
     keys, metadata_keys = options.text_key.split("."), options.metadata_keys
     for line in _lines(data):
         try:
-            value = text = parse_json(line)
+            value = text = parse_json_line(line)
             for key in keys:
                 text = text[key]
             if type(text) is list and all(part is None or type(part) is str for part in text):
@@ -122,7 +122,7 @@ def _read_lines(data: bytes, options: ReadOptions, content: Content) -> None:
         content.records += 1
 
 
-def parse_json(line: bytes | memoryview) -> Any:
+def parse_json_line(line: bytes | memoryview) -> Any:
     """The value of a line of JSON, with null for NaN and Infinity, which Python writes and JSON does not know.
 
     A byte order mark before it is passed over: files that have one are put together, too. JSONDecodeError: no JSON.
@@ -137,7 +137,7 @@ def parse_json(line: bytes | memoryview) -> Any:
 
 
 def _parse_with_nan(text: bytes, error: orjson.JSONDecodeError | None = None) -> Any:
-    """As `parse_json`; `error`: what orjson has said of it already."""
+    """As `parse_json_line`; `error`: what orjson has said of it already."""
     try:
         if error is None:
             return orjson.loads(text)
@@ -180,7 +180,7 @@ def _what_is_wrong(line: bytes, text_key: str, error: Exception) -> tuple[str, s
         if "surrogate" in error.msg:
             return "lone_surrogate", f"column {error.colno}: {error.msg}; expected whole characters"
         return "broken_json", f"not valid JSON (column {error.colno}: {error.msg}); expected one JSON object per line"
-    value = parse_json(line)
+    value = parse_json_line(line)
     for key in text_key.split("."):
         if not isinstance(value, dict):
             return "no_object", f"found {type(value).__name__}; expected an object with field {text_key!r}"
@@ -264,7 +264,7 @@ def _texts(column: Any) -> list[bytes | None]:
 
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if not is_list(column.type):
+    if not holds_lists(column.type):
         texts: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
         return texts
     rows = column.cast(pa.large_list(pa.large_binary())).to_pylist()

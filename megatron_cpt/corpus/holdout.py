@@ -82,7 +82,7 @@ def document_records(texts: Sequence[str], sizes: Sequence[int]) -> bytes:
     return records.tobytes()
 
 
-def choose(keys: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64]:
+def choose_documents(keys: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64]:
     """(count,) numbers of the documents to hold out, by key, copies by place.
 
     A text with more copies than there is room left for stays where it is. InputError: so many cannot be found.
@@ -111,7 +111,7 @@ def split_corpus(folder: Path, written: Holdout, dtype: str, metadata_lengths: n
     if records.size != lengths.size:
         raise InputError(f"{folder}/documents.bin: found {records.size:,} documents; expected {lengths.size:,}")
     keys = np.ascontiguousarray(records["key"])
-    chosen = choose(keys, number_held_out(written, lengths.size))
+    chosen = choose_documents(keys, number_held_out(written, lengths.size))
     split = hashlib.sha256(np.sort(keys[chosen]).tobytes() + str(lengths.size).encode()).hexdigest()[:16]
     kept = np.delete(np.arange(lengths.size), chosen)
     sides = []

@@ -22,15 +22,15 @@ from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.config.values import Text
 from megatron_cpt.corpus.encoding import count_languages
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-from megatron_cpt.corpus.inspection import check
+from megatron_cpt.corpus.inspection import check_corpus
 from megatron_cpt.corpus.language_check import unlike
 from megatron_cpt.corpus.manifest import (
     CorpusManifest,
     FileInfo,
     SourceInfo,
     TokenizerInfo,
+    installed_versions,
     manifest_path,
-    versions,
     write_manifest,
 )
 from megatron_cpt.corpus.merge import find_some
@@ -78,7 +78,7 @@ def import_corpora(config: ImportCorpusConfig) -> str:
     InputError, before anything is written: no corpus there, a manifest that is there, an index of several sequences a
     document, damaged files, ids outside of the vocabulary, an end-of-document token after some documents only.
     """
-    prefixes, tokenizer = check_files(config)
+    prefixes, tokenizer = check_import_files(config)
     assert tokenizer is not None  # of a configuration of which nothing was refused
     facts = TokenizerInfo.of(config.tokenizer, tokenizer)
     manifests = {prefix: import_corpus(IndexedCorpus(prefix), tokenizer, facts, config.language) for prefix in prefixes}
@@ -87,7 +87,7 @@ def import_corpora(config: ImportCorpusConfig) -> str:
     return "\n".join(str(manifest_path(prefix)) for prefix in prefixes)
 
 
-def check_files(config: ImportCorpusConfig) -> tuple[list[str], Tokenizer | None]:
+def check_import_files(config: ImportCorpusConfig) -> tuple[list[str], Tokenizer | None]:
     """The corpora and the tokenizer that a configuration names; None where that was refused (see config/partial.py).
 
     Raises:
@@ -150,7 +150,7 @@ def import_corpus(corpus: IndexedCorpus, tokenizer: Tokenizer, facts: TokenizerI
         tokenizer=facts,
         sources=[source],
         files=files,
-        versions=versions(("numpy", "pycld2")),
+        versions=installed_versions(("numpy", "pycld2")),
         command=shlex.join(map(printable, sys.argv)),
         duration_seconds=round(seconds, 3),
     )
@@ -163,7 +163,7 @@ def _check_files(corpus: IndexedCorpus) -> None:
     if len(corpus) != corpus.num_documents:
         found = f"{counted(len(corpus), 'sequence')} in {counted(corpus.num_documents, 'document')}"
         raise InputError(f"{corpus.prefix}.idx: found {found}; expected one each (made without --split-sentences)")
-    for name, problem in check(corpus, None):
+    for name, problem in check_corpus(corpus, None):
         if problem:
             raise InputError(f"{corpus.prefix}: {name}: {problem}")
     lengths = corpus.lengths()

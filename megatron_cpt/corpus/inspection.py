@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-from megatron_cpt.corpus.manifest import CorpusManifest, manifest_path, read_manifest
+from megatron_cpt.corpus.manifest import CorpusManifest, manifest_path, read_corpus_manifest
 from megatron_cpt.corpus.sources import sha256_file
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.utils.console import counted, print_heading
@@ -19,12 +19,12 @@ from megatron_cpt.utils.tables import PlainTable, number_column, text_column
 CHUNK = 1 << 22  # values looked at at a time
 
 
-def manifest_of(prefix: str) -> CorpusManifest | None:
+def manifest_if_any(prefix: str) -> CorpusManifest | None:
     """The manifest, or None for a corpus that another program wrote."""
-    return read_manifest(prefix) if manifest_path(prefix).exists() else None
+    return read_corpus_manifest(prefix) if manifest_path(prefix).exists() else None
 
 
-def describe(corpus: IndexedCorpus, manifest: CorpusManifest | None) -> PlainTable:
+def describe_corpus(corpus: IndexedCorpus, manifest: CorpusManifest | None) -> PlainTable:
     """One corpus as a list of facts."""
     table = PlainTable(text_column(style="bold"), text_column(), title=corpus.prefix)
     size = corpus.num_tokens * corpus.dtype.itemsize
@@ -73,7 +73,7 @@ def _shares(manifest: CorpusManifest, most: int = 4) -> str:
     return ", ".join(f"{code} {100 * share:.1f} %" for code, share in list(manifest.languages.items())[:most])
 
 
-def compare(corpora: Sequence[tuple[IndexedCorpus, CorpusManifest | None]]) -> PlainTable:
+def compare_corpora(corpora: Sequence[tuple[IndexedCorpus, CorpusManifest | None]]) -> PlainTable:
     """Several corpora, one a row, with their sums."""
     tokens = sum(corpus.num_tokens for corpus, _ in corpora)
     documents = sum(corpus.num_documents for corpus, _ in corpora)
@@ -143,7 +143,7 @@ def print_checks(console: Console, corpus: IndexedCorpus, manifest: CorpusManife
     """Print each check and what was found; whether all hold."""
     console.print(corpus.prefix, style="bold")
     good = True
-    for name, problem in check(corpus, manifest, vocab_size):
+    for name, problem in check_corpus(corpus, manifest, vocab_size):
         console.print(
             f"  {'ok     ' if problem is None else 'WRONG  '}{name}{'' if problem is None else ': ' + problem}",
             highlight=False,
@@ -152,7 +152,7 @@ def print_checks(console: Console, corpus: IndexedCorpus, manifest: CorpusManife
     return good
 
 
-def check(
+def check_corpus(
     corpus: IndexedCorpus, manifest: CorpusManifest | None, vocab_size: int | None = None
 ) -> Iterator[tuple[str, str | None]]:
     """(what is checked, what is wrong or None). Opening the corpus has compared the sizes of the files already.

@@ -136,7 +136,7 @@ def size_of(manifest: CorpusManifest) -> str:
     return f"{counted(manifest.documents, 'document')}, {counted(manifest.tokens, 'token')}"
 
 
-def versions(libraries: Sequence[str]) -> dict[str, str]:
+def installed_versions(libraries: Sequence[str]) -> dict[str, str]:
     """The versions of this package, Python and those of `libraries` that are installed."""
     found = {"megatron_cpt": __version__, "python": platform.python_version()}
     for library in libraries:
@@ -157,7 +157,7 @@ def write_manifest(path: Path, manifest: CorpusManifest) -> None:
         stream.write(orjson.dumps(ordered, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
-def read_manifest(prefix: str) -> CorpusManifest:
+def read_corpus_manifest(prefix: str) -> CorpusManifest:
     """The manifest of the corpus `prefix`. InputError: missing, not JSON, another version, a field missing or wrong."""
     path = manifest_path(prefix)
     if not path.is_file():

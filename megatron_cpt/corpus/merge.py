@@ -24,10 +24,10 @@ import numpy as np
 from megatron_cpt.config.require import Requirements
 from megatron_cpt.corpus.holdout import RECORD
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-from megatron_cpt.corpus.manifest import CorpusManifest, SourceInfo, read_manifest, size_of
+from megatron_cpt.corpus.manifest import CorpusManifest, SourceInfo, read_corpus_manifest, size_of
 from megatron_cpt.corpus.partial import lock, partial_folder, read_state, writing
 from megatron_cpt.corpus.preprocess import interruptible
-from megatron_cpt.corpus.publish import check_output, check_output_folder, complete, publish
+from megatron_cpt.corpus.publish import check_corpus_output, check_output_folder, complete_corpus, publish
 from megatron_cpt.corpus.sources import parse_partition, printable, sha256_file
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
@@ -68,7 +68,7 @@ def merge_datasets(config: MergeConfig) -> str:
     that exists. After an error there is no new corpus, and an old one is as it was.
     """
     began, prefix = time.monotonic(), os.path.expanduser(config.output_prefix)
-    prefixes, manifests = check_files(config)
+    prefixes, manifests = check_merge_files(config)
     for note in _repeated(prefixes, manifests):
         logger.warning(note)
     holdout = _asked(manifests[0])
@@ -83,7 +83,7 @@ def merge_datasets(config: MergeConfig) -> str:
             with meter(sum(manifest.files["bin"].bytes for manifest in manifests), of="tokens") as shown:
                 bin_sha256 = _copy(prefixes, manifests, folder, shown)
             seconds = time.monotonic() - began
-            files, merged = complete(
+            files, merged = complete_corpus(
                 folder,
                 merge_manifests(manifests, config.shuffle_documents, seconds),
                 bin_sha256,
@@ -99,7 +99,7 @@ def merge_datasets(config: MergeConfig) -> str:
     return path
 
 
-def check_files(config: MergeConfig) -> tuple[list[str], list[CorpusManifest]]:
+def check_merge_files(config: MergeConfig) -> tuple[list[str], list[CorpusManifest]]:
     """The corpora to join and their manifests, when all go together and the output can be written.
 
     Raises:
@@ -114,7 +114,7 @@ def check_files(config: MergeConfig) -> tuple[list[str], list[CorpusManifest]]:
             raise InputError(f"output_prefix {config.output_prefix} is one of the inputs; expected another name")
     for prefix in prefixes:
         with refusals.noted():
-            manifests.append(read_manifest(prefix))
+            manifests.append(read_corpus_manifest(prefix))
     with refusals.noted():
         if all_found and prefixes and len(manifests) == len(prefixes):
             _check(prefixes, manifests)
@@ -122,7 +122,7 @@ def check_files(config: MergeConfig) -> tuple[list[str], list[CorpusManifest]]:
         check_output_folder(os.path.expanduser(config.output_prefix))
     with refusals.noted():
         holds_out = bool(manifests) and _asked(manifests[0]) is not None
-        check_output(os.path.expanduser(config.output_prefix), config.overwrite, holds_out)
+        check_corpus_output(os.path.expanduser(config.output_prefix), config.overwrite, holds_out)
     refusals.raise_any()
     return prefixes, manifests
 

@@ -36,9 +36,9 @@ from megatron_cpt.corpus.encoding import (
 )
 from megatron_cpt.corpus.holdout import number_held_out
 from megatron_cpt.corpus.language_check import unlike
-from megatron_cpt.corpus.manifest import CorpusManifest, SourceInfo, TokenizerInfo, size_of, versions
+from megatron_cpt.corpus.manifest import CorpusManifest, SourceInfo, TokenizerInfo, installed_versions, size_of
 from megatron_cpt.corpus.partial import PartialCorpus, discard, lock, open_partial, partial_folder, read_state, writing
-from megatron_cpt.corpus.publish import check_output, check_output_folder, complete, is_output, publish
+from megatron_cpt.corpus.publish import check_corpus_output, check_output_folder, complete_corpus, is_output, publish
 from megatron_cpt.corpus.reading import UNIT_BYTES, records_before, sources_beginning_in, units
 from megatron_cpt.corpus.sources import Source, check_unchanged, find_sources, note_passed_over, parse_partition, printable
 from megatron_cpt.tokenizer import load_tokenizer, tokenizer_file
@@ -86,20 +86,20 @@ def preprocess(config: PreprocessConfig) -> str:
             raise KeyboardInterrupt(f"{prefix} is unfinished{kept}") from None
 
 
-def check_files(config: PreprocessConfig) -> None:
+def check_preprocess_files(config: PreprocessConfig) -> None:
     """Check the input, the tokenizer and the output that a configuration names, whatever is wrong with it.
 
     Raises:
         InputError: what is wrong with them
     """
     refusals = Refusals()
-    for check in (check_input, _check_folder, _check_output, check_tokenizer):
+    for check in (check_preprocess_input, _check_folder, _check_output, check_corpus_tokenizer):
         with refusals.noted():
             check(config)
     refusals.raise_any()
 
 
-def check_input(config: PreprocessConfig) -> None:
+def check_preprocess_input(config: PreprocessConfig) -> None:
     """Raise InputError unless there are files to read, and none is an output."""
     try:
         sources_of(config)
@@ -118,10 +118,10 @@ def _check_folder(config: PreprocessConfig) -> None:
 
 
 def _check_output(config: PreprocessConfig) -> None:
-    check_output(config.prefix, config.overwrite, config.holdout is not None and config.partition is None)
+    check_corpus_output(config.prefix, config.overwrite, config.holdout is not None and config.partition is None)
 
 
-def check_tokenizer(config: PreprocessConfig) -> None:
+def check_corpus_tokenizer(config: PreprocessConfig) -> None:
     """Raise InputError unless there is a tokenizer, with the token that is to end documents."""
     tokenizer_file(config.tokenizer)  # whatever is wrong with eos_token
     load_tokenizer(config.tokenizer, config.eos_token)
@@ -309,7 +309,7 @@ def _finish(
     _check_counts(config, partial)
     checksums = audit.checksums()
     check_unchanged(sources)
-    files, manifests = complete(
+    files, manifests = complete_corpus(
         folder,
         _manifest(config, sources, facts, policy, partial, checksums),
         partial.digest.hexdigest(),
@@ -396,7 +396,7 @@ def _manifest(
         ],
         files={},
         origins=origins(source for source, count in zip(sources, counts.documents, strict=True) if count),
-        versions=versions(libraries),
+        versions=installed_versions(libraries),
         command=shlex.join(map(printable, sys.argv)),
         duration_seconds=round(partial.seconds(), 3),
         holdout=None if config.holdout is None else f"asked:{config.holdout}",

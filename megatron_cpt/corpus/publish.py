@@ -48,7 +48,7 @@ def check_output_folder(prefix: str) -> None:
         raise InputError(f"output_prefix is {prefix}; expected a name in a folder to write to ({why})")
 
 
-def check_output(prefix: str, overwrite: bool, with_holdout: bool = False) -> None:
+def check_corpus_output(prefix: str, overwrite: bool, with_holdout: bool = False) -> None:
     """InputError when the corpus exists (without `overwrite`), in part even.
 
     `with_holdout`: documents will be held out of it, so that corpus counts, too.
@@ -63,7 +63,7 @@ def check_output(prefix: str, overwrite: bool, with_holdout: bool = False) -> No
         raise InputError(f"output_prefix {prefix}: {existing[0]} is of no corpus: not replaced; expected another name")
 
 
-def complete(
+def complete_corpus(
     folder: Path,
     manifest: CorpusManifest,
     bin_sha256: str,

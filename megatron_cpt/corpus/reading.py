@@ -328,13 +328,13 @@ def _is_text(kind: Any) -> bool:
     """Whether a column holds text: strings, bytes, nothing at all, or lists of strings."""
     import pyarrow.types as types
 
-    if is_list(kind) or types.is_dictionary(kind):
+    if holds_lists(kind) or types.is_dictionary(kind):
         kind = kind.value_type
     is_string = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
     return bool(is_string or types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind))
 
 
-def is_list(kind: Any) -> bool:
+def holds_lists(kind: Any) -> bool:
     """Whether a column holds lists."""
     import pyarrow.types as types
 

@@ -59,11 +59,11 @@ def curate(config: CurateConfig) -> str:
     if (root / "report.json").exists():
         logger.info(f"{folder}: complete already")
     elif config.executor == "slurm":
-        scripts = curation_executors.submit(jobs, config, root)
+        scripts = curation_executors.submit_curation(jobs, config, root)
         return str(scripts if config.dry_run else folder)
     else:
         with sole_writer(root, folder):
-            curation_executors.run_locally(jobs, config.workers, root)
+            curation_executors.run_jobs_locally(jobs, config.workers, root)
             curation_report.finish(folder)
     report = curation_report.read_report(root)
     curation_report.print_table(report)
@@ -71,14 +71,14 @@ def curate(config: CurateConfig) -> str:
     return str(folder)
 
 
-def check_files(config: CurateConfig) -> None:
+def check_curate_files(config: CurateConfig) -> None:
     """Check the input, models, thresholds and the output that a configuration names, whatever is wrong with it.
 
     Raises:
         InputError: something is wrong with one of them; InputErrors: with several
     """
     with Requirements() as need:
-        for check in (check_input, check_output):
+        for check in (check_curate_input, check_curate_output):
             with need.noted():
                 check(config)
         with need.noted():
@@ -92,7 +92,7 @@ def check_files(config: CurateConfig) -> None:
                 check_of_languages(config)
 
 
-def check_input(config: CurateConfig) -> None:
+def check_curate_input(config: CurateConfig) -> None:
     """Raise InputError unless there are files to read, and none lies in the output folder."""
     try:
         find_input(config)
@@ -100,7 +100,7 @@ def check_input(config: CurateConfig) -> None:
         find_sources(list(config.input))
 
 
-def check_output(config: CurateConfig) -> None:
+def check_curate_output(config: CurateConfig) -> None:
     """Raise InputError unless the output folder holds a curation or nothing, and can be written to."""
     folder = Path(config.output_folder).expanduser().absolute()
     why = why_unwritable(str(folder))

@@ -68,7 +68,7 @@ def terminated_like_interrupted() -> Iterator[None]:
         yield
 
 
-def run_locally(jobs: list[CurationJob], workers: int, root: Path) -> None:
+def run_jobs_locally(jobs: list[CurationJob], workers: int, root: Path) -> None:
     """Run all jobs but the last (finish) one after another; tasks that are done are passed over."""
     datatrove_logger.remove()
     for job in jobs[:-1]:
@@ -88,7 +88,7 @@ def run_locally(jobs: list[CurationJob], workers: int, root: Path) -> None:
             logger.info(f"{job.name}: {time.monotonic() - begin:.1f} s")
 
 
-def submit(jobs: list[CurationJob], config: CurateConfig, root: Path) -> Path:
+def submit_curation(jobs: list[CurationJob], config: CurateConfig, root: Path) -> Path:
     """Submit the jobs (or, in a dry run, pretend to); returns the folder with the scripts. InputError: no sbatch, or jobs of
     an earlier submission that are not over."""
     scripts = root / "slurm"

@@ -184,8 +184,8 @@ def filter_arguments(config: CurateConfig, language: str) -> languages.Arguments
     base = languages.default_arguments(language)
     if config.fineweb2_configs:
         base = languages.fineweb2_arguments(config.fineweb2_configs, language)
-    own = languages.merged(given.get("all", {}), given.get(language, {}))
-    everything = languages.merged(base, own)
+    own = languages.merge_counts(given.get("all", {}), given.get(language, {}))
+    everything = languages.merge_counts(base, own)
     return {name: everything.get(name, {}) for name in languages.FILTERS if name in config.filters}
 
 

@@ -107,7 +107,7 @@ def default_arguments(language: str) -> Arguments:
         arguments["fineweb_quality"] = {"short_line_thr": 1.0}
         arguments["c4_quality"] = {"min_words_per_line": -1, "max_word_length": -1, "filter_no_terminal_punct": False}
     published = published_thresholds().get(word_tokenizer_name(language))
-    return merged(arguments, _arguments_of(published)) if published else arguments
+    return merge_counts(arguments, _arguments_of(published)) if published else arguments
 
 
 def fineweb2_arguments(folder: str, language: str) -> Arguments:
@@ -118,7 +118,7 @@ def fineweb2_arguments(folder: str, language: str) -> Arguments:
             raise InputError(f"fineweb2_configs: found no {path}; expected the file of {language}")
         given = load_yaml(path, "fineweb2_configs", plain_number)
         stop_words = {"gopher_quality": {"stop_words": given["stopwords"], "min_stop_words": 2}}
-        return merged(_arguments_of(given), stop_words)
+        return merge_counts(_arguments_of(given), stop_words)
     except (KeyError, TypeError) as error:
         raise InputError(f"fineweb2_configs {path}: not a file of FineWeb2 ({error})") from None
 
@@ -132,11 +132,11 @@ def _arguments_of(thresholds: dict[str, Any]) -> Arguments:
         "fineweb_quality": ("line_punct_thr", "new_line_ratio"),
     }
     given = {step: {name: thresholds[name] for name in own} for step, own in names.items()}
-    return merged(
+    return merge_counts(
         {"gopher_repetition": off, "fineweb_quality": {"short_line_thr": 999, "char_duplicates_ratio": 0.1}}, given
     )
 
 
-def merged(first: Arguments, second: Arguments) -> Arguments:
+def merge_counts(first: Arguments, second: Arguments) -> Arguments:
     """Both; where they differ, the second."""
     return {name: first.get(name, {}) | second.get(name, {}) for name in first.keys() | second.keys()}

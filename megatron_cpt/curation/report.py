@@ -52,14 +52,14 @@ def read_report(root: Path) -> dict[str, Any]:
 def make_report(config: dict[str, Any], root: Path) -> dict[str, Any]:
     """All counts. `steps` in order: documents and bytes in and out, and how many were dropped for which reason."""
     counts = job_counts(root, "language")
-    steps = steps_of(counts, None)
+    steps = count_steps(counts, None)
     identified = sum((step for _, step in counts), Counter[str]())
     arrived, output = 0, {}
     for language in config["keep_languages"]:
-        own = steps_of(job_counts(root, f"quality_{language}"), language)
+        own = count_steps(job_counts(root, f"quality_{language}"), language)
         arrived += own[0]["documents_in"]
         if config["deduplicate"]:
-            own += _continued(own, steps_of(job_counts(root, f"deduplicate_{language}"), language), root)
+            own += _continued(own, count_steps(job_counts(root, f"deduplicate_{language}"), language), root)
         output[language] = {name: own[-1][f"{name}_out"] for name in ("documents", "text_bytes")}
         steps += own[1:]  # the first only counts what arrived
     if arrived != steps[1]["documents_out"]:
@@ -91,7 +91,7 @@ def _continued(first: list[dict[str, Any]], second: list[dict[str, Any]], root: 
     return second[1:]
 
 
-def steps_of(counts: list[tuple[str, Counter[str]]], language: str | None) -> list[dict[str, Any]]:
+def count_steps(counts: list[tuple[str, Counter[str]]], language: str | None) -> list[dict[str, Any]]:
     """One entry for every Count of a job: what the step before it took, passed on and dropped."""
     steps: list[dict[str, Any]] = []
     for (_, step), (name, passed) in pairwise(counts):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_cpt.evaluation.columns import Measured, all_columns
 from megatron_cpt.evaluation.config import VariantConfig
-from megatron_cpt.evaluation.table import table
+from megatron_cpt.evaluation.table import markdown_table
 
 
 def ablation_table(variants: Sequence[VariantConfig], measured: Measured) -> str:
@@ -24,7 +24,7 @@ def ablation_table(variants: Sequence[VariantConfig], measured: Measured) -> str
                 difference = f" ({column.difference(number, best)})"
             row.append(column.shown(number) + difference)
         rows.append(row)
-    return table(["CPT", "additional data", "model", *(column.label for column in columns)], rows)
+    return markdown_table(["CPT", "additional data", "model", *(column.label for column in columns)], rows)
 
 
 def mark(there: bool) -> str:

@@ -68,7 +68,7 @@ class Column:
         return {"benchmarks": f"{100 * change:+.2f}", "text": f"{change:+.4f}", "answers": f"{100 * change:+.1f}"}[self.part]
 
 
-def columns_of(measured: Measured, part: Literal["benchmarks", "text", "answers"]) -> list[Column]:
+def score_columns(measured: Measured, part: Literal["benchmarks", "text", "answers"]) -> list[Column]:
     """Of all models, in the order in which they come."""
     names = dict.fromkeys(name for parts in measured.values() for name in parts.get(part, {}))
     ways = WAYS if part == "answers" else [""]
@@ -77,4 +77,4 @@ def columns_of(measured: Measured, part: Literal["benchmarks", "text", "answers"
 
 def all_columns(measured: Measured) -> list[Column]:
     """Benchmarks, bits per byte, languages of the answers."""
-    return [*columns_of(measured, "benchmarks"), *columns_of(measured, "text"), *columns_of(measured, "answers")]
+    return [*score_columns(measured, "benchmarks"), *score_columns(measured, "text"), *score_columns(measured, "answers")]

@@ -226,7 +226,7 @@ class EvaluateConfig:
             with need.noted():
                 for name in self.models:
                     with need.noted():
-                        check_name(name)
+                        check_model_name(name)
             with need.noted():
                 parts = self.suite or self.tasks or self.text or self.prompts
                 if not parts and (self.trajectory is not None or self.pairwise is None):
@@ -238,7 +238,7 @@ class EvaluateConfig:
                 check_ablation(self.ablation, list(self.models))
 
 
-def check_name(model: str) -> None:
+def check_model_name(model: str) -> None:
     """Raise InputError unless the name of a model can be that of a file and of a row in a table."""
     if not model or not model.isprintable() or set(model) & set("/|") or model in ("report", "trajectory"):
         wanted = "one that can be the name of a file and stand in a table, other than report and trajectory"
@@ -264,10 +264,10 @@ def check_ablation(variants: list[VariantConfig], models: list[str]) -> None:
                 if variant.model not in models:
                     raise InputError(f"ablation has the model {variant.model!r}; expected one of {', '.join(models)}")
         with need.noted():
-            check_kinds([(variant.cpt, variant.additional_data) for variant in variants])
+            check_ablation_kinds([(variant.cpt, variant.additional_data) for variant in variants])
 
 
-def check_kinds(kinds: Sequence[tuple[bool, bool]]) -> None:
+def check_ablation_kinds(kinds: Sequence[tuple[bool, bool]]) -> None:
     """Raise InputError unless each model of an ablation differs (cpt, additional_data), and one has both."""
     if len(set(kinds)) < len(kinds):
         raise InputError("ablation has two models with the same cpt and additional_data; expected each combination once")

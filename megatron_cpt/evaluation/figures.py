@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from megatron_cpt.evaluation.columns import Column, Measured, all_columns, columns_of
+from megatron_cpt.evaluation.columns import Column, Measured, all_columns, score_columns
 from megatron_cpt.evaluation.trajectory import TrajectoryPoint
 from megatron_cpt.utils.files import replacing
 
@@ -23,7 +23,7 @@ SHARED = {"text": "bits per byte (lower is better)", "answers": "share of the an
 
 def scores(measured: Measured) -> Figure | None:
     """Benchmarks with standard errors, a bar for each model. None: there are none."""
-    columns = [column for column in columns_of(measured, "benchmarks") if has_numbers(measured, column)]
+    columns = [column for column in score_columns(measured, "benchmarks") if has_numbers(measured, column)]
     if not columns:
         return None
     bars = len(columns) * (len(measured) + 1)
@@ -34,11 +34,11 @@ def scores(measured: Measured) -> Figure | None:
     return figure
 
 
-def languages(measured: Measured) -> Figure | None:
+def draw_languages(measured: Measured) -> Figure | None:
     """Bits per byte and languages of the answers. None: there are none."""
     parts = {
-        "text": [column for column in columns_of(measured, "text") if has_numbers(measured, column)],
-        "answers": [column for column in columns_of(measured, "answers") if has_numbers(measured, column)],
+        "text": [column for column in score_columns(measured, "text") if has_numbers(measured, column)],
+        "answers": [column for column in score_columns(measured, "answers") if has_numbers(measured, column)],
     }
     shown = {part: columns for part, columns in parts.items() if columns}
     if not shown:
@@ -101,7 +101,7 @@ def trajectory(points: Sequence[TrajectoryPoint]) -> Figure:
     by_tokens = all(point.tokens is not None for point in points)
     for ax, (name, lines) in zip(grid.flat, panels.items(), strict=False):
         for column in lines:
-            draw_line(ax, points, column, by_tokens)
+            draw_score(ax, points, column, by_tokens)
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("tokens" if by_tokens else "iteration")
         if by_tokens:
@@ -115,7 +115,7 @@ def trajectory(points: Sequence[TrajectoryPoint]) -> Figure:
     return figure
 
 
-def draw_line(ax: Axes, points: Sequence[TrajectoryPoint], column: Column, by_tokens: bool) -> None:
+def draw_score(ax: Axes, points: Sequence[TrajectoryPoint], column: Column, by_tokens: bool) -> None:
     """One number over the run, with standard errors where there are some."""
     factor = 1 if column.part == "text" else 100
     known = [(point, number) for point in points if (number := column.number(point.parts)) is not None]
@@ -126,7 +126,7 @@ def draw_line(ax: Axes, points: Sequence[TrajectoryPoint], column: Column, by_to
     ax.errorbar(x, [factor * number.value for _, number in known], shown, marker=".", capsize=2, label=label)
 
 
-def save(figure: Figure, path: str) -> None:
+def save_figure(figure: Figure, path: str) -> None:
     """As PNG, whole or not at all."""
     with replacing(path, ".png") as temporary:
         figure.savefig(temporary, dpi=130)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_cpt.checkpoint.hf_files import WITHOUT_ADAPTERS
-from megatron_cpt.checkpoint.hf_tokenizer import load
+from megatron_cpt.checkpoint.hf_tokenizer import load_hf_tokenizer
 from megatron_cpt.evaluation.sandbox import require_sandbox
 from megatron_cpt.posttrain.turn_end import turn_end
 from megatron_cpt.utils.errors import InputError
@@ -199,7 +199,7 @@ class Harness:
     def _lm(self) -> Any:
         from lm_eval.models.huggingface import HFLM
 
-        options = self._options | {"tokenizer": load(str(self._options["pretrained"]), quiet=True)}
+        options = self._options | {"tokenizer": load_hf_tokenizer(str(self._options["pretrained"]), quiet=True)}
         return turn_ending(HFLM)(**options) if self._chat else HFLM(**options)
 
     def _results(self, benchmark: Benchmark, limit: int | None, allow_code: bool, seed: int) -> dict[str, Any]:

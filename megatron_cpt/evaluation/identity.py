@@ -76,7 +76,7 @@ def task_identity(task: str, index: Mapping[str, Any], data_folder: str | None) 
     values = [*values_in(configs)]
     files = {text: module_file(text) for text in values if isinstance(text, str) and os.path.isabs(text)}
     names = {text: os.path.basename(text) for text, file in files.items() if file is not None}  # wherever the folder lies
-    definition = [renamed(config, names) for config in configs]
+    definition = [with_texts(config, names) for config in configs]
     code = sorted(([name, digest_of(str(files[text]))] for text, name in names.items()), key=str)
     data = [path for fields in values if isinstance(fields, Mapping) for path in data_of(fields, data_folder)]
     content = json.dumps([definition, code], sort_keys=True, default=str)
@@ -112,12 +112,12 @@ def values_in(value: Any) -> Iterator[Any]:
             yield from values_in(part)
 
 
-def renamed(value: Any, names: Mapping[str, str]) -> Any:
+def with_texts(value: Any, names: Mapping[str, str]) -> Any:
     """JSON's types with other texts."""
     if isinstance(value, Mapping):
-        return {key: renamed(part, names) for key, part in value.items()}
+        return {key: with_texts(part, names) for key, part in value.items()}
     if isinstance(value, list):
-        return [renamed(part, names) for part in value]
+        return [with_texts(part, names) for part in value]
     return names.get(value, value) if isinstance(value, str) else value
 
 

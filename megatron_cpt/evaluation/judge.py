@@ -106,7 +106,9 @@ class Judge:
     def _judge(self, question: str, first: str, second: str) -> PairVerdict:
         if first == second:
             return PairVerdict("C", "C")  # there is nothing to ask
-        return PairVerdict(parse(self._ask(question, first, second)), parse(self._ask(question, second, first)))
+        return PairVerdict(
+            parse_verdict(self._ask(question, first, second)), parse_verdict(self._ask(question, second, first))
+        )
 
     def _ask(self, question: str, answer_a: str, answer_b: str) -> str:
         """What the judge says, now or in an earlier run."""
@@ -118,7 +120,9 @@ class Judge:
             said = self._complete(prompt)
             with self._lock:
                 self._said[key] = said
-                append_line(self._path, {"key": key, "judge": judge} | texts | {"said": said, "verdict": parse(said)})
+                append_line(
+                    self._path, {"key": key, "judge": judge} | texts | {"said": said, "verdict": parse_verdict(said)}
+                )
         return self._said[key]
 
     def _complete(self, prompt: str) -> str:
@@ -141,7 +145,7 @@ class Judge:
             raise JudgeError(f"{self._config.url}: {self._without_key(error)[:200]}") from None
         except ValueError:  # openai passes on what json says of an answer that is none
             found = None
-        said = text_of(found)
+        said = completion_text(found)
         if said is None:
             raise JudgeError(
                 f"{self._config.url} answers with no chat completion; expected the URL of an OpenAI-compatible API"
@@ -155,7 +159,7 @@ class Judge:
         return redacted(str(text), [self._key] if self._key is not None else [])
 
 
-def text_of(completion: Any) -> str | None:
+def completion_text(completion: Any) -> str | None:
     """What a chat completion says, "" if nothing; None: it is none, as openai checks no types."""
     try:
         content = completion.choices[0].message.content
@@ -164,7 +168,7 @@ def text_of(completion: Any) -> str | None:
     return content if isinstance(content, str) else "" if content is None else None
 
 
-def parse(said: str) -> Letter | None:
+def parse_verdict(said: str) -> Letter | None:
     """The verdict, if there is exactly one."""
     found = set(VERDICT.findall(said))
     return found.pop() if len(found) == 1 else None

@@ -61,7 +61,7 @@ def language_share(answers: Sequence[str], language: str, tokenizer: Any) -> Lan
     script = regex.compile(SCRIPTS[language]) if language in SCRIPTS else None
     letters = of_script = in_sentences = identified = 0
     for answer in answers:
-        for begin, end in sentences(answer):
+        for begin, end in split_sentences(answer):
             offsets = tokenizer(answer[begin:end], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
             texts = [answer[begin + first : begin + last] for first, last in offsets]
             with_letters = [text for text in texts if LETTER.search(text)]
@@ -76,6 +76,6 @@ def language_share(answers: Sequence[str], language: str, tokenizer: Any) -> Lan
     return LanguageShare(of_script / letters if script is not None else None, identified / in_sentences, letters)
 
 
-def sentences(text: str) -> list[tuple[int, int]]:
+def split_sentences(text: str) -> list[tuple[int, int]]:
     """(begin, end) of each: up to a full stop, or a line."""
     return [match.span() for match in SENTENCE.finditer(text)]

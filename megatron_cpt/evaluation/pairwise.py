@@ -12,7 +12,7 @@ from typing import Any
 from megatron_cpt.evaluation.columns import Measured
 from megatron_cpt.evaluation.config import EvaluateConfig, PairwiseConfig
 from megatron_cpt.evaluation.judge import Judge, JudgeError
-from megatron_cpt.evaluation.table import table
+from megatron_cpt.evaluation.table import markdown_table
 from megatron_cpt.evaluation.votes import Agreement, Outcome, Vote, agreement, majority, read_votes, votes_on
 from megatron_cpt.utils.errors import InputError
 
@@ -96,7 +96,7 @@ def judged(judge: Judge, pairs: Sequence[tuple[str, str, str]], model: str, agai
     except JudgeError as error:
         return Comparison(model, against, missing=str(error))
     parsed = [verdict for verdict in verdicts if verdict.parsed]
-    found = comparison(model, against, [verdict.outcome for verdict in parsed])
+    found = count_outcomes(model, against, [verdict.outcome for verdict in parsed])
     consistent = sum(verdict.consistent for verdict in parsed) / len(parsed) if parsed else None
     return dataclasses.replace(found, unparsed=len(verdicts) - len(parsed), consistent=consistent)
 
@@ -106,11 +106,11 @@ def voted(votes: Sequence[Vote], model: str, against: str) -> Comparison:
     by_question = votes_on(votes, model, against)
     if not by_question:
         return Comparison(model, against, missing="there are no votes on them")
-    found = comparison(model, against, [majority(list(outcomes.values())) for outcomes in by_question.values()])
+    found = count_outcomes(model, against, [majority(list(outcomes.values())) for outcomes in by_question.values()])
     return dataclasses.replace(found, agreement=agreement(by_question))
 
 
-def comparison(model: str, against: str, outcomes: Sequence[Outcome]) -> Comparison:
+def count_outcomes(model: str, against: str, outcomes: Sequence[Outcome]) -> Comparison:
     """Counts of outcomes."""
     wins, ties, losses = (outcomes.count(kind) for kind in ("win", "tie", "loss"))
     if not outcomes:
@@ -135,12 +135,12 @@ def comparisons_table(comparisons: Sequence[Comparison]) -> str:
         "agreement": any(item.agreement is not None for item in comparisons),
     }
     shown = [name for name, there in extra.items() if there]
-    rows = [row_of(item, shown) for item in comparisons]
+    rows = [pair_row(item, shown) for item in comparisons]
     missing = [f"- {item.model} against {item.against}: not judged, {item.missing}" for item in comparisons if item.missing]
-    return "\n\n".join([table([*header, *shown], rows), *(["\n".join(missing)] if missing else [])])
+    return "\n\n".join([markdown_table([*header, *shown], rows), *(["\n".join(missing)] if missing else [])])
 
 
-def row_of(item: Comparison, shown: Sequence[str]) -> list[str]:
+def pair_row(item: Comparison, shown: Sequence[str]) -> list[str]:
     """One pair."""
     rate = "-"
     if item.win_rate is not None and item.interval is not None:

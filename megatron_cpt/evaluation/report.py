@@ -17,9 +17,9 @@ from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
 from megatron_cpt.evaluation.harness import TaskRegistry
 from megatron_cpt.evaluation.identity import folder_identity
 from megatron_cpt.evaluation.pairwise import Comparison, PairwiseEvaluator, comparisons_table
-from megatron_cpt.evaluation.run import benchmarks_of, check_files, measure, wanted_parts
-from megatron_cpt.evaluation.run_files import check_settings
-from megatron_cpt.evaluation.table import markdown
+from megatron_cpt.evaluation.run import benchmarks_of, check_questions, measure_model, wanted_parts
+from megatron_cpt.evaluation.run_files import check_evaluation
+from megatron_cpt.evaluation.table import evaluation_markdown
 from megatron_cpt.evaluation.trajectory import measure_trajectory, write_trajectory
 from megatron_cpt.utils.errors import RunError
 from megatron_cpt.utils.files import finite, write_json, write_text
@@ -37,11 +37,11 @@ def evaluate(config: EvaluateConfig) -> str:
         InputError: a model, file or setting is wrong
         RunError: a judge gave no answers; all else is in the report
     """
-    check_settings(config)
+    check_evaluation(config)
     along = config.trajectory.checkpoints if config.trajectory is not None else []
     for folder in [*config.models.values(), *(checkpoint.model for checkpoint in along)]:
         say_notes(folder)
-    check_files(config)
+    check_questions(config)
     evaluator = PairwiseEvaluator(config, config.pairwise) if config.pairwise is not None else None
     registry = registry_of(config)
     os.makedirs(config.output, exist_ok=True)
@@ -86,7 +86,7 @@ def measure_and_report(config: EvaluateConfig, evaluator: PairwiseEvaluator | No
     path = os.path.join(config.output, "report.md")
     write_text(path, page(sections))  # a trajectory may take days
     if config.trajectory is not None:
-        write_text(path, page([*sections, follow(config, registry, config.trajectory)]))
+        write_text(path, page([*sections, report_trajectory(config, registry, config.trajectory)]))
     check_judged(config, comparisons, path)
     return path
 
@@ -130,7 +130,7 @@ def measure_models(config: EvaluateConfig, registry: TaskRegistry | None) -> dic
     measured = {}
     for name, folder in config.models.items():
         path = os.path.join(config.output, f"{name}.json")
-        measured[name] = measure(
+        measured[name] = measure_model(
             config, registry, parts, name, path, folder_identity(folder), contextlib.nullcontext(folder)
         )
     return measured
@@ -138,7 +138,7 @@ def measure_models(config: EvaluateConfig, registry: TaskRegistry | None) -> dic
 
 def tables(config: EvaluateConfig, measured: Measured, comparisons: list[Comparison]) -> list[str]:
     """Of the report."""
-    sections = [markdown(measured).strip()]
+    sections = [evaluation_markdown(measured).strip()]
     if comparisons:
         sections.append(comparisons_table(comparisons))
     if config.ablation:
@@ -149,17 +149,17 @@ def tables(config: EvaluateConfig, measured: Measured, comparisons: list[Compari
 def draw_models(config: EvaluateConfig, measured: Measured) -> list[str]:
     """scores.png and languages.png; links to them."""
     links = []
-    for name, draw in (("scores", figures.scores), ("languages", figures.languages)):
+    for name, draw in (("scores", figures.scores), ("languages", figures.draw_languages)):
         figure = draw(measured)
         if figure is not None:
-            figures.save(figure, os.path.join(config.output, f"{name}.png"))
+            figures.save_figure(figure, os.path.join(config.output, f"{name}.png"))
             links.append(f"![{name}]({name}.png)")
     return links
 
 
-def follow(config: EvaluateConfig, registry: TaskRegistry | None, trajectory: TrajectoryConfig) -> str:
+def report_trajectory(config: EvaluateConfig, registry: TaskRegistry | None, trajectory: TrajectoryConfig) -> str:
     """trajectory.json, .csv and .png; a link to the last."""
     points = measure_trajectory(config, registry, trajectory)
     write_trajectory(config, points)
-    figures.save(figures.trajectory(points), os.path.join(config.output, "trajectory.png"))
+    figures.save_figure(figures.trajectory(points), os.path.join(config.output, "trajectory.png"))
     return "![trajectory](trajectory.png)"

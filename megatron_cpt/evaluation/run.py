@@ -16,16 +16,16 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.hf_model import load_hf_model
-from megatron_cpt.convert.vocabulary import load
+from megatron_cpt.convert.vocabulary import load_hf_tokenizer
 from megatron_cpt.evaluation.bits_per_byte import text_loss
 from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TextConfig
 from megatron_cpt.evaluation.harness import SUITES, Benchmark, Harness, TaskRegistry
 from megatron_cpt.evaluation.identity import answers_identity, benchmark_identity, pairwise_identity, text_identity
 from megatron_cpt.evaluation.language_share import language_share
-from megatron_cpt.model.hf_folder import check_room, positions_of_config
+from megatron_cpt.model.hf_folder import check_answer_fits, positions_of_config
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.conversations import RowError, check_turns, for_asking, messages_of, parse_preference
-from megatron_cpt.posttrain.rows import read_rows
+from megatron_cpt.posttrain.rows import read_source_rows
 from megatron_cpt.posttrain.templates import PromptTemplate
 from megatron_cpt.posttrain.turn_end import TurnEnd, turn_end
 from megatron_cpt.utils.errors import InputError
@@ -127,7 +127,7 @@ def without_mended(config: EvaluateConfig, scores: dict[str, Any], registry: Tas
     return {name: score for name, score in scores.items() if not changed(name)}
 
 
-def measure(
+def measure_model(
     config: EvaluateConfig,
     registry: TaskRegistry | None,
     parts: Sequence[str],
@@ -162,10 +162,10 @@ def measure(
     return still_true(kept, identities)
 
 
-def check_files(config: EvaluateConfig) -> None:
+def check_questions(config: EvaluateConfig) -> None:
     """Raise InputError unless there are texts and questions in all files: what is wrong is known before hours are spent."""
     for text in config.text:
-        if not any(documents_of(text)):
+        if not any(texts_of(text)):
             raise InputError(f"{text.path} holds no text; expected a row or more")
     for prompts in [*config.prompts, *(config.pairwise.prompts if config.pairwise is not None else [])]:
         if not questions_of(prompts):
@@ -197,7 +197,7 @@ class Session:
         """Loss, bits per byte."""
         model, tokenizer = self._model()
         window = int(min(self._config.max_length, positions_of_config(model.config)))
-        documents = [text for item in self._config.text if item.language == language for text in documents_of(item)]
+        documents = [text for item in self._config.text if item.language == language for text in texts_of(item)]
         return dataclasses.asdict(text_loss(model, tokenizer, documents, window))
 
     def answers(self, language: str) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class Session:
 
         if self._loaded is None:
             transformers.utils.logging.disable_progress_bar()
-            tokenizer = load(self._folder)
+            tokenizer = load_hf_tokenizer(self._folder)
             model = load_hf_model(self._folder, dtype="auto", device_map=self._config.device_map or self._device)
             self._loaded = (model.eval(), tokenizer)
         return self._loaded
@@ -298,7 +298,7 @@ def answers_to(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_token
 
     ids = [tokenizer.encode(prompt, add_special_tokens=tokenizer.chat_template is None) for prompt in prompts]
     for prompt, row in zip(prompts, ids, strict=True):
-        check_room(model.name_or_path, positions_of_config(model.config), prompt, len(row), max_new_tokens)
+        check_answer_fits(model.name_or_path, positions_of_config(model.config), prompt, len(row), max_new_tokens)
     width = max(map(len, ids))
     padding = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     inputs = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=model.device)
@@ -313,24 +313,24 @@ def answers_to(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_token
         pad_token_id=padding,
         stopping_criteria=StoppingCriteriaList([end.criterion(tokenizer, width)]),
     )
-    return [answer_of(tokenizer, row, end) for row in output[:, width:].tolist()]
+    return [decode_answer(tokenizer, row, end) for row in output[:, width:].tolist()]
 
 
-def answer_of(tokenizer: Any, ids: Sequence[int], end: TurnEnd) -> Answer:
+def decode_answer(tokenizer: Any, ids: Sequence[int], end: TurnEnd) -> Answer:
     """Text of the tokens up to the first end; what comes after it is padding."""
     size = next((place for place, number in enumerate(ids) if number in end.token_ids), len(ids))
     text = tokenizer.decode(ids[:size], skip_special_tokens=True)
     return Answer(end.cut(text), not end.is_in(ids, text))
 
 
-def documents_of(text: TextConfig) -> list[str]:
+def texts_of(text: TextConfig) -> list[str]:
     """The texts of a file.
 
     Raises:
         InputError: a row has none
     """
     documents = []
-    for number, row in read_rows(text.path):
+    for number, row in read_source_rows(text.path):
         if isinstance(row, RowError) or not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise InputError(f'{text.path}, row {number} has no text; expected an object with "text"')
         documents.append(row["text"])
@@ -346,7 +346,7 @@ def questions_of(prompts: PromptsConfig) -> list[str]:
         InputError: a row has none
     """
     questions = []
-    for number, row in read_rows(prompts.path):
+    for number, row in read_source_rows(prompts.path):
         try:
             if isinstance(row, RowError):
                 raise row

@@ -18,7 +18,7 @@ from megatron_cpt.utils.errors import Refusals
 from megatron_cpt.utils.input_files import why_unreadable, why_unwritable
 
 
-def check_settings(config: EvaluateConfig) -> None:
+def check_evaluation(config: EvaluateConfig) -> None:
     """Check the models, folders and files that a configuration names, whatever is wrong with it (see config/partial.py).
 
     Raises:
@@ -32,7 +32,7 @@ def check_settings(config: EvaluateConfig) -> None:
 
 
 def check_models(config: EvaluateConfig) -> None:
-    """As `check_settings`, of what is measured: earlier stages of a pipeline may have yet to make it."""
+    """As `check_evaluation`, of what is measured: earlier stages of a pipeline may have yet to make it."""
     with Requirements() as need:
         with need.noted():
             for name, folder in config.models.items():
@@ -52,7 +52,7 @@ def check_models(config: EvaluateConfig) -> None:
 
 
 def check_measurable(config: EvaluateConfig, folder: str, judged: bool) -> None:
-    """As `check_settings`, of what is in the folder of a model. `judged`: whether it answers `pairwise.prompts`."""
+    """As `check_evaluation`, of what is in the folder of a model. `judged`: whether it answers `pairwise.prompts`."""
     benchmarks = bool(config.tasks or config.suite)
     asked = bool(config.prompts or (judged and config.pairwise is not None and config.pairwise.judge.url is not None))
     if not can_look_into(folder) or not (benchmarks or asked or config.text):
@@ -75,7 +75,7 @@ def check_measurable(config: EvaluateConfig, folder: str, judged: bool) -> None:
 
 
 def check_given(config: EvaluateConfig) -> None:
-    """As `check_settings`, of what models are measured by, and where the results go."""
+    """As `check_evaluation`, of what models are measured by, and where the results go."""
     with Requirements() as need:
         for name in ("tasks_folder", "data_folder"):
             need.field(config, name, os.path.isdir, "a folder (no such folder)")
@@ -84,27 +84,27 @@ def check_given(config: EvaluateConfig) -> None:
             need(why is None, "output", config.output or "''", f"a folder to write to, or a name for a new one ({why})")
             begun = os.path.exists(os.path.join(config.output, "report.json"))
             check_own_folder(config.output, "output", EVALUATION, () if begun else ("report.md",))
-        for name, source in sources_of(config, need):
+        for name, source in named_sources(config, need):
             with need.noted():
-                check_file(name, source.path)
+                check_named_file(name, source.path)
                 check_rows(source.path)
         for name in ("prompt", "votes"):
             with need.noted():
                 judge = None if config.pairwise is None else config.pairwise.judge
                 if judge is not None and getattr(judge, name) is not None:
-                    check_file(f"pairwise.judge.{name}", getattr(judge, name))
+                    check_named_file(f"pairwise.judge.{name}", getattr(judge, name))
         with need.noted():
             if config.chat_template is not None:
                 read_template(config.chat_template)
 
 
-def check_file(name: str, path: str) -> None:
+def check_named_file(name: str, path: str) -> None:
     """Raise InputError unless a setting names a file that can be read."""
     why = why_unreadable(path)
     require(why is None, name, path or "''", f"a file ({why})")
 
 
-def sources_of(config: EvaluateConfig, refusals: Refusals) -> Iterator[tuple[str, Any]]:
+def named_sources(config: EvaluateConfig, refusals: Refusals) -> Iterator[tuple[str, Any]]:
     """(setting, section with a path) of all texts and questions, as far as they were not refused."""
     with refusals.noted():
         yield from ((f"text[{i}].path", source) for i, source in enumerate(config.text))

@@ -58,7 +58,7 @@ class SandboxOutcome:
     error: str
 
 
-def run(program: str, limits: SandboxLimits) -> SandboxOutcome:
+def run_program(program: str, limits: SandboxLimits) -> SandboxOutcome:
     """Run a Python program in an empty folder, without this process's environment.
 
     It passes by coming to its end: not by an exit, whatever the status. What it has started is killed with it.
@@ -153,6 +153,6 @@ def is_text(path: Path, text: str) -> bool:
 
 def require_sandbox() -> None:
     """Raise InputError if programs cannot be run here: every answer would be called wrong."""
-    outcome = run("import math, typing\nassert math.isqrt(9) == 3", SandboxLimits(seconds=60.0))
+    outcome = run_program("import math, typing\nassert math.isqrt(9) == 3", SandboxLimits(seconds=60.0))
     if not outcome.passed:
         raise InputError(f"the sandbox cannot run {sys.executable}: {outcome.error}; expected: a program that passes")

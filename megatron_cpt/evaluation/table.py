@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_cpt.evaluation.columns import Column, Measured, columns_of
+from megatron_cpt.evaluation.columns import Column, Measured, score_columns
 
 
-def markdown(measured: Measured) -> str:
+def evaluation_markdown(measured: Measured) -> str:
     """Tables of benchmarks, bits per byte and language of the answers; what is missing, and why."""
     parts = []
-    benchmarks = columns_of(measured, "benchmarks")
+    benchmarks = score_columns(measured, "benchmarks")
     if benchmarks:
         parts += [models_table(measured, benchmarks), settings_table(measured), *missing_lines(measured)]
-    languages = [*columns_of(measured, "text"), *columns_of(measured, "answers")]
+    languages = [*score_columns(measured, "text"), *score_columns(measured, "answers")]
     if languages:
         parts += [models_table(measured, languages), *shares_missing(measured)]
     parts += answers_cut_off(measured)
@@ -23,7 +23,7 @@ def markdown(measured: Measured) -> str:
 def models_table(measured: Measured, columns: Sequence[Column]) -> str:
     """A model in each row."""
     rows = [[name, *(column.shown(column.number(parts)) for column in columns)] for name, parts in measured.items()]
-    return table(["model", *(column.label for column in columns)], rows)
+    return markdown_table(["model", *(column.label for column in columns)], rows)
 
 
 def settings_table(measured: Measured) -> str:
@@ -34,7 +34,7 @@ def settings_table(measured: Measured) -> str:
             if name not in found or score["value"] is not None:
                 shots = "-" if score["num_fewshot"] is None else str(score["num_fewshot"])
                 found[name] = [name, score["task"], score["metric"], shots, str(score["samples"])]
-    return table(["benchmark", "task", "metric", "few-shot", "questions"], list(found.values()))
+    return markdown_table(["benchmark", "task", "metric", "few-shot", "questions"], list(found.values()))
 
 
 def missing_lines(measured: Measured) -> list[str]:
@@ -71,7 +71,7 @@ def answers_cut_off(measured: Measured) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """In Markdown, with columns as wide as what is in them."""
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

@@ -23,7 +23,7 @@ from megatron_cpt.evaluation.columns import all_columns
 from megatron_cpt.evaluation.config import EvaluateConfig, TrajectoryConfig
 from megatron_cpt.evaluation.harness import TaskRegistry
 from megatron_cpt.evaluation.identity import folder_identity
-from megatron_cpt.evaluation.run import identities_of, measure, recall, still_true, wanted_parts
+from megatron_cpt.evaluation.run import identities_of, measure_model, recall, still_true, wanted_parts
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import write_json
 
@@ -63,7 +63,7 @@ def measure_trajectory(
                 f"trajectory.checkpoints has iteration {item.iteration}, and so has {run}; expected one of the two"
             )
         opened = contextlib.nullcontext(item.model)
-        parts = measure(
+        parts = measure_model(
             config,
             registry,
             wanted_parts(config),
@@ -111,7 +111,9 @@ def measure_checkpoint(
     path = os.path.join(folder, f"{checkpoint_name(iteration)}.json")
     opened = converted(checkpoint, os.path.join(folder, CONVERTED))
     name = f"iteration {iteration}"
-    return TrajectoryPoint(iteration, tokens, measure(config, registry, wanted_parts(config), name, path, model, opened))
+    return TrajectoryPoint(
+        iteration, tokens, measure_model(config, registry, wanted_parts(config), name, path, model, opened)
+    )
 
 
 @contextlib.contextmanager
@@ -159,7 +161,7 @@ def measured_model(path: str) -> dict[str, Any]:
             raise InputError(f"{path} is damaged: {error}; remove it to measure again") from error
 
 
-def settings_of(config: EvaluateConfig) -> dict[str, Any]:
+def trajectory_settings(config: EvaluateConfig) -> dict[str, Any]:
     """How checkpoints are measured."""
     others = ("models", "output", "pairwise", "ablation", "trajectory")
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in others}
@@ -168,7 +170,7 @@ def settings_of(config: EvaluateConfig) -> dict[str, Any]:
 def write_trajectory(config: EvaluateConfig, points: Sequence[TrajectoryPoint]) -> None:
     """trajectory.json with everything, trajectory.csv with the numbers and their standard errors."""
     rows = [{"iteration": point.iteration, "tokens": point.tokens} | point.parts for point in points]
-    content = {"checkpoints": rows, "settings": settings_of(config), "versions": versions()}
+    content = {"checkpoints": rows, "settings": trajectory_settings(config), "versions": versions()}
     write_json(os.path.join(config.output, f"{FOLDER}.json"), content)
     columns = all_columns({str(point.iteration): point.parts for point in points})
     header = ["iteration", "tokens"]

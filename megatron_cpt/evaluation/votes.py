@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_cpt.posttrain.conversations import RowError
-from megatron_cpt.posttrain.rows import read_rows
+from megatron_cpt.posttrain.rows import read_source_rows
 from megatron_cpt.utils.errors import InputError
 
 Outcome = Literal["win", "tie", "loss"]  # of the model that is compared with another
@@ -52,7 +52,7 @@ def read_votes(path: str, models: Sequence[str]) -> list[Vote]:
         InputError: there is none, or a row is no vote, names a model that is not among `models`, or repeats another
     """
     votes: dict[tuple[str, str, frozenset[str]], Vote] = {}
-    for number, row in read_rows(path):
+    for number, row in read_source_rows(path):
         where = f"{path}, row {number}"
         vote = parse_vote(row, where)
         for name in (vote.model_a, vote.model_b):
@@ -86,11 +86,11 @@ def votes_on(votes: Sequence[Vote], model: str, against: str) -> dict[str, dict[
     found: dict[str, dict[str, Outcome]] = {}
     for vote in votes:
         if {vote.model_a, vote.model_b} == {model, against}:
-            found.setdefault(vote.question, {})[vote.annotator] = outcome_of(vote, model)
+            found.setdefault(vote.question, {})[vote.annotator] = vote_outcome(vote, model)
     return found
 
 
-def outcome_of(vote: Vote, model: str) -> Outcome:
+def vote_outcome(vote: Vote, model: str) -> Outcome:
     """Of one vote, for one of its models."""
     if vote.vote == "tie":
         return "tie"

@@ -200,7 +200,7 @@ def reads_of_documents(
     They are found by the inverse of the order, or, in Megatron-LM's, by looking at all samples, once.
     """
     if not all(isinstance(stretch.order, SampleOrder) for stretch in stretches):
-        scanned = [_only(reads, places) for reads in read_steps(stretches, documents, first_step, last_step, on_cpu)]
+        scanned = [_only(reads, places) for reads in read_steps(stretches, documents, first_step, last_step, locate_on_cpu)]
         for place in places:
             for reads in scanned:
                 yield _only(reads, [place])
@@ -211,7 +211,7 @@ def reads_of_documents(
             samples = stretch.samples_of(first_step, last_step)
             if samples and isinstance(stretch.order, SampleOrder):
                 for n in stretch.order.find_tokens(corpus, begin, end, samples.stop, samples.start):
-                    yield _only(read_samples(stretch, documents, n, 1, on_cpu), [(corpus, document)])
+                    yield _only(read_samples(stretch, documents, n, 1, locate_on_cpu), [(corpus, document)])
 
 
 def _only(reads: Reads, places: Sequence[tuple[int, int]]) -> Reads:
@@ -222,6 +222,6 @@ def _only(reads: Reads, places: Sequence[tuple[int, int]]) -> Reads:
     return reads.only(rows)
 
 
-def on_cpu(order: SampleOrder, first: int, count: int) -> SampleLocations:
+def locate_on_cpu(order: SampleOrder, first: int, count: int) -> SampleLocations:
     """Places of samples, by the compiled order where there is one."""
     return order.lookup_many(first, count)

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_cpt.config.fields import ConfigReader, config_from
 from megatron_cpt.config.partial import partly, readable
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-from megatron_cpt.corpus.manifest import CorpusManifest, manifest_path, read_manifest
+from megatron_cpt.corpus.manifest import CorpusManifest, manifest_path, read_corpus_manifest
 from megatron_cpt.mixture.checks import check_mixture
 from megatron_cpt.mixture.config import (
     GROUPS,
@@ -207,7 +207,7 @@ def _flat(place: str, entries: Sequence[Entry]) -> Iterator[tuple[str, str | Non
 def _open_corpus(prefix: str) -> tuple[CorpusManifest, IndexedCorpus]:
     refusals, manifest, data = Refusals(), None, None
     with refusals.noted():
-        manifest = read_manifest(prefix)
+        manifest = read_corpus_manifest(prefix)
     if manifest is not None or manifest_path(prefix).exists():  # else the name is wrong, and the files' absence no news
         with refusals.noted():
             data = IndexedCorpus(prefix)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from megatron_cpt.config.require import Requirements
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-from megatron_cpt.corpus.inspection import compare, describe, manifest_of, print_checks, print_document
+from megatron_cpt.corpus.inspection import compare_corpora, describe_corpus, manifest_if_any, print_checks, print_document
 from megatron_cpt.corpus.merge import find_prefixes
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.mixture.inspection import MixtureQuestions, inspect_mixture
@@ -59,7 +59,7 @@ def inspect_data(config: InspectConfig) -> None:
     _refuse_questions(config, inputs)
     prefixes = find_prefixes(inputs)
     documents = [config.document] if isinstance(config.document, int) else config.document
-    corpora = [(IndexedCorpus(prefix), manifest_of(prefix)) for prefix in prefixes]
+    corpora = [(IndexedCorpus(prefix), manifest_if_any(prefix)) for prefix in prefixes]
     if documents:
         for corpus, manifest in corpora:
             for number in documents:
@@ -71,12 +71,12 @@ def inspect_data(config: InspectConfig) -> None:
         if damaged:
             raise InputError(f"{', '.join(damaged)}: not as it should be (see above)")
     elif len(corpora) == 1:
-        console.print(describe(*corpora[0]))
+        console.print(describe_corpus(*corpora[0]))
     else:
-        console.print(compare(corpora))
+        console.print(compare_corpora(corpora))
 
 
-def check_files(config: InspectConfig) -> None:
+def check_inspect_files(config: InspectConfig) -> None:
     """Check what a configuration names, and that what is asked can be asked of it, whatever is wrong with it.
 
     Raises:
@@ -108,7 +108,7 @@ def _check_corpora(pattern: str) -> None:
     """InputError unless there are corpora, with manifests that can be read where there are any."""
     refusals = Refusals()
     for prefix in find_prefixes([pattern]):
-        for read in (IndexedCorpus, manifest_of):
+        for read in (IndexedCorpus, manifest_if_any):
             with refusals.noted():
                 read(prefix)
     refusals.raise_any()

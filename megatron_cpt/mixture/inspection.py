@@ -13,7 +13,7 @@ from rich.console import Console
 
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
 from megatron_cpt.mixture.file import load_mixture
-from megatron_cpt.mixture.ledger import Ledger, check_limits, make_ledger, unreached
+from megatron_cpt.mixture.ledger import Ledger, check_max_epochs, make_ledger, unreached
 from megatron_cpt.mixture.loader import read_token_ranges
 from megatron_cpt.mixture.mixture import Mixture
 from megatron_cpt.mixture.order.order import MAX_SAMPLES
@@ -57,7 +57,7 @@ def inspect_mixture(questions: MixtureQuestions, console: Console) -> None:
         console.print(ledger_table(make_ledger(mixture, schedule, run_samples)))
         if note := unreached(mixture, schedule, run_samples):
             console.print(f"note: {note}")
-        check_limits(mixture, schedule, run_samples)
+        check_max_epochs(mixture, schedule, run_samples)
     if numbers:
         _print_samples(mixture, max(run_samples, 1), numbers, questions, console)
 

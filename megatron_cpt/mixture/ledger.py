@@ -117,7 +117,7 @@ def unreached(mixture: Mixture, schedule: Schedule, run_samples: int) -> str | N
     )
 
 
-def check_limits(mixture: Mixture, schedule: Schedule, run_samples: int) -> None:
+def check_max_epochs(mixture: Mixture, schedule: Schedule, run_samples: int) -> None:
     """InputError when the run would read a corpus more often than its max_epochs."""
     for corpus, count in zip(mixture.corpora, schedule.counts(run_samples), strict=True):
         epochs = Fraction(count, corpus.num_samples(mixture.seq_length))

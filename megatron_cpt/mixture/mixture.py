@@ -14,7 +14,7 @@ from megatron_cpt.mixture.config import GROUPS, Entry, GroupName, StageConfig, S
 from megatron_cpt.mixture.order.megatron import MegatronOrder
 from megatron_cpt.mixture.order.order import CorpusTokens, SampleOrder
 from megatron_cpt.mixture.order.splitters import Group
-from megatron_cpt.mixture.stages import Schedule, plan_run, shares
+from megatron_cpt.mixture.stages import Schedule, corpus_shares, plan_run
 from megatron_cpt.utils.errors import InputError
 
 
@@ -122,7 +122,7 @@ class Mixture:
     def megatron_schedule(self, run_samples: int, threads: int = 1) -> Schedule:
         """As `schedule`, in Megatron-LM's own order, which is built here. InputError: it cannot have stages."""
         schedule = self.schedule_of_one_almr(run_samples)
-        weights = shares(schedule.plans[0])
+        weights = corpus_shares(schedule.plans[0])
         lengths = [corpus.data.lengths() for corpus in self.corpora]
         floats = [float(weights[place]) for place in range(len(self.corpora))]
         try:
@@ -139,7 +139,7 @@ class Mixture:
                 f"{self.path}: data.order megatron knows one almr for the whole run; found {len(self.stages)} stages, or "
                 f"an almr that changes"
             )
-        if set(shares(schedule.plans[0])) != set(range(len(self.corpora))):
+        if set(corpus_shares(schedule.plans[0])) != set(range(len(self.corpora))):
             raise InputError(f"{self.path}: data.order megatron wants a share above 0 for every corpus; leave out others")
         return schedule
 

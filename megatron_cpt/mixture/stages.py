@@ -82,7 +82,7 @@ def describe_megatron(run_samples: int) -> list[dict[str, Any]]:
     return [{"order": "megatron", "run_samples": run_samples}]
 
 
-def shares(plan: StagePlan) -> dict[int, Fraction]:
+def corpus_shares(plan: StagePlan) -> dict[int, Fraction]:
     """The share of each corpus (by position) in a stage of constant ALMR; those without one are left out."""
     found: dict[int, Fraction] = {}
 

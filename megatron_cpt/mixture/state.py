@@ -164,13 +164,13 @@ def tree_positions(trees: dict[str, dict[str, Any]], mixture: Mixture, used: tup
     return found
 
 
-def almr_of(consumed: Sequence[CorpusUse]) -> float:
+def realised_almr(consumed: Sequence[CorpusUse]) -> float:
     """The realised ALMR."""
     total = sum(use.samples for use in consumed)
     return sum(use.samples for use in consumed if use.group == "additional") / total if total else 0.0
 
 
-def begin(mixture: Mixture, schedule: Schedule, global_batch_size: int) -> DataState:
+def initial_state(mixture: Mixture, schedule: Schedule, global_batch_size: int) -> DataState:
     """The state of a run that has read nothing yet."""
     return DataState((MixturePhase(0, global_batch_size, (), mixture.fingerprint(), schedule.describe()),))
 
@@ -191,7 +191,7 @@ def resume(
     InputError: the mixture is another one and that was not accepted, or cannot be; or what was saved is damaged.
     """
     fingerprint, described = mixture.fingerprint(), schedule.describe()
-    phases, changed = compare(saved, consumed_samples, mixture, described, accept_new_mixture, longer)
+    phases, changed = compare_phases(saved, consumed_samples, mixture, described, accept_new_mixture, longer)
     if not changed and phases[-1].global_batch_size == global_batch_size:
         return DataState(phases)
     trees = _trees(saved.get("trees", {}), "data.trees")
@@ -199,7 +199,7 @@ def resume(
     return DataState((*phases, phase))
 
 
-def compare(
+def compare_phases(
     saved: dict[str, Any],
     consumed_samples: int,
     mixture: Mixture,

@@ -45,7 +45,7 @@ def check_model(model: str, field: str = "model") -> None:
             if READ_BY_TRANSFORMERS.fullmatch(name):  # without limits
                 fields = load_json(os.path.join(model, name))
                 if name == "config.json":
-                    check_sizes(os.path.join(model, name), fields)
+                    check_config_sizes(os.path.join(model, name), fields)
     refusals.raise_any()
 
 
@@ -82,7 +82,7 @@ def most_new_tokens(positions: float) -> int:
     return int(min(NEW_TOKENS, max(positions // 2, 1)))
 
 
-def check_room(model: str, positions: float, prompt: str, tokens: int, max_new_tokens: int) -> None:
+def check_answer_fits(model: str, positions: float, prompt: str, tokens: int, max_new_tokens: int) -> None:
     """Raise InputError where a prompt of so many tokens leaves an answer too few positions."""
     if tokens + max_new_tokens > positions:
         found = f"prompt {prompt[:40]!r} has {tokens} tokens, and max_new_tokens is {max_new_tokens}"
@@ -99,7 +99,7 @@ def check_positions(model: str, max_new_tokens: int, positions: float | None = N
         raise InputError(f"max_new_tokens is {max_new_tokens}; expected less than {positions:.0f}, the positions of {model}")
 
 
-def check_sizes(path: str, fields: Any) -> None:
+def check_config_sizes(path: str, fields: Any) -> None:
     """Raise InputError unless the value of a config.json is an object without numbers that are too large for any model."""
     if not isinstance(fields, dict):
         raise InputError(f"{path} is {shown(fields)}; expected a JSON object")

@@ -35,7 +35,7 @@ class Sizes:
     vocab: int
 
 
-def sizes(job: TrainingJob, layout: Layout) -> Sizes:
+def layer_sizes(job: TrainingJob, layout: Layout) -> Sizes:
     llama, tensor = job.llama, layout.tensor
     tokens = layout.micro_batch_size * job.seq_length // layout.context
     return Sizes(
@@ -54,7 +54,7 @@ def layer_bytes(job: TrainingJob, layout: Layout, recomputed: frozenset[str] = f
     """Saved for the backward pass of one layer, by part; `recomputed`: of core_attn, mlp, layernorm."""
     if job.has_transformer_engine(layout):
         return engine_layer_bytes(job, layout, recomputed)
-    n, element = sizes(job, layout), job.element_bytes
+    n, element = layer_sizes(job, layout), job.element_bytes
     residual = n.local_tokens * n.hidden * element
     norms = 2 * (residual + 4 * n.local_tokens)  # input, and fp32 reciprocal of the root mean square
     if "layernorm" not in recomputed:
@@ -84,7 +84,7 @@ def engine_layer_bytes(job: TrainingJob, layout: Layout, recomputed: frozenset[s
     mlp: linear_fc1's gate and value in bf16 (megatron-core's `SwiGLUFunction`), and linear_fc2's input, which `_Linear`
         (module/linear.py) saves quantized: one byte in FP8.
     """
-    n, element = sizes(job, layout), job.element_bytes
+    n, element = layer_sizes(job, layout), job.element_bytes
     product = 1 if job.fp8 else element  # of what a matrix product reads
     residual = n.local_tokens * n.hidden * element
     kept_norms = 1 if "mlp" in recomputed else 2
@@ -116,7 +116,7 @@ def fully_recomputed(layout: Layout, layers: int) -> tuple[int, int]:
 
 def chunk_bytes(job: TrainingJob, layout: Layout, chunk: ModelChunk) -> dict[str, int]:
     """Saved for the backward pass of one micro-batch through a model chunk, by part."""
-    n, element = sizes(job, layout), job.element_bytes
+    n, element = layer_sizes(job, layout), job.element_bytes
     groups, recomputed = fully_recomputed(layout, chunk.layers)
     saved = layer_bytes(job, layout, recomputed_modules(layout))
     parts = {name: (chunk.layers - recomputed) * size for name, size in saved.items()}
@@ -157,7 +157,7 @@ def stage_bytes(job: TrainingJob, layout: Layout, stage: int) -> dict[str, int]:
 
 def working_bytes(job: TrainingJob, layout: Layout, stage: int) -> int:
     """Held for a moment: gradients within a layer, the gathered input, a recomputed layer; on the last stage the logits."""
-    n, element = sizes(job, layout), job.element_bytes
+    n, element = layer_sizes(job, layout), job.element_bytes
     layer = (n.tokens * (n.hidden + 3 * n.ffn) + 2 * n.local_tokens * n.hidden) * element
     full = layer_bytes(job, layout)
     if layout.parallel.recompute_granularity == "full":

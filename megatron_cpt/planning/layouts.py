@@ -127,7 +127,7 @@ def check_transformer_engine(job: TrainingJob, layout: Layout) -> None:
         )
 
 
-def check(job: TrainingJob, layout: Layout) -> None:
+def check_job(job: TrainingJob, layout: Layout) -> None:
     """Raise InputError, with the numbers, if the job cannot be spread this way at all (memory is another question)."""
     check_layout(job.llama, layout.parallel, job.seq_length)
     check_transformer_engine(job, layout)

@@ -11,7 +11,7 @@ from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.hardware import DEVICES, LINK_EFFICIENCY, MEMORY_EFFICIENCY, Cluster, Device
 from megatron_cpt.planning.layouts import Layout, TrainingJob
 from megatron_cpt.planning.presets import find_model
-from megatron_cpt.planning.timing import throughput
+from megatron_cpt.planning.timing import layout_throughput
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.input_files import load_json, shown
 
@@ -35,7 +35,7 @@ def planned_rate(settings: Mapping[str, Any], device: Device, devices: int) -> f
     several = devices > 1
     parallel = ParallelConfig(overlap_grad_reduce=several, overlap_param_gather=several)
     layout = Layout(parallel, devices, settings["micro_batch_size"], settings["microbatches"])
-    return throughput(job, layout, Cluster(device, devices)).tokens_per_second_per_device
+    return layout_throughput(job, layout, Cluster(device, devices)).tokens_per_second_per_device
 
 
 def with_measured(config: PlanConfig) -> PlanConfig:

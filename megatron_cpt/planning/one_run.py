@@ -9,7 +9,7 @@ from megatron_cpt.config.fields import config_from
 from megatron_cpt.config.run import RunConfig, TrainingConfig
 from megatron_cpt.mixture.file import read_seq_length
 from megatron_cpt.planning.config import PlanConfig
-from megatron_cpt.planning.layouts import Layout, check
+from megatron_cpt.planning.layouts import Layout, check_job
 from megatron_cpt.planning.search import LayoutPlan, fits, make_candidate, make_cluster, make_job, too_big_because
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.input_files import load_yaml
@@ -23,17 +23,17 @@ class PlannedRun:
     layout: Layout
 
 
-def read_run(config: PlanConfig) -> PlannedRun:
+def read_planned_run(config: PlanConfig) -> PlannedRun:
     """Read the configuration that `config.run` names, and its mixture; neither corpora nor checkpoints are opened.
 
     Raises:
         InputError: it cannot be spread over the devices, or has what the estimates do not know
     """
     path = str(config.run)
-    return spread(config, parse_run(path))
+    return spread_run(config, parse_run(path))
 
 
-def spread(config: PlanConfig, run: RunConfig) -> PlannedRun:
+def spread_run(config: PlanConfig, run: RunConfig) -> PlannedRun:
     """A run on the devices of a plan, whose `run` names it in messages.
 
     Raises:
@@ -60,7 +60,7 @@ def spread(config: PlanConfig, run: RunConfig) -> PlannedRun:
         config,
         seq_length=seq_length,
         global_batch_size=training.global_batch_size,
-        tokens=tokens_of(training, seq_length),
+        tokens=run_tokens(training, seq_length),
         params_dtype=training.params_dtype,
         fp8=training.fp8 is not None,
         transformer_impl=training.transformer_impl,
@@ -80,7 +80,7 @@ def spread(config: PlanConfig, run: RunConfig) -> PlannedRun:
     micro_batch = training.micro_batch_size
     layout = Layout(parallel, data, micro_batch, training.global_batch_size // (data * micro_batch))
     try:
-        check(make_job(planned), layout)
+        check_job(make_job(planned), layout)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return PlannedRun(planned, layout)
@@ -95,7 +95,7 @@ def parse_run(path: str) -> RunConfig:
     return config_from(RunConfig, load_yaml(path, "configuration"), path)
 
 
-def tokens_of(training: TrainingConfig, seq_length: int) -> float:
+def run_tokens(training: TrainingConfig, seq_length: int) -> float:
     """The run's length in tokens, whichever way it is given."""
     training = training.extended()
     if training.train_tokens is not None:

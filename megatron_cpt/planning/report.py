@@ -69,7 +69,7 @@ COLUMNS: list[Column] = [
 DISPENSABLE = ("tok/s", "causal", "bubble", "step s", "again", "days")  # where long numbers make the table too wide
 
 
-def show(plan: LayoutPlan, console: Console) -> None:
+def show_plan(plan: LayoutPlan, console: Console) -> None:
     """Header, the fastest layouts, and why others do not do."""
     for line in header(plan):
         console.print(line, highlight=False)
@@ -147,7 +147,7 @@ def layers_of(plan: LayoutPlan) -> str:
 
 def layouts_table(plan: LayoutPlan, candidates: list[Candidate], width: int) -> PlainTable:
     """One row for each of our layouts, numbered as `--row` counts them, or for each of FSDP's."""
-    columns = columns_of(plan, candidates, width)
+    columns = layout_columns(plan, candidates, width)
     while table_width(columns) > width and (name := next((name for name in DISPENSABLE if name in columns), None)):
         del columns[name]
     table = PlainTable(*map(number_column, columns))
@@ -156,7 +156,7 @@ def layouts_table(plan: LayoutPlan, candidates: list[Candidate], width: int) -> 
     return table
 
 
-def columns_of(plan: LayoutPlan, candidates: list[Candidate], width: int) -> dict[str, list[str]]:
+def layout_columns(plan: LayoutPlan, candidates: list[Candidate], width: int) -> dict[str, list[str]]:
     """Heading -> cells. Without context parallelism none is about it; FSDP has no rows to choose from, and no pipeline."""
     sharded = candidates[0].layout.fully_sharded
     left_out = {"#", "PPxVP", "PP comm"} if sharded else set[str]()
@@ -182,7 +182,7 @@ def infeasible_table(plan: LayoutPlan) -> PlainTable:
     return table
 
 
-def to_json(plan: LayoutPlan) -> dict[str, Any]:
+def plan_json(plan: LayoutPlan) -> dict[str, Any]:
     """Everything, in bytes and seconds."""
     return {
         "config": dataclasses.asdict(plan.config),
@@ -214,7 +214,7 @@ def candidate_json(candidate: Candidate, plan: LayoutPlan) -> dict[str, Any]:
     }
 
 
-def write_json(path: str, content: dict[str, Any]) -> None:
+def write_plan_json(path: str, content: dict[str, Any]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.write("\n")

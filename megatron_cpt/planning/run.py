@@ -11,12 +11,12 @@ from rich.console import Console
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.planning.activations import chunk_bytes
 from megatron_cpt.planning.config import PlanConfig
-from megatron_cpt.planning.layouts import Layout, TrainingJob, check, chunks_of_stage
+from megatron_cpt.planning.layouts import Layout, TrainingJob, check_job, chunks_of_stage
 from megatron_cpt.planning.measured import with_measured
-from megatron_cpt.planning.one_run import plan_one, read_run
-from megatron_cpt.planning.report import show, to_json, write_json
+from megatron_cpt.planning.one_run import plan_one, read_planned_run
+from megatron_cpt.planning.report import plan_json, show_plan, write_plan_json
 from megatron_cpt.planning.run_files import check_place
-from megatron_cpt.planning.search import Size, make_job, make_parallel, plan
+from megatron_cpt.planning.search import Size, make_job, make_parallel, plan_layouts
 from megatron_cpt.planning.weights import state_bytes
 from megatron_cpt.planning.write import write_layout
 from megatron_cpt.utils.console import wide_console
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from megatron_cpt.planning.simulate import Simulation
 
 
-def run(config: PlanConfig) -> str | None:
+def run_plan(config: PlanConfig) -> str | None:
     """Print a plan or a simulation; returns the path of the file that is asked for: a layout's, else the JSON.
 
     Raises:
@@ -36,17 +36,17 @@ def run(config: PlanConfig) -> str | None:
     for name in ("json", "write"):
         check_place(name, getattr(config, name))
     console = wide_console(sys.stdout)
-    asked = read_run(config) if config.run is not None else None
+    asked = read_planned_run(config) if config.run is not None else None
     config = with_measured(asked.config if asked else config)
     asked = None if asked is None else dataclasses.replace(asked, config=config)
     if config.simulate is not None:
         content = run_simulation(config, config.simulate, console, asked.layout if asked else None)
     else:
-        result = plan_one(asked) if asked else plan(config)
-        show(result, console)
-        content = to_json(result)
+        result = plan_one(asked) if asked else plan_layouts(config)
+        show_plan(result, console)
+        content = plan_json(result)
     if config.json is not None:
-        write_json(config.json, content)
+        write_plan_json(config.json, content)
     if config.simulate is None and not content["layouts"]:
         raise RunError(f"no layout of {config.model} fits {config.devices} x {config.device}")
     if config.write is not None:
@@ -67,7 +67,7 @@ def simulated_layout(config: PlanConfig, job: TrainingJob) -> Layout:
     virtual = config.virtual_pipeline_model_parallel_size or 1
     parallel = make_parallel(config, job, Size(tensor, pipeline, 1, data), virtual, config.recompute_granularity)
     layout = Layout(parallel, data, micro_batch, config.global_batch_size // (data * micro_batch))
-    check(job, layout)
+    check_job(job, layout)
     return layout
 
 
@@ -87,7 +87,7 @@ def run_simulation(config: PlanConfig, rank: int, console: Console, layout: Layo
         f"micro batch {layout.micro_batch_size} x {job.seq_length} tokens",
         highlight=False,
     )
-    console.print(comparison(job, layout, result))
+    console.print(simulation_table(job, layout, result))
     console.print(traffic_table(result))
     fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
     for name in ("microbatch_traffic", "step_traffic"):
@@ -109,7 +109,7 @@ def planned_flops(job: TrainingJob, layout: Layout, stage: int) -> float:
     return flops * tokens / layout.tensor
 
 
-def comparison(job: TrainingJob, layout: Layout, result: Simulation) -> PlainTable:
+def simulation_table(job: TrainingJob, layout: Layout, result: Simulation) -> PlainTable:
     """Simulated and planned, side by side."""
     stage = result.pipeline_rank
     state = state_bytes(job, layout, stage, result.data_rank)

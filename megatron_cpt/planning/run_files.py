@@ -18,7 +18,7 @@ from megatron_cpt.utils.errors import InputError, Refusals
 from megatron_cpt.utils.input_files import load_yaml, why_unwritable
 
 
-def check_files(config: PlanConfig) -> None:
+def check_plan_files(config: PlanConfig) -> None:
     """Check what a configuration names, whatever is wrong with it (see config/partial.py).
 
     Raises:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from megatron_cpt.config.parallel import ParallelConfig
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.hardware import Cluster, find_device
-from megatron_cpt.planning.layouts import Layout, TrainingJob, check, layers_of_uneven_first_stage
+from megatron_cpt.planning.layouts import Layout, TrainingJob, check_job, layers_of_uneven_first_stage
 from megatron_cpt.planning.memory import GIB, Memory, fullest
 from megatron_cpt.planning.presets import find_model
-from megatron_cpt.planning.timing import Throughput, throughput
+from megatron_cpt.planning.timing import Throughput, layout_throughput
 from megatron_cpt.utils.errors import InputError
 
 NEARLY = 0.98
@@ -52,7 +52,7 @@ class LayoutPlan:
     compared: list[Candidate] = field(default_factory=list)
 
 
-def plan(config: PlanConfig) -> LayoutPlan:
+def plan_layouts(config: PlanConfig) -> LayoutPlan:
     """Try every layout.
 
     Raises:
@@ -63,10 +63,11 @@ def plan(config: PlanConfig) -> LayoutPlan:
     feasible: list[Candidate] = []
     refused: dict[str, str] = {}  # reason -> layouts
     too_big: dict[str, str] = {}  # layouts -> reason: the smallest micro-batch that does not fit
-    for size in sizes(config, job, cluster, refused):
+    for size in parallel_sizes(config, job, cluster, refused):
         for micro_batch in micro_batches(config, size, refused):
             variants = [
-                make_candidate(config, job, cluster, layout) for layout in layouts(config, job, size, micro_batch, refused)
+                make_candidate(config, job, cluster, layout)
+                for layout in interleavings(config, job, size, micro_batch, refused)
             ]
             fitting = [v for v in variants if fits(v, cluster)]
             feasible += worth_showing(fitting)
@@ -83,7 +84,7 @@ def check_possible(config: PlanConfig, job: TrainingJob) -> None:
         recompute_granularity="selective" if config.recompute_modules else None,
         recompute_modules=config.recompute_modules,
     )
-    check(dataclasses.replace(job, global_batch_size=1), Layout(parallel, 1, 1, 1))
+    check_job(dataclasses.replace(job, global_batch_size=1), Layout(parallel, 1, 1, 1))
 
 
 def in_order(candidates: list[Candidate]) -> list[Candidate]:
@@ -111,13 +112,13 @@ def fully_sharded(config: PlanConfig, job: TrainingJob, cluster: Cluster) -> lis
     without_pipeline = dataclasses.replace(config, pipeline_model_parallel_size=1, virtual_pipeline_model_parallel_size=None)
     if config.pipeline_model_parallel_size not in (None, 1) or config.virtual_pipeline_model_parallel_size not in (None, 1):
         return found
-    for size in sizes(without_pipeline, job, cluster, {}):
+    for size in parallel_sizes(without_pipeline, job, cluster, {}):
         if size.data * size.context == 1:
             continue
         for micro_batch in micro_batches(config, size, {}):
             shards = (
                 dataclasses.replace(layout, fully_sharded=True)
-                for layout in layouts(without_pipeline, job, size, micro_batch, {})
+                for layout in interleavings(without_pipeline, job, size, micro_batch, {})
             )
             candidates = [make_candidate(config, job, cluster, layout) for layout in shards]
             fitting = [candidate for candidate in candidates if fits(candidate, cluster)]
@@ -172,7 +173,7 @@ class Size:
         return f"TP{self.tensor} PP{self.pipeline}{context} DP{self.data}"
 
 
-def sizes(config: PlanConfig, job: TrainingJob, cluster: Cluster, refused: dict[str, str]) -> Iterator[Size]:
+def parallel_sizes(config: PlanConfig, job: TrainingJob, cluster: Cluster, refused: dict[str, str]) -> Iterator[Size]:
     """Tensor-, pipeline- and context-parallel sizes that divide the devices and the model."""
     most = min(2 * cluster.device.devices_per_node, config.devices)
     tensors = [config.tensor_model_parallel_size] if config.tensor_model_parallel_size else powers_of_two(most)
@@ -199,7 +200,7 @@ def can_be_split(config: PlanConfig, job: TrainingJob, tensor: int, pipeline: in
         refuse(refused, reason, f"PP{pipeline}")
         return False
     try:
-        check(TrainingJob(job.llama, job.seq_length, 1), Layout(parallel, 1, 1, 1))
+        check_job(TrainingJob(job.llama, job.seq_length, 1), Layout(parallel, 1, 1, 1))
     except InputError as error:
         at_fault = f"TP{tensor}" if "tensor_model_parallel_size" in str(error) else f"PP{pipeline}"
         refuse(refused, str(error), at_fault)
@@ -221,7 +222,7 @@ def with_context(
             continue
         try:
             parallel = make_parallel(config, job, size, 1, None)
-            check(dataclasses.replace(job, global_batch_size=1), Layout(parallel, 1, 1, 1))
+            check_job(dataclasses.replace(job, global_batch_size=1), Layout(parallel, 1, 1, 1))
         except InputError as error:
             refuse(refused, str(error), f"CP{context}")
             continue
@@ -267,7 +268,9 @@ def micro_batches(config: PlanConfig, size: Size, refused: dict[str, str]) -> li
     return [size for size in powers_of_two(batch // data) if (batch // data) % size == 0]
 
 
-def layouts(config: PlanConfig, job: TrainingJob, size: Size, micro_batch: int, refused: dict[str, str]) -> Iterator[Layout]:
+def interleavings(
+    config: PlanConfig, job: TrainingJob, size: Size, micro_batch: int, refused: dict[str, str]
+) -> Iterator[Layout]:
     """The ways to interleave and to recompute."""
     microbatches = config.global_batch_size // (size.data * micro_batch)
     asked = config.virtual_pipeline_model_parallel_size
@@ -281,7 +284,7 @@ def layouts(config: PlanConfig, job: TrainingJob, size: Size, micro_batch: int, 
         for granularity in granularities:
             layout = Layout(make_parallel(config, job, size, virtual, granularity), size.data, micro_batch, microbatches)
             try:
-                check(job, layout)
+                check_job(job, layout)
             except InputError as error:
                 if asked or config.recompute_modules:
                     refuse(refused, str(error), f"{size} MB{micro_batch}")
@@ -310,7 +313,7 @@ def make_parallel(config: PlanConfig, job: TrainingJob, size: Size, virtual: int
 def make_candidate(config: PlanConfig, job: TrainingJob, cluster: Cluster, layout: Layout) -> Candidate:
     memory = fullest(job, layout, config.overhead_gib, config.fragmentation)
     tight = memory.total > TIGHT * cluster.device.memory_gib * GIB
-    return Candidate(layout, memory, throughput(job, layout, cluster), tight)
+    return Candidate(layout, memory, layout_throughput(job, layout, cluster), tight)
 
 
 def too_big_because(variants: list[Candidate], cluster: Cluster) -> str:

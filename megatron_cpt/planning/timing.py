@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_cpt.model.flops import flops_per_token, utilisation
-from megatron_cpt.planning.activations import Sizes, fully_recomputed, recomputed_modules, sizes
+from megatron_cpt.planning.activations import Sizes, fully_recomputed, layer_sizes, recomputed_modules
 from megatron_cpt.planning.hardware import ATTENTION_EFFICIENCY, HIDDEN_BY_TP_OVERLAP, MEMORY_EFFICIENCY, Cluster, Device
 from megatron_cpt.planning.layouts import Layout, ModelChunk, TrainingJob, chunks_of_stage
 from megatron_cpt.planning.weights import state_bytes
@@ -44,7 +44,7 @@ def peak_flops(job: TrainingJob, device: Device) -> float:
     return device.bf16_tflops * 1e12 * (1.0 if job.params_dtype == "bf16" else 0.5)
 
 
-def speed(job: TrainingJob, device: Device) -> Speed:
+def layout_speed(job: TrainingJob, device: Device) -> Speed:
     bf16 = peak_flops(TrainingJob(job.llama, job.seq_length, job.global_batch_size, job.params_dtype), device)
     matmul = device.fp8_efficiency * peak_flops(job, device) if job.fp8 else device.matmul_efficiency * bf16
     return Speed(
@@ -72,7 +72,7 @@ class LayerTime:
 
 
 def layer_time(job: TrainingJob, layout: Layout, device: Device) -> LayerTime:
-    n, rate = sizes(job, layout), speed(job, device)
+    n, rate = layer_sizes(job, layout), layout_speed(job, device)
     element = 1 if job.fp8 else job.element_bytes
     mlp = rate.matmul(n.tokens, 2 * n.ffn, n.hidden, element) + rate.matmul(n.tokens, n.hidden, n.ffn, element)
     projections = rate.matmul(n.tokens, n.query + 2 * n.key, n.hidden, element)
@@ -90,7 +90,7 @@ def tensor_parallel_time(job: TrainingJob, layout: Layout, cluster: Cluster) -> 
     Two all-gathers and two reduce-scatters of the hidden states under sequence parallelism, two all-reduces (each as much as
     both) without. The all-gathers that backward needs for weight gradients are hidden behind the input gradients.
     """
-    tensor, n = layout.tensor, sizes(job, layout)
+    tensor, n = layout.tensor, layer_sizes(job, layout)
     if tensor == 1:
         return 0.0
     sent = 4 * n.tokens * n.hidden * job.element_bytes * (tensor - 1) / tensor
@@ -105,7 +105,7 @@ def context_parallel_time(job: TrainingJob, layout: Layout, cluster: Cluster, la
     those that are there (Liu et al., "Ring Attention with Blockwise Transformers", 2023; `AttnFuncWithCPAndKVP2P`). Each
     device has two chunks of the sequence, so that all have as much to do in every turn.
     """
-    context, n = layout.context, sizes(job, layout)
+    context, n = layout.context, layer_sizes(job, layout)
     if context == 1:
         return 0.0, 0.0
     send = 2 * n.tokens * n.key * job.element_bytes / cluster.bandwidth(layout.tensor * context) + SEND_LATENCY
@@ -116,7 +116,7 @@ def context_parallel_time(job: TrainingJob, layout: Layout, cluster: Cluster, la
 
 def output_time(job: TrainingJob, layout: Layout, device: Device, n: Sizes) -> float:
     """Seconds of output layer and loss, forward and backward; in bf16 also where the layers run in FP8."""
-    rate = speed(TrainingJob(job.llama, job.seq_length, job.global_batch_size, job.params_dtype), device)
+    rate = layout_speed(TrainingJob(job.llama, job.seq_length, job.global_batch_size, job.params_dtype), device)
     products = 3 * rate.matmul(n.tokens, n.vocab, n.hidden, job.element_bytes)
     return products + LOSS_BYTES * n.tokens * n.vocab / rate.memory_bytes
 
@@ -133,7 +133,7 @@ def chunk_time(job: TrainingJob, layout: Layout, cluster: Cluster, chunk: ModelC
     backward = chunk.layers * (layer.backward(modules) + tp + tp_again + ring_backward + ring_again)
     backward += again * (layer.forward() + tp + ring)
     if chunk.has_output:
-        output = output_time(job, layout, cluster.device, sizes(job, layout))
+        output = output_time(job, layout, cluster.device, layer_sizes(job, layout))
         forward, backward = forward + output / 3, backward + output * 2 / 3
     return forward, forward + backward
 
@@ -220,7 +220,7 @@ def pipeline_time(job: TrainingJob, layout: Layout, cluster: Cluster, chunk_seco
     """
     if layout.pipeline == 1:
         return 0.0
-    n = sizes(job, layout)
+    n = layer_sizes(job, layout)
     # The last stage lies behind all others in the order of ranks: in a job of several nodes some send goes to another node.
     bandwidth = cluster.bandwidth(layout.devices)
     transfer = 2 * (n.local_tokens * n.hidden * job.element_bytes / bandwidth + SEND_LATENCY)
@@ -263,7 +263,7 @@ class Throughput:
     bubble: float
 
 
-def throughput(job: TrainingJob, layout: Layout, cluster: Cluster) -> Throughput:
+def layout_throughput(job: TrainingJob, layout: Layout, cluster: Cluster) -> Throughput:
     step = step_time(job, layout, cluster)
     tokens = job.global_batch_size * job.seq_length / step.total
     per_device = tokens / layout.devices

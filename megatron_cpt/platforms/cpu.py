@@ -182,12 +182,12 @@ class TorchOnCpu(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
         if name in FACTORIES:
-            value = on_cpu(value)
+            value = factory_on_cpu(value)
         setattr(self, name, value)  # found directly next time
         return value
 
 
-def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A tensor factory that reads device="cuda" as "cpu"."""
 
     @functools.wraps(factory)

@@ -28,7 +28,7 @@ def identify(text: str) -> str:
     return str(found[0]["lang"]).split("-")[0].lower() if found else ""
 
 
-def shares(languages: Counter[str]) -> dict[str, float]:
+def language_shares(languages: Counter[str]) -> dict[str, float]:
     """Of the rows, the most frequent language first."""
     return {language: number / languages.total() for language, number in languages.most_common()}
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from megatron_cpt.checkpoint.hf_model import load_hf_model
-from megatron_cpt.convert.vocabulary import load
+from megatron_cpt.convert.vocabulary import load_hf_tokenizer
 from megatron_cpt.model.dtypes import dtype_of
 from megatron_cpt.model.hf_folder import check_model, check_positions, most_new_tokens, positions_of_config
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.conversations import Message, RowError
-from megatron_cpt.posttrain.generate import complete, sampling
+from megatron_cpt.posttrain.generate import complete_text, sampling
 from megatron_cpt.posttrain.settings import ChatConfig
 from megatron_cpt.posttrain.templates import PromptTemplate
 from megatron_cpt.posttrain.turn_end import turn_end
@@ -53,7 +53,7 @@ class Speaker:
         if config.max_new_tokens is not None:
             check_positions(config.model, config.max_new_tokens)
         transformers.utils.logging.disable_progress_bar()
-        self.template = PromptTemplate(load(config.model), config.chat_template)
+        self.template = PromptTemplate(load_hf_tokenizer(config.model), config.chat_template)
         model = load_hf_model(config.model, dtype=dtype_of(config.dtype) if config.dtype else "auto")
         self._model: Any = model.to(device_type()).eval()
         self._config = config
@@ -195,7 +195,7 @@ class Chat:
 def chat(config: ChatConfig) -> str | None:
     """Read questions until the end of the input; or return the prompts with what completes them, a paragraph each."""
     if config.prompt is not None:
-        texts = complete(
+        texts = complete_text(
             config.model,
             config.prompts(),
             config.max_new_tokens,

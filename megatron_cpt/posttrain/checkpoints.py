@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from megatron_cpt.checkpoint.checksums import MANIFEST, MOST_THREADS, check_file, checksums_in, checksums_of, sealed
-from megatron_cpt.checkpoint.layout import check_sizes, read_manifest, versions
+from megatron_cpt.checkpoint.layout import check_file_sizes, read_manifest, versions
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import sync_files, write_json, write_text
 from megatron_cpt.utils.lock import locked
@@ -79,7 +79,7 @@ def from_first(call: Callable[[], Answer]) -> Answer:
 
 
 @contextlib.contextmanager
-def only_run(root: str, seen: list[int]) -> Iterator[None]:
+def locked_tuning_folder(root: str, seen: list[int]) -> Iterator[None]:
     """Keep other runs out of a run's folder, which is made, while the block runs.
 
     Args:
@@ -138,7 +138,7 @@ def check_sealed(folder: str) -> None:
     this name."""
     manifest = read_manifest(os.path.join(folder, MANIFEST))
     checksums = checksums_in(manifest)
-    check_sizes(folder, manifest)
+    check_file_sizes(folder, manifest)
     if checksums.keys() != {MANIFEST, *manifest.get("files", ())}:
         raise InputError(f"checkpoint {folder} is damaged: manifest.json has not one checksum for each file")
     name = f"checkpoint-{manifest.get('iteration')}"
@@ -191,7 +191,7 @@ def newest_checkpoint(root: str) -> tuple[str | None, list[str]]:
     return None, passed_over
 
 
-def find_checkpoint(root: str) -> str | None:
+def find_trainer_checkpoint(root: str) -> str | None:
     """`newest_checkpoint`, looked for by the first process, which says what it passes over: all processes take the same.
 
     Raises:

@@ -118,7 +118,7 @@ def parse_preference(row: Any) -> Preference:
     for name in ("chosen", "rejected"):
         if name not in fields:
             raise RowError("not a preference pair", f"it has no {name!r}; its fields are {names_of(fields)}")
-    sides = {name: answer_of(fields[name], name) for name in ("chosen", "rejected")}
+    sides = {name: turns_and_answer(fields[name], name) for name in ("chosen", "rejected")}
     (before, chosen), (other, rejected) = sides["chosen"], sides["rejected"]
     before, other = read_only(before), read_only(other)
     if before != other:
@@ -216,7 +216,7 @@ def messages_of(row: Any, prompt_only: bool = False, answer: Message | None = No
 
 def messages_in(fields: Mapping[str, Any], style: str, prompt_only: bool) -> tuple[Message, ...]:
     """All turns of a row in the style that this field is the mark of."""
-    system = (Message("system", text_of(fields["system"], "system")),) if fields.get("system") else ()
+    system = (Message("system", message_text(fields["system"], "system")),) if fields.get("system") else ()
     if style == "instruction":
         if "instruction" not in fields:
             raise RowError("unknown style", f"it has history without instruction; its fields are {names_of(fields)}")
@@ -236,22 +236,22 @@ def alpaca_turns(fields: Mapping[str, Any], prompt_only: bool) -> list[Message]:
     turns = []
     history = fields.get("history") or []
     if not isinstance(history, Sequence):
-        raise RowError("history", f"history is {shortened(history)}; expected a list of questions and answers")
+        raise RowError("history", f"history is {short_text(history)}; expected a list of questions and answers")
     for pair in history:
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise RowError("history", f"history holds {shortened(pair)}; expected pairs of question and answer")
-        turns += [Message("user", text_of(pair[0], "history")), Message("assistant", text_of(pair[1], "history"))]
-    parts = [text_of(fields["instruction"], "instruction"), text_of(fields.get("input") or "", "input")]
+            raise RowError("history", f"history holds {short_text(pair)}; expected pairs of question and answer")
+        turns += [Message("user", message_text(pair[0], "history")), Message("assistant", message_text(pair[1], "history"))]
+    parts = [message_text(fields["instruction"], "instruction"), message_text(fields.get("input") or "", "input")]
     turns.append(Message("user", "\n".join(part for part in parts if part)))
     if not prompt_only:
-        turns.append(Message("assistant", text_of(fields.get("output"), "output")))
+        turns.append(Message("assistant", message_text(fields.get("output"), "output")))
     return turns
 
 
 def turns_of(value: Any, name: str) -> tuple[Message, ...]:
     """A list of messages in the style of ShareGPT or OpenAI."""
     if not is_list(value) or not len(value):
-        raise RowError("no messages", f"{name} is {shortened(value)}; expected a list of messages")
+        raise RowError("no messages", f"{name} is {short_text(value)}; expected a list of messages")
     return tuple(message_of(item, name) for item in value)
 
 
@@ -263,7 +263,7 @@ def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
 def message_of(item: Any, name: str) -> Message:
     """One of them."""
     if not isinstance(item, Mapping):
-        raise RowError("no messages", f"{name} holds {shortened(item)}; expected messages")
+        raise RowError("no messages", f"{name} holds {short_text(item)}; expected messages")
     for call in ("tool_calls", "function_call"):
         if item.get(call):
             raise RowError("call of a tool", f"a message of {name} has {call}; expected the call as its text")
@@ -275,7 +275,7 @@ def message_of(item: Any, name: str) -> Message:
         if item.get(medium) not in EMPTY:
             raise RowError("images, videos or sounds", f"a message of {name} has {medium}; expected text alone")
     counts = learned(item, "turn", f"a message of {name}")
-    return Message(ROLES[role], text_of(content, name), reasoning_of(item, name), counts)
+    return Message(ROLES[role], message_text(content, name), reasoning_of(item, name), counts)
 
 
 def learned(item: Mapping[str, Any], kind: str, what: str) -> bool:
@@ -285,7 +285,7 @@ def learned(item: Mapping[str, Any], kind: str, what: str) -> bool:
         if switch in MASKS and is_default_mask(value):
             continue
         if value is not None and (not isinstance(value, (int, float)) or value not in (0, 1)):
-            raise RowError(f"weight of a {kind}", f"{what} has {switch} {shortened(value)}; expected 0 or 1")
+            raise RowError(f"weight of a {kind}", f"{what} has {switch} {short_text(value)}; expected 0 or 1")
     for part in PARTS:
         if item.get(part) not in EMPTY:
             raise RowError(f"weight of a {kind}", f"{what} has {part}; expected answers that are learned as a whole or not")
@@ -314,13 +314,13 @@ def for_asking(row: Any) -> Any:
 
 def reasoning_of(item: Mapping[str, Any], name: str) -> tuple[str, str] | None:
     """(field, text) of the reasoning in a turn."""
-    found = [(field, text_of(item[field], field)) for field in REASONING if item.get(field) not in EMPTY]
+    found = [(field, message_text(item[field], field)) for field in REASONING if item.get(field) not in EMPTY]
     if len({text for _, text in found}) > 1:
         raise RowError("two reasonings", f"a message of {name} has {found[0][0]} and {found[1][0]}, which differ")
     return found[0] if found else None
 
 
-def answer_of(value: Any, name: str) -> tuple[tuple[Message, ...], Message]:
+def turns_and_answer(value: Any, name: str) -> tuple[tuple[Message, ...], Message]:
     """(turns before, answer) of one side of a pair: a text, a message, or messages with the answer at the end."""
     if isinstance(value, str):
         turns: tuple[Message, ...] = (Message("assistant", value),)
@@ -335,14 +335,14 @@ def answer_of(value: Any, name: str) -> tuple[tuple[Message, ...], Message]:
     return turns[:-1], turns[-1]
 
 
-def text_of(value: Any, name: str) -> str:
+def message_text(value: Any, name: str) -> str:
     """A text; OpenAI's list of parts is joined."""
     if is_list(value):
         parts = [part.get("text", part.get("value")) for part in value if isinstance(part, Mapping)]
         if len(parts) == len(value) and all(isinstance(part, str) for part in parts):
             return "".join(str(part) for part in parts)
     if not isinstance(value, str):
-        raise RowError("not a text", f"{name} is {shortened(value)}; expected a text")
+        raise RowError("not a text", f"{name} is {short_text(value)}; expected a text")
     return value
 
 
@@ -361,7 +361,7 @@ def check_turns(messages: Sequence[Message]) -> None:
             raise RowError("turns", f"message {number} is the {message.role}'s; expected the {wanted}")
 
 
-def shortened(value: Any) -> str:
+def short_text(value: Any) -> str:
     """For errors."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from megatron_cpt.posttrain.answer_languages import Identify, mismatch, shares
+from megatron_cpt.posttrain.answer_languages import Identify, language_shares, mismatch
 from megatron_cpt.posttrain.conversations import (
     RowError,
     describes_tools,
@@ -19,7 +19,7 @@ from megatron_cpt.posttrain.conversations import (
     parse_preference,
     unused_fields,
 )
-from megatron_cpt.posttrain.rows import read_rows
+from megatron_cpt.posttrain.rows import read_source_rows
 from megatron_cpt.posttrain.settings import Group, SourceConfig, TuningDataConfig
 from megatron_cpt.posttrain.templates import IGNORED, Example, PairExample, Template
 from megatron_cpt.utils.console import counted
@@ -84,7 +84,7 @@ class RowCounts:
             },
             "tokens": self.tokens,
             "answer_tokens": self.answer_tokens,
-            "languages": None if self.languages is None else shares(self.languages),
+            "languages": None if self.languages is None else language_shares(self.languages),
             "language_warning": self.language_warning(),
             "lengths": dict(zip(("least", "median", "p90", "p99", "most"), lengths, strict=False)),
         }
@@ -203,7 +203,7 @@ def _prepare(
     def read(source: SourceConfig) -> tuple[list[Item], RowCounts]:
         counts = RowCounts(source)
         items: list[Item] = []
-        for number, row in read_rows(source.path):
+        for number, row in read_source_rows(source.path):
             counts.rows += 1
             try:
                 if isinstance(row, RowError):
@@ -211,7 +211,7 @@ def _prepare(
                 item = make(row, counts)
                 length = tokens_of(item)[0]
                 if length > config.max_length:
-                    item = shortened(config, cut, item, length)
+                    item = truncate_item(config, cut, item, length)
                     counts.truncated += 1
             except RowError as error:
                 if refused(config, error):
@@ -266,7 +266,7 @@ def what_became_of(counts: RowCounts) -> str:
     return ", ".join([counted(counts.rows, "row"), *broken, *held_out])
 
 
-def shortened(config: TuningDataConfig, cut: Callable[[Item, int], Item], item: Item, length: int) -> Item:
+def truncate_item(config: TuningDataConfig, cut: Callable[[Item, int], Item], item: Item, length: int) -> Item:
     """An item that is too long, if it may be truncated."""
     if config.on_overlength != "truncate":
         raise RowError(TOO_LONG, f"it has {length} tokens; max_length is {config.max_length}")

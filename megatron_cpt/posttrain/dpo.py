@@ -16,9 +16,9 @@ from trl import DPOConfig as TrlConfig
 from trl import DPOTrainer
 
 from megatron_cpt.posttrain.data import prepare_dpo
-from megatron_cpt.posttrain.models import load_model, lora, model_to_train, saved_dtype
+from megatron_cpt.posttrain.models import load_trainable_model, lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.runner import train
+from megatron_cpt.posttrain.runner import run_training
 from megatron_cpt.posttrain.settings import DpoConfig
 from megatron_cpt.posttrain.sharding import is_sharded, shard
 from megatron_cpt.posttrain.stage import TuningStage, finetune
@@ -53,7 +53,7 @@ class PairTrainer(StepTrainer, DPOTrainer):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._filler = filler_of(self.train_dataset[0])
+        self._filler = filler_pair(self.train_dataset[0])
         self.fill_up(self._filler)
         self._sums: Counter[str] = Counter()  # since the last log
         self._loss_of_fillers = sum(
@@ -129,7 +129,7 @@ class PairTrainer(StepTrainer, DPOTrainer):
         return metrics
 
 
-def filler_of(pair: dict[str, Any]) -> dict[str, Any]:
+def filler_pair(pair: dict[str, Any]) -> dict[str, Any]:
     """A pair like this one with two empty answers."""
     references = {name: 0.0 for name in ("ref_chosen_logps", "ref_rejected_logps") if name in pair}
     return {"prompt_ids": pair["prompt_ids"][:FILLER_TOKENS], "chosen_ids": [], "rejected_ids": []} | references
@@ -154,9 +154,9 @@ def train_dpo(stage: TuningStage[DpoConfig, PairExample]) -> str:
     if process.is_main_process:
         write_report(config.save, prepared)
         show_report(prepared)
-        as_dataset(prepared.train).save_to_disk(os.path.join(folder, "train"))
+        pairs_dataset(prepared.train).save_to_disk(os.path.join(folder, "train"))
         for language, pairs in prepared.validation.items():
-            as_dataset(pairs).save_to_disk(os.path.join(folder, f"validation_{language}"))
+            pairs_dataset(pairs).save_to_disk(os.path.join(folder, f"validation_{language}"))
     process.wait_for_everyone()
     # From files: the reference's probabilities are kept beside them, where all processes find them
     validation = {
@@ -179,7 +179,7 @@ def train_dpo(stage: TuningStage[DpoConfig, PairExample]) -> str:
     set_seed(config.training.seed)  # of adapters' first values
     trainer = PairTrainer(
         model=model,
-        ref_model=shard(load_model(config.model), trl_config.mixed_precision) if needs_reference else None,
+        ref_model=shard(load_trainable_model(config.model), trl_config.mixed_precision) if needs_reference else None,
         args=trl_config,
         train_dataset=datasets.load_from_disk(os.path.join(folder, "train")),
         eval_dataset=validation or None,
@@ -188,7 +188,7 @@ def train_dpo(stage: TuningStage[DpoConfig, PairExample]) -> str:
     )
     merge = config.lora is None or config.lora.merge
     dtype = saved_dtype(config.model)
-    return train(trainer, config.save, stage.checkpoint, template.tokenizer, settings, stage.facts, merge, dtype)
+    return run_training(trainer, config.save, stage.checkpoint, template.tokenizer, settings, stage.facts, merge, dtype)
 
 
 def loss_of(config: DpoConfig) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def loss_of(config: DpoConfig) -> dict[str, Any]:
     return loss
 
 
-def as_dataset(pairs: list[PairExample]) -> datasets.Dataset:
+def pairs_dataset(pairs: list[PairExample]) -> datasets.Dataset:
     """With the names that TRL knows."""
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return datasets.Dataset.from_dict({name: [getattr(pair, name) for pair in pairs] for name in names})

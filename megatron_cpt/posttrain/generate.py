@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_cpt.checkpoint.hf_model import load_hf_model
-from megatron_cpt.checkpoint.hf_tokenizer import load
-from megatron_cpt.model.hf_folder import check_model, check_room, most_new_tokens, positions_of_config
+from megatron_cpt.checkpoint.hf_tokenizer import load_hf_tokenizer
+from megatron_cpt.model.hf_folder import check_answer_fits, check_model, most_new_tokens, positions_of_config
 from megatron_cpt.posttrain.settings import REPETITION_PENALTY
 from megatron_cpt.posttrain.template_files import no_tokens
 from megatron_cpt.posttrain.turn_end import turn_end
 
 
-def load_model(folder: str, dtype: Any = "auto") -> tuple[Any, Any]:
+def load_generator(folder: str, dtype: Any = "auto") -> tuple[Any, Any]:
     """(model, tokenizer) of a HF folder, on CPU.
 
     `dtype`: torch's; "auto": the one it was saved in.
@@ -26,7 +26,7 @@ def load_model(folder: str, dtype: Any = "auto") -> tuple[Any, Any]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return load_hf_model(folder, dtype=dtype).eval(), load(folder)
+    return load_hf_model(folder, dtype=dtype).eval(), load_hf_tokenizer(folder)
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def sampling(temperature: float, top_p: float) -> dict[str, Any]:
     return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
-def complete(
+def complete_text(
     folder: str,
     prompts: Sequence[str],
     max_new_tokens: int | None,
@@ -55,7 +55,7 @@ def complete(
     """
     import torch
 
-    model, tokenizer = load_model(folder, dtype)
+    model, tokenizer = load_generator(folder, dtype)
     end = turn_end(tokenizer, model.generation_config)
     positions = positions_of_config(model.config)
     new_tokens = max_new_tokens or most_new_tokens(positions)
@@ -66,7 +66,7 @@ def complete(
         inputs = tokenizer(prompt, return_tensors="pt")
         if inputs["input_ids"].shape[1] == 0:
             raise no_tokens(prompt, folder)
-        check_room(folder, positions, prompt, inputs["input_ids"].shape[1], new_tokens)
+        check_answer_fits(folder, positions, prompt, inputs["input_ids"].shape[1], new_tokens)
         with torch.inference_mode():
             output = model.generate(
                 **inputs,

@@ -125,7 +125,7 @@ def check_begun(config: SftConfig | DpoConfig) -> None:
     """
     if not sealed_steps(config.save):
         return
-    now: dict[str, dict[str, Any]] = {"settings": flat(readable(config)), "data": {}, "model": {}, "template": {}}
+    now: dict[str, dict[str, Any]] = {"settings": flat(readable_fields(config)), "data": {}, "model": {}, "template": {}}
     with contextlib.suppress(RefusedValueError):
         paths = [source.path for source in (*config.data.sources, *config.data.validation)]
         now["data"] = {path: digest(path) for path in paths if os.access(path, os.R_OK) and os.path.isfile(path)}
@@ -138,14 +138,14 @@ def check_begun(config: SftConfig | DpoConfig) -> None:
     check_same(os.path.join(config.save, RUN), now, all_known=False)
 
 
-def readable(section: Any) -> dict[str, Any]:
+def readable_fields(section: Any) -> dict[str, Any]:
     """A section as a dictionary, without the values that were refused."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(section):
         with contextlib.suppress(RefusedValueError):
             value = getattr(section, field.name)
             if dataclasses.is_dataclass(value):
-                found[field.name] = readable(value)
+                found[field.name] = readable_fields(value)
             elif isinstance(value, list):
                 found[field.name] = [dataclasses.asdict(it) if dataclasses.is_dataclass(it) else it for it in value]  # type: ignore[arg-type]
             else:

@@ -42,11 +42,11 @@ def export(folder: str, config: SftConfig | DpoConfig, prepared: Prepared[Any], 
         info = {}
         for name, items in sets.items():
             if items:
-                rows = [row_of(item.origin) for item in items]
+                rows = [sharegpt_row(item.origin) for item in items]
                 write_text(os.path.join(temporary, f"{name}.json"), json.dumps(rows, ensure_ascii=False, indent=1) + "\n")
                 info[name] = dataset_info(f"{name}.json", stage)
         write_json(os.path.join(temporary, "dataset_info.json"), info)
-        settings = settings_of(folder, config, stage, world_size, bool(sets["validation"]))
+        settings = llamafactory_settings(folder, config, stage, world_size, bool(sets["validation"]))
         settings["warmup_steps"] = warmup_steps(config, prepared)
         write_text(os.path.join(temporary, f"{stage}.yaml"), yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     return os.path.join(folder, f"{stage}.yaml")
@@ -77,7 +77,7 @@ def dataset_info(file: str, stage: str) -> dict[str, Any]:
     return {"file_name": file, "formatting": "sharegpt", "columns": columns} | ({"ranking": True} if stage == "dpo" else {})
 
 
-def row_of(origin: Conversation | Preference) -> dict[str, Any]:
+def sharegpt_row(origin: Conversation | Preference) -> dict[str, Any]:
     """In ShareGPT's style."""
     if isinstance(origin, Preference):
         sides = {name: turn(getattr(origin, name)) for name in ("chosen", "rejected")}
@@ -96,7 +96,9 @@ def turn(message: Message) -> dict[str, str]:
     return {"from": FROM[message.role], "value": message.content}
 
 
-def settings_of(folder: str, config: SftConfig | DpoConfig, stage: str, world_size: int, validation: bool) -> dict[str, Any]:
+def llamafactory_settings(
+    folder: str, config: SftConfig | DpoConfig, stage: str, world_size: int, validation: bool
+) -> dict[str, Any]:
     """By LLaMA-Factory's names."""
     training, optimizer, run = config.training, config.optimizer, config.run
     length: dict[str, Any] = {"num_train_epochs": training.epochs}

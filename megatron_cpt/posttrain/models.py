@@ -13,7 +13,7 @@ import torch
 from megatron_cpt.checkpoint.damage import reading_hf_model
 from megatron_cpt.checkpoint.hf_model import load_hf_model
 from megatron_cpt.model.dtypes import dtype_of
-from megatron_cpt.model.hf_folder import adapter_note, check_sizes, positions_of
+from megatron_cpt.model.hf_folder import adapter_note, check_config_sizes, positions_of
 from megatron_cpt.posttrain.data import Prepared
 from megatron_cpt.posttrain.settings import LoraSettings
 from megatron_cpt.posttrain.sharding import receives_weights, unread_model
@@ -28,7 +28,7 @@ GENERATION = "generation_config.json"
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def load_model(folder: str) -> Any:
+def load_trainable_model(folder: str) -> Any:
     """transformers' model in fp32, as the weights that are trained have to be.
 
     Where FSDP hands them on, only the first process reads them: all of them may be too many for a node's memory.
@@ -53,7 +53,7 @@ def config_of(folder: str) -> dict[str, Any]:
     """
     path = os.path.join(folder, "config.json")
     fields = load_json(path)
-    check_sizes(path, fields)
+    check_config_sizes(path, fields)
     return dict(fields)
 
 
@@ -115,7 +115,7 @@ def model_to_train(folder: str, template: Template, speaks: bool) -> Any:
     Args:
         speaks: print what was found about the folder
     """
-    model = load_model(folder)
+    model = load_trainable_model(folder)
     for note in (adapter_note(folder), mend_generation(folder, model)):
         if note is not None and speaks:
             logger.info(note)

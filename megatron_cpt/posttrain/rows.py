@@ -18,7 +18,7 @@ from megatron_cpt.utils.input_files import not_utf8, wide_encoding
 ENDINGS = (".json", ".jsonl", ".parquet")
 
 
-def read_rows(path: str) -> Iterator[tuple[int, Any]]:
+def read_source_rows(path: str) -> Iterator[tuple[int, Any]]:
     """(number of the row or line, from 1; the row, or the RowError that it cannot be read with).
 
     Raises:
@@ -41,7 +41,7 @@ def read_rows(path: str) -> Iterator[tuple[int, Any]]:
 
 def check_rows(path: str) -> None:
     """Raise InputError unless a file is as a whole what its ending says: its first row is looked for, and no further one."""
-    for _ in read_rows(path):
+    for _ in read_source_rows(path):
         return
 
 

@@ -17,7 +17,7 @@ from megatron_cpt.config.require import Requirements, require
 from megatron_cpt.model.hf_folder import can_look_into, check_model, check_positions, most_new_tokens, positions_of
 from megatron_cpt.posttrain.identity import check_begun
 from megatron_cpt.posttrain.rows import check_rows
-from megatron_cpt.posttrain.template_files import check_prompts, check_prompts_fit, check_tokenizer, read_template
+from megatron_cpt.posttrain.template_files import check_chat_tokenizer, check_prompts, check_prompts_fit, read_template
 from megatron_cpt.utils.errors import InputError, Refusals, RefusedValueError
 from megatron_cpt.utils.input_files import why_unreadable, why_unwritable
 
@@ -36,7 +36,7 @@ LLAMAFACTORY_LOSSES = ("sigmoid", "hinge", "ipo")
 WRITTEN = ("metrics.jsonl", "status.json", "README.md")  # in the folder of a run
 
 
-def check_settings(config: SftConfig | DpoConfig) -> None:
+def check_tuning(config: SftConfig | DpoConfig) -> None:
     """Check the folders, data and chat template that a configuration names, whatever is wrong with it.
 
     Raises:
@@ -59,15 +59,15 @@ def check_settings(config: SftConfig | DpoConfig) -> None:
     with refusals.noted():
         accumulation(config.training, launched_world_size())
     with refusals.noted():
-        check_data(config.data)
+        check_sources(config.data)
     with refusals.noted():
-        if config.data.chat_template is not None and not is_foreign(config):
+        if config.data.chat_template is not None and not is_foreign_template(config):
             read_template(config.data.chat_template, "data.chat_template")
     refusals.raise_any()
 
 
 def check_chat(config: ChatConfig) -> None:
-    """As `check_settings`, of what a ChatConfig names."""
+    """As `check_tuning`, of what a ChatConfig names."""
     refusals = Refusals()
     with refusals.noted():
         check_model(config.model)
@@ -79,7 +79,7 @@ def check_chat(config: ChatConfig) -> None:
                 if config.prompt is not None:  # the text is gone on with, without a template
                     check_prompts(config.model, config.prompts())
                 else:
-                    check_tokenizer(config.model, config.chat_template)
+                    check_chat_tokenizer(config.model, config.chat_template)
             with refusals.noted():
                 new_tokens = config.max_new_tokens or most_new_tokens(positions_of(config.model))
                 check_positions(config.model, new_tokens)
@@ -91,17 +91,17 @@ def check_chat(config: ChatConfig) -> None:
 
 
 def check_to_train(config: SftConfig | DpoConfig) -> None:
-    """As `check_settings`, of what is in the folder of the model."""
+    """As `check_tuning`, of what is in the folder of the model."""
     with Requirements() as need:
         with need.noted():
             positions_of(config.model)
         with need.noted():
             check_weights(config.model)
         with need.noted():
-            if is_foreign(config):
+            if is_foreign_template(config):
                 read_folder(config.model)
             else:
-                check_tokenizer(config.model, config.data.chat_template, "data.chat_template")
+                check_chat_tokenizer(config.model, config.data.chat_template, "data.chat_template")
 
 
 def exports(config: SftConfig | DpoConfig) -> bool:
@@ -112,7 +112,7 @@ def exports(config: SftConfig | DpoConfig) -> bool:
         return False
 
 
-def is_foreign(config: SftConfig | DpoConfig) -> bool:
+def is_foreign_template(config: SftConfig | DpoConfig) -> bool:
     """Whether data are to be exported with a template that LLaMA-Factory lacks: `check_export` says all there is to say."""
     return exports(config) and config.data.chat_template not in LLAMAFACTORY_TEMPLATES
 
@@ -176,15 +176,15 @@ def empty_save() -> InputError:
     return InputError("save is empty; use the name of a folder")
 
 
-def check_data(data: TuningDataConfig) -> None:
+def check_sources(data: TuningDataConfig) -> None:
     """Check that all files are there, and that rows to evaluate on are not those to train on.
 
     Raises:
         InputError: one is missing, not to be read, or there twice; InputErrors: several are
     """
     with Requirements() as need:
-        sources = readable(need, "data.sources", lambda: data.sources)
-        validation = readable(need, "data.validation", lambda: data.validation)
+        sources = readable_sources(need, "data.sources", lambda: data.sources)
+        validation = readable_sources(need, "data.validation", lambda: data.validation)
         advice = "use different files, or leave data.validation out: data.validation_share holds out of each source"
         for first, second in itertools.product(sources, validation):
             with need.noted():
@@ -198,12 +198,12 @@ def check_data(data: TuningDataConfig) -> None:
 
 
 def data_files(data: TuningDataConfig) -> list[str]:
-    """All paths of the data, which are there; InputError as of `check_data`."""
-    check_data(data)
+    """All paths of the data, which are there; InputError as of `check_sources`."""
+    check_sources(data)
     return [source.path for source in (*data.sources, *data.validation)]
 
 
-def readable(refusals: Refusals, name: str, sources: Callable[[], Sequence[SourceConfig]]) -> list[str]:
+def readable_sources(refusals: Refusals, name: str, sources: Callable[[], Sequence[SourceConfig]]) -> list[str]:
     """The paths of those sources that can be read; why the others cannot is noted."""
     paths = list[str]()
     with refusals.noted():

@@ -40,7 +40,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REPORT, STATUS = "data_report.json", "status.json"
 
 
-def check_files(folder: str | None, model: str, data: TuningDataConfig) -> list[str]:
+def check_tuning_files(folder: str | None, model: str, data: TuningDataConfig) -> list[str]:
     """The paths of the data, when they are there, and the run may begin, or resume, in its folder (None: it saves nothing).
 
     Raises:
@@ -78,7 +78,7 @@ def load_dated_template(model: str, name: str | None, checkpoint: str | None) ->
     return template
 
 
-def begin(folder: str, checkpoint: str | None, facts: dict[str, Any]) -> None:
+def begin_run(folder: str, checkpoint: str | None, facts: dict[str, Any]) -> None:
     """Put aside what the run does not resume from, and write run.json, unless it resumes. By the first process."""
     step = -1 if checkpoint is None else int(os.path.basename(checkpoint).removeprefix("checkpoint-"))
     for name in set_aside(folder, step):
@@ -201,7 +201,7 @@ class Stop(TrainerCallback):
         return control
 
 
-def train(
+def run_training(
     trainer: Any,
     folder: str,
     checkpoint: str | None,
@@ -239,7 +239,7 @@ def train(
     sum_in_fp32(trainer.accelerator)
     if first:
         rehearse(trainer, folder, tokenizer, dtype)
-        begin(folder, checkpoint, facts)
+        begin_run(folder, checkpoint, facts)
     trainer.accelerator.wait_for_everyone()
     with stop.listening():
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -310,7 +310,7 @@ def write_model(model: Any, weights: dict[str, torch.Tensor], folder: str, merge
         if not merge:
             model.save_pretrained(folder, state_dict=weights)
             return
-        model = merged(model, weights)
+        model = merge_adapters(model, weights)
         weights = model.state_dict()
     model.config.dtype = dtype
     again = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}  # the same weights under other names
@@ -318,7 +318,7 @@ def write_model(model: Any, weights: dict[str, torch.Tensor], folder: str, merge
     model.save_pretrained(folder, state_dict=own)
 
 
-def merged(model: Any, weights: dict[str, torch.Tensor]) -> Any:
+def merge_adapters(model: Any, weights: dict[str, torch.Tensor]) -> Any:
     """A model with adapters as one without them, of all its weights: the model itself may hold only a part of them."""
     import peft
     from transformers import AutoModelForCausalLM

@@ -14,7 +14,7 @@ from trl import SFTTrainer
 from megatron_cpt.posttrain.data import prepare_sft
 from megatron_cpt.posttrain.models import lora, model_to_train, saved_dtype
 from megatron_cpt.posttrain.report import show_report, write_report
-from megatron_cpt.posttrain.runner import train
+from megatron_cpt.posttrain.runner import run_training
 from megatron_cpt.posttrain.settings import SftConfig
 from megatron_cpt.posttrain.stage import TuningStage, finetune
 from megatron_cpt.posttrain.templates import IGNORED, Example
@@ -26,7 +26,7 @@ class AnswerLossTrainer(StepTrainer, SFTTrainer):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._filler = filler_of(self.train_dataset[0])
+        self._filler = filler_example(self.train_dataset[0])
         self.fill_up(self._filler)
 
     def compute_loss(
@@ -66,7 +66,7 @@ class AnswerLossTrainer(StepTrainer, SFTTrainer):
         return metrics
 
 
-def filler_of(example: dict[str, Any]) -> dict[str, Any]:
+def filler_example(example: dict[str, Any]) -> dict[str, Any]:
     """An example like this one, of which no token counts."""
     filler = {"input_ids": example["input_ids"][:FILLER_TOKENS], "labels": [IGNORED] * FILLER_TOKENS}
     return filler | ({"seq_lengths": [FILLER_TOKENS]} if "seq_lengths" in example else {})
@@ -107,17 +107,17 @@ def train_sft(stage: TuningStage[SftConfig, Example]) -> str:
     trainer = AnswerLossTrainer(
         model=model,
         args=trl_config,
-        train_dataset=as_dataset(prepared.train),
-        eval_dataset={language: as_dataset(examples) for language, examples in prepared.validation.items()} or None,
+        train_dataset=examples_dataset(prepared.train),
+        eval_dataset={language: examples_dataset(examples) for language, examples in prepared.validation.items()} or None,
         processing_class=template.tokenizer,
         peft_config=lora(config.lora, model),
     )
     merge = config.lora is None or config.lora.merge
     dtype = saved_dtype(config.model)
-    return train(trainer, config.save, stage.checkpoint, template.tokenizer, settings, stage.facts, merge, dtype)
+    return run_training(trainer, config.save, stage.checkpoint, template.tokenizer, settings, stage.facts, merge, dtype)
 
 
-def as_dataset(examples: list[Example]) -> Dataset:
+def examples_dataset(examples: list[Example]) -> Dataset:
     """With the names that TRL knows."""
     return Dataset.from_dict(
         {"input_ids": [example.input_ids for example in examples], "labels": [example.labels for example in examples]}

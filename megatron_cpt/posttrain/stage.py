@@ -12,14 +12,14 @@ from accelerate import PartialState
 
 from megatron_cpt.platforms.devices import device_type
 from megatron_cpt.posttrain.answer_languages import Identify, language_identifier
-from megatron_cpt.posttrain.checkpoints import find_checkpoint, only_run, sealed_steps
+from megatron_cpt.posttrain.checkpoints import find_trainer_checkpoint, locked_tuning_folder, sealed_steps
 from megatron_cpt.posttrain.data import Prepared
 from megatron_cpt.posttrain.identity import facts_of, facts_of_examples
 from megatron_cpt.posttrain.llamafactory import export
 from megatron_cpt.posttrain.models import check_fit
 from megatron_cpt.posttrain.report import show_report
 from megatron_cpt.posttrain.run_files import accumulation
-from megatron_cpt.posttrain.runner import check_files, check_resumes, load_dated_template
+from megatron_cpt.posttrain.runner import check_resumes, check_tuning_files, load_dated_template
 from megatron_cpt.posttrain.settings import (
     DpoConfig,
     OptimizerSettings,
@@ -69,7 +69,7 @@ def finetune(
         prepare: makes examples of (the settings of the data, the template, the seed, what names languages)
         train: trains on what was prepared; returns the folder
     """
-    files = check_files(None if config.export_to is not None else config.save, config.model, config.data)
+    files = check_tuning_files(None if config.export_to is not None else config.save, config.model, config.data)
     datasets.disable_progress_bars()
     use_cpu = device_type() == "cpu"
     process = PartialState(cpu=use_cpu)
@@ -82,7 +82,7 @@ def finetune(
         show_report(prepared)
         return export(config.export_to, config, prepared, process.num_processes)
     seen = sealed_steps(config.save)
-    checkpoint = find_checkpoint(config.save)
+    checkpoint = find_trainer_checkpoint(config.save)
     template = load_dated_template(config.model, config.data.chat_template, checkpoint)
     facts = facts_of(dataclasses.asdict(config), files, config.model, template)
     check_resumes(checkpoint, facts)
@@ -91,7 +91,7 @@ def finetune(
     facts |= facts_of_examples(prepared)
     check_resumes(checkpoint, facts)  # such as other rows that an older version would have left out
     check_fit(config.model, prepared)
-    with only_run(config.save, seen):
+    with locked_tuning_folder(config.save, seen):
         return train(TuningStage(config, arguments, template, prepared, checkpoint, facts))
 
 

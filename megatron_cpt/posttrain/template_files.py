@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_cpt.checkpoint.damage import json_fields
-from megatron_cpt.checkpoint.hf_tokenizer import check_kinds, read_folder
-from megatron_cpt.model.hf_folder import check_room, positions_of
+from megatron_cpt.checkpoint.hf_tokenizer import check_field_kinds, read_folder
+from megatron_cpt.model.hf_folder import check_answer_fits, positions_of
 from megatron_cpt.posttrain.template_limits import check_jinja
 from megatron_cpt.tokenizer import Tokenizer
 from megatron_cpt.tokenizer.hf import HuggingFaceTokenizer
@@ -35,7 +35,7 @@ TEMPLATES = {
 FILE = "chat_template.jinja"  # in a model's folder, with its own template
 
 
-def check_tokenizer(model: str, template: str | None, field: str = "chat_template") -> None:
+def check_chat_tokenizer(model: str, template: str | None, field: str = "chat_template") -> None:
     """Check that the tokenizer of a model's folder can be read, and goes with a chat template. None: with its own.
 
     `field`: of the configuration, which names the template.
@@ -57,7 +57,7 @@ def check_tokenizer(model: str, template: str | None, field: str = "chat_templat
 
 
 def check_asking(model: str, template: str | None) -> None:
-    """As `check_tokenizer`, for prompts: a model that has a template of its own gets them by that one; None: or by none."""
+    """As `check_chat_tokenizer`, for prompts: a model with a template of its own gets them by that one; None: or by none."""
     refusals = Refusals()
     with refusals.noted():
         own = own_template(model)
@@ -91,7 +91,7 @@ def check_prompts_fit(model: str, prompts: Sequence[str], max_new_tokens: int) -
     tokenizer, positions = read_folder(model), positions_of(model)
     for prompt in prompts:
         if isinstance(tokenizer, HuggingFaceTokenizer):
-            check_room(model, positions, prompt, len(tokenizer.encode_prompt(prompt)), max_new_tokens)
+            check_answer_fits(model, positions, prompt, len(tokenizer.encode_prompt(prompt)), max_new_tokens)
 
 
 def no_tokens(prompt: str, model: str) -> InputError:
@@ -128,7 +128,7 @@ def own_templates(model: str) -> tuple[str, dict[str, Any]]:
     if not os.path.exists(path):
         return path, {}
     fields = json_fields(path)
-    check_kinds(path, "chat_template")
+    check_field_kinds(path, "chat_template")
     return f"{path}: chat_template", named_templates(fields.get("chat_template"))
 
 

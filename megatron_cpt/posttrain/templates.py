@@ -14,7 +14,7 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_cpt.convert.vocabulary import load
+from megatron_cpt.convert.vocabulary import load_hf_tokenizer
 from megatron_cpt.posttrain.conversations import Conversation, Message, Preference, RowError
 from megatron_cpt.posttrain.template_files import TEMPLATES, missing_token, no_template, read_template
 from megatron_cpt.posttrain.template_limits import REFUSALS, has_word, limited
@@ -236,7 +236,7 @@ def load_template(folder: str, name: str | None, now: datetime | None = None) ->
     Raises:
         InputError: see Template
     """
-    return Template(load(folder), name, now)
+    return Template(load_hf_tokenizer(folder), name, now)
 
 
 def template_text(tokenizer: Any, name: str | None) -> str:

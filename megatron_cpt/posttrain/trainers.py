@@ -88,7 +88,7 @@ class StepTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:  # each library that writes has one of its own
-            check_room(self.args.output_dir, step, error)
+            check_disk_room(self.args.output_dir, step, error)
             raise
         finally:
             self.args.save_total_limit = keep
@@ -113,7 +113,7 @@ class StepTrainer(Trainer):
         self.state.num_input_tokens_seen = tokens
 
 
-def check_room(folder: str, step: int, error: Exception) -> None:
+def check_disk_room(folder: str, step: int, error: Exception) -> None:
     """Raise RunError if a checkpoint could not be saved because the disk is full.
 
     Args:

@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 
 from megatron_cpt.study.fit import Fit, outcome_notes, seed_note
-from megatron_cpt.study.grid import absolute, check_no_stages, parse, read_fields
-from megatron_cpt.study.records import is_number, number, of_kind, read_json
+from megatron_cpt.study.grid import absolute, check_no_stages, parse_run_config, read_fields
+from megatron_cpt.study.records import checked_number, is_number, of_kind, read_record_file
 from megatron_cpt.study.results import MEAN_METRIC, Results
 from megatron_cpt.study.surfaces import INTERVAL, Array, Surface, bound_between_pairs, pairs_around, unit_grid
 from megatron_cpt.utils.errors import InputError
@@ -253,7 +253,7 @@ def border_notes(choice: Choice, surface: Surface) -> list[str]:
 def write_choice(folder: str, choice: Choice, target: str, max_general_rise: float) -> str:
     """Write choice.json and the configuration of the CPT run to start: `target` with the chosen pair; returns its path."""
     fields = read_fields(target)
-    config = parse(fields, target)
+    config = parse_run_config(fields, target)
     mixture_fields = load_yaml(config.mixture, "mixture file", plain_number)
     check_no_stages(config.mixture, mixture_fields)
     mixture = absolute(mixture_fields, os.path.dirname(os.path.abspath(config.mixture))) | {"almr": round(choice.almr, 4)}
@@ -277,9 +277,9 @@ def read_choice(folder: str) -> dict[str, Any] | None:
     path = os.path.join(folder, CHOICE)
     if not os.path.exists(path):
         return None
-    choice: dict[str, Any] = read_json(path, dict, "a choice; remove the file, or use choose again")
+    choice: dict[str, Any] = read_record_file(path, dict, "a choice; remove the file, or use choose again")
     for name in ("almr", "lr", "max_general_rise"):
-        number(choice.get(name), f"{path}: {name}")
+        checked_number(choice.get(name), f"{path}: {name}")
     of_kind(choice.get("reason"), str, f"{path}: reason", "a text")
     for note in of_kind(choice.get("notes"), list, f"{path}: notes", "a list of texts"):
         of_kind(note, str, f"{path}: notes", "a list of texts")

@@ -12,17 +12,17 @@ from megatron_cpt.checkpoint.layout import iterations
 from megatron_cpt.study.choose import Choice, choose, read_choice, write_choice
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.critical import predict_critical_ratios
-from megatron_cpt.study.fit import Fit, equation, fit, fit_for_choice, grouped_notes, write_fit
+from megatron_cpt.study.fit import Fit, equation, fit_for_choice, fit_study, grouped_notes, write_fit
 from megatron_cpt.study.grid import Base, GridPoint, grid_points, read_base, read_proposed, run_folder, write_proposed
 from megatron_cpt.study.html_report import critical_words, interval, noise_words, write_html_report
 from megatron_cpt.study.inputs import check_inputs, record_inputs
-from megatron_cpt.study.local_executor import alone_in, device_shares, environment, run_locally
+from megatron_cpt.study.local_executor import alone_in, device_shares, run_environment, run_locally
 from megatron_cpt.study.plan import make_plan, plan_table
 from megatron_cpt.study.results import Results, collect, write_results
 from megatron_cpt.study.run_status import read_outcome
-from megatron_cpt.study.scores import START, measure, read_all_scores, scores_path
+from megatron_cpt.study.scores import START, measure_scores, read_all_scores, scores_path
 from megatron_cpt.study.settings import ChooseOptions, FitOptions, PlanOptions, PlotOptions, RunOptions
-from megatron_cpt.study.slurm_executor import submit
+from megatron_cpt.study.slurm_executor import submit_array
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.tables import PlainTable, log_table, number_column, text_column
@@ -30,7 +30,7 @@ from megatron_cpt.utils.tables import PlainTable, log_table, number_column, text
 logger = logging.getLogger(__name__)
 
 
-def plan(study: PlanOptions) -> str:
+def plan_study(study: PlanOptions) -> str:
     """`almr_study.py plan`; returns the study's folder."""
     base, proposed = read_base(study), read_proposed(study.folder)
     if study.adaptive:
@@ -46,17 +46,17 @@ def plan(study: PlanOptions) -> str:
     return study.folder
 
 
-def run(study: RunOptions) -> str:
+def run_study(study: RunOptions) -> str:
     """`almr_study.py run`; returns the path of the results, of the array's script, or of the one run's folder."""
     base = read_base(study)
     if study.only is not None:
         return run_only(study, base, study.only)
     make_plan(study, base, read_proposed(study.folder))  # refuses what a run would refuse
-    todo = [point for point in grid_points(study) if not is_done(study, point)]
+    todo = [point for point in grid_points(study) if not is_point_done(study, point)]
     logger.info(f"{len(todo)} of {len(grid_points(study))} runs to do")
     os.makedirs(os.path.join(study.folder, "runs"), exist_ok=True)
     if todo and study.executor == "slurm":
-        return submit(study, todo)
+        return submit_array(study, todo)
     try:
         if todo and study.scores is not None:
             measure_start(study, base)
@@ -92,7 +92,7 @@ def measure_start(study: StudyConfig, base: Base) -> None:
     """The scores of the checkpoint that all runs begin with."""
     with alone_in(study, START, threading.Event()):  # two studies may be started at once
         load = base.config.checkpoint.load
-        measure(study, load, scores_path(study.folder, START, 0), environment(study, device_shares(study)[0]))
+        measure_scores(study, load, scores_path(study.folder, START, 0), run_environment(study, device_shares(study)[0]))
 
 
 def lacks_scores(study: StudyConfig, point: GridPoint) -> bool:
@@ -100,10 +100,10 @@ def lacks_scores(study: StudyConfig, point: GridPoint) -> bool:
     outcome = read_outcome(run_folder(study.folder, point))
     if study.scores is None or outcome is None or outcome.kind != "finished":
         return False
-    return is_done(study, point) and not read_all_scores(study.folder, point.name)
+    return is_point_done(study, point) and not read_all_scores(study.folder, point.name)
 
 
-def is_done(study: StudyConfig, point: GridPoint) -> bool:
+def is_point_done(study: StudyConfig, point: GridPoint) -> bool:
     """Whether nothing is left of it to do or to measure."""
     folder = run_folder(study.folder, point)
     outcome = read_outcome(folder)
@@ -120,7 +120,7 @@ def is_done(study: StudyConfig, point: GridPoint) -> bool:
 def fitted(study: FitOptions) -> tuple[Results, Fit]:
     """What the runs have found, and what it says."""
     results = collect(study, read_base(study))
-    found = fit(results, study.frontier_axis, study.tolerance)
+    found = fit_study(results, study.frontier_axis, study.tolerance)
     if study.token_budget is not None:
         critical = predict_critical_ratios(results, found.cmr, study.tolerance, study.token_budget)
         none = (
@@ -185,7 +185,7 @@ def plot(study: PlotOptions) -> str:
         study.folder,
         (
             ("contours", lambda: figures.contours(results, found, chosen)),
-            ("languages", lambda: figures.languages(results, found, chosen)),
+            ("languages", lambda: figures.draw_language_losses(results, found, chosen)),
             ("trajectories", lambda: figures.trajectories(results, lr)),
             ("pareto", lambda: figures.pareto(results, found, chosen, limit)),
             ("laws", lambda: figures.laws(results, found)),
@@ -214,11 +214,11 @@ def choose_command(study: ChooseOptions) -> str:
     results = collect(study, read_base(study))
     choice = choose(results, fit_for_choice(results, study.goal), study.max_general_rise, study.confidence, study.goal)
     path = write_choice(study.folder, choice, study.target or study.base, study.max_general_rise)
-    show(choice)
+    show_choice(choice)
     return path
 
 
-def show(choice: Choice) -> None:
+def show_choice(choice: Choice) -> None:
     """The choice on screen."""
     logger.info(f"ALMR           {choice.almr:.3g}{interval(choice.almr_interval)}")
     logger.info(f"learning rate  {choice.lr:.3g}{interval(choice.lr_interval)}")

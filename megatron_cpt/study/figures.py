@@ -43,16 +43,16 @@ def contours(results: Results, fit: Fit, chosen: Chosen) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
     draw_surface(axes[0], "mixed", fit.surfaces["mixed"], results, chosen, "viridis_r")
     if fit.line is not None:
-        draw_line(axes[0], fit.line, "steepest descent", "#e63946")
+        draw_almr_line(axes[0], fit.line, "steepest descent", "#e63946")
     draw_surface(axes[1], right, fit.surfaces[right], results, chosen, "viridis" if right == MEAN_METRIC else "viridis_r")
     if fit.frontier is not None:
-        draw_line(axes[1], fit.frontier, "frontier", "#e63946", "peaks")
+        draw_almr_line(axes[1], fit.frontier, "frontier", "#e63946", "peaks")
     for ax in axes:
         legend_below(ax)
     return figure
 
 
-def languages(results: Results, fit: Fit, chosen: Chosen) -> Figure:
+def draw_language_losses(results: Results, fit: Fit, chosen: Chosen) -> Figure:
     """Losses of both languages."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
     for ax, name in zip(axes, ("general", "additional"), strict=True):
@@ -130,7 +130,7 @@ def draw_contours(ax: Axes, surface: Surface, colors: str) -> tuple[Array, Array
     return rates, shares
 
 
-def draw_line(ax: Axes, line: Line, label: str, color: str, points: str | None = None) -> None:
+def draw_almr_line(ax: Axes, line: Line, label: str, color: str, points: str | None = None) -> None:
     """ALMR = a + b log10 LR as far as its points go; dotted where nothing should be concluded from it."""
     if not np.isfinite(line.a):
         ax.plot([], [], " ", label=f"no {label}: see the notes")
@@ -286,7 +286,7 @@ def laws(results: Results, fit: Fit) -> Figure | None:
         rows = [r for r in results.rows if r["lr"] == best.lr and r["outcome"] == "finished" and r["iteration"] > 0]
         rows = [row for row in rows if row["almr"] != (1.0 if quantity == "general" else 0.0)]  # as for the fit
         budgets = sorted({row["tokens"] for row in rows})
-        kept = spread(budgets, 5)
+        kept = spread_evenly(budgets, 5)
         shares = np.linspace(min(row["almr"] for row in rows), max(row["almr"] for row in rows), 101)
         for tokens, color in zip(kept, plt.get_cmap("viridis")(np.linspace(0.1, 0.9, len(kept))), strict=True):
             here = [row for row in rows if row["tokens"] == tokens]
@@ -312,7 +312,7 @@ def laws(results: Results, fit: Fit) -> Figure | None:
     return figure
 
 
-def spread(values: Sequence[Any], most: int) -> list[Any]:
+def spread_evenly(values: Sequence[Any], most: int) -> list[Any]:
     """At most so many of them, evenly, with the first and the last."""
     if len(values) <= most:
         return list(values)

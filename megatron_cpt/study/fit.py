@@ -88,7 +88,7 @@ class Fit:
     critical: list[CriticalRatio] = dataclasses.field(default_factory=list)
 
 
-def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01, laws: bool = True) -> Fit:
+def fit_study(results: Results, axis: Axis = "almr", tolerance: float = 0.01, laws: bool = True) -> Fit:
     """Everything that the runs that have finished support.
 
     Args:
@@ -123,10 +123,10 @@ def fit(results: Results, axis: Axis = "almr", tolerance: float = 0.01, laws: bo
 
 
 def fit_for_choice(results: Results, goal: str | None) -> Fit:
-    """The surfaces that a choice looks at, of `fit`'s: of the general loss, and of the goal (None: of both it could be).
+    """The surfaces of `fit_study` that a choice looks at: of the general loss, and of the goal (None: of both it could be).
 
     Raises:
-        InputError: as `fit`
+        InputError: as `fit_study`
     """
     notes: list[str] = []
     goals = [goal] if goal else ["additional", MEAN_METRIC]
@@ -316,11 +316,11 @@ def grouped_notes(notes: Iterable[str]) -> list[str]:
 def write_fit(folder: str, found: Fit) -> str:
     """Replace fit.json; returns its path."""
     path = os.path.join(folder, FIT)
-    write_json(path, finite(to_json(found)))
+    write_json(path, finite(fit_json(found)))
     return path
 
 
-def to_json(found: Fit) -> dict[str, Any]:
+def fit_json(found: Fit) -> dict[str, Any]:
     """All numbers by name."""
     return {
         "surfaces": {

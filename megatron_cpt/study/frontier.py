@@ -175,12 +175,12 @@ def steepest_curve(heights: Array) -> Array | None:
     """[n, 2] unit coordinates from the highest loss to the lowest, from the heights on a grid; None: it has no length."""
     field = gradients(heights.reshape(FIELD, FIELD))
     middle: Array = np.array([0.5, 0.5])
-    uphill, downhill = follow(field, middle, 1.0), follow(field, middle, -1.0)
+    uphill, downhill = follow_gradient(field, middle, 1.0), follow_gradient(field, middle, -1.0)
     curve = np.concatenate([uphill[:0:-1], downhill])
     return curve if len(curve) >= 10 else None
 
 
-def follow(field: Array, start: Array, sign: float) -> Array:
+def follow_gradient(field: Array, start: Array, sign: float) -> Array:
     """[n, 2] places along the gradient (`sign` 1) or against it (-1), from the start on, `STEP` apart.
 
     Integrated without the normalization, which is the same curve, by an implicit method: a step of a fixed length would go

@@ -19,7 +19,7 @@ from megatron_cpt.config.renamed import current_names
 from megatron_cpt.config.require import require
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.records import has_begun, number, of_kind, read_json
+from megatron_cpt.study.records import checked_number, has_begun, of_kind, read_record_file
 from megatron_cpt.utils.errors import InputError, Refusals
 from megatron_cpt.utils.files import write_json, write_text
 from megatron_cpt.utils.input_files import load_yaml, plain_number, shown, why_unwritable
@@ -90,10 +90,10 @@ def read_proposed(folder: str) -> list[tuple[float, float]]:
     path = os.path.join(folder, PROPOSED)
     if not os.path.exists(path):
         return []
-    found = read_json(path, list, "a list of almr and lr")
+    found = read_record_file(path, list, "a list of almr and lr")
     for i, pair in enumerate(found):
         of_kind(pair, dict, f"{path}: {i}", "almr and lr")
-        almr, lr = (number(pair.get(name), f"{path}: {i}.{name}") for name in ("almr", "lr"))
+        almr, lr = (checked_number(pair.get(name), f"{path}: {i}.{name}") for name in ("almr", "lr"))
         if not (0 <= almr <= 1 and lr > 0):
             raise InputError(f"{path}: {i} is almr {almr:g}, lr {lr:g}; expected an almr from 0 to 1 and an lr above 0")
     return [(float(pair["almr"]), float(pair["lr"])) for pair in found]
@@ -130,18 +130,18 @@ def read_base(study: StudyConfig) -> Base:
     """
     refusals = Refusals()
     with refusals.noted():
-        check_folder(study.folder)
+        check_study_folder(study.folder)
     with refusals.noted():
         fields = read_fields(study.base)
     refusals.raise_any()
-    complete(fields, study.base, study.folder, study.train_tokens)
-    config = parse(fields, study.base)
+    complete_base(fields, study.base, study.folder, study.train_tokens)
+    config = parse_run_config(fields, study.base)
     mixture = load_yaml(config.mixture, "mixture file", plain_number)
     check_one_almr(config.mixture, mixture)
     return Base(fields, absolute(mixture, os.path.dirname(os.path.abspath(config.mixture))), config)
 
 
-def complete(fields: dict[str, Any], where: str, folder: str, train_tokens: int) -> None:
+def complete_base(fields: dict[str, Any], where: str, folder: str, train_tokens: int) -> None:
     """Give a base configuration what every run has of its own, where it has none.
 
     Raises:
@@ -167,7 +167,7 @@ def check_no_stages(path: str, mixture: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: a mixture with stages has more than one almr; expected one without")
 
 
-def check_folder(folder: str) -> None:
+def check_study_folder(folder: str) -> None:
     """Raise InputError unless the study's folder is one or can become one."""
     why = why_unwritable(folder)
     require(why is None, "folder", folder, f"a folder to write to, or a name for a new one ({why})")
@@ -186,7 +186,7 @@ def read_fields(path: str, notes: list[str] | None = None) -> dict[str, Any]:
     return current_names(RunConfig, given, f"{path}: ", notes)
 
 
-def parse(fields: Mapping[str, Any], where: str) -> RunConfig:
+def parse_run_config(fields: Mapping[str, Any], where: str) -> RunConfig:
     """A checked configuration of a training run."""
     return config_from(RunConfig, fields, where)
 
@@ -291,7 +291,7 @@ def check_same_study(study: StudyConfig, base: Base, point: GridPoint) -> None:
         if not os.path.exists(path):
             raise InputError(f"{path} is missing, so that {folder} may be a run of another study; {repeat}")
         old = without_own_paths(read_fields(path))
-        different = first_difference(old, without_own_paths(fields))
+        different = first_field_difference(old, without_own_paths(fields))
         if different is not None:
             name, before, now = different
             raise InputError(
@@ -307,7 +307,7 @@ def without_own_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
     return left
 
 
-def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
+def first_field_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """The name of the first field that differs, with both values; paths are alike where they lead to the same place."""
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [(key, old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
@@ -317,5 +317,5 @@ def first_difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any]
         return None
     else:
         return name, old, new
-    found = (first_difference(before, now, f"{name}.{key}".lstrip(".")) for key, before, now in pairs)
+    found = (first_field_difference(before, now, f"{name}.{key}".lstrip(".")) for key, before, now in pairs)
     return next((different for different in found if different is not None), None)

@@ -41,7 +41,7 @@ def write_html_report(
     folder: str, title: str, results: Results, fit: Fit, choice: dict[str, Any] | None, images: Sequence[str]
 ) -> str:
     """Write report.html; returns its path."""
-    parts = [f"<h1>{html.escape(title)}</h1>", summary(results)]
+    parts = [f"<h1>{html.escape(title)}</h1>", study_summary(results)]
     if choice is not None:
         parts += ["<h2>Choice</h2>", choice_section(choice)]
     if notes := grouped_notes([*(choice["notes"] if choice is not None else []), *fit.notes]):
@@ -66,14 +66,14 @@ def write_html_report(
     return path
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Escaped."""
     lines = ["<table>", "<tr>" + "".join(f"<th>{html.escape(text)}</th>" for text in header) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows]
     return "\n".join([*lines, "</table>"])
 
 
-def summary(results: Results) -> str:
+def study_summary(results: Results) -> str:
     """How many runs, how they ended."""
     outcomes = {row["run"]: row["outcome"] for row in results.rows}
     counts = ", ".join(f"{list(outcomes.values()).count(kind)} {kind}" for kind in sorted(set(outcomes.values())))
@@ -103,13 +103,13 @@ def lines_table(fit: Fit) -> str:
             known = bool(np.isfinite(line.a))
             figures = [equation(line), interval(line.a_interval), interval(line.b_interval)] if known else ["", "", ""]
             rows.append([name, *figures, "no (see the notes)" if line.refused else "yes"])
-    return table(["", "equation", "a, 5 % to 95 %", "b, 5 % to 95 %", "supported"], rows)
+    return html_table(["", "equation", "a, 5 % to 95 %", "b, 5 % to 95 %", "supported"], rows)
 
 
 def surfaces_table(fit: Fit) -> str:
     """How good each is."""
     header = ["", "runs", "noise between seeds", "error on left-out pairs", "explained", "supported"]
-    return table(
+    return html_table(
         header,
         (
             [
@@ -142,13 +142,13 @@ def d_cpt_table(fit: Fit) -> str:
         ]
         for fitted in fit.d_cpt
     )
-    return table(["", *names, "error on left-out ratios", "of their differences explained"], rows)
+    return html_table(["", *names, "error on left-out ratios", "of their differences explained"], rows)
 
 
 def cmr_table(fit: Fit) -> str:
     """Parameters."""
     rows = ([f"LR {lr:g}", f"{c.b0:.3g}", f"{c.b1:.3g}", f"{c.s:.3g}", f"{c.error:.3g}"] for lr, c in fit.cmr.items())
-    return table(["", "b0", "b1", "s", "error on the last budgets"], rows)
+    return html_table(["", "b0", "b1", "s", "error on the last budgets"], rows)
 
 
 def critical_words(critical: CriticalRatio) -> str:
@@ -172,4 +172,4 @@ def runs_table(results: Results) -> str:
             values = [row[name] for row in ended if row.get(name) is not None]
             cells.append(f"{np.mean(values):.4g}" if values else "")
         rows.append(cells)
-    return table(["ALMR", "learning rate", "runs finished", *names], rows)
+    return html_table(["ALMR", "learning rate", "runs finished", *names], rows)

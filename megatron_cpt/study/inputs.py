@@ -23,7 +23,15 @@ from megatron_cpt.checkpoint.layout import find_checkpoint, read_manifest
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import Base
-from megatron_cpt.study.records import LEDGER, has_begun, ledger_corpora, of_kind, read_json, read_ledger, read_run_metrics
+from megatron_cpt.study.records import (
+    LEDGER,
+    has_begun,
+    ledger_corpora,
+    of_kind,
+    read_ledger,
+    read_record_file,
+    read_run_metrics,
+)
 from megatron_cpt.training.baseline import measurements
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import write_json
@@ -53,7 +61,7 @@ def check_inputs(study: StudyConfig, base: Base) -> None:
         for what, value in facts:
             known.setdefault(what, (value, os.path.join(study.folder, "runs", name)))
     check_replaced(study.folder, base, known)
-    check_runs(study.folder, of_runs, known)
+    check_same_inputs(study.folder, of_runs, known)
 
 
 def check_replaced(folder: str, base: Base, known: Known) -> None:
@@ -68,7 +76,7 @@ def check_replaced(folder: str, base: Base, known: Known) -> None:
             )
 
 
-def check_runs(folder: str, of_runs: Mapping[str, Sequence[tuple[str, Any]]], known: Known) -> None:
+def check_same_inputs(folder: str, of_runs: Mapping[str, Sequence[tuple[str, Any]]], known: Known) -> None:
     """Raise InputError if runs, of which each says (what, value), have not read what the study in a folder began with."""
     for what, (wanted, where) in known.items():
         odd = {
@@ -116,7 +124,7 @@ def read_record(folder: str) -> dict[str, str]:
     if not os.path.exists(path):
         return {}
     repeat = "remove the file to have it made anew of what lies there now"
-    found = read_json(path, dict, f"checksums of what the study's runs read; {repeat}")
+    found = read_record_file(path, dict, f"checksums of what the study's runs read; {repeat}")
     return {what: of_kind(value, str, f"{path}: {what}", f"a text; {repeat}") for what, value in found.items()}
 
 

@@ -21,7 +21,7 @@ from megatron_cpt.platforms.devices import visible_gpus
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import Base, GridPoint, run_folder, write_configuration
 from megatron_cpt.study.inputs import check_inputs, record_start
-from megatron_cpt.study.records import of_kind, read_json, read_run_metrics
+from megatron_cpt.study.records import of_kind, read_record_file, read_run_metrics
 from megatron_cpt.study.run_status import RunOutcome, StoppedError, divergence, read_outcome, write_outcome
 from megatron_cpt.study.scores import measure_run
 from megatron_cpt.training.stopping import STOP_FILE
@@ -121,14 +121,14 @@ def run_one(
         outcome = read_outcome(folder)
         if outcome is None:
             is_new = state_of(folder) is None
-            outcome = train(study, base, point, stop, lock, environment(study, devices))
+            outcome = train_watched(study, base, point, stop, lock, run_environment(study, devices))
             write_outcome(folder, outcome)
             if study.scores is not None and outcome.kind == "finished":
-                measure_run(study, point, environment(study, devices), stop)
+                measure_run(study, point, run_environment(study, devices), stop)
             outcome = dataclasses.replace(outcome, wall_seconds=time.monotonic() - begun if is_new else None)
             write_outcome(folder, outcome)
         elif study.scores is not None and outcome.kind == "finished":
-            measure_run(study, point, environment(study, devices), stop)
+            measure_run(study, point, run_environment(study, devices), stop)
         if not study.keep_checkpoints:
             for checkpoint in Path(folder).glob("iter_*"):
                 shutil.rmtree(checkpoint)
@@ -165,7 +165,7 @@ def alone_in(study: StudyConfig, name: str, stop: threading.Event) -> Iterator[i
         yield file.fileno()
 
 
-def train(
+def train_watched(
     study: StudyConfig, base: Base, point: GridPoint, stop: threading.Event, lock: int, environment: dict[str, str]
 ) -> RunOutcome:
     """The run itself, watched."""
@@ -233,7 +233,7 @@ def read_status(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, "status.json")
     if not os.path.exists(path):
         return {}
-    status: dict[str, Any] = read_json(path, dict, "the status of a run; remove the file to start the run again")
+    status: dict[str, Any] = read_record_file(path, dict, "the status of a run; remove the file to start the run again")
     if status.get("train_iters") is not None:
         of_kind(status["train_iters"], int, f"{path}: train_iters", "a whole number or null")
     return status
@@ -253,7 +253,7 @@ def command(study: StudyConfig, config: str) -> list[str]:
     return [sys.executable, *launcher, str(TOOL), "--config", config]
 
 
-def environment(study: StudyConfig, devices: str | None) -> dict[str, str]:
+def run_environment(study: StudyConfig, devices: str | None) -> dict[str, str]:
     """The cores shared out to all processes, unless somebody has said otherwise; the GPUs to the runs."""
     threads = max(1, (os.cpu_count() or 1) // (study.processes * study.parallel_runs))
     own = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}

@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from megatron_cpt.model.llama import LlamaConfig, hf_shapes
 from megatron_cpt.planning.hardware import Cluster, find_device
 from megatron_cpt.planning.layouts import Layout, TrainingJob
-from megatron_cpt.planning.timing import throughput
+from megatron_cpt.planning.timing import layout_throughput
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import (
     Base,
     GridPoint,
     check_same_study,
     grid_points,
-    parse,
+    parse_run_config,
     run_fields,
     run_folder,
     written_configurations,
 )
 from megatron_cpt.study.inputs import check_inputs, record_inputs
 from megatron_cpt.study.run_status import RunOutcome, read_outcome
-from megatron_cpt.training.progress_line import duration
+from megatron_cpt.training.progress_line import show_duration
 from megatron_cpt.utils.console import counted
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.tables import PlainTable, number_column
@@ -82,7 +82,7 @@ def make_plan(study: StudyConfig, base: Base, proposed: Sequence[tuple[float, fl
     check_inputs(study, base)
     with written_configurations(study, base, [*outcomes]):
         plan = checked_plan(study, base, outcomes)
-        check_limits(plan)
+        check_study_limits(plan)
     record_inputs(study, base)
     return plan
 
@@ -101,7 +101,7 @@ def checked_plan(study: StudyConfig, base: Base, outcomes: dict[GridPoint, RunOu
     for point in checked.values():
         fields = run_fields(study, base, point)
         fields["checkpoint"] = fields["checkpoint"] | {"save": os.path.join(study.folder, "runs", ".check")}  # nothing there
-        run = check_run(parse(fields, study.base), study.processes)
+        run = check_run(parse_run_config(fields, study.base), study.processes)
     ended = [outcome for outcome in outcomes.values() if outcome is not None and outcome.kind == "finished"]
     seconds = [outcome.wall_seconds for outcome in ended if outcome.wall_seconds is not None]
     batch = run.config.training.global_batch_size * run.mixture.seq_length
@@ -125,7 +125,7 @@ def planned_seconds(study: StudyConfig, base: Base, llama: LlamaConfig, seq_leng
     job = TrainingJob(llama, seq_length, training.global_batch_size, training.params_dtype, training.fp8 is not None)
     microbatches = training.global_batch_size // (training.micro_batch_size * data)
     layout = Layout(parallel, data, training.micro_batch_size, microbatches)
-    return steps * throughput(job, layout, Cluster(find_device(study.device), study.processes)).step.total
+    return steps * layout_throughput(job, layout, Cluster(find_device(study.device), study.processes)).step.total
 
 
 def disk_bytes(base: Base, llama: LlamaConfig, steps: int) -> int:
@@ -141,7 +141,7 @@ def disk_bytes(base: Base, llama: LlamaConfig, steps: int) -> int:
     return number * each * sum(math.prod(shape) for shape in hf_shapes(llama).values())
 
 
-def check_limits(plan: StudyPlan) -> None:
+def check_study_limits(plan: StudyPlan) -> None:
     """Raise InputError for the first limit that the study is above."""
     limits, runs = plan.study.limits, len(plan.outcomes)
     found: tuple[tuple[str, float | None, float | None], ...] = (
@@ -160,7 +160,7 @@ def plan_table(plan: StudyPlan, proposed: Sequence[tuple[float, float]]) -> Plai
     study = plan.study
     total = f"{len(plan.outcomes) * plan.tokens:,}"
     hours, done = plan.hours_left, len(plan.outcomes) - plan.left
-    time_left = "" if hours is None else f"{duration(3600 * hours)} left"
+    time_left = "" if hours is None else f"{show_duration(3600 * hours)} left"
     how = "kept" if study.keep_checkpoints else f"removed once measured, {study.parallel_runs} at a time"
     caption = f"time: {plan.seconds_from}; {counted(study.parallel_runs, 'run')} at a time. Checkpoints: {how}."
     table = PlainTable(
@@ -185,7 +185,7 @@ def plan_table(plan: StudyPlan, proposed: Sequence[tuple[float, float]]) -> Plai
             state + (f", {diverged} diverged" if diverged else ""),
             f"{plan.tokens:,}",
             f"{round(almr * plan.tokens):,}",
-            "?" if plan.seconds is None else duration(plan.seconds) if plan.seconds >= 1 else "<1 s",
+            "?" if plan.seconds is None else show_duration(plan.seconds) if plan.seconds >= 1 else "<1 s",
             size(plan.disk),
         )
     return table

@@ -16,7 +16,7 @@ LEDGER = "ledger.json"
 KINDS = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number", bool: "true or false", float: "a number"}
 
 
-def read_json(path: str, kind: type, what: str) -> Any:
+def read_record_file(path: str, kind: type, what: str) -> Any:
     """The content of a JSON file: a mapping or a list, as `kind` says.
 
     Raises:
@@ -44,7 +44,7 @@ def of_kind(value: Any, kind: type, where: str, what: str) -> Any:
     return value
 
 
-def number(value: Any, where: str, what: str = "a number") -> float:
+def checked_number(value: Any, where: str, what: str = "a number") -> float:
     """The value, if it is a number.
 
     Raises:
@@ -80,7 +80,7 @@ def read_ledger(folder: str) -> dict[str, Any]:
         InputError: it has not the rows of corpora with their languages, or not the run's length
     """
     path = os.path.join(folder, LEDGER)
-    ledger: dict[str, Any] = read_json(path, dict, "the ledger of a run")
+    ledger: dict[str, Any] = read_record_file(path, dict, "the ledger of a run")
     planned = of_kind(ledger.get("planned"), dict, f"{path}: planned", "a mapping with rows")
     for name in ("samples", "seq_length"):
         of_kind(planned.get(name), int, f"{path}: planned.{name}", "a whole number")
@@ -138,7 +138,7 @@ def check_row(row: dict[str, Any], where: str) -> None:
     """Raise InputError unless this is a row of a step or of an evaluation. A loss may be null: it was not finite."""
     if "loss" in row:
         number_or_none(row["loss"], f"{where}: loss")
-        number(row.get("seconds"), f"{where}: seconds")
+        checked_number(row.get("seconds"), f"{where}: seconds")
     if "consumed_tokens" in row:
         of_kind(row["consumed_tokens"], int, f"{where}: consumed_tokens", "a whole number")
     if "validation" not in row:
@@ -155,5 +155,5 @@ def check_row(row: dict[str, Any], where: str) -> None:
 
 
 def number_or_none(value: Any, where: str) -> float | None:
-    """`number`, or null."""
-    return None if value is None else number(value, where, "a number or null")
+    """`checked_number`, or null."""
+    return None if value is None else checked_number(value, where, "a number or null")

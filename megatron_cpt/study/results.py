@@ -130,7 +130,7 @@ def run_rows(study: StudyConfig, point: GridPoint, general: set[str], length: in
             "tokens": tokens.get(iteration),
             "last": bool(outcome and outcome.kind == "finished" and evaluation is evaluations[-1]),
         }
-        row |= losses(evaluation["validation"], groups, point.almr)
+        row |= mean_losses(evaluation["validation"], groups, point.almr)
         for name, figures in evaluation["validation"].items():
             row |= {f"{name}_loss": figures["loss"], f"{name}_bits_per_byte": figures["bits_per_byte"]}
         rows.append(row | {"scores": scores.get(iteration, {})})
@@ -166,7 +166,7 @@ def group_of_sets(general: set[str], sets: dict[str, Any], folder: str) -> dict[
     return groups
 
 
-def losses(sets: dict[str, Any], groups: dict[str, str], almr: float) -> dict[str, float | None]:
+def mean_losses(sets: dict[str, Any], groups: dict[str, str], almr: float) -> dict[str, float | None]:
     """Means over the sets of each group, and over the run's own mixture; nats per token."""
     means: dict[str, float | None] = {}
     for group in ("general", "additional"):

@@ -13,14 +13,14 @@ from megatron_cpt.config.run import RunConfig
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.planning.hardware import find_device
 from megatron_cpt.study.config import StudyConfig
-from megatron_cpt.study.grid import check_folder, check_no_stages, check_one_almr, complete, read_fields
+from megatron_cpt.study.grid import check_no_stages, check_one_almr, check_study_folder, complete_base, read_fields
 from megatron_cpt.study.settings import ChooseOptions
 from megatron_cpt.training.run_files import check_checkpoint_folder, read_model
 from megatron_cpt.utils.errors import Refusals, RefusedValueError
 from megatron_cpt.utils.input_files import load_yaml, plain_number
 
 
-def check_runs(study: StudyConfig) -> None:
+def check_run_options(study: StudyConfig) -> None:
     """Check what `plan` and `run` read: the base configuration, and what it names for the runs to begin with.
 
     Raises:
@@ -37,7 +37,7 @@ def check_runs(study: StudyConfig) -> None:
             check_checkpoint_folder(config.checkpoint.load)
             read_model(find_checkpoint(config.checkpoint.load))
         with refusals.noted():
-            load_mixture(config.mixture, almr_of(study))
+            load_mixture(config.mixture, first_almr(study))
     with refusals.noted():
         if study.device is not None:
             find_device(study.device)
@@ -52,7 +52,7 @@ def check_study(study: StudyConfig) -> None:
     """
     refusals = Refusals()
     with refusals.noted():
-        check_folder(study.folder)
+        check_study_folder(study.folder)
     with refusals.noted():
         check_base(study.base, refusals)
     refusals.raise_any()
@@ -78,7 +78,7 @@ def check_base(path: str, refusals: Refusals) -> None:
 def read_base_partly(path: str, refusals: Refusals) -> RunConfig:
     """As `read_partly`, of the configuration that all runs follow."""
     fields = read_given(path)
-    complete(fields, path, folder="the study's", train_tokens=1)
+    complete_base(fields, path, folder="the study's", train_tokens=1)
     return read_partly(path, fields, refusals)
 
 
@@ -100,7 +100,7 @@ def read_partly(path: str, fields: Mapping[str, Any], refusals: Refusals) -> Run
     return config
 
 
-def almr_of(study: StudyConfig) -> dict[str, Any]:
+def first_almr(study: StudyConfig) -> dict[str, Any]:
     """What a run has instead of the mixture file's own, as far as it is known."""
     try:
         return {"almr": str(study.almr[0])}

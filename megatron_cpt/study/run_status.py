@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from megatron_cpt.study.records import described, number, number_or_none, of_kind, read_json
+from megatron_cpt.study.records import checked_number, described, number_or_none, of_kind, read_record_file
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.files import write_json
 
@@ -41,7 +41,7 @@ def read_outcome(folder: str) -> RunOutcome | None:
     path = os.path.join(folder, OUTCOME)
     if not os.path.exists(path):
         return None
-    found = read_json(path, dict, "the outcome of a run; remove the file to look at the run again")
+    found = read_record_file(path, dict, "the outcome of a run; remove the file to look at the run again")
     if set(found) - {entry.name for entry in fields(RunOutcome)}:
         raise InputError(
             f"{path} has fields {', '.join(found)}; expected those of an outcome: kind, reason, seconds, wall_seconds"
@@ -50,7 +50,7 @@ def read_outcome(folder: str) -> RunOutcome | None:
         raise InputError(f"{path}: kind is {described(found.get('kind'))}; expected finished or diverged")
     if found.get("reason") is not None:
         of_kind(found["reason"], str, f"{path}: reason", "a text or null")
-    seconds, wall_seconds = number(found.get("seconds"), f"{path}: seconds"), found.get("wall_seconds")
+    seconds, wall_seconds = checked_number(found.get("seconds"), f"{path}: seconds"), found.get("wall_seconds")
     return RunOutcome(found["kind"], found.get("reason"), seconds, number_or_none(wall_seconds, f"{path}: wall_seconds"))
 
 

@@ -16,7 +16,7 @@ from megatron_cpt.convert.config import MegatronToHf
 from megatron_cpt.convert.convert import megatron_to_hf
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import GridPoint, run_folder
-from megatron_cpt.study.records import is_number, read_json
+from megatron_cpt.study.records import is_number, read_record_file
 from megatron_cpt.study.run_status import StoppedError
 from megatron_cpt.utils.errors import InputError, RunError
 from megatron_cpt.utils.files import write_json
@@ -36,7 +36,7 @@ def measure_run(study: StudyConfig, point: GridPoint, environment: dict[str, str
     for iteration, name in sorted(iterations(folder).items()):
         if stop.is_set():
             raise StoppedError
-        measure(study, os.path.join(folder, name), scores_path(study.folder, point.name, iteration), environment)
+        measure_scores(study, os.path.join(folder, name), scores_path(study.folder, point.name, iteration), environment)
 
 
 def scores_path(folder: str, name: str, iteration: int) -> str:
@@ -44,7 +44,7 @@ def scores_path(folder: str, name: str, iteration: int) -> str:
     return os.path.join(folder, "scores", name, f"iter_{iteration:07d}.json")
 
 
-def measure(study: StudyConfig, checkpoint: str, path: str, environment: dict[str, str]) -> None:
+def measure_scores(study: StudyConfig, checkpoint: str, path: str, environment: dict[str, str]) -> None:
     """Write {"name": score} of a Megatron checkpoint, unless it is written.
 
     Raises:
@@ -112,7 +112,7 @@ def read_all_scores(folder: str, name: str) -> dict[int, dict[str, float]]:
     for path in sorted(Path(folder, "scores", name).glob("iter_*.json")):
         if re.fullmatch(r"iter_\d+", path.stem) is None:
             raise InputError(f"{path} is no name of scores; expected iter_ and a number, such as iter_0000016.json")
-        scores = read_json(str(path), dict, "numbers by name")
+        scores = read_record_file(str(path), dict, "numbers by name")
         if not scores:
             raise InputError(f"{path} holds no scores; expected numbers by name. Remove the file")
         for score, value in scores.items():

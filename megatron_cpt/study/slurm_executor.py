@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 TOOL = Path(__file__).parent.parent.parent / "tools" / "almr_study.py"
 
 
-def submit(study: StudyConfig, todo: Sequence[GridPoint]) -> str:
+def submit_array(study: StudyConfig, todo: Sequence[GridPoint]) -> str:
     """Write the array's script and submit it; returns the script's path.
 
     Raises:
@@ -33,7 +33,7 @@ def submit(study: StudyConfig, todo: Sequence[GridPoint]) -> str:
     """
     folder = os.path.join(os.path.abspath(study.folder), "slurm")
     os.makedirs(folder, exist_ok=True)
-    fields = {field.name: plain(getattr(study, field.name)) for field in dataclasses.fields(StudyConfig)}
+    fields = {field.name: plain_for_yaml(getattr(study, field.name)) for field in dataclasses.fields(StudyConfig)}
     fields |= {"executor": "local", "parallel_runs": 1}
     config, script = os.path.join(folder, "study.yaml"), os.path.join(folder, "study.sbatch")
     write_text(config, yaml.safe_dump(fields, sort_keys=False))
@@ -51,7 +51,7 @@ def submit(study: StudyConfig, todo: Sequence[GridPoint]) -> str:
     return script
 
 
-def plain(value: Any) -> Any:
+def plain_for_yaml(value: Any) -> Any:
     """For YAML."""
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 

@@ -53,7 +53,9 @@ def behaviour_sha256(tokenizer: Encodes) -> str:
     return hashlib.sha256(orjson.dumps([tokenizer.encode(text) for text in probes(tokenizer)])).hexdigest()
 
 
-def first_difference(tokenizer: Encodes, encode: Callable[[str], Sequence[int]]) -> tuple[str, list[int], list[int]] | None:
+def first_encoding_difference(
+    tokenizer: Encodes, encode: Callable[[str], Sequence[int]]
+) -> tuple[str, list[int], list[int]] | None:
     """(text, the ids of `tokenizer`, those of `encode`) where the two differ, from the first such id on; None: nowhere."""
     for text in probes(tokenizer):
         ids, others = list(tokenizer.encode(text)), list(encode(text))

@@ -61,19 +61,19 @@ def measurements(mixture: Mixture, config: RunConfig) -> list[Measurement]:
     return [measurement(corpus, mixture.seq_length, config) for corpus in mixture.validation]
 
 
-def find(baselines: Sequence[Baseline], wanted: Measurement) -> Baseline | None:
+def find_baseline(baselines: Sequence[Baseline], wanted: Measurement) -> Baseline | None:
     """The baseline of this very measurement."""
     return next((baseline for baseline in baselines if baseline.measurement == wanted), None)
 
 
-def extended(
+def extend_baselines(
     baselines: Sequence[Baseline], taken: Sequence[Measurement], results: Sequence[ValidationResult], iteration: int
 ) -> list[Baseline]:
     """The baselines with those that begin with these results, one for each measurement that has none."""
     new = [
         Baseline(how, iteration, result.loss, result.bits_per_byte)
         for how, result in zip(taken, results, strict=True)
-        if find(baselines, how) is None
+        if find_baseline(baselines, how) is None
     ]
     return [*baselines, *new]
 
@@ -83,7 +83,7 @@ def incomparable(baselines: Sequence[Baseline], wanted: Sequence[Measurement], i
     return [
         f"validation set {how.name}: {why_not(baselines, how)}; its changes are since step {iteration:,} from here on"
         for how in wanted
-        if find(baselines, how) is None
+        if find_baseline(baselines, how) is None
     ]
 
 
@@ -94,19 +94,19 @@ def why_not(baselines: Sequence[Baseline], wanted: Measurement) -> str:
         return "nothing says how it was measured before"
     old, new = asdict(before[-1].measurement), asdict(wanted)
     changed = [
-        f"{name} was {shortened(value)} at step {before[-1].iteration:,} and is {shortened(new[name])}"
+        f"{name} was {short_checksum(value)} at step {before[-1].iteration:,} and is {short_checksum(new[name])}"
         for name, value in old.items()
         if value != new[name]
     ]
     return ", ".join(changed)
 
 
-def shortened(value: Any) -> str:
+def short_checksum(value: Any) -> str:
     """A value; the beginning of a checksum."""
     return str(value) if len(str(value)) < 20 else f"{str(value)[:12]}..."
 
 
-def to_json(baselines: Sequence[Baseline]) -> list[dict[str, Any]]:
+def baselines_json(baselines: Sequence[Baseline]) -> list[dict[str, Any]]:
     """Plain values for a checkpoint."""
     return [asdict(baseline) for baseline in baselines]
 

@@ -28,14 +28,14 @@ def shutdown_barrier(stop_controller: StopController) -> None:
     torch.distributed.barrier()
 
 
-def duration(training: TrainingConfig) -> float | None:
+def run_seconds(training: TrainingConfig) -> float | None:
     """Seconds after which the run stops by itself."""
     minutes = training.exit_duration_in_mins
     return None if minutes is None else 60.0 * minutes
 
 
 @contextlib.contextmanager
-def only_run(config: RunConfig, start_from: str) -> Iterator[None]:
+def locked_run_folder(config: RunConfig, start_from: str) -> Iterator[None]:
     """Keep other runs out of the run's folder while the block runs.
 
     Raises:

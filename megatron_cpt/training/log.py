@@ -20,7 +20,7 @@ from megatron_cpt.mixture.inspection import ledger_table
 from megatron_cpt.mixture.ledger import Ledger
 from megatron_cpt.training.baseline import Baseline, Measurement
 from megatron_cpt.training.metrics_file import MetricsFile, finite, read_metrics
-from megatron_cpt.training.progress_line import RunProgress, TimeLeft, plain, step_parts
+from megatron_cpt.training.progress_line import RunProgress, TimeLeft, plain_line, step_parts
 from megatron_cpt.training.rank_logs import output_to_file, rank_file
 from megatron_cpt.training.trackers import Start, Trackers
 from megatron_cpt.training.validation_result import ValidationResult
@@ -149,7 +149,7 @@ class RunLog:
         if self.live:
             self.progress.show(row, train_iters, left)
         elif row["iteration"] % self.config.log_interval == 0 or row["iteration"] == train_iters:
-            self.say(plain(step_parts(row, train_iters, left)))
+            self.say(plain_line(step_parts(row, train_iters, left)))
 
     def validation(
         self,
@@ -230,9 +230,9 @@ class RunLog:
         try:
             self.file.flush()
             if self.config.report:
-                from megatron_cpt.training.report import write_report  # imports matplotlib, which no step needs
+                from megatron_cpt.training.report import write_run_report  # imports matplotlib, which no step needs
 
-                self.say(f"report: {write_report(self.folder)}")
+                self.say(f"report: {write_run_report(self.folder)}")
         except OSError as error:  # the run's results are safe in its checkpoints
             logger.warning(f"the report could not be written: {error}")
 

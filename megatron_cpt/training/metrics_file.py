@@ -43,7 +43,7 @@ class MetricsFile:
 
         Returns a sentence for each damaged line.
         """
-        parsed = [parse(text) for text in read_lines(self.path)] if iteration >= 0 else []
+        parsed = [parse_row(text) for text in read_lines(self.path)] if iteration >= 0 else []
         rows = [row for row in parsed if row is not None]
         kept = [row for row in rows if row["iteration"] < iteration or (row["iteration"] == iteration and wanted(row))]
         write_text(self.path, "".join(line(row) for row in kept))
@@ -63,7 +63,7 @@ def read_lines(path: str) -> list[bytes]:
         return [text for text in file if text.endswith(b"\n")]
 
 
-def parse(text: bytes) -> dict[str, Any] | None:
+def parse_row(text: bytes) -> dict[str, Any] | None:
     """The row in a line, None if it is damaged."""
     try:
         row = json.loads(text)
@@ -74,7 +74,7 @@ def parse(text: bytes) -> dict[str, Any] | None:
 
 def read_rows(path: str) -> list[dict[str, Any]]:
     """All rows of a metrics file that can be read."""
-    return [row for text in read_lines(path) if (row := parse(text)) is not None]
+    return [row for text in read_lines(path) if (row := parse_row(text)) is not None]
 
 
 def read_metrics(folder: str) -> list[dict[str, Any]]:

@@ -23,16 +23,16 @@ from megatron_cpt.mixture.document_reads import (
     Reads,
     Stretch,
     documents_of,
-    on_cpu,
+    locate_on_cpu,
     read_steps,
     reads_of_documents,
 )
 from megatron_cpt.mixture.file import load_mixture
-from megatron_cpt.mixture.ledger import check_limits
+from megatron_cpt.mixture.ledger import check_max_epochs
 from megatron_cpt.mixture.mixture import Mixture
 from megatron_cpt.mixture.order.order import SampleOrder
 from megatron_cpt.mixture.reads_file import FORMATS, is_of, manifest_of, write_reads
-from megatron_cpt.mixture.state import MOST_SAMPLES, DataState, begin, saved_phases
+from megatron_cpt.mixture.state import MOST_SAMPLES, DataState, initial_state, saved_phases
 from megatron_cpt.training.device_order import OnDevice, check_library
 from megatron_cpt.training.run_files import length_of, schedule_of
 from megatron_cpt.utils.compare import describe_difference
@@ -135,18 +135,18 @@ def export_order(config: ExportOrderConfig) -> str | None:
         config = replace(config, output=os.path.expanduser(config.output))
     with interruptible():
         ordered = open_run(config)
-        first, last = steps_of(config, ordered)
-        made_from = describe(config, ordered, first, last)
+        first, last = export_steps(config, ordered)
+        made_from = describe_export(config, ordered, first, last)
         if config.output is not None and is_there(config, made_from):
             logger.info(f"{config.output} is there, of the same steps: nothing to do")
             return config.output
         documents = documents_of(ordered.mixture.corpora)
         names, files = made_from["corpora"], made_from["files"]
         if config.find:
-            wanted = dict.fromkeys(place for name in config.documents for place in places_of(name, documents))
+            wanted = dict.fromkeys(place for name in config.documents for place in find_documents(name, documents))
             pieces = reads_of_documents(ordered.stretches, documents, list(wanted), first, last)
         else:
-            lookup: Lookup = OnDevice() if config.device == "cuda" else on_cpu
+            lookup: Lookup = OnDevice() if config.device == "cuda" else locate_on_cpu
             pieces = read_steps(ordered.stretches, documents, first, last, lookup, config.num_workers)
         if config.output is None:
             if not print_reads(pieces, names, files):
@@ -162,7 +162,7 @@ def export_order(config: ExportOrderConfig) -> str | None:
         return config.output
 
 
-def check_files(config: ExportOrderConfig) -> None:
+def check_export_files(config: ExportOrderConfig) -> None:
     """Check what a configuration names, whatever is wrong with it.
 
     Raises:
@@ -174,24 +174,24 @@ def check_files(config: ExportOrderConfig) -> None:
             check_library()
     with refusals.noted():
         if config.output is not None:
-            check_output(os.path.expanduser(config.output))
+            check_export_output(os.path.expanduser(config.output))
     ordered: OrderedRun | None = None
     with refusals.noted():
         ordered = open_run(config)
     with refusals.noted():
         if ordered is not None:
-            steps_of(config, ordered)
+            export_steps(config, ordered)
     with refusals.noted():
         if config.find and (ordered is not None or config.run is None):
             mixture = ordered.mixture if ordered is not None else mixture_of(config)
             documents = documents_of(mixture.corpora)
             for name in config.documents:
                 with refusals.noted():
-                    places_of(name, documents)
+                    find_documents(name, documents)
     refusals.raise_any()
 
 
-def check_output(output: str) -> None:
+def check_export_output(output: str) -> None:
     """Raise InputError unless files of these names can be written."""
     why = why_unwritable(os.path.dirname(output))
     for path in (output, manifest_of(output)):
@@ -215,19 +215,19 @@ def open_run(config: ExportOrderConfig) -> OrderedRun:
         InputError: it cannot be read, or its mixture is another one by now, or training would refuse it
     """
     if config.run is not None:
-        return read_run(config.run, config.mixture, config.num_workers)
+        return read_exported_run(config.run, config.mixture, config.num_workers)
     mixture = mixture_of(config)
     batch, steps = config.global_batch_size, config.train_iters
     if batch is None or steps is None:  # `ExportOrderConfig` names it
         raise RefusedValueError
     samples = batch * steps
     schedule = schedule_of(mixture, config.order or "default", samples, config.num_workers)
-    check_limits(mixture, schedule, samples)
-    order = begin(mixture, schedule, batch).order(mixture, schedule)
+    check_max_epochs(mixture, schedule, samples)
+    order = initial_state(mixture, schedule, batch).order(mixture, schedule)
     return OrderedRun(mixture, [Stretch(1, 0, samples, batch, order)])
 
 
-def read_run(path: str, mixture_path: str | None, threads: int) -> OrderedRun:
+def read_exported_run(path: str, mixture_path: str | None, threads: int) -> OrderedRun:
     """A run by its newest checkpoint, or by one of its checkpoints. `mixture_path`: where its mixture file is now."""
     folder = find_checkpoint(path)
     if not is_of_a_run(folder):
@@ -275,7 +275,7 @@ def check_steps(folder: str, state: DataState, iteration: int, consumed_samples:
         )
 
 
-def steps_of(config: ExportOrderConfig, ordered: OrderedRun) -> tuple[int, int]:
+def export_steps(config: ExportOrderConfig, ordered: OrderedRun) -> tuple[int, int]:
     """The first and the last step to write.
 
     Raises:
@@ -303,7 +303,7 @@ def with_meter(pieces: Iterator[Reads], ordered: OrderedRun, first: int, last: i
             yield reads
 
 
-def places_of(name: str, documents: Sequence[CorpusDocuments]) -> list[tuple[int, int]]:
+def find_documents(name: str, documents: Sequence[CorpusDocuments]) -> list[tuple[int, int]]:
     """CORPUS:DOCUMENT or FILE:LINE -> corpora and documents: several where several corpora have read that line.
 
     Raises:
@@ -340,7 +340,7 @@ def places_of(name: str, documents: Sequence[CorpusDocuments]) -> list[tuple[int
     return places
 
 
-def describe(config: ExportOrderConfig, ordered: OrderedRun, first: int, last: int) -> dict[str, Any]:
+def describe_export(config: ExportOrderConfig, ordered: OrderedRun, first: int, last: int) -> dict[str, Any]:
     """What decides the rows, in plain values."""
     state = [
         {

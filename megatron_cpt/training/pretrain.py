@@ -21,8 +21,8 @@ from megatron_cpt.mixture.inspection import ledger_table
 from megatron_cpt.mixture.loader import BatchShape, TrainingData, Waited, prefetch, run_microbatches, validation_samples
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import job_store, process_groups
-from megatron_cpt.training.baseline import extended, incomparable, measurements
-from megatron_cpt.training.launch import duration, only_run, propagate_failure, set_numerics, shutdown_barrier
+from megatron_cpt.training.baseline import extend_baselines, incomparable, measurements
+from megatron_cpt.training.launch import locked_run_folder, propagate_failure, run_seconds, set_numerics, shutdown_barrier
 from megatron_cpt.training.log import RunLog
 from megatron_cpt.training.loss_spikes import check_replicas, is_spike
 from megatron_cpt.training.model_setup import build, gathered_parameters, unwrap
@@ -55,11 +55,11 @@ def setup(config: RunConfig) -> str | None:
             log.say(note)
         log.say(ledger_table(run.data.ledger(run.mixture)))
         return None
-    with StopController(folder, duration(config.training), launched_world_size()) as stop_controller:
+    with StopController(folder, run_seconds(config.training), launched_world_size()) as stop_controller:
         try:
             run = check_run(config, launched_world_size())
             if not run.complete:
-                with only_run(config, run.start_from) if first else contextlib.nullcontext():
+                with locked_run_folder(config, run.start_from) if first else contextlib.nullcontext():
                     start(run, stop_controller)
             elif first:
                 log = RunLog(folder, config.logging, 0)
@@ -136,7 +136,7 @@ def main(context: RunContext) -> None:
     try:
         fit(context, state)
     except StopRequestedError:
-        stop(context, state, context.stop_controller.reason())
+        stop_run(context, state, context.stop_controller.reason())
     except RunError as error:
         log.status("failed", state.progress.iteration, run.length.train_iters, str(error))
         log.finish()
@@ -189,9 +189,9 @@ def fit(context: RunContext, state: TrainState) -> None:
         batch.num_microbatches, training.micro_batch_size, run.mixture.seq_length, config.data.reset_attention_mask
     )
     if not state.evaluated:
-        evaluate(context, state, shape)
+        validate_all(context, state, shape)
         if state.progress.iteration == run.length.train_iters:  # it was stopped in its last evaluation
-            save(context, state, last=True)
+            save_run(context, state, last=True)
     order = run.data.state.order(run.mixture, run.data.schedule)
     vocab_size = run.mixture.manifest.tokenizer.vocab_size
     reader = TrainingData(
@@ -264,7 +264,7 @@ def give_up_if_too_many(context: RunContext, state: TrainState, result: StepResu
         return
     iteration = state.progress.iteration
     state.progress, state.history = before, dataclasses.replace(state.history, skipped=0, before=None)
-    save(context, state, last=True)
+    save_run(context, state, last=True)
     raise RunError(
         f"{skipped} steps in a row did not change the weights (loss_spikes.max_skipped_steps {most}); at step {iteration} "
         f"{result.skip_reason}. The checkpoint of step {before.iteration} is from before"
@@ -287,7 +287,7 @@ def finish_step(context: RunContext, state: TrainState, shape: StepShape, result
     if result.stop and not last:
         raise StopRequestedError
     if not state.evaluated:
-        evaluate(context, state, shape)
+        validate_all(context, state, shape)
         context.log.status("running", iteration, context.run.length.train_iters)
     if context.saver.retry_pending():  # at its own time
         asked = context.saver.retry_due()
@@ -295,7 +295,7 @@ def finish_step(context: RunContext, state: TrainState, shape: StepShape, result
         asked = due(iteration, config.checkpoint.save_interval) or result.save
     # While steps are being skipped the newest checkpoint stays that of before them.
     if last or (asked and not state.history.skipped):
-        save(context, state, last)
+        save_run(context, state, last)
     if result.save:
         context.stop_controller.requests.save = False
         if state.history.skipped or context.saver.retry_pending():
@@ -309,17 +309,17 @@ def due(iteration: int, interval: int) -> bool:
     return interval > 0 and iteration % interval == 0
 
 
-def stop(context: RunContext, state: TrainState, reason: str) -> None:
+def stop_run(context: RunContext, state: TrainState, reason: str) -> None:
     """Save what has not been saved, and say why the run ends here."""
     run, iteration = context.run, state.progress.iteration
     context.log.say(f"stopping at step {iteration}/{run.length.train_iters}: {reason}")
     context.saver.finish()
     if iteration > run.length.iteration and context.saver.committed != iteration:
-        save(context, state, last=True)
+        save_run(context, state, last=True)
     context.log.status("stopped", iteration, run.length.train_iters, reason)
 
 
-def save(context: RunContext, state: TrainState, last: bool = False) -> None:
+def save_run(context: RunContext, state: TrainState, last: bool = False) -> None:
     """Write a checkpoint, in the background if the configuration says so and it is not the last."""
     run, config = context.run, context.config
     if context.saver.committed == state.progress.iteration:
@@ -333,7 +333,7 @@ def save(context: RunContext, state: TrainState, last: bool = False) -> None:
     context.log.status("running", state.progress.iteration, run.length.train_iters)
 
 
-def evaluate(context: RunContext, state: TrainState, shape: StepShape) -> None:
+def validate_all(context: RunContext, state: TrainState, shape: StepShape) -> None:
     """Validate on every set of the mixture, if it has any.
 
     Raises:
@@ -359,6 +359,6 @@ def evaluate(context: RunContext, state: TrainState, shape: StepShape) -> None:
             )
         log.progress.remove_task(task)
         measured = measurements(mixture, config)
-        state.baselines = extended(state.baselines, measured, results, state.progress.iteration)
+        state.baselines = extend_baselines(state.baselines, measured, results, state.progress.iteration)
         log.validation(state.progress.iteration, results, measured, state.baselines)
     state.evaluated = True

@@ -30,9 +30,9 @@ def step_parts(row: dict[str, Any], train_iters: int, seconds_left: float | None
     """The figures of one step, in the order in which they are shown."""
     parts = [
         LinePart(0, f"step {row['iteration']:,}/{train_iters:,}", "bold"),
-        LinePart(1, f"loss {number(row['loss'], '.4f')}", "bold cyan"),
+        LinePart(1, f"loss {show_figure(row['loss'], '.4f')}", "bold cyan"),
         LinePart(4, f"lr {row['lr']:.2e}"),
-        LinePart(5, f"grad norm {number(row['grad_norm'], '.2f')}"),
+        LinePart(5, f"grad norm {show_figure(row['grad_norm'], '.2f')}"),
         LinePart(3, f"{row['tokens_per_second']:,.0f} tok/s", "green"),
         LinePart(8, f"{row['tokens_per_second_per_device']:,.0f}/device"),
         LinePart(7, f"ALMR {row['almr_realised']:.4f}"),
@@ -42,16 +42,16 @@ def step_parts(row: dict[str, Any], train_iters: int, seconds_left: float | None
     if row.get("skipped"):
         parts.insert(1, LinePart(1, "SKIPPED", "bold red"))
     if seconds_left is not None:
-        parts.append(LinePart(2, f"{duration(seconds_left)} left", "magenta"))
+        parts.append(LinePart(2, f"{show_duration(seconds_left)} left", "magenta"))
     return parts
 
 
-def number(value: float | None, form: str) -> str:
+def show_figure(value: float | None, form: str) -> str:
     """A figure that may be missing or not finite."""
     return "nan" if value is None else format(value, form)
 
 
-def duration(seconds: float) -> str:
+def show_duration(seconds: float) -> str:
     """1:02:03, or 2d 01:02:03."""
     minutes, second = divmod(int(max(seconds, 0) + 0.5), 60)
     hours, minute = divmod(minutes, 60)
@@ -59,7 +59,7 @@ def duration(seconds: float) -> str:
     return f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
 
 
-def plain(parts: list[LinePart]) -> str:
+def plain_line(parts: list[LinePart]) -> str:
     """The whole line."""
     return SEPARATOR.join(part.text for part in parts)
 

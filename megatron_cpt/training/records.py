@@ -11,14 +11,14 @@ import torch
 
 from megatron_cpt.checkpoint.layout import versions
 from megatron_cpt.checkpoint.save_load import Progress
-from megatron_cpt.mixture.state import CorpusUse, almr_of
+from megatron_cpt.mixture.state import CorpusUse, realised_almr
 from megatron_cpt.model.flops import flops_per_token
 from megatron_cpt.platforms import current_platform
 from megatron_cpt.platforms.process_groups import RankInfo
-from megatron_cpt.training.baseline import to_json
+from megatron_cpt.training.baseline import baselines_json
 from megatron_cpt.training.state import RunContext, TrainState
 from megatron_cpt.training.step import StepResult
-from megatron_cpt.training.throughput import throughput
+from megatron_cpt.training.throughput import step_throughput
 from megatron_cpt.training.validate_config import CheckedRun
 
 
@@ -39,10 +39,10 @@ def metrics_of_step(
         "lr": lr,
         "seconds": seconds,
         "data_seconds": data_seconds,
-        **throughput(seconds, tokens, context.ranks.world_size, flops, peak),
+        **step_throughput(seconds, tokens, context.ranks.world_size, flops, peak),
         "consumed_tokens": state.progress.consumed_samples * mixture.seq_length,
         "corpus_tokens": tokens_by_name(consumed, mixture.seq_length),
-        "almr_realised": almr_of(consumed),
+        "almr_realised": realised_almr(consumed),
     }
 
 
@@ -63,7 +63,7 @@ def run_ledger(run: CheckedRun, progress: Progress) -> dict[str, Any]:
         "consumed": {
             "samples": progress.consumed_samples,
             "tokens": progress.consumed_samples * mixture.seq_length,
-            "almr_realised": almr_of(consumed),
+            "almr_realised": realised_almr(consumed),
             "corpora": [dataclasses.asdict(use) for use in consumed],
         },
         "segments": [phase.to_json() for phase in data.state.phases],
@@ -79,7 +79,7 @@ def run_manifest(context: RunContext, state: TrainState) -> dict[str, Any]:
         "training": {
             "lr_schedule": dataclasses.asdict(run.schedule),
             "history": state.history.to_json(),
-            "baseline": to_json(state.baselines),
+            "baseline": baselines_json(state.baselines),
             "evaluated": state.evaluated,
         },
     }

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_cpt.training.asked_mixture import asked_mixture
 from megatron_cpt.training.metrics_file import METRICS, read_metrics
-from megatron_cpt.training.progress_line import duration, number
+from megatron_cpt.training.progress_line import show_duration, show_figure
 from megatron_cpt.training.report_figure import draw
 from megatron_cpt.training.validation_table import baseline_of, change, percent, perplexity, verdict
 from megatron_cpt.utils.errors import InputError
@@ -58,7 +58,7 @@ class Recorded:
     checkpoints: list[str]
 
 
-def read_run(folder: str) -> Recorded:
+def read_run_folder(folder: str) -> Recorded:
     """Read a run's folder. InputError: a file is missing without which there is nothing to report."""
     for name in ("run.json", METRICS):
         if not os.path.exists(os.path.join(folder, name)):
@@ -66,9 +66,9 @@ def read_run(folder: str) -> Recorded:
     rows = read_metrics(folder)
     return Recorded(
         folder=folder,
-        run=read_json(os.path.join(folder, "run.json")),
-        ledger=read_json(os.path.join(folder, "ledger.json")),
-        status=read_json(os.path.join(folder, "status.json")),
+        run=read_object_or_empty(os.path.join(folder, "run.json")),
+        ledger=read_object_or_empty(os.path.join(folder, "ledger.json")),
+        status=read_object_or_empty(os.path.join(folder, "status.json")),
         steps=[row for row in rows if "tokens_per_second" in row],
         evaluations=[row for row in rows if "validation" in row],
         peak_memory_bytes=max((row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row), default=None),
@@ -76,7 +76,7 @@ def read_run(folder: str) -> Recorded:
     )
 
 
-def read_json(path: str) -> dict[str, Any]:
+def read_object_or_empty(path: str) -> dict[str, Any]:
     """The object in a file, {} without the file."""
     if not os.path.exists(path):
         return {}
@@ -87,26 +87,31 @@ def read_json(path: str) -> dict[str, Any]:
             raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def write_report(folder: str) -> str:
+def write_run_report(folder: str) -> str:
     """Write report.md and report.png; returns the path of the former.
 
     Raises:
         InputError: the folder is not one of a run
     """
-    recorded = read_run(folder)
+    recorded = read_run_folder(folder)
     path = os.path.join(folder, REPORT)
     resumed = [start["iteration"] for start in recorded.run.get("starts", []) if start["iteration"]]
     if recorded.steps or recorded.evaluations:
         figure = os.path.join(folder, FIGURE)
         with replacing(figure, ".png") as temporary:
             draw(recorded.steps, recorded.evaluations, resumed, temporary, asked_mixture(recorded.ledger))
-    write_text(path, markdown(recorded))
+    write_text(path, report_markdown(recorded))
     return path
 
 
-def markdown(recorded: Recorded) -> str:
+def report_markdown(recorded: Recorded) -> str:
     """The text of the report."""
-    lines = [f"# Run {cell(os.path.basename(os.path.abspath(recorded.folder)))}", "", *table(("", ""), facts(recorded)), ""]
+    lines = [
+        f"# Run {cell(os.path.basename(os.path.abspath(recorded.folder)))}",
+        "",
+        *report_table(("", ""), report_facts(recorded)),
+        "",
+    ]
     if recorded.steps or recorded.evaluations:
         lines += [f"![curves]({FIGURE})", ""]
     if recorded.evaluations:
@@ -119,7 +124,7 @@ def markdown(recorded: Recorded) -> str:
     return "\n".join(lines)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def report_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table; columns of figures to the right."""
     rows = [list(row) for row in rows]
     figures = [bool(rows) and all(row[n][:1] in {*"0123456789+-?"} for row in rows) for n in range(len(header))]
@@ -138,7 +143,7 @@ def cell(text: str) -> str:
     return " ".join(text.split())
 
 
-def facts(recorded: Recorded) -> list[tuple[str, str]]:
+def report_facts(recorded: Recorded) -> list[tuple[str, str]]:
     """The run in some lines."""
     run, steps = recorded.run, recorded.steps
     found = []
@@ -151,7 +156,7 @@ def facts(recorded: Recorded) -> list[tuple[str, str]]:
     origins = [start["start_from"] for start in starts if "start_from" in start] + [run.get("start_from")]
     if origins[0] is not None:
         found.append(("started from", origins[0]))
-    found += settings_of(recorded)
+    found += described_settings(recorded)
     layouts = [(start["iteration"], layout_name(start["layout"])) for start in starts if "layout" in start]
     if len({name for _, name in layouts}) > 1:
         changes = [place for n, place in enumerate(layouts) if n == 0 or place[1] != layouts[n - 1][1]]
@@ -166,11 +171,14 @@ def facts(recorded: Recorded) -> list[tuple[str, str]]:
         found.append(("steps", f"{last['iteration']:,}"))
         found.append(("tokens", f"{last['consumed_tokens']:,}"))
         found.append(
-            ("training loss, first and last step", f"{number(steps[0]['loss'], '.4f')}, {number(last['loss'], '.4f')}")
+            (
+                "training loss, first and last step",
+                f"{show_figure(steps[0]['loss'], '.4f')}, {show_figure(last['loss'], '.4f')}",
+            )
         )
         if losses:
             found.append(("lowest training loss", f"{min(losses):.4f}"))
-        found.append(("time in steps", duration(sum(row["seconds"] for row in steps))))
+        found.append(("time in steps", show_duration(sum(row["seconds"] for row in steps))))
         skipped = sum(bool(row.get("skipped")) for row in steps)
         found.append(("skipped steps", f"{skipped:,}"))
     if recorded.peak_memory_bytes is not None:
@@ -179,7 +187,7 @@ def facts(recorded: Recorded) -> list[tuple[str, str]]:
     return found
 
 
-def settings_of(recorded: Recorded) -> list[tuple[str, str]]:
+def described_settings(recorded: Recorded) -> list[tuple[str, str]]:
     """Model, mixture, batch and schedule, as far as run.json and ledger.json say them."""
     model, config, planned = recorded.run.get("model"), recorded.run.get("config", {}), recorded.ledger.get("planned", {})
     found = []
@@ -252,13 +260,13 @@ def validation_section(recorded: Recorded) -> list[str]:
     header = ("set", "language", "loss", "perplexity", "bits per byte", "since step", "change of bits per byte", "so")
     note = [MEASURED_ANEW, ""] if anew else []
     evaluations = f"{len(recorded.evaluations):,} evaluations, the last at step {last['iteration']:,}. Lower is better."
-    return [evaluations, "", *note, *table(header, rows)]
+    return [evaluations, "", *note, *report_table(header, rows)]
 
 
 def arrow(before: float | None, now: float | None, form: str) -> str:
     """before → now."""
     known = before is not None and before == before
-    return f"{format(before, form) if known else '?'} → {number(now, form)}"
+    return f"{format(before, form) if known else '?'} → {show_figure(now, form)}"
 
 
 def data_section(recorded: Recorded) -> list[str]:
@@ -275,7 +283,7 @@ def data_section(recorded: Recorded) -> list[str]:
         [name, about.get(name, {}).get("group", ""), about.get(name, {}).get("language", ""), f"{n:,}", f"{n / total:.2%}"]
         for name, n in tokens.items()
     ]
-    return [*lines, "", *table(("corpus", "group", "language", "tokens", "share"), rows)]
+    return [*lines, "", *report_table(("corpus", "group", "language", "tokens", "share"), rows)]
 
 
 def throughput_section(steps: list[dict[str, Any]]) -> list[str]:
@@ -294,7 +302,7 @@ def throughput_section(steps: list[dict[str, Any]]) -> list[str]:
         if values:
             spread = (statistics.median(values), percentile(values, 0.1), percentile(values, 0.9))
             rows.append([title, *(format(value, form) for value in spread)])
-    return table(("per step", "median", "10th percentile", "90th percentile"), rows)
+    return report_table(("per step", "median", "10th percentile", "90th percentile"), rows)
 
 
 def percentile(ordered: Sequence[float], part: float) -> float:
@@ -308,13 +316,13 @@ def skipped_section(steps: list[dict[str, Any]]) -> list[str]:
     rows = [[f"{row['iteration']:,}", str(row["skipped"])] for row in skipped[-SKIPPED_NAMED:]]
     left_out = len(skipped) - len(rows)
     before = [f"The last {len(rows)}; {left_out:,} before them are in {METRICS}.", ""] if left_out else []
-    return [*before, *table(("step", ""), rows)] if skipped else []
+    return [*before, *report_table(("step", ""), rows)] if skipped else []
 
 
 def origin_section(run: dict[str, Any]) -> list[str]:
     """Hosts, code and versions, as far as run.json knows them."""
     rows = [
-        [f"host {host['hostname']}", f"ranks {ranges(host['ranks'])}: {', '.join(sorted(set(host['devices'])))}"]
+        [f"host {host['hostname']}", f"ranks {show_ranges(host['ranks'])}: {', '.join(sorted(set(host['devices'])))}"]
         for host in run.get("hosts", [])
     ]
     if git := run.get("git"):
@@ -322,10 +330,10 @@ def origin_section(run: dict[str, Any]) -> list[str]:
             ["code", git["commit"] + (f", with changes in {', '.join(git['changed_files'])}" if git["dirty"] else "")]
         )
     rows += [[name, str(value)] for name, value in run.get("versions", {}).items()]
-    return table(("", ""), rows)
+    return report_table(("", ""), rows)
 
 
-def ranges(numbers: Sequence[int]) -> str:
+def show_ranges(numbers: Sequence[int]) -> str:
     """0-3, 8."""
     parts: list[list[int]] = []
     for value in sorted(numbers):
@@ -342,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="folder of a run (checkpoint.save)")
     start_logs()
     try:
-        print(write_report(parser.parse_args(arguments).run))
+        print(write_run_report(parser.parse_args(arguments).run))
     except InputError as error:
         logger.error(error)
         return 2

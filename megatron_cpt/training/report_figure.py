@@ -116,7 +116,7 @@ def finish_axis(axis: Axes, last: int, resumed: Sequence[int], by_tokens: bool, 
     axis.title.set_fontweight("bold")
 
 
-def places_of(rows: list[dict[str, Any]]) -> Array:
+def horizontal_places(rows: list[dict[str, Any]]) -> Array:
     """Where rows lie on the horizontal axis."""
     return column(rows, PLACE if rows and PLACE in rows[0] else "iteration")
 
@@ -151,7 +151,7 @@ def running_median(y: Array, width: int) -> tuple[npt.NDArray[np.int64], Array]:
 
 def draw_curve(axis: Axes, rows: list[dict[str, Any]], name: str, color: str, y: Array | None = None) -> None:
     """A noisy series: each value, or the range of each bin, in a light tone, and its running median."""
-    x = places_of(rows)
+    x = horizontal_places(rows)
     y = column(rows, name) if y is None else y
     if len(x) <= FEW:
         axis.plot(x, y, color=color, marker="o", markersize=3.5, linewidth=1.2)
@@ -188,7 +188,7 @@ def draw_loss(axis: Axes, steps: list[dict[str, Any]], resumed: Sequence[int]) -
     else:
         axis.set_yticks([])
     if skipped.any():
-        x = places_of(steps)[skipped]
+        x = horizontal_places(steps)[skipped]
         axis.plot(
             x,
             np.full(len(x), 0.02),
@@ -216,7 +216,7 @@ def draw_grad_norm(axis: Axes, steps: list[dict[str, Any]]) -> None:
         axis.set_yticks([])
 
 
-def shortened(name: str) -> str:
+def short_name(name: str) -> str:
     """A set's name, not longer than a legend has room for."""
     return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
 
@@ -239,12 +239,12 @@ def draw_sets(
         said = label(newest[-1] if newest else math.nan, since)
         for rows in measured.values():
             axis.plot(
-                places_of(rows),
+                horizontal_places(rows),
                 scale * column(rows, figure),
                 color=COLORS[place % len(COLORS)],
                 marker="o" if len(evaluations) <= FEW or len(rows) == 1 else "",
                 markersize=3.5,
-                label=f" {shortened(name)}: {said}"
+                label=f" {short_name(name)}: {said}"
                 if rows is measured[since]
                 else None,  # one that begins with _ is left out
             )
@@ -272,7 +272,7 @@ def draw_validation(axis: Axes, evaluations: list[dict[str, Any]]) -> None:
 def draw_learning_rate(axis: Axes, steps: list[dict[str, Any]]) -> None:
     """Learning rate."""
     axis.set(title="Learning rate")
-    x, y = places_of(steps), column(steps, "lr")
+    x, y = horizontal_places(steps), column(steps, "lr")
     if len(x) > POINTS:
         keep = np.unique(np.linspace(0, len(x) - 1, POINTS).astype(np.int64))
         x, y = x[keep], y[keep]
@@ -286,7 +286,7 @@ def draw_learning_rate(axis: Axes, steps: list[dict[str, Any]]) -> None:
 def draw_almr(axis: Axes, steps: list[dict[str, Any]], asked: AskedMixture | None) -> None:
     """ALMR of what was read so far, as asked and as realised, with the borders of stages."""
     axis.set(title="ALMR so far", ylabel="share of the additional languages")
-    x, y = places_of(steps), column(steps, "almr_realised")
+    x, y = horizontal_places(steps), column(steps, "almr_realised")
     if asked is not None and len(x):
         wanted = np.array([asked.so_far(int(tokens)) for tokens in x], np.float64)
         axis.plot(x, wanted, color="0.6", linewidth=3.5, label="asked")

@@ -15,10 +15,10 @@ from megatron_cpt.config.cli import launched_world_size
 from megatron_cpt.config.require import require
 from megatron_cpt.config.run import CheckpointConfig, RunConfig
 from megatron_cpt.mixture.file import load_mixture, read_seq_length
-from megatron_cpt.mixture.ledger import Ledger, check_limits, make_ledger
+from megatron_cpt.mixture.ledger import Ledger, check_max_epochs, make_ledger
 from megatron_cpt.mixture.mixture import Mixture
 from megatron_cpt.mixture.stages import Schedule, describe_megatron
-from megatron_cpt.mixture.state import DataState, begin, compare, resume
+from megatron_cpt.mixture.state import DataState, compare_phases, initial_state, resume
 from megatron_cpt.model.layout import check_batch, check_layout
 from megatron_cpt.model.llama import LlamaConfig, read_llama_config
 from megatron_cpt.tokenizer import load_tokenizer
@@ -47,7 +47,7 @@ class RunData:
         return make_ledger(mixture, self.schedule, self.run_samples, current.start)
 
 
-def check_files(config: RunConfig) -> None:
+def check_pretrain_files(config: RunConfig) -> None:
     """Check what a configuration names, whatever is wrong with it (see config/partial.py).
 
     Raises:
@@ -55,7 +55,7 @@ def check_files(config: RunConfig) -> None:
     """
     refusals, is_own = Refusals(), False
     with refusals.noted():
-        check_folder(config.checkpoint.save)
+        check_save_folder(config.checkpoint.save)
         is_own = True
     with refusals.noted():
         check_batch(config, world_size_of(config))
@@ -95,7 +95,7 @@ def check_rest(config: RunConfig, mixture: Mixture | None, start: tuple[str, Man
     refusals, seq_length = Refusals(), read_seq_length(config.mixture)
     folder, manifest = start or ("", None)
     length = length_of(config, seq_length, manifest)
-    if is_complete(length, manifest):
+    if is_run_complete(length, manifest):
         check_is_own(config, folder, length)
         return
     with refusals.noted():
@@ -108,17 +108,17 @@ def check_rest(config: RunConfig, mixture: Mixture | None, start: tuple[str, Man
         if mixture is not None and config.data.order == "megatron":
             check_megatron_order(config, mixture, length, manifest)
         elif mixture is not None:
-            check_data(config, mixture, length, manifest)
+            check_run_data(config, mixture, length, manifest)
     refusals.raise_any()
 
 
 def check_megatron_order(config: RunConfig, mixture: Mixture, length: RunLength, manifest: Manifest | None) -> None:
-    """As `check_data` in Megatron-LM's order, as far as it can be checked without building it, which takes long."""
+    """As `check_run_data` in Megatron-LM's order, as far as it can be checked without building it, which takes long."""
     mixture.schedule_of_one_almr(length.run_samples)
     if manifest is not None:
         described, longer = describe_megatron(length.run_samples), config.training.extend_to is not None
         accepted = config.data.accept_new_mixture
-        compare(manifest["data"], length.consumed_samples, mixture, described, accepted, longer)
+        compare_phases(manifest["data"], length.consumed_samples, mixture, described, accepted, longer)
 
 
 def length_of(config: RunConfig, seq_length: int, manifest: Manifest | None) -> RunLength:
@@ -127,7 +127,7 @@ def length_of(config: RunConfig, seq_length: int, manifest: Manifest | None) -> 
     return run_length(config.training, seq_length, done["iteration"], done["consumed_samples"])
 
 
-def is_complete(length: RunLength, manifest: Manifest | None) -> bool:
+def is_run_complete(length: RunLength, manifest: Manifest | None) -> bool:
     """Whether there is nothing left to do, not even the evaluation after the last step, in which a run may be stopped."""
     if manifest is None or length.iteration < length.train_iters:
         return False
@@ -154,7 +154,7 @@ def world_size_of(config: RunConfig) -> int:
     return (config.world_size if config.check_only else None) or launched_world_size()
 
 
-def check_folder(path: str) -> None:
+def check_save_folder(path: str) -> None:
     """Raise InputError unless the run's folder is one, or can become one, that can be written to, and no other's."""
     why = why_unwritable(path) if path else "it is empty"
     require(why is None, "checkpoint.save", path or "''", f"a folder to write to, or a name for a new one ({why})")
@@ -246,7 +246,7 @@ def check_schedule(config: RunConfig, seq_length: int, length: RunLength, manife
     if manifest is None:
         return make_schedule(config, seq_length, length)
     saved = manifest["training"]["lr_schedule"]
-    if is_complete(length, manifest):  # no step will use it: no need to compare
+    if is_run_complete(length, manifest):  # no step will use it: no need to compare
         return LearningRate(**saved)
     return continue_schedule(saved, config, seq_length, length)
 
@@ -256,23 +256,23 @@ def schedule_of(mixture: Mixture, order: str, run_samples: int, threads: int) ->
     return mixture.megatron_schedule(run_samples, threads) if order == "megatron" else mixture.schedule(run_samples)
 
 
-def check_data(config: RunConfig, mixture: Mixture, length: RunLength, manifest: Manifest | None) -> RunData:
+def check_run_data(config: RunConfig, mixture: Mixture, length: RunLength, manifest: Manifest | None) -> RunData:
     """Where the run is in its data, and what it will read.
 
     Raises:
         InputError: it would read a corpus more often than allowed, or has read another mixture so far
     """
-    batch, data, complete = config.training.global_batch_size, config.data, is_complete(length, manifest)
+    batch, data, complete = config.training.global_batch_size, config.data, is_run_complete(length, manifest)
     schedule = schedule_of(mixture, data.order, length.run_samples, max(data.num_workers, 1))
     if manifest is None or complete:  # nothing was read, or nothing will be: no need to compare
-        state = begin(mixture, schedule, batch)
+        state = initial_state(mixture, schedule, batch)
     else:
         longer = config.training.extend_to is not None
         consumed = length.consumed_samples
         state = resume(manifest["data"], consumed, mixture, schedule, batch, data.accept_new_mixture, longer)
     schedule = state.continued(mixture, schedule)
     if not complete:
-        check_limits(mixture, schedule, length.run_samples)
+        check_max_epochs(mixture, schedule, length.run_samples)
     return RunData(schedule, state, length.run_samples)
 
 

@@ -59,7 +59,7 @@ def run_facts(gather: Callable[[Any], list[Any]]) -> dict[str, Any]:
         "command": [sys.executable, *sys.argv],
         "working_directory": os.getcwd(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "environment": environment(dict(os.environ)),
+        "environment": relevant_environment(dict(os.environ)),
     }
 
 
@@ -97,7 +97,7 @@ def hosts(processes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def environment(variables: dict[str, str]) -> dict[str, str]:
+def relevant_environment(variables: dict[str, str]) -> dict[str, str]:
     """The variables that matter; nothing whose name sounds like a secret."""
     return {
         name: value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_cpt.model.flops import utilisation
 
 
-def throughput(
+def step_throughput(
     seconds: float, tokens: int, world_size: int, flops: tuple[float, float], peak_tflops: float | None
 ) -> dict[str, float]:
     """What one step of `tokens` tokens in `seconds` comes to.

@@ -26,14 +26,14 @@ from megatron_cpt.training.run_files import (
     RunData,
     check_began_with,
     check_can_resume,
-    check_data,
-    check_folder,
     check_is_own,
     check_profile,
+    check_run_data,
+    check_save_folder,
     check_schedule,
     check_together,
     find_start,
-    is_complete,
+    is_run_complete,
     length_of,
     read_model,
     read_token_bytes,
@@ -104,7 +104,7 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
     """
     refusals = Refusals()  # of checks that do not need each other
     with refusals.noted():
-        check_folder(config.checkpoint.save)
+        check_save_folder(config.checkpoint.save)
         start_from, manifest = find_start(config, damaged)
         check_began_with(config, start_from, manifest)
         llama = read_model(start_from)
@@ -124,7 +124,7 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
         token_bytes = read_token_bytes(start_from, mixture, llama.vocab_size)
     refusals.raise_any()
     length = length_of(config, mixture.seq_length, manifest)
-    complete = is_complete(length, manifest)
+    complete = is_run_complete(length, manifest)
     with refusals.noted():
         if not complete:
             check_can_resume(config, start_from, manifest)
@@ -134,7 +134,7 @@ def check_run(config: RunConfig, world_size: int, damaged: Mapping[str, str] | N
     with refusals.noted():
         schedule = check_schedule(config, mixture.seq_length, length, manifest)
     with refusals.noted():
-        data = check_data(config, mixture, length, manifest)
+        data = check_run_data(config, mixture, length, manifest)
     refusals.raise_any()
     if complete:
         check_is_own(config, start_from, length)

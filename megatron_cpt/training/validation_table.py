@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_cpt.mixture.ledger import Ledger
-from megatron_cpt.training.baseline import Baseline, Measurement, find
+from megatron_cpt.training.baseline import Baseline, Measurement, find_baseline
 from megatron_cpt.training.validation_result import ValidationResult
 
 UNCHANGED = 0.0005  # of bits per byte, relative: what the table would show as 0.0 %
@@ -32,11 +32,11 @@ def figures(
 
     Args:
         measured: how each result was measured
-        baselines: with those of these results (`baseline.extended`)
+        baselines: with those of these results (`baseline.extend_baselines`)
     """
     sets = {}
     for result, how in zip(results, measured, strict=True):
-        before = find(baselines, how)
+        before = find_baseline(baselines, how)
         assert before is not None, f"no baseline of {how}"
         sets[result.name] = dataclasses.asdict(result) | {
             "perplexity": perplexity(result.loss),

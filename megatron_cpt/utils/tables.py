@@ -59,10 +59,10 @@ def log_table(logger: logging.Logger, table: PlainTable) -> None:
     console = wide_console()
     with console.capture() as captured:
         console.print(table)
-    logger.info(text_of(table), extra={ON_SCREEN: captured.get().rstrip("\n")})
+    logger.info(table_text(table), extra={ON_SCREEN: captured.get().rstrip("\n")})
 
 
-def text_of(table: PlainTable) -> str:
+def table_text(table: PlainTable) -> str:
     """A table as a log has it."""
     console = Console(file=io.StringIO(), width=WITHOUT_TERMINAL)
     with console.capture() as captured:

@@ -15,7 +15,7 @@ import transformers
 from tiny_models import ROOT, VARIANTS, make_tiny_llama, write_yaml
 
 from megatron_cpt.checkpoint.damage import is_damage, reading_hf_model
-from megatron_cpt.posttrain.models import load_model
+from megatron_cpt.posttrain.models import load_trainable_model
 from megatron_cpt.utils.errors import InputError
 
 NOT_DAMAGE = [
@@ -79,7 +79,7 @@ def test_other_errors_of_loading_what_is_trained_and_a_tokenizer(
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", fail)
     with pytest.raises(type(error), match="broken on purpose"):
-        load_model(model)
+        load_trainable_model(model)
     more = ["--megatron", str(tmp_path / "megatron"), "--extend_tokenizer", model]
     with pytest.raises(type(error), match="broken on purpose"):
         run(monkeypatch, "convert_checkpoint.py", "hf-to-megatron", "--hf", model, *more)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.checkpoint.hf_tokenizer import TOKENIZER_FILES, load, other_reading
+from megatron_cpt.checkpoint.hf_tokenizer import TOKENIZER_FILES, load_hf_tokenizer, other_reading
 from megatron_cpt.convert.added_tokens import add_tokens
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.behaviour import PROBES, behaviour_sha256
@@ -48,13 +48,13 @@ def test_the_class_does_not_decide_how_text_is_split(digits: Path, capfd: pytest
 
     own = load_tokenizer(str(digits))
     assert AutoTokenizer.from_pretrained(digits).encode(NUMBERS) != own.encode(NUMBERS)
-    tokenizer = load(str(digits))
+    tokenizer = load_hf_tokenizer(str(digits))
     assert [tokenizer.encode(text, split_special_tokens=True) for text in PROBES] == [own.encode(text) for text in PROBES]
     said = capfd.readouterr().err
     assert f"note: {digits}/tokenizer_config.json: tokenizer_class is GPT2Tokenizer, by which transformers and" in said
     assert "expected PreTrainedTokenizerFast" in said
     edit(digits, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    load(str(digits))
+    load_hf_tokenizer(str(digits))
     assert "note: " not in capfd.readouterr().err
 
 
@@ -68,7 +68,7 @@ def test_a_class_that_reads_the_same_is_not_mentioned(folder: Path) -> None:
 def test_dropout_is_off(folder: Path) -> None:
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     edit(folder, "tokenizer.json", model=model | {"dropout": 0.9})
-    tokenizer = load(str(folder))
+    tokenizer = load_hf_tokenizer(str(folder))
     assert {tuple(tokenizer.encode("the quick brown fox")) for _ in range(20)} == {
         tuple(load_tokenizer(str(folder)).encode("the quick brown fox"))
     }
@@ -93,7 +93,7 @@ def test_a_normalizer_that_makes_gigabytes_of_a_word(folder: Path) -> None:
     ]
     for steps in hostile:
         sequence(*steps)
-        for read in (load, load_tokenizer):
+        for read in (load_hf_tokenizer, load_tokenizer):
             with pytest.raises(InputError, match=r"normalizer (makes .* expected at most 1000 times|has 501 steps)"):
                 read(str(folder))
 
@@ -120,7 +120,7 @@ def test_a_normalizer_that_makes_gigabytes_of_a_word(folder: Path) -> None:
 def test_fields_of_another_kind(name: str, change: dict[str, Any], folder: Path) -> None:
     edit(folder, name, **change)
     with pytest.raises(InputError, match=str(folder)):
-        load(str(folder))
+        load_hf_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize("merges", [["a b"], [["a", "b"]], [["##a", "##b"], []], [5]])
@@ -128,7 +128,7 @@ def test_merges_without_the_prefix_of_inner_pieces(merges: list[Any], folder: Pa
     """The library cuts the prefix off whatever the second part is, and ends the process where that is no character."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     edit(folder, "tokenizer.json", model=model | {"continuing_subword_prefix": "##", "merges": merges})
-    for read in (load, load_tokenizer):
+    for read in (load_hf_tokenizer, load_tokenizer):
         with pytest.raises(InputError, match=r"model\.merges has .*; expected a second part that begins with"):
             read(str(folder))
 
@@ -150,24 +150,24 @@ def test_a_bare_model_file_that_transformers_reads_otherwise(tmp_path: Path) -> 
     config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"transformers splits .* otherwise than tokenizer.model says"):
-        load(str(tmp_path))
+        load_hf_tokenizer(str(tmp_path))
 
 
 def test_names_that_no_token_has(folder: Path) -> None:
     edit(folder, "tokenizer_config.json", pad_token="[PAD]")
     with pytest.raises(InputError, match=r"tokenizer_config.json: names '\[PAD\]', which is no token of hf:model"):
-        load(str(folder))
+        load_hf_tokenizer(str(folder))
 
 
 def test_files_that_were_changed_after_the_training(digits: Path) -> None:
     known = {"name": "hf:model", "behaviour_sha256": behaviour_sha256(load_tokenizer(str(digits)))}
     (digits / "manifest.json").write_text(json.dumps({"kind": "megatron-to-hf", "tokenizer": known}))
-    load(str(digits))
+    load_hf_tokenizer(str(digits))
     edit(digits, "tokenizer.json", normalizer={"type": "NFKC"})
     with pytest.raises(InputError, match=r"manifest.json: tokenizer.behaviour_sha256 is .* splits text otherwise"):
-        load(str(digits))
+        load_hf_tokenizer(str(digits))
     (digits / "manifest.json").write_text(json.dumps({"kind": "megatron-to-hf"}))
-    load(str(digits))
+    load_hf_tokenizer(str(digits))
 
 
 def added(folder: Path, tmp_path: Path, tokens: list[str]) -> Path:
@@ -202,7 +202,7 @@ def test_nothing_else_in_tokenizer_json_changes(indent: int | None, digits: Path
 def test_a_text_with_the_token_is_encoded_with_it(normalizer: Any, folder: Path, tmp_path: Path) -> None:
     edit(folder, "tokenizer.json", normalizer=normalizer)
     target = added(folder, tmp_path, TOKENS)
-    for tokenizer in (load_tokenizer(str(target)), load(str(target))):
+    for tokenizer in (load_tokenizer(str(target)), load_hf_tokenizer(str(target))):
         for number, token in enumerate(TOKENS, 400):
             for text in (token, f"we saw {token}, then", f"我们去{token}玩了"):
                 assert list(tokenizer.encode(text)).count(number) == 1

@@ -19,7 +19,7 @@ from hostile_pickles import NAMES, harmless, module_spec, mutations, system_call
 
 from megatron_cpt.checkpoint import zip_reader
 from megatron_cpt.checkpoint.checkpoint_pickles import Opaque, PickledTensors, load_common, load_metadata, load_settings
-from megatron_cpt.checkpoint.safe_pickle import Name, PickleError, PickleRecord, plain, read_pickle
+from megatron_cpt.checkpoint.safe_pickle import Name, PickleError, PickleRecord, plain_copy, read_pickle
 from megatron_cpt.utils.errors import InputError
 
 PAIRS = b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))  # a pair of pairs of pairs: 2^60 leaves
@@ -148,7 +148,7 @@ def test_settings_of_other_software(tmp_path: Path) -> None:
 )
 def test_small_pickles_take_little(content: bytes, message: str | None) -> None:
     def read() -> Any:
-        return plain(read_pickle(content, {}, {}), lambda value, copy: value)
+        return plain_copy(read_pickle(content, {}, {}), lambda value, copy: value)
 
     if message is None:
         assert read() == 2

@@ -15,7 +15,7 @@ from tiny_models import command_of
 
 from megatron_cpt.cluster.check import CheckFailedError
 from megatron_cpt.cluster.job import free_port
-from megatron_cpt.cluster.training_runs import FP32, STEPS, ClusterRun, judge
+from megatron_cpt.cluster.training_runs import FP32, STEPS, ClusterRun, judge_training
 
 TAMPER = """
 import os, sys
@@ -132,9 +132,9 @@ def test_packed_documents_are_told_apart_by_any_step(step: int | None, tmp_path:
     run = ClusterRun("one process, packed")
     if step is None:
         with pytest.raises(CheckFailedError, match="documents are not told apart"):
-            judge(run, job, found)  # type: ignore[arg-type]
+            judge_training(run, job, found)  # type: ignore[arg-type]
     else:
-        assert judge(run, job, found)[0].startswith("loss ")  # type: ignore[arg-type]
+        assert judge_training(run, job, found)[0].startswith("loss ")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -151,10 +151,10 @@ def test_what_a_layout_may_differ_by(name: str, off: float, holds: bool, tmp_pat
     job, found = SimpleNamespace(folder=tmp_path), [{"seconds": 1.0, "log": "a.log"}]
     run = ClusterRun("TP2", like="one process", tolerance=FP32)
     if holds:
-        assert judge(run, job, found)[0].startswith("like one process to ")  # type: ignore[arg-type]
+        assert judge_training(run, job, found)[0].startswith("like one process to ")  # type: ignore[arg-type]
     else:
         with pytest.raises(CheckFailedError, match=r"expected at most (0\.0001|1e-05)"):
-            judge(run, job, found)  # type: ignore[arg-type]
+            judge_training(run, job, found)  # type: ignore[arg-type]
 
 
 def test_a_report_in_a_folder_that_is_made_for_it(tmp_path: Path) -> None:

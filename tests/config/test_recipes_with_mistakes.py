@@ -26,34 +26,34 @@ from llama_shapes import TINY
 from tiny_models import tools, write_empty_weights
 
 from megatron_cpt.cluster.config import CheckConfig
-from megatron_cpt.cluster.run_files import check_files as check_cluster
+from megatron_cpt.cluster.run_files import check_cluster_files as check_cluster
 from megatron_cpt.config.cli import read_arguments, start_check
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.config.values import alternatives
 from megatron_cpt.convert.config import HfToMegatron, MegatronToHf, Verify
 from megatron_cpt.convert.run_files import check_hf_to_megatron, check_megatron_to_hf, check_verify
 from megatron_cpt.corpus.import_megatron import ImportCorpusConfig
-from megatron_cpt.corpus.import_megatron import check_files as check_import
+from megatron_cpt.corpus.import_megatron import check_import_files as check_import
 from megatron_cpt.corpus.merge import MergeConfig
-from megatron_cpt.corpus.merge import check_files as check_merge
+from megatron_cpt.corpus.merge import check_merge_files as check_merge
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
-from megatron_cpt.corpus.preprocess import check_files as check_preprocessing
+from megatron_cpt.corpus.preprocess import check_preprocess_files as check_preprocessing
 from megatron_cpt.curation.config import CurateConfig
-from megatron_cpt.curation.curate import check_files as check_curation
+from megatron_cpt.curation.curate import check_curate_files as check_curation
 from megatron_cpt.evaluation.config import EvaluateConfig
-from megatron_cpt.evaluation.run_files import check_settings as check_evaluation
+from megatron_cpt.evaluation.run_files import check_evaluation as check_evaluation
 from megatron_cpt.mixture.inspect_data import InspectConfig
-from megatron_cpt.mixture.inspect_data import check_files as check_inspection
+from megatron_cpt.mixture.inspect_data import check_inspect_files as check_inspection
 from megatron_cpt.planning.config import PlanConfig
-from megatron_cpt.planning.run_files import check_files as check_plan
+from megatron_cpt.planning.run_files import check_plan_files as check_plan
 from megatron_cpt.posttrain.run_files import check_chat
-from megatron_cpt.posttrain.run_files import check_settings as check_tuning
+from megatron_cpt.posttrain.run_files import check_tuning as check_tuning
 from megatron_cpt.posttrain.settings import ChatConfig, DpoConfig, SftConfig
-from megatron_cpt.study.run_files import check_choice, check_runs, check_study
+from megatron_cpt.study.run_files import check_choice, check_run_options, check_study
 from megatron_cpt.study.settings import ChooseOptions, FitOptions, PlanOptions, PlotOptions, RunOptions
 from megatron_cpt.training.order_export import ExportOrderConfig
-from megatron_cpt.training.order_export import check_files as check_order_export
-from megatron_cpt.training.run_files import check_files as check_run
+from megatron_cpt.training.order_export import check_export_files as check_order_export
+from megatron_cpt.training.run_files import check_pretrain_files as check_run
 from megatron_cpt.utils.errors import InputError, InputErrors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +85,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "quickstart/pretrain.yaml": Recipe(RunConfig, check_run, ["--check_only=true", "--world_size=2"], MIXTURE),
-    "almr_study/smollm2_study.yaml": Recipe(PlanOptions, check_runs, [], MIXTURE),
+    "almr_study/smollm2_study.yaml": Recipe(PlanOptions, check_run_options, [], MIXTURE),
     "quickstart_chat/sft.yaml": Recipe(SftConfig, check_tuning, ["--save=runs/new"]),
     "quickstart_chat/dpo.yaml": Recipe(DpoConfig, check_tuning, ["--save=runs/new"]),
     "quickstart_chat/evaluate.yaml": Recipe(EvaluateConfig, check_evaluation, []),
@@ -124,7 +124,7 @@ STARTS: dict[str, tuple[Recipe, dict[str, Any]]] = {
     ),
     "check_cluster.py": (Recipe(CheckConfig, check_cluster, []), {"folder": "cluster"}),
     "convert_checkpoint.py verify": (Recipe(Verify, check_verify, []), {"a": HF_FOLDER, "b": MEGATRON_FOLDER}),
-    "almr_study.py run": (Recipe(RunOptions, check_runs, []), read_yaml(STUDY)),
+    "almr_study.py run": (Recipe(RunOptions, check_run_options, []), read_yaml(STUDY)),
     "almr_study.py fit": (Recipe(FitOptions, check_study, []), read_yaml(STUDY)),
     "almr_study.py plot": (Recipe(PlotOptions, check_study, []), read_yaml(STUDY)),
     "almr_study.py choose": (Recipe(ChooseOptions, check_choice, []), read_yaml(STUDY)),

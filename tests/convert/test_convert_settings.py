@@ -66,7 +66,7 @@ def megatron(hf: str) -> str:
 def seen_of(monkeypatch: pytest.MonkeyPatch, call: Any) -> dict[str, Any]:
     """What the functions that read, check and write are given."""
     seen: dict[str, Any] = {"written": False}
-    write_files, is_done = convert.write_files, convert.is_done
+    write_files, is_done = convert.write_files, convert.is_converted
 
     def written(path: str, jobs: Any, num_workers: int, description: str) -> Any:
         seen.update(written=True, num_workers=num_workers)
@@ -83,7 +83,7 @@ def seen_of(monkeypatch: pytest.MonkeyPatch, call: Any) -> dict[str, Any]:
         seen.update(seed=extension.seed, new_rows=extension.new_rows, repaired=repaired)
         return planned(config, llama, source, dtype, extension)
 
-    for name, function in (("write_files", written), ("is_done", done), ("convert_to_megatron", plan)):
+    for name, function in (("write_files", written), ("is_converted", done), ("convert_to_megatron", plan)):
         monkeypatch.setattr(convert, name, function)
     try:
         folder = Path(call())

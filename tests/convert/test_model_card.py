@@ -10,7 +10,7 @@ import pytest
 
 from megatron_cpt.convert.config import MegatronToHf
 from megatron_cpt.convert.convert import make_card
-from megatron_cpt.convert.model_card import base_model, languages
+from megatron_cpt.convert.model_card import base_model, card_languages
 from megatron_cpt.utils.errors import InputError
 
 
@@ -45,5 +45,5 @@ def test_a_manifest_that_no_run_wrote(tmp_path: Path) -> None:
 
 def test_languages_the_most_read_first() -> None:
     of_corpus = {"en_wiki": "en", "zh_a": "zh", "zh_b": "zh", "fr": "fr"}
-    assert languages(manifest("x", languages=of_corpus)) == ["zh", "en"]
-    assert languages(manifest("x")) == []
+    assert card_languages(manifest("x", languages=of_corpus)) == ["zh", "en"]
+    assert card_languages(manifest("x")) == []

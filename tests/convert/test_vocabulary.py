@@ -14,7 +14,7 @@ from megatron_cpt.convert.config import HfToMegatron, MegatronToHf, Verify
 from megatron_cpt.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_cpt.convert.megatron_weights import open_megatron
 from megatron_cpt.convert.verify import verify
-from megatron_cpt.convert.vocabulary import Extension, extended, new_tokens
+from megatron_cpt.convert.vocabulary import Extension, extend_rows, new_tokens
 from megatron_cpt.model.llama import read_llama_config
 from megatron_cpt.utils.errors import InputError
 
@@ -259,7 +259,7 @@ def test_mean_rows_are_of_the_rows_that_count() -> None:
 
     def rows(seed: int) -> torch.Tensor:
         plan = Extension(vocab_size=13, new=new, new_rows="mean", repair=True, tokenizer=None, seed=seed)
-        return extended(tensor, plan, near_zero=[3])
+        return extend_rows(tensor, plan, near_zero=[3])
 
     found, mean = rows(1), tensor[[0, 1, 2, *range(4, 10)]].mean(dim=0)
     for number in (3, 10, 11, 12):

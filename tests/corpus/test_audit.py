@@ -21,7 +21,7 @@ from megatron_cpt.corpus import partial as partial_module
 from megatron_cpt.corpus import preprocess as preprocess_module
 from megatron_cpt.corpus.audit import ODD_TEXTS, Audit, TokenizerMismatchError
 from megatron_cpt.corpus.encoding import Encoder, TokenPolicy, count_languages, per_text, useful_workers
-from megatron_cpt.corpus.manifest import TokenizerInfo, read_manifest
+from megatron_cpt.corpus.manifest import TokenizerInfo, read_corpus_manifest
 from megatron_cpt.corpus.partial import PartialCorpus, partial_folder, read_state
 from megatron_cpt.corpus.reading import ReadOptions, Unit, units
 from megatron_cpt.corpus.sources import find_sources, sha256_file
@@ -79,7 +79,7 @@ def is_odd(text: str) -> bool:
 def fast(prefix: Path, tokenizer: str, source: str, **more: Any) -> str:
     """Preprocess with the fast tokenizer; what the manifest says of the encoder."""
     corpus = run(prefix, tokenizer, **{"input": source, "fast_tokenizer": "always"} | more)
-    return read_manifest(corpus.prefix).encoder
+    return read_corpus_manifest(corpus.prefix).encoder
 
 
 def encoder_of_state(prefix: Path) -> str:
@@ -261,7 +261,7 @@ def test_a_vocabulary_that_is_not_supported(
     assert lost.endswith(
         "cannot spell every script: a, é, ж, α, ע, ع, ह, ไ, 中, の, 한, 🦊 do not come back from its tokens"
     )
-    assert read_manifest(one.prefix).encoder == "the reference tokenizer"
+    assert read_corpus_manifest(one.prefix).encoder == "the reference tokenizer"
     run(tmp_path / "two", str(tmp_path / "tokenizer.json"), fast_tokenizer="never", **settings)
     assert content(tmp_path / "one") == content(tmp_path / "two")
     with pytest.raises(InputError, match="fast_tokenizer is 'always' but gigatoken cannot read"):
@@ -427,7 +427,7 @@ def test_languages_by_their_share_of_the_text(tmp_path: Path, tiny_tokenizer_dir
     documents = [text for text, count in zip((chinese, english, none), counts, strict=True) for _ in range(count)]
     order = np.random.default_rng(0).permutation(len(documents))
     source = write_lines(tmp_path / "a.jsonl", [{"text": documents[i]} for i in order])
-    manifest = read_manifest(run(tmp_path / "c", tiny_tokenizer_dir, input=source).prefix)
+    manifest = read_corpus_manifest(run(tmp_path / "c", tiny_tokenizer_dir, input=source).prefix)
     assert manifest.languages == pytest.approx({"zh": 0.75, "en": 0.2, "un": 0.05}, abs=0.01)
     assert list(manifest.languages) == ["zh", "en", "un"]  # the largest first
     assert (manifest.text_bytes, manifest.characters) == (
@@ -448,19 +448,19 @@ def test_checksums_sizes_and_documents_of_the_sources(tmp_path: Path, tiny_token
     write_lines(tmp_path / "in" / "c.jsonl", [{"text": f"text {i}"} for i in range(50)])
     write_lines(tmp_path / "in" / "d.jsonl", [])
     settings: dict[str, Any] = {"input": str(tmp_path / "in"), "on_error": "skip"}
-    manifest = read_manifest(run(tmp_path / "c", tiny_tokenizer_dir, **settings).prefix)
+    manifest = read_corpus_manifest(run(tmp_path / "c", tiny_tokenizer_dir, **settings).prefix)
     assert [source.documents for source in manifest.sources] == [1, 0, 50, 0]
     for source in manifest.sources:
         assert source.bytes == Path(source.path).stat().st_size
         assert source.sha256 == sha256_file(source.path)
-    manifest = read_manifest(run(tmp_path / "d", tiny_tokenizer_dir, checksum_inputs=False, **settings).prefix)
+    manifest = read_corpus_manifest(run(tmp_path / "d", tiny_tokenizer_dir, checksum_inputs=False, **settings).prefix)
     assert {source.sha256 for source in manifest.sources} == {None}
 
 
 def test_bytes_per_token_is_of_the_text(tmp_path: Path, tiny_tokenizer_dir: str, source: str) -> None:
     ratios = []
     for number, policy in enumerate([{}, {"eos": "none"}, {"bos": "document"}]):
-        manifest = read_manifest(run(tmp_path / f"c{number}", tiny_tokenizer_dir, input=source, **policy).prefix)
+        manifest = read_corpus_manifest(run(tmp_path / f"c{number}", tiny_tokenizer_dir, input=source, **policy).prefix)
         ratios.append(manifest.bytes_per_token)
         assert manifest.tokens == 80 * (1 - number % 2 + number // 2) + round(manifest.text_bytes / ratios[0])
     assert len(set(ratios)) == 1

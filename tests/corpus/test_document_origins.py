@@ -10,7 +10,7 @@ import pytest
 
 from megatron_cpt.corpus.document_origins import UNKNOWN, origins_of
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.manifest import read_corpus_manifest
 from megatron_cpt.corpus.merge import MergeConfig, merge_datasets
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ def make(folder: Path, prefix: str, names: str, tokenizer: str, **settings: obje
 def check(prefix: str, tokenizer_dir: str, without_lines: str = "") -> None:
     """Every document is the text of its line; of the files `without_lines` the line is not known."""
     corpus, tokenizer = IndexedCorpus(prefix), load_tokenizer(tokenizer_dir)
-    origins = origins_of(prefix, read_manifest(prefix))
+    origins = origins_of(prefix, read_corpus_manifest(prefix))
     files, lines = origins.lookup(np.arange(corpus.num_documents))
     for document, (file, line) in enumerate(zip(files.tolist(), lines.tolist(), strict=True)):
         text = tokenizer.decode(corpus[document].tolist()[:-1])
@@ -59,7 +59,7 @@ def check(prefix: str, tokenizer_dir: str, without_lines: str = "") -> None:
 def test_lines_are_those_of_the_texts(folder: Path, tiny_tokenizer_dir: str, shuffle: int | None) -> None:
     prefix = make(folder, "corpus", "abc", tiny_tokenizer_dir, shuffle_documents=shuffle)
     check(prefix, tiny_tokenizer_dir, without_lines="c")  # a blank line is counted, but not which one it is
-    origins = origins_of(prefix, read_manifest(prefix))
+    origins = origins_of(prefix, read_corpus_manifest(prefix))
     assert [origins.find(0, line) for line in (1, 18, 19, 41, 0)] == [None] * 5
 
 
@@ -93,7 +93,7 @@ def test_a_file_that_gave_documents_only_to_the_second_corpus(
         prefix = str(folder / f"joined{number}")
         merge_datasets(MergeConfig([str(folder / name) for name in names], prefix, shuffle_documents=shuffle))
         corpus, tokenizer = IndexedCorpus(prefix), load_tokenizer(tiny_tokenizer_dir)
-        origins = origins_of(prefix, read_manifest(prefix))
+        origins = origins_of(prefix, read_corpus_manifest(prefix))
         files, lines = origins.lookup(np.arange(corpus.num_documents))
         assert (files == UNKNOWN).all() == (number == 0)
         for document, (file, line) in enumerate(zip(files.tolist(), lines.tolist(), strict=True)):
@@ -116,7 +116,7 @@ def test_what_was_shuffled_before_it_was_joined_is_not_known(folder: Path, tiny_
     for name in "ab":
         make(folder, name, name, tiny_tokenizer_dir, shuffle_documents=1)
     merge_datasets(MergeConfig([str(folder / "a"), str(folder / "b")], str(folder / "both")))
-    origins = origins_of(str(folder / "both"), read_manifest(str(folder / "both")))
+    origins = origins_of(str(folder / "both"), read_corpus_manifest(str(folder / "both")))
     assert [column.tolist() for column in origins.lookup(np.arange(3))] == [[UNKNOWN] * 3] * 2
     assert origins.find(0, 2) is None
 
@@ -124,7 +124,7 @@ def test_what_was_shuffled_before_it_was_joined_is_not_known(folder: Path, tiny_
 def test_what_is_held_out_has_no_lines(folder: Path, tiny_tokenizer_dir: str) -> None:
     prefix = make(folder, "held", "ab", tiny_tokenizer_dir, holdout=5, shuffle_documents=2)
     check(prefix, tiny_tokenizer_dir, without_lines="ab")
-    files, _ = origins_of(prefix, read_manifest(f"{prefix}_holdout")).lookup(np.arange(5))
+    files, _ = origins_of(prefix, read_corpus_manifest(f"{prefix}_holdout")).lookup(np.arange(5))
     assert files.tolist() == [UNKNOWN] * 5
 
 
@@ -137,13 +137,13 @@ def test_a_manifest_of_before(folder: Path, tiny_tokenizer_dir: str) -> None:
         del fields["in_order"]
         fields["sources"] = [{k: v for k, v in source.items() if k != "records"} for source in fields["sources"]]
         path.write_text(json.dumps(fields))
-        files, lines = origins_of(prefix, read_manifest(prefix)).lookup(np.arange(2))
+        files, lines = origins_of(prefix, read_corpus_manifest(prefix)).lookup(np.arange(2))
         assert (files.tolist(), lines.tolist()) == ([file] * 2, [UNKNOWN] * 2)
 
 
 def test_a_damaged_list_of_skipped_lines(folder: Path, tiny_tokenizer_dir: str) -> None:
     prefix = make(folder, "corpus", "a", tiny_tokenizer_dir)
-    manifest = read_manifest(prefix)
+    manifest = read_corpus_manifest(prefix)
     for line in ('"1"', "true", "-7", "0", "1.0", str(10**24), str(2**63)):
         Path(f"{prefix}.errors.jsonl").write_text(f'{{"file": "a", "line": {line}}}\n')
         with pytest.raises(
@@ -155,4 +155,4 @@ def test_a_damaged_list_of_skipped_lines(folder: Path, tiny_tokenizer_dir: str) 
     assert not origins_of(prefix, manifest).skipped  # line 50 of 40
     Path(f"{prefix}.errors.jsonl").write_text('{"file": 1}\n')
     with pytest.raises(InputError, match=r"corpus\.errors\.jsonl: cannot be read .*; expected a file and a line"):
-        origins_of(prefix, read_manifest(prefix))
+        origins_of(prefix, read_corpus_manifest(prefix))

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tiny_corpora import ROOT, content, read_lines, run, small_units, texts, write_lines
 
 from megatron_cpt.corpus.indexed_dataset import HEADER, IndexedCorpus, IndexedWriter
-from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.manifest import read_corpus_manifest
 from megatron_cpt.utils.errors import InputError
 
 LONGEST = 30
@@ -96,7 +96,7 @@ def test_bad_lines_are_counted_and_listed(name: str, workers: int, tmp_path: Pat
     for line, (_, bad) in zip(found, where, strict=True):
         assert line["file"] == str(tmp_path / name)
         assert bad.said in line["detail"]
-    assert read_manifest(corpus.prefix).skipped == Counter(bad.reason for bad in BAD)
+    assert read_corpus_manifest(corpus.prefix).skipped == Counter(bad.reason for bad in BAD)
     good = [f"good {number}" for number in range(len(BAD)) for _ in range(number % 3)]
     assert texts(corpus, tiny_tokenizer_dir) == [*good, "长" * LONGEST]
 
@@ -291,7 +291,7 @@ def test_odd_documents_decode_to_themselves(
         for name in ("a.jsonl", "a.parquet"):
             corpus = run(scratch / "c", tiny_tokenizer_dir, input=str(scratch / name), **mode)
             assert texts(corpus, tiny_tokenizer_dir) == kept
-    manifest = read_manifest(corpus.prefix)
+    manifest = read_corpus_manifest(corpus.prefix)
     assert manifest.documents + sum(manifest.skipped.values()) == len(documents)
     assert manifest.text_bytes == sum(len(text.encode()) for text in kept)
     assert manifest.characters == sum(map(len, kept))

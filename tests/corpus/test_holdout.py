@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_corpora import ROOT, content, json_lines, read_lines, run, small_units, texts, write_lines
 
-from megatron_cpt.corpus.holdout import choose, number_held_out, parse_holdout
+from megatron_cpt.corpus.holdout import choose_documents, number_held_out, parse_holdout
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.manifest import read_corpus_manifest
 from megatron_cpt.corpus.merge import MergeConfig, merge_datasets
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.mixture.inspect_data import InspectConfig, inspect_data
@@ -74,7 +74,7 @@ def test_exactly_so_many_and_every_document_once(
         assert places != sorted(places), "any beginning of it is from all over the input"
         assert min(places) < 50 < 150 < max(places)
     for corpus, its_texts in ((train, kept), (held_out, aside)):
-        manifest = read_manifest(corpus.prefix)
+        manifest = read_corpus_manifest(corpus.prefix)
         assert (manifest.documents, manifest.tokens) == (len(corpus), corpus.num_tokens)
         assert manifest.text_bytes == sum(len(text.encode()) for text in its_texts)
         assert manifest.characters == sum(map(len, its_texts))
@@ -82,11 +82,11 @@ def test_exactly_so_many_and_every_document_once(
         ids = {record["text"]: record["id"] for record in records}
         assert [line["id"] for line in read_lines(f"{corpus.prefix}.metadata.jsonl")] == [ids[text] for text in its_texts]
         inspect_data(InspectConfig(corpus.prefix, check=True))
-    per_source = [source.documents for source in read_manifest(held_out.prefix).sources]
+    per_source = [source.documents for source in read_corpus_manifest(held_out.prefix).sources]
     where = [("a", records[:70]), ("b", records[70:120]), ("c", records[120:])]
     assert per_source == [sum(text in {r["text"] for r in part} for text in aside) for _, part in where]
-    assert read_manifest(train.prefix).skipped == {"empty": 1}
-    assert read_manifest(held_out.prefix).skipped == {}
+    assert read_corpus_manifest(train.prefix).skipped == {"empty": 1}
+    assert read_corpus_manifest(held_out.prefix).skipped == {}
 
 
 def test_however_it_is_read(tmp_path: Path, folder: str, records: list[dict[str, Any]], tiny_tokenizer_dir: str) -> None:
@@ -98,7 +98,7 @@ def test_however_it_is_read(tmp_path: Path, folder: str, records: list[dict[str,
         run(tmp_path / "parts", tiny_tokenizer_dir, **settings, partition=f"{i}/4")
     merge_datasets(MergeConfig(str(tmp_path / "parts"), str(tmp_path / "parts")))
     assert both(tmp_path / "one") == both(tmp_path / "three") == both(tmp_path / "parts")
-    one, parts = (read_manifest(str(tmp_path / f"{name}_holdout")) for name in ("one", "parts"))
+    one, parts = (read_corpus_manifest(str(tmp_path / f"{name}_holdout")) for name in ("one", "parts"))
     assert (one.holdout, one.sources, one.text_bytes) == (parts.holdout, parts.sources, parts.text_bytes)
     other = write_lines(tmp_path / "other.jsonl", records[::-1])
     run(tmp_path / "other", tiny_tokenizer_dir, **settings | {"input": other})
@@ -175,7 +175,7 @@ def test_more_than_there_is(tmp_path: Path, tiny_tokenizer_dir: str) -> None:
 def test_copies_stay_together(keys: list[int], count: int) -> None:
     array = np.array(keys, np.uint64)
     try:
-        chosen = choose(array, count)
+        chosen = choose_documents(array, count)
     except InputError:  # texts without copies can always be held out
         assert count > len(keys) - sum(n for n in Counter(keys).values() if n > 1)
         return
@@ -198,12 +198,12 @@ def test_the_tool_and_partitions_of_a_small_file(tmp_path: Path, tiny_tokenizer_
     words = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), f"--input={source}", "--language=en"]
     words += [f"--tokenizer={tiny_tokenizer_dir}", f"--output-prefix={tmp_path}/c", "--workers=1"]
     done = subprocess.run([*words, "--partition=7/8"], capture_output=True, text=True, check=True)
-    assert 120 < read_manifest(str(tmp_path / "c-00007-of-00008")).documents < 130
+    assert 120 < read_corpus_manifest(str(tmp_path / "c-00007-of-00008")).documents < 130
     assert "WARNING" not in done.stderr
     done = subprocess.run([*words, "--holdout", "0.5%"], capture_output=True, text=True, check=True)
     assert "held out: 5 documents" in done.stderr
     assert done.stdout.splitlines()[-1] == f"{tmp_path}/c.json"
-    assert read_manifest(str(tmp_path / "c_holdout")).documents == 5
+    assert read_corpus_manifest(str(tmp_path / "c_holdout")).documents == 5
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(Path(source).read_bytes()))
     words[2] = f"--input={source}.gz"
     done = subprocess.run([*words, "--partition=1/2"], capture_output=True, text=True, check=True)

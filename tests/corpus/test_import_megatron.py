@@ -12,7 +12,7 @@ from tiny_corpora import EOS, run, write_lines
 from tiny_models import run_tool
 
 from megatron_cpt.corpus.import_megatron import ImportCorpusConfig, import_corpora
-from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.manifest import read_corpus_manifest
 from megatron_cpt.mixture.file import load_mixture
 from megatron_cpt.mixture.inspect_data import InspectConfig, inspect_data
 from megatron_cpt.tokenizer import load_tokenizer
@@ -52,7 +52,7 @@ def test_the_manifest_is_that_of_preprocessing(
     assert import_as(theirs, tiny_tokenizer_dir) == f"{theirs}.json"
     source = write_lines(tmp_path / "zh.jsonl", [{"text": text} for text in TEXTS])
     run(tmp_path / "ours", tiny_tokenizer_dir, input=source, language="zh")
-    found, wanted = read_manifest(str(theirs)), read_manifest(str(tmp_path / "ours"))
+    found, wanted = read_corpus_manifest(str(theirs)), read_corpus_manifest(str(tmp_path / "ours"))
     for name in ("language", "documents", "tokens", "text_bytes", "characters", "bytes_per_token", "dtype", "eos", "bos"):
         assert getattr(found, name) == getattr(wanted, name), name
     assert (found.tokenizer, found.files["bin"], found.skipped) == (wanted.tokenizer, wanted.files["bin"], {})
@@ -71,7 +71,7 @@ def test_a_mixture_reads_it(tmp_path: Path, tiny_tokenizer_dir: str, documents: 
 def test_documents_without_an_end_token(tmp_path: Path, tiny_tokenizer_dir: str, documents: list[list[list[int]]]) -> None:
     bare = [[sequences[0][:-1]] for sequences in documents]
     import_as(write_as_megatron(tmp_path / "zh", bare), tiny_tokenizer_dir)
-    assert read_manifest(str(tmp_path / "zh")).eos == "none"
+    assert read_corpus_manifest(str(tmp_path / "zh")).eos == "none"
 
 
 def test_what_is_refused(tmp_path: Path, tiny_tokenizer_dir: str, documents: list[list[list[int]]]) -> None:

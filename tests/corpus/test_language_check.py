@@ -12,7 +12,7 @@ from tiny_corpora import run, write_lines
 from megatron_cpt.config.cli import run_tool
 from megatron_cpt.corpus.import_megatron import ImportCorpusConfig, import_corpora
 from megatron_cpt.corpus.language_check import unlike
-from megatron_cpt.corpus.manifest import manifest_path, read_manifest
+from megatron_cpt.corpus.manifest import manifest_path, read_corpus_manifest
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.evaluation.config import TextConfig
 from megatron_cpt.posttrain.data import SourceConfig
@@ -103,6 +103,6 @@ def test_without_pycld2(tmp_path: Path, tiny_tokenizer_dir: str, monkeypatch: py
     run(tmp_path / "with", tiny_tokenizer_dir, input=source)
     monkeypatch.setitem(sys.modules, "pycld2", None)
     run(tmp_path / "without", tiny_tokenizer_dir, input=source)
-    one, other = (read_manifest(str(tmp_path / name)) for name in ("with", "without"))
+    one, other = (read_corpus_manifest(str(tmp_path / name)) for name in ("with", "without"))
     assert (one.files, one.languages) == (other.files, {"en": 1.0})
     assert other.languages == {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.corpus.manifest import manifest_path, read_manifest, write_manifest
+from megatron_cpt.corpus.manifest import manifest_path, read_corpus_manifest, write_manifest
 from megatron_cpt.corpus.sources import sha256_file
 from megatron_cpt.utils.errors import InputError
 from tests.tiny_manifests import MANIFEST
@@ -19,7 +19,7 @@ def test_round_trip(tmp_path: Path) -> None:
     path = manifest_path(str(tmp_path / "c"))
     write_manifest(path, MANIFEST)
     assert list(tmp_path.iterdir()) == [path]
-    assert read_manifest(str(tmp_path / "c")) == MANIFEST
+    assert read_corpus_manifest(str(tmp_path / "c")) == MANIFEST
     assert next(iter(json.loads(path.read_text()))) == "format_version"
 
 
@@ -31,11 +31,11 @@ def test_sha256_file(tmp_path: Path) -> None:
 def test_missing_and_not_json(tmp_path: Path) -> None:
     prefix = str(tmp_path / "c")
     with pytest.raises(InputError, match="no such file"):
-        read_manifest(prefix)
+        read_corpus_manifest(prefix)
     for content, message in (("{", "not valid JSON"), ("[]", "format_version is None")):
         Path(prefix + ".json").write_text(content)
         with pytest.raises(InputError, match=message):
-            read_manifest(prefix)
+            read_corpus_manifest(prefix)
 
 
 @pytest.mark.parametrize(
@@ -71,4 +71,4 @@ def test_wrong_fields_are_named(tmp_path: Path, path: list[Any], value: Any, mes
         holder[last] = value
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
-        read_manifest(str(tmp_path / "c"))
+        read_corpus_manifest(str(tmp_path / "c"))

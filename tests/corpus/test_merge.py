@@ -23,7 +23,7 @@ from tiny_corpora import ROOT, content, json_lines, read_lines, run, small_units
 
 from megatron_cpt.corpus import merge
 from megatron_cpt.corpus.indexed_dataset import HEADER, IndexedCorpus, write_index
-from megatron_cpt.corpus.manifest import CorpusManifest, read_manifest
+from megatron_cpt.corpus.manifest import CorpusManifest, read_corpus_manifest
 from megatron_cpt.corpus.merge import MergeConfig, find_prefixes, merge_datasets
 from megatron_cpt.corpus.sources import sha256_file
 from megatron_cpt.utils.errors import InputError, InputErrors
@@ -62,7 +62,7 @@ def partitions(prefix: Path, tokenizer: str, folder: str, count: int, **more: An
 def join(prefixes: str | list[str], output: Path | str, **more: Any) -> CorpusManifest:
     path = merge_datasets(MergeConfig(prefixes, str(output), **more))
     assert path == f"{output}.json"
-    return read_manifest(str(output))
+    return read_corpus_manifest(str(output))
 
 
 def comparable(manifest: CorpusManifest) -> CorpusManifest:
@@ -72,7 +72,9 @@ def comparable(manifest: CorpusManifest) -> CorpusManifest:
 
 def test_workers_make_no_difference(tmp_path: Path, folder: str, tiny_tokenizer_dir: str) -> None:
     found = [
-        comparable(read_manifest(run(tmp_path / f"w{n}", tiny_tokenizer_dir, **settings_for(folder, workers=n)).prefix))
+        comparable(
+            read_corpus_manifest(run(tmp_path / f"w{n}", tiny_tokenizer_dir, **settings_for(folder, workers=n)).prefix)
+        )
         for n in (1, 2, 4)
     ]
     assert content(tmp_path / "w1") == content(tmp_path / "w2") == content(tmp_path / "w4")
@@ -82,7 +84,7 @@ def test_workers_make_no_difference(tmp_path: Path, folder: str, tiny_tokenizer_
 @pytest.mark.parametrize("count", range(1, 6))
 def test_partitions_joined_are_the_single_run(count: int, tmp_path: Path, folder: str, tiny_tokenizer_dir: str) -> None:
     """Files byte for byte (problems with their lines too), and a manifest in which everything adds up."""
-    single = read_manifest(run(tmp_path / "single", tiny_tokenizer_dir, **settings_for(folder)).prefix)
+    single = read_corpus_manifest(run(tmp_path / "single", tiny_tokenizer_dir, **settings_for(folder)).prefix)
     parts = partitions(tmp_path / "c", tiny_tokenizer_dir, folder, count, workers=1 + count % 2)
     joined = join(str(tmp_path / "c"), tmp_path / "joined")
     assert content(tmp_path / "joined") == content(tmp_path / "single")
@@ -91,7 +93,7 @@ def test_partitions_joined_are_the_single_run(count: int, tmp_path: Path, folder
     assert [source.documents for source in joined.sources] == [20, 20, 20, 20]
     assert [source.sha256 for source in joined.sources] == [sha256_file(source.path) for source in joined.sources]
     assert joined.partition is None
-    made = [read_manifest(part) for part in parts]
+    made = [read_corpus_manifest(part) for part in parts]
     assert [manifest.partition for manifest in made] == [f"{i}/{count}" for i in range(count)]
     for name in ("documents", "tokens", "text_bytes", "characters"):
         assert sum(getattr(manifest, name) for manifest in made) == getattr(joined, name)
@@ -101,7 +103,9 @@ def test_partitions_joined_are_the_single_run(count: int, tmp_path: Path, folder
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_shuffling_may_wait_for_the_merge(count: int, tmp_path: Path, folder: str, tiny_tokenizer_dir: str) -> None:
-    single = read_manifest(run(tmp_path / "s", tiny_tokenizer_dir, **settings_for(folder, shuffle_documents=11)).prefix)
+    single = read_corpus_manifest(
+        run(tmp_path / "s", tiny_tokenizer_dir, **settings_for(folder, shuffle_documents=11)).prefix
+    )
     partitions(tmp_path / "c", tiny_tokenizer_dir, folder, count)
     joined = join(str(tmp_path / "c"), tmp_path / "joined", shuffle_documents=11)
     assert content(tmp_path / "joined") == content(tmp_path / "s")
@@ -116,13 +120,13 @@ def test_partitions_without_documents(tmp_path: Path, tiny_tokenizer_dir: str) -
     """A job array that is larger than its input, and an input that is skipped as a whole."""
     source = write_lines(tmp_path / "a.jsonl", [{"text": "one", "id": 1}, {"text": "", "id": 2}])
     parts = partitions(tmp_path / "c", tiny_tokenizer_dir, source, 4)
-    assert sorted(read_manifest(part).documents for part in parts) == [0, 0, 0, 1]
+    assert sorted(read_corpus_manifest(part).documents for part in parts) == [0, 0, 0, 1]
     joined = join(str(tmp_path / "c"), tmp_path / "joined")
     run(tmp_path / "single", tiny_tokenizer_dir, **settings_for(source))
     assert content(tmp_path / "joined") == content(tmp_path / "single")
     assert (joined.documents, joined.skipped) == (1, {"empty": 1})
     for seed in (None, 3):
-        empty = [part for part in parts if not read_manifest(part).documents]
+        empty = [part for part in parts if not read_corpus_manifest(part).documents]
         for part in empty:
             edit(part, lambda manifest: manifest | {"partition": None})
         assert join(empty, tmp_path / f"empty{seed}", shuffle_documents=seed).tokens == 0
@@ -232,7 +236,7 @@ def test_the_same_documents_twice(
     source = write_lines(tmp_path / "two.jsonl", [{"text": f"{i} " * 20} for i in range(40)])
     thirds = partitions(tmp_path / "two", tiny_tokenizer_dir, str(source), 3)  # the first one has the file's checksum
     for third in thirds:
-        assert [it.path for it in read_manifest(third).sources if it.documents] == [str(source)]
+        assert [it.path for it in read_corpus_manifest(third).sources if it.documents] == [str(source)]
     join(thirds, tmp_path / "joined")
     assert "WARNING" not in capsys.readouterr().err
     single, twin = f"{tmp_path}/single", copy(f"{tmp_path}/single", tmp_path / "twin")
@@ -369,7 +373,7 @@ def test_an_existing_corpus_is_kept_unless_overwrite(
     with pytest.raises(InputError, match="c-00002"):
         join(parts, tmp_path / "old", overwrite=True)
     assert content(tmp_path / "old") == before
-    read_manifest(str(tmp_path / "old"))
+    read_corpus_manifest(str(tmp_path / "old"))
     run(tmp_path / "c", tiny_tokenizer_dir, **settings_for(folder, partition="2/3"), overwrite=True)
     join(parts, tmp_path / "old", overwrite=True)
     assert content(tmp_path / "old") == content(tmp_path / "single")
@@ -386,7 +390,7 @@ def test_an_unfinished_run_of_that_name_is_left_alone(parts: list[str], tmp_path
 def test_a_merge_that_was_killed_is_done_again(parts: list[str], tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
-        merge.complete = lambda *_, **__: os._exit(9)
+        merge.complete_corpus = lambda *_, **__: os._exit(9)
         join(parts, tmp_path / "joined")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -18,7 +18,7 @@ from tiny_corpora import json_lines
 from megatron_cpt.corpus import preprocess as preprocess_module
 from megatron_cpt.corpus import reading
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.manifest import read_corpus_manifest
 from megatron_cpt.corpus.partial import PartialCorpus
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.corpus.sources import sha256_file
@@ -60,7 +60,7 @@ def test_documents_tokens_and_manifest(tmp_path: Path, tiny_tokenizer_dir: str, 
     write_lines(Path(source), [{"text": "one"}, {"text": ""}, {"text": " \n"}, {"text": "二"}])
     corpus = run(tmp_path, tiny_tokenizer_dir, input=[source], language="zh", on_error="skip")
     assert texts(corpus, tiny_tokenizer_dir) == ["one<|endoftext|>", "二<|endoftext|>"]
-    manifest = read_manifest(corpus.prefix)
+    manifest = read_corpus_manifest(corpus.prefix)
     assert (manifest.documents, manifest.skipped, manifest.text_bytes, manifest.characters) == (2, {"empty": 2}, 6, 4)
     assert (manifest.tokens, manifest.dtype, manifest.language) == (corpus.num_tokens, "uint16", "zh")
     assert manifest.tokenizer.fingerprint == load_tokenizer(tiny_tokenizer_dir).fingerprint
@@ -81,7 +81,7 @@ def test_order_does_not_depend_on_workers(tmp_path: Path, tiny_tokenizer_dir: st
         run(tmp_path, tiny_tokenizer_dir, input=files, output_prefix=prefix, workers=workers)
     for suffix in (".bin", ".idx"):
         assert Path(prefixes[0] + suffix).read_bytes() == Path(prefixes[1] + suffix).read_bytes()
-    one, two = (replace(read_manifest(prefix), duration_seconds=0, command="") for prefix in prefixes)
+    one, two = (replace(read_corpus_manifest(prefix), duration_seconds=0, command="") for prefix in prefixes)
     assert one == two
     assert texts(IndexedCorpus(prefixes[1]), tiny_tokenizer_dir)[50].startswith("a0")
 
@@ -140,7 +140,9 @@ def test_a_failed_overwrite_keeps_the_old_corpus(tmp_path: Path, tiny_tokenizer_
     with pytest.raises(InputError, match=r"bad\.jsonl:2: field 'text' is null"):
         run(tmp_path, tiny_tokenizer_dir, input=bad, overwrite=True)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["c.bin", "c.idx", "c.json"]
-    assert IndexedCorpus(str(tmp_path / "out" / "c")).num_tokens == old == read_manifest(str(tmp_path / "out/c")).tokens
+    assert (
+        IndexedCorpus(str(tmp_path / "out" / "c")).num_tokens == old == read_corpus_manifest(str(tmp_path / "out/c")).tokens
+    )
 
 
 def test_environment_is_left_as_found(
@@ -244,7 +246,7 @@ def test_empty_settings_are_refused(field: str, value: object) -> None:
 def test_json_lines_by_other_names(name: str, tmp_path: Path, tiny_tokenizer_dir: str) -> None:
     (tmp_path / name).write_text('{"text": "one"}\n{"text": "two"}\n')
     preprocess(PreprocessConfig(str(tmp_path / name), tiny_tokenizer_dir, str(tmp_path / "c"), "en", workers=1))
-    assert read_manifest(str(tmp_path / "c")).documents == 2
+    assert read_corpus_manifest(str(tmp_path / "c")).documents == 2
 
 
 def test_speed_is_that_of_text_not_of_compressed_files(

@@ -27,7 +27,7 @@ from tiny_corpora import content, json_lines, read_lines, run, small_units, text
 
 from megatron_cpt.corpus import reading
 from megatron_cpt.corpus.documents import read_part
-from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.manifest import read_corpus_manifest
 from megatron_cpt.corpus.reading import ReadOptions, units
 from megatron_cpt.corpus.sources import Source, find_sources
 from megatron_cpt.utils.errors import InputError
@@ -372,7 +372,7 @@ def test_columns_of_lists_are_lines(suffix: str, kind: Any, tmp_path: Path, tiny
                 writer.write_table(table)
         corpus = run(tmp_path / "c", tiny_tokenizer_dir, input=str(path), text_key="a.b", on_error="skip", overwrite=True)
         assert texts(corpus, tiny_tokenizer_dir) == ["one\n1", "two"]
-        assert read_manifest(corpus.prefix).skipped == {"empty": 1, "null_text": 1}
+        assert read_corpus_manifest(corpus.prefix).skipped == {"empty": 1, "null_text": 1}
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])

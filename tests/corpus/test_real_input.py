@@ -13,7 +13,7 @@ import pytest
 
 from examples.quickstart.fetch import CHINESE, ENGLISH, Package, chinese_documents, download, english_documents
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.manifest import read_corpus_manifest
 from megatron_cpt.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -83,7 +83,7 @@ def test_fast_and_reference_give_the_same_bytes(
     preprocess(texts[language], tokenizer, reference, language, "--fast_tokenizer", "never", "--workers", "1")
     for suffix in (".bin", ".idx"):
         assert Path(f"{fast}{suffix}").read_bytes() == Path(f"{reference}{suffix}").read_bytes()
-    manifest = read_manifest(str(fast))
+    manifest = read_corpus_manifest(str(fast))
     assert manifest.encoder.startswith("gigatoken")
     assert manifest.skipped == {}
     assert max(manifest.languages, key=lambda code: manifest.languages[code]) == language

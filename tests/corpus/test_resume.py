@@ -28,7 +28,7 @@ from tiny_corpora import ROOT, content, json_lines, read_lines, run, small_units
 from megatron_cpt.corpus import partial as partial_module
 from megatron_cpt.corpus import publish as publish_module
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-from megatron_cpt.corpus.manifest import CorpusManifest, read_manifest
+from megatron_cpt.corpus.manifest import CorpusManifest, read_corpus_manifest
 from megatron_cpt.corpus.partial import PartialCorpus, partial_folder, read_state
 from megatron_cpt.corpus.sources import sha256_file
 from megatron_cpt.utils.errors import InputError
@@ -212,7 +212,7 @@ def test_an_old_corpus_is_whole_or_replaced_wherever_the_kill(tmp_path: Path, fo
 
 
 def check_files(prefix: Path) -> CorpusManifest:
-    manifest = read_manifest(str(prefix))
+    manifest = read_corpus_manifest(str(prefix))
     for suffix, info in manifest.files.items():
         assert sha256_file(f"{prefix}.{suffix}") == info.sha256
     return manifest
@@ -225,7 +225,7 @@ def test_checksums_of_what_was_read_before_the_interruption(tmp_path: Path, fold
     for at in (before[-20], after[8]):
         assert kill_at(at, tmp_path / f"c{at}", tiny_tokenizer_dir, settings) == KILLED
         run(tmp_path / f"c{at}", tiny_tokenizer_dir, **settings)
-        found = read_manifest(str(tmp_path / f"c{at}")).sources
+        found = read_corpus_manifest(str(tmp_path / f"c{at}")).sources
         assert [source.sha256 for source in found] == [sha256_file(source.path) for source in found]
 
 

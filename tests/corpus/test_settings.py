@@ -18,7 +18,7 @@ from megatron_cpt.config.cli import run_tool
 from megatron_cpt.corpus import preprocess as preprocess_module
 from megatron_cpt.corpus.import_megatron import ImportCorpusConfig, import_corpora
 from megatron_cpt.corpus.indexed_dataset import IndexedCorpus
-from megatron_cpt.corpus.manifest import CorpusManifest, read_manifest
+from megatron_cpt.corpus.manifest import CorpusManifest, read_corpus_manifest
 from megatron_cpt.corpus.merge import MergeConfig, merge_datasets
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.curation.config import CurateConfig, CurationSlurmConfig
@@ -62,7 +62,7 @@ class Made:
 
     @property
     def manifest(self) -> CorpusManifest:
-        return read_manifest(str(self.out / "c"))
+        return read_corpus_manifest(str(self.out / "c"))
 
     @property
     def corpus(self) -> IndexedCorpus:
@@ -207,10 +207,10 @@ def test_import_corpus(corpora: Path, inputs: tuple[Path, str], capsys: pytest.C
         given = list(words)
         everything = ["--input", str(corpora / "a"), *without(base, given), "--overwrite", "true", *given]
         assert status_of(import_corpora, ImportCorpusConfig, everything) == 0, capsys.readouterr().err
-        return read_manifest(str(corpora / "a"))
+        return read_corpus_manifest(str(corpora / "a"))
 
     acts = {
-        "input": imported().documents == 9 and read_manifest(str(corpora / "b")).documents == 1,
+        "input": imported().documents == 9 and read_corpus_manifest(str(corpora / "b")).documents == 1,
         "tokenizer": imported("--tokenizer", inputs[1] + "2").tokenizer.path == inputs[1] + "2",
         "language": (imported().language, imported("--language", "zh").language) == ("en", "zh"),
         "overwrite": status_of(import_corpora, ImportCorpusConfig, ["--input", str(corpora / "a"), *base]) == 2,
@@ -358,7 +358,7 @@ def curation_with(words: list[str], out: Path, raw: Path, monkeypatch: pytest.Mo
     def stop(jobs: list[Any], workers: int, root: Path) -> None:
         raise Planned(jobs, workers, root)
 
-    monkeypatch.setattr(curation_executors, "run_locally", stop)
+    monkeypatch.setattr(curation_executors, "run_jobs_locally", stop)
     with pytest.raises(Planned) as planned:
         run_tool(curate, CurateConfig, "", [*without(base, words), *words])
     return planned.value

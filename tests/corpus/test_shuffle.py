@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tiny_corpora import read_lines, run, small_units, texts, write_lines
 
 from megatron_cpt.corpus import shuffle
-from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.manifest import read_corpus_manifest
 from megatron_cpt.corpus.shuffle import document_keys, shuffle_documents
 from megatron_cpt.corpus.sources import sha256_file
 
@@ -130,7 +130,7 @@ def test_lengths_and_metadata_follow_their_documents(
     assert texts(corpus, tiny_tokenizer_dir) == [records[i]["text"] for i in order]
     assert [line["行"] for line in read_lines(tmp_path / "c.metadata.jsonl")] == [records[i]["行"] for i in order]
     assert corpus.sequence_lengths.tolist() == [len(plain[i]) for i in order]
-    manifest = read_manifest(corpus.prefix)
+    manifest = read_corpus_manifest(corpus.prefix)
     assert (manifest.shuffle_documents, manifest.documents, manifest.tokens) == (5, 200, plain.num_tokens)
     assert manifest.files["bin"].sha256 == sha256_file(f"{corpus.prefix}.bin")
     assert order == [int(i) for i in np.argsort(document_keys(0, 200, 5))]
@@ -140,4 +140,4 @@ def test_a_shuffled_corpus_of_one_document(tmp_path: Path, tiny_tokenizer_dir: s
     source = write_lines(tmp_path / "a.jsonl", [{"text": "one"}])
     corpus = run(tmp_path / "c", tiny_tokenizer_dir, input=source, shuffle_documents=0)
     assert texts(corpus, tiny_tokenizer_dir) == ["one"]
-    assert read_manifest(corpus.prefix).shuffle_documents == 0
+    assert read_corpus_manifest(corpus.prefix).shuffle_documents == 0

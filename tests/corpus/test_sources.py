@@ -21,7 +21,7 @@ from tiny_models import ROOT
 from without_rights import LAUNCHER, lock, needs_somebody
 
 from megatron_cpt.corpus import partial as partial_module
-from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.manifest import read_corpus_manifest
 from megatron_cpt.corpus.partial import PartialCorpus
 from megatron_cpt.corpus.sources import find_sources, format_of
 from megatron_cpt.utils.errors import InputError
@@ -271,7 +271,7 @@ def test_names_that_are_not_utf8(tmp_path: Path, tiny_tokenizer_dir: str) -> Non
         stream.write(b"two")
     corpus = run(tmp_path / "c", tiny_tokenizer_dir, input=os.fsdecode(folder), on_error="skip")
     assert texts(corpus, tiny_tokenizer_dir) == ["two", "one"]
-    found = read_manifest(corpus.prefix).sources
+    found = read_corpus_manifest(corpus.prefix).sources
     assert [source.path for source in found] == [f"{tmp_path}/caf\\xe9/\\xfe.txt", f"{tmp_path}/caf\\xe9/\\xff.jsonl"]
     assert [bool(source.sha256) for source in found] == [True, True]
     assert read_lines(tmp_path / "c.errors.jsonl")[0]["file"] == f"{tmp_path}/caf\\xe9/\\xff.jsonl"
@@ -288,7 +288,7 @@ def test_output_and_tokenizer_whose_names_are_not_utf8(tmp_path: Path, tiny_toke
     prefix = os.fsdecode(os.fsencode(tmp_path) + b"/out\xfe/c")
     assert run(prefix, tiny_tokenizer_dir, input=source).num_documents == 1
     corpus = run(tmp_path / "c", os.fsdecode(tokenizer), input=source)
-    assert read_manifest(corpus.prefix).tokenizer.path == f"{tmp_path}/tok\\xff"
+    assert read_corpus_manifest(corpus.prefix).tokenizer.path == f"{tmp_path}/tok\\xff"
 
 
 def _interrupt_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from megatron_cpt.evaluation.config import EvaluateConfig, PromptsConfig, TaskCo
 from megatron_cpt.evaluation.harness import SUITES, TASKS, Benchmark, Harness, Score, TaskRegistry, shots_of
 from megatron_cpt.evaluation.report import evaluate
 from megatron_cpt.evaluation.run import answers_to, questions_of
-from megatron_cpt.evaluation.table import markdown
+from megatron_cpt.evaluation.table import evaluation_markdown
 from megatron_cpt.posttrain.turn_end import turn_end
 from megatron_cpt.utils.errors import InputError
 
@@ -469,7 +469,7 @@ def test_changed_files_are_measured_anew(
 
 def test_a_table_says_why_there_is_no_share() -> None:
     share = {"script": None, "identified": None, "tokens": 0, "missing": "none of the 3 answers has a letter"}
-    assert "| base  | -             | -                     |\n\n- base, %zh: none of the 3 answers" in markdown(
+    assert "| base  | -             | -                     |\n\n- base, %zh: none of the 3 answers" in evaluation_markdown(
         {"base": {"answers": {"zh": share}}}
     )
 
@@ -478,7 +478,7 @@ def test_a_table_shows_what_is_missing() -> None:
     asked = {"task": "mmlu", "metric": "acc,none", "num_fewshot": 5}
     score = asked | {"value": 0.5, "stderr": 0.01, "samples": 3, "missing": None}
     lost = asked | {"task": "ceval-valid", "value": None, "stderr": None, "samples": 0, "missing": "its data cannot be had"}
-    text = markdown(
+    text = evaluation_markdown(
         {
             "CPT": {"benchmarks": {"MMLU": score, "C-Eval": lost}},
             "base": {"benchmarks": {"MMLU": score | {"value": None, "samples": 0}}},

@@ -22,7 +22,7 @@ from every_setting import settings_of
 from tiny_models import write_empty_weights, write_yaml
 
 from megatron_cpt.config.cli import run_tool
-from megatron_cpt.convert.vocabulary import load
+from megatron_cpt.convert.vocabulary import load_hf_tokenizer
 from megatron_cpt.evaluation import judge, report, run, trajectory
 from megatron_cpt.evaluation.bits_per_byte import TextLoss
 from megatron_cpt.evaluation.config import EvaluateConfig
@@ -215,7 +215,7 @@ def stand_in(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
     class HFLM:
         def __init__(self, **options: Any) -> None:
             found["lm"] = options
-            self.tokenizer = load(options["pretrained"])
+            self.tokenizer = load_hf_tokenizer(options["pretrained"])
             self.tokenizer.chat_template = "{{ messages }}"
             self.model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=0, stop_strings=None))
 
@@ -240,7 +240,7 @@ def stand_in(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
             return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content="[[A]]"))])
 
     pool = judge.ThreadPoolExecutor
-    measure_along = trajectory.measure
+    measure_along = trajectory.measure_model
 
     def along(config: Any, registry: Any, parts: Any, name: str, path: str, model: dict[str, Any], opened: Any) -> Any:
         found["along"] = Path(model["folder"]).name
@@ -258,11 +258,11 @@ def stand_in(patch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
     patch.setattr(report, "TaskRegistry", TaskRegistry)
     patch.setattr(report, "draw_models", lambda *_: [])
     patch.setattr(report.figures, "trajectory", lambda *_: None)
-    patch.setattr(report.figures, "save", lambda *_: None)
+    patch.setattr(report.figures, "save_figure", lambda *_: None)
     patch.setattr(judge, "ThreadPoolExecutor", lambda number: found.update(parallel=number) or pool(number))
     patch.setattr(openai, "OpenAI", Client)
     patch.setattr(trajectory, "checkpoints_of", checkpoints_of)
-    patch.setattr(trajectory, "measure", along)
+    patch.setattr(trajectory, "measure_model", along)
     modules = {"lm_eval": SimpleNamespace(simple_evaluate=simple_evaluate), "lm_eval.models": SimpleNamespace()}
     for name, module in (modules | {"lm_eval.models.huggingface": SimpleNamespace(HFLM=HFLM)}).items():
         patch.setitem(sys.modules, name, module)

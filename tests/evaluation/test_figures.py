@@ -40,14 +40,14 @@ def test_scores_have_their_errors_and_leave_out_what_is_missing() -> None:
 
 
 def test_languages() -> None:
-    figure = figures.languages(MODELS)
+    figure = figures.draw_languages(MODELS)
     assert figure is not None
     bits, shares = figure.axes
     assert [tick.get_text() for tick in bits.get_xticklabels()] == ["en", "zh"]
     assert heights(bits, "CPT") == [1.0, 1.5]
     assert heights(shares, "base") == [pytest.approx(40)]
     assert [tick.get_text() for tick in shares.get_xticklabels()] == ["%zh\nby script"]
-    assert figures.languages({"x": {"benchmarks": {"Lost": LOST}}}) is None
+    assert figures.draw_languages({"x": {"benchmarks": {"Lost": LOST}}}) is None
 
 
 def test_trajectories_have_a_panel_for_each_measurement() -> None:

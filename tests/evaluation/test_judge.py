@@ -11,7 +11,7 @@ import pytest
 from judges import judge_server
 
 from megatron_cpt.evaluation.config import JudgeConfig
-from megatron_cpt.evaluation.judge import JUDGE_PROMPT, Judge, JudgeError, PairVerdict, filled, parse, read_said
+from megatron_cpt.evaluation.judge import JUDGE_PROMPT, Judge, JudgeError, PairVerdict, filled, parse_verdict, read_said
 from megatron_cpt.utils.errors import InputError
 
 PAIRS = [("How are you?", "good", "bad"), ("And now?", "bad", "good"), ("Still?", "fine", "fine"), ("Well?", "bad", "poor")]
@@ -60,7 +60,7 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
         assert len(server.requests) == asked + 3
     assert len(read_said(str(path))) == asked + 2
     row = json.loads(path.read_text().splitlines()[0])
-    assert (row["judge"]["model"], row["verdict"]) == ("wise", parse(row["said"]))
+    assert (row["judge"]["model"], row["verdict"]) == ("wise", parse_verdict(row["said"]))
 
 
 def test_a_server_that_fails_twice_is_asked_again(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_the_key_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.
     [("Good. [[A]]", "A"), ("[[C]] and again [[C]]", "C"), ("[[A]] or [[B]]", None), ("A is better", None), ("", None)],
 )
 def test_a_verdict_is_never_guessed(said: str, verdict: str | None) -> None:
-    assert parse(said) == verdict
+    assert parse_verdict(said) == verdict
 
 
 def test_texts_are_filled_in_as_they_are() -> None:

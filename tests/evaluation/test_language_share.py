@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_cpt.evaluation.language_share import LanguageShare, language_share, sentences
+from megatron_cpt.evaluation.language_share import LanguageShare, language_share, split_sentences
 from megatron_cpt.utils.errors import InputError
 
 CHINESE = "今天天气很好，我们去公园散步。"
@@ -45,7 +45,7 @@ def test_numbers_and_punctuation_are_in_no_language(tiny_tokenizer_dir: str) -> 
 
 def test_sentences_cover_a_text() -> None:
     text = f"{CHINESE}{ENGLISH} Really? Yes\n3.14 is a number"
-    spans = sentences(text)
+    spans = split_sentences(text)
     assert "".join(text[begin:end] for begin, end in spans) == text
     assert [text[begin:end] for begin, end in spans][:2] == [CHINESE, ENGLISH]
-    assert sentences("") == []
+    assert split_sentences("") == []

@@ -12,7 +12,7 @@ from judges import judge_server
 
 from megatron_cpt.config.cli import exit_on_input_error
 from megatron_cpt.evaluation.config import EvaluateConfig, JudgeConfig, PairwiseConfig, PromptsConfig
-from megatron_cpt.evaluation.pairwise import Comparison, PairwiseEvaluator, comparison, comparisons_table, wilson
+from megatron_cpt.evaluation.pairwise import Comparison, PairwiseEvaluator, comparisons_table, count_outcomes, wilson
 from megatron_cpt.evaluation.report import check_judged, evaluate
 from megatron_cpt.evaluation.votes import Outcome
 from megatron_cpt.utils.errors import InputError, RunError
@@ -28,10 +28,10 @@ def test_wilson_is_scipys() -> None:
 
 def test_ties_count_half() -> None:
     outcomes: list[Outcome] = ["win", "win", "tie", "loss"]
-    found = comparison("x", "y", outcomes)
+    found = count_outcomes("x", "y", outcomes)
     assert (found.questions, found.wins, found.ties, found.losses, found.win_rate) == (4, 2, 1, 1, 0.625)
     assert found.interval == wilson(0.625, 4)
-    assert comparison("x", "y", []).win_rate is None
+    assert count_outcomes("x", "y", []).win_rate is None
 
 
 def answers(*texts: str) -> dict[str, Any]:

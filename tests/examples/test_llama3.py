@@ -24,8 +24,8 @@ from megatron_cpt.planning.activations import chunk_bytes
 from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.layouts import chunks_of_stage
 from megatron_cpt.planning.memory import GIB
-from megatron_cpt.planning.one_run import plan_one, read_run
-from megatron_cpt.planning.run import run as plan_run
+from megatron_cpt.planning.one_run import plan_one, read_planned_run
+from megatron_cpt.planning.run import run_plan as plan_run
 from megatron_cpt.planning.search import make_job
 from megatron_cpt.planning.weights import state_bytes
 from megatron_cpt.platforms import current_platform
@@ -99,9 +99,9 @@ def test_processes_that_do_not_divide_are_refused(recipe: Recipe, any_engine: No
     ):
         check_run(recipe.read(), 3 * together)
     with pytest.raises(InputError, match=f"{recipe.gpus + 1} devices are not divisible by tensor x pipeline size"):
-        read_run(PlanConfig(recipe.model, recipe.gpus + 1, run=recipe.path))
+        read_planned_run(PlanConfig(recipe.model, recipe.gpus + 1, run=recipe.path))
     with pytest.raises(InputError, match=f"{recipe.path}: global_batch_size 256 is not divisible by data-parallel size 3"):
-        read_run(PlanConfig(recipe.model, 3 * together, run=recipe.path))
+        read_planned_run(PlanConfig(recipe.model, 3 * together, run=recipe.path))
 
 
 def test_check_only_shows_what_would_be_read(capfd: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +181,7 @@ def test_the_tools_take_every_command_and_file(size: str) -> None:
 @each_recipe
 def test_the_plan_says_that_it_fits(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
     plan_run(planned(recipe))
-    (candidate,) = plan_one(read_run(planned(recipe))).feasible
+    (candidate,) = plan_one(read_planned_run(planned(recipe))).feasible
     gib, step = f"{candidate.memory.total / GIB:.1f}", f"{candidate.throughput.step.total:.2f}"
     row = next(line for line in capsys.readouterr().out.splitlines() if gib in line.split())
     assert step in row.split()
@@ -214,7 +214,7 @@ def test_a_rank_at_full_size_is_as_planned(recipe: Recipe, rank: int, tmp_path: 
     )
     plan_run(config)
     found = json.loads((tmp_path / "rank.json").read_text())["simulation"]
-    run = read_run(config)
+    run = read_planned_run(config)
     job, stage = make_job(run.config), found["pipeline_rank"]
     state = state_bytes(job, run.layout, stage, found["data_rank"])
     assert [found[part] for part in ("parameters", "weights", "gradients", "optimizer")] == [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_mixtures import make_corpus, make_mixture
 
 from megatron_cpt.mixture.config import AlmrRamp
-from megatron_cpt.mixture.ledger import check_limits, make_ledger
+from megatron_cpt.mixture.ledger import check_max_epochs, make_ledger
 from megatron_cpt.mixture.mixture import Corpus, Mixture
 from megatron_cpt.utils.errors import InputError
 
@@ -118,13 +118,15 @@ def test_one_group_only(corpora: list[Corpus], almr: Fraction, realised: float) 
 def test_limits(corpora: list[Corpus]) -> None:
     limited = [*corpora[:2], replace(corpora[2], max_epochs=Fraction(4))]
     mixture = mixture_of(limited, Fraction(1, 5))
-    check_limits(mixture, mixture.schedule(100), 100)  # 20 samples of 5: four times
+    check_max_epochs(mixture, mixture.schedule(100), 100)  # 20 samples of 5: four times
     wanted = r"m\.yaml: 103 samples of 4 would read corpus news \(21 tokens\) 4\.2000 times; its max_epochs is 4: give it"
     with pytest.raises(InputError, match=wanted):
-        check_limits(mixture, mixture.schedule(103), 103)
-    check_limits(mixture, replace(mixture.schedule(100), moved=(0, 0, 0)), 100)
+        check_max_epochs(mixture, mixture.schedule(103), 103)
+    check_max_epochs(mixture, replace(mixture.schedule(100), moved=(0, 0, 0)), 100)
     with pytest.raises(InputError, match=r"4\.2000 times"):
-        check_limits(mixture, replace(mixture.schedule(100), moved=(0, 0, 1)), 100)  # read once more by an earlier mixture
+        check_max_epochs(
+            mixture, replace(mixture.schedule(100), moved=(0, 0, 1)), 100
+        )  # read once more by an earlier mixture
 
 
 @pytest.mark.parametrize("samples", range(1, 60))
@@ -132,9 +134,9 @@ def test_exactly_as_many_epochs_as_allowed(corpora: list[Corpus], samples: int) 
     """No rounding: 11 of 10 samples are 1.1 epochs, which 1.1 in the file allows."""
     limit = Fraction(samples, 10)
     mixture = mixture_of([replace(corpora[0], max_epochs=Fraction(str(float(limit))))], Fraction(0))
-    check_limits(mixture, mixture.schedule(samples), samples)
+    check_max_epochs(mixture, mixture.schedule(samples), samples)
     with pytest.raises(InputError, match="would read corpus wiki"):
-        check_limits(mixture, mixture.schedule(samples + 1), samples + 1)
+        check_max_epochs(mixture, mixture.schedule(samples + 1), samples + 1)
 
 
 def test_a_ramp_is_summed_up(corpora: list[Corpus]) -> None:

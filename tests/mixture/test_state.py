@@ -18,7 +18,7 @@ from megatron_cpt.mixture.config import AlmrRamp
 from megatron_cpt.mixture.ledger import make_ledger
 from megatron_cpt.mixture.mixture import Corpus, Mixture
 from megatron_cpt.mixture.order.order import SampleOrder
-from megatron_cpt.mixture.state import DataState, almr_of, begin, resume
+from megatron_cpt.mixture.state import DataState, initial_state, realised_almr, resume
 from megatron_cpt.utils.errors import InputError
 
 SEQ_LENGTH = 4
@@ -49,7 +49,7 @@ def go_on(state: DataState, mixture: Mixture, new: Mixture, consumed: int, batch
 
 def test_nothing_changed(corpora: list[Corpus]) -> None:
     mixture = mixture_of(corpora, Fraction(1, 5))
-    state = begin(mixture, mixture.schedule(10_000), 8)
+    state = initial_state(mixture, mixture.schedule(10_000), 8)
     assert go_on(state, mixture, mixture, 80, 8, accept=False) == state
 
 
@@ -75,7 +75,9 @@ def test_any_changes(corpora: list[Corpus], changes: list[tuple[int, int, Fracti
         new = mixture_of(chosen, almr)
         schedule = new.schedule(10_000)
         state = (
-            begin(new, schedule, batch) if state is None or mixture is None else go_on(state, mixture, new, consumed, batch)
+            initial_state(new, schedule, batch)
+            if state is None or mixture is None
+            else go_on(state, mixture, new, consumed, batch)
         )
         mixture = new
         order = state.order(mixture, schedule)
@@ -92,7 +94,7 @@ def test_any_changes(corpora: list[Corpus], changes: list[tuple[int, int, Fracti
         assert {name: len(found) for name, found in seen.items() if found} == {n: c for n, c in counts.items() if c}
         total = sum(counts.values())
         additional = counts.get("news", 0) + counts.get("poems", 0)
-        assert almr_of(state.consumed(mixture, schedule, consumed)) == (additional / total if total else 0)
+        assert realised_almr(state.consumed(mixture, schedule, consumed)) == (additional / total if total else 0)
     for corpus in corpora:
         found, size = seen[corpus.name], corpus.num_samples(SEQ_LENGTH)
         assert len(set(found)) == len(found)  # nothing twice
@@ -123,7 +125,7 @@ def test_almr_after_every_sample_through_any_changes(
         new = ramp(mixture_of(corpora, first), first, last)
         schedule = new.schedule(length)
         if state is None or mixture is None:
-            state = begin(new, schedule, 1)
+            state = initial_state(new, schedule, 1)
         else:
             saved = json.loads(json.dumps(state.to_json(mixture, mixture.schedule(length), consumed)))
             state = resume(saved, consumed, new, schedule, 1, True)
@@ -153,7 +155,7 @@ def test_the_changes_of_the_report(corpora: list[Corpus]) -> None:
         new = mixture_of(corpora, almr)
         schedule = new.schedule(10_000)
         if state is None or mixture is None:
-            state = begin(new, schedule, 1)
+            state = initial_state(new, schedule, 1)
         else:
             state = go_on(state, mixture, new, n, 1)
         mixture = new
@@ -165,7 +167,7 @@ def test_the_changes_of_the_report(corpora: list[Corpus]) -> None:
 def test_an_older_change_goes_on_as_it_was(corpora: list[Corpus]) -> None:
     """A checkpoint of a run whose mixture was changed before debts were carried over: not one sample is another one."""
     first, new = mixture_of(corpora, Fraction(1, 2)), mixture_of(corpora, Fraction(1, 4))
-    state = go_on(begin(first, first.schedule(10_000), 1), first, new, 1, 1)
+    state = go_on(initial_state(first, first.schedule(10_000), 1), first, new, 1, 1)
     saved = json.loads(json.dumps(state.to_json(new, new.schedule(10_000), 41)))
     del saved["trees"]
     for phase in saved["segments"]:
@@ -197,7 +199,7 @@ def test_another_text_under_the_same_name_is_another_corpus(corpora: list[Corpus
     """It begins anew, also after a while, and the books keep the first text, which goes on where it was when it is back."""
     first, other = mixture_of(corpora, Fraction(1, 5)), [*corpora[:2], with_text(corpora[2], "f" * 64), corpora[3]]
     new, without = mixture_of(other, Fraction(1, 5)), mixture_of([*corpora[:2], corpora[3]], Fraction(1, 5))
-    state = begin(first, first.schedule(10_000), 8)
+    state = initial_state(first, first.schedule(10_000), 8)
     for mixture, then, at in ((first, without, 80), (without, new, 160), (new, first, 240)):
         state = go_on(state, mixture, then, at, 8)
     starts = [phase.samples_before().get("news") for phase in state.phases]
@@ -206,16 +208,16 @@ def test_another_text_under_the_same_name_is_another_corpus(corpora: list[Corpus
     consumed = state.consumed(first, first.schedule(10_000), 320)
     assert sum(use.samples for use in consumed) == 320
     assert len([use for use in consumed if use.name == "news"]) == 2
-    assert almr_of(consumed) == pytest.approx(0.2, abs=0.01)
+    assert realised_almr(consumed) == pytest.approx(0.2, abs=0.01)
 
 
 def test_the_books_know_as_what_a_corpus_was_read(corpora: list[Corpus]) -> None:
     first = mixture_of(corpora, Fraction(1, 2))
     moved = mixture_of([*corpora[:2], replace(corpora[2], group="general"), corpora[3]], Fraction(1, 4))
-    state = go_on(begin(first, first.schedule(10_000), 8), first, moved, 80, 8)
+    state = go_on(initial_state(first, first.schedule(10_000), 8), first, moved, 80, 8)
     consumed = state.consumed(moved, moved.schedule(10_000), 160)
     assert sum(use.samples for use in consumed) == 160
-    assert almr_of(consumed) == (40 + 20) / 160
+    assert realised_almr(consumed) == (40 + 20) / 160
     news = {use.group: use.samples for use in consumed if use.name == "news"}
     assert state.current.samples_before()["news"] == news["additional"] > 0
     assert news["general"] > 0
@@ -224,7 +226,7 @@ def test_the_books_know_as_what_a_corpus_was_read(corpora: list[Corpus]) -> None
 def test_epochs_after_a_change_are_those_that_are_read(corpora: list[Corpus]) -> None:
     first = mixture_of(corpora[:3], Fraction(1, 2))
     new = mixture_of([*corpora[:2], corpora[3]], Fraction(1, 2))  # poems instead of news
-    state = go_on(begin(first, first.schedule(200), 8), first, new, 80, 8)
+    state = go_on(initial_state(first, first.schedule(200), 8), first, new, 80, 8)
     ledger = make_ledger(new, state.continued(new, new.schedule(200)), 200, state.current.start)
     assert [(row.corpus, row.samples, row.epochs) for row in ledger.rows if row.group == "additional"] == [
         ("poems", 60, 60 / 7)
@@ -234,7 +236,7 @@ def test_epochs_after_a_change_are_those_that_are_read(corpora: list[Corpus]) ->
 @pytest.mark.parametrize("field", ["seed", "seq_length"])
 def test_what_no_run_can_change(corpora: list[Corpus], field: str) -> None:
     mixture = mixture_of(corpora, Fraction(1, 5))
-    state = begin(mixture, mixture.schedule(10_000), 8)
+    state = initial_state(mixture, mixture.schedule(10_000), 8)
     with pytest.raises(
         InputError, match=f"80 samples of: {field} is {getattr(mixture, field)} there and 9 now, which no run"
     ):
@@ -243,7 +245,7 @@ def test_what_no_run_can_change(corpora: list[Corpus], field: str) -> None:
 
 def test_a_new_mixture_is_refused_unless_accepted(corpora: list[Corpus]) -> None:
     mixture, new = mixture_of(corpora, Fraction(1, 5)), mixture_of(corpora, Fraction(2, 5))
-    state = begin(mixture, mixture.schedule(10_000), 8)
+    state = initial_state(mixture, mixture.schedule(10_000), 8)
     with pytest.raises(InputError, match=r"m\.yaml: not the mixture the run has read 80 samples of: stages\[0\]\.almr"):
         go_on(state, mixture, new, 80, 8, accept=False)
     assert len(go_on(state, mixture, new, 80, 8).phases) == 2
@@ -254,7 +256,7 @@ def test_a_new_mixture_is_refused_unless_accepted(corpora: list[Corpus]) -> None
 def test_stages_that_depend_on_the_length_of_the_run(corpora: list[Corpus]) -> None:
     mixture = mixture_of(corpora, Fraction(0))
     mixture = ramp(mixture, Fraction(1, 5), Fraction(3, 5))
-    state = begin(mixture, mixture.schedule(100), 8)
+    state = initial_state(mixture, mixture.schedule(100), 8)
     saved = json.loads(json.dumps(state.to_json(mixture, mixture.schedule(100), 16)))
     with pytest.raises(InputError, match=r"the length of the run .* is not what it was.* 100 there and 200 now"):
         resume(saved, 16, mixture, mixture.schedule(200), 8, False)
@@ -273,7 +275,7 @@ def test_stages_that_depend_on_the_length_of_the_run(corpora: list[Corpus]) -> N
 def test_megatrons_order_cannot_begin_in_the_middle(tmp_path: Path, corpora: list[Corpus]) -> None:
     mixture = mixture_of(corpora[:2], Fraction(0))
     schedule = mixture.megatron_schedule(100)
-    state = begin(mixture, schedule, 8)
+    state = initial_state(mixture, schedule, 8)
     saved = json.loads(json.dumps(state.to_json(mixture, schedule, 16)))
     assert [use["samples"] for use in saved["consumed"]] == schedule.counts(16)
     assert resume(saved, 16, mixture, schedule, 8, False) == state
@@ -315,7 +317,7 @@ def test_megatrons_order_cannot_begin_in_the_middle(tmp_path: Path, corpora: lis
 )
 def test_every_saved_number_is_checked(corpora: list[Corpus], path: tuple[str | int, ...], value: object) -> None:
     mixture = mixture_of(corpora, Fraction(1, 5))
-    state = begin(mixture, mixture.schedule(10_000), 8)
+    state = initial_state(mixture, mixture.schedule(10_000), 8)
     state = go_on(state, mixture, mixture_of(corpora, Fraction(1, 4)), 80, 8)
     saved = json.loads(json.dumps(state.to_json(mixture, mixture.schedule(10_000), 88)))
     if path[:2] == ("segments", 0):

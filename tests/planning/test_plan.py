@@ -25,14 +25,14 @@ from megatron_cpt.planning.config import PlanConfig
 from megatron_cpt.planning.hardware import DEVICES, LINK_EFFICIENCY, Cluster, find_device
 from megatron_cpt.planning.layouts import Layout, ModelChunk, TrainingJob, layers_of_stages
 from megatron_cpt.planning.memory import GIB, fullest, memory_of_stage
-from megatron_cpt.planning.one_run import plan_one, read_run
+from megatron_cpt.planning.one_run import plan_one, read_planned_run
 from megatron_cpt.planning.presets import MODELS, find_model
 from megatron_cpt.planning.published import PUBLISHED, Published
-from megatron_cpt.planning.report import show
-from megatron_cpt.planning.search import Candidate, LayoutPlan, make_candidate, make_job, plan
-from megatron_cpt.planning.timing import StepTime, throughput
+from megatron_cpt.planning.report import show_plan
+from megatron_cpt.planning.search import Candidate, LayoutPlan, make_candidate, make_job, plan_layouts
+from megatron_cpt.planning.timing import StepTime, layout_throughput
 from megatron_cpt.platforms.cuda import known_peak_tflops
-from megatron_cpt.training.throughput import throughput as run_throughput
+from megatron_cpt.training.throughput import step_throughput as run_throughput
 from megatron_cpt.utils.errors import InputError
 
 PAGE = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ FITTED_CONSTANTS = 4  # matrix products on A100, on H100 in bf16 and in FP8; wha
 
 
 def estimate(point: Published) -> float:
-    return throughput(point.job, point.layout, point.cluster).tokens_per_second_per_device
+    return layout_throughput(point.job, point.layout, point.cluster).tokens_per_second_per_device
 
 
 @pytest.mark.parametrize("point", PUBLISHED, ids=lambda p: f"{p.model}-{p.device}-{p.tokens_per_second_per_device:g}")
@@ -79,11 +79,11 @@ def test_the_layout_that_bridge_publishes_for_the_70b() -> None:
         micro_batch_size=1,
         recompute_granularity="none",
     )
-    (found,) = plan(config).feasible
+    (found,) = plan_layouts(config).feasible
     assert found.layout.data_parallel_size == 2
     assert found.tight
     assert found.throughput.tokens_per_second_per_device == pytest.approx(1664, rel=0.15)
-    (theirs,) = plan(dataclasses.replace(config, grad_reduce_in_bf16=True, tp_comm_overlap=True)).feasible
+    (theirs,) = plan_layouts(dataclasses.replace(config, grad_reduce_in_bf16=True, tp_comm_overlap=True)).feasible
     assert not theirs.tight
     assert theirs.memory.gradients == found.memory.gradients // 2
     assert theirs.throughput.tokens_per_second_per_device == pytest.approx(1664, rel=0.10)
@@ -132,7 +132,7 @@ def find(tokens_per_second: float) -> Published:
 
 def with_efficiencies(point: Published, **efficiencies: float) -> float:
     device = dataclasses.replace(point.cluster.device, **efficiencies)
-    result = throughput(point.job, point.layout, Cluster(device, point.devices))
+    result = layout_throughput(point.job, point.layout, Cluster(device, point.devices))
     return result.tokens_per_second_per_device / point.tokens_per_second_per_device
 
 
@@ -176,7 +176,7 @@ def test_the_layouts_of_the_paper_fit(model: str, devices: int, tensor: int, pip
         virtual_pipeline_model_parallel_size=1,
         micro_batch_size=4,
     )
-    (found,) = plan(config).feasible
+    (found,) = plan_layouts(config).feasible
     assert found.memory.total < 79.2 * GIB
     assert found.layout.parallel.recompute_granularity is None
     assert f"{found.memory.total / GIB:.1f}" in PAGE
@@ -184,7 +184,7 @@ def test_the_layouts_of_the_paper_fit(model: str, devices: int, tensor: int, pip
 
 
 def test_a_model_that_does_not_fit_says_how_much_is_missing() -> None:
-    result = plan(PlanConfig("70B", 8, "a100-80g"))
+    result = plan_layouts(PlanConfig("70B", 8, "a100-80g"))
     assert not result.feasible
     reasons = dict(result.infeasible)
     expected = "152.6 GiB of 79.2 GiB with all recomputed: 147.9 state, 0.4 activations, 4.2 other"
@@ -192,10 +192,10 @@ def test_a_model_that_does_not_fit_says_how_much_is_missing() -> None:
 
 
 def test_reasons_are_grouped() -> None:
-    reasons = plan(PlanConfig("70B", 128, "a100-80g")).infeasible
+    reasons = plan_layouts(PlanConfig("70B", 128, "a100-80g")).infeasible
     assert len(reasons) < 25
     assert ("TP16", "tensor_model_parallel_size is 16; expected 1, 2, 4 or 8, for 8 num_key_value_heads") in reasons
-    assert dict(plan(PlanConfig("8B", 7)).infeasible)["TP2"] == "7 devices are not divisible by 2"
+    assert dict(plan_layouts(PlanConfig("8B", 7)).infeasible)["TP2"] == "7 devices are not divisible by 2"
 
 
 def test_in_flight() -> None:
@@ -214,7 +214,9 @@ def test_bubble_of_equal_stages() -> None:
     llama = MODELS["8B"].__class__(**(vars(MODELS["8B"]) | {"vocab_size": 8}))
     for virtual in (None, 2, 4):
         parallel = ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=virtual)
-        step = throughput(TrainingJob(llama, 2048, 16), Layout(parallel, 1, 1, 16), Cluster(find_device("h100"), 4)).step
+        step = layout_throughput(
+            TrainingJob(llama, 2048, 16), Layout(parallel, 1, 1, 16), Cluster(find_device("h100"), 4)
+        ).step
         assert step.bubble / step.compute == pytest.approx(3 / ((virtual or 1) * 16), rel=0.01)
 
 
@@ -287,7 +289,9 @@ def test_memory_adds_up() -> None:
 
 @pytest.mark.parametrize("width", [80, 120, 200])
 def test_long_numbers_cost_columns_not_digits(width: int, capsys: pytest.CaptureFixture[str]) -> None:
-    show(plan(PlanConfig("8B", 10**7, seq_length=65536, global_batch_size=10**7, tokens=1e18)), Console(width=width))
+    show_plan(
+        plan_layouts(PlanConfig("8B", 10**7, seq_length=65536, global_batch_size=10**7, tokens=1e18)), Console(width=width)
+    )
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
     assert "…" not in "\n".join(lines)
@@ -297,7 +301,7 @@ def test_long_numbers_cost_columns_not_digits(width: int, capsys: pytest.Capture
 @pytest.mark.parametrize("width", [80, 120, 200])
 @pytest.mark.parametrize("config", [PlanConfig("405B", 1024, "h100", seq_length=8192, fp8=True), PlanConfig("8B", 32)])
 def test_the_table_is_as_wide_as_the_terminal(width: int, config: PlanConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    show(plan(config), Console(width=width))
+    show_plan(plan_layouts(config), Console(width=width))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
     headings = [line for line in lines if line.lstrip("# ").startswith("TP ")]
@@ -374,7 +378,7 @@ def test_the_plan_of_a_run(tmp_path: Path, length: dict[str, int | None]) -> Non
     """Everything as its configuration says, whatever else the plan is told."""
     uneven = {"num_layers_in_first_pipeline_stage": 14, "recompute_granularity": "full", "recompute_num_layers": 2}
     path = write_run(tmp_path, training=length, parallel=uneven)
-    result = plan_one(read_run(PlanConfig("8B", 32, run=path, seq_length=7, micro_batch_size=7, tokens=7)))
+    result = plan_one(read_planned_run(PlanConfig("8B", 32, run=path, seq_length=7, micro_batch_size=7, tokens=7)))
     (candidate,) = result.feasible
     assert (result.job.seq_length, result.job.global_batch_size, result.job.params_dtype) == (4096, 64, "bf16")
     assert result.config.tokens == (1 if "train_tokens" in length else 640 * 4096)
@@ -382,9 +386,9 @@ def test_the_plan_of_a_run(tmp_path: Path, length: dict[str, int | None]) -> Non
     assert (layout.data_parallel_size, layout.micro_batch_size, layout.num_microbatches) == (4, 2, 8)
     parallel = ParallelConfig(4, 2, sequence_parallel=True, **uneven)
     assert layout.parallel == parallel
-    even = read_run(PlanConfig("8B", 32, run=write_run(tmp_path, training=length)))
+    even = read_planned_run(PlanConfig("8B", 32, run=write_run(tmp_path, training=length)))
     (same,) = plan_one(even).feasible
-    (searched,) = plan(dataclasses.replace(even.config, run=None, virtual_pipeline_model_parallel_size=1)).feasible
+    (searched,) = plan_layouts(dataclasses.replace(even.config, run=None, virtual_pipeline_model_parallel_size=1)).feasible
     assert (same.memory, same.throughput) == (searched.memory, searched.throughput)
     assert candidate.memory.total < same.memory.total
     assert candidate.throughput.step.total > same.throughput.step.total
@@ -412,7 +416,7 @@ def test_the_plan_of_a_run(tmp_path: Path, length: dict[str, int | None]) -> Non
 def test_runs_that_cannot_be_planned(tmp_path: Path, parallel: dict[str, Any], devices: int, message: str) -> None:
     path = write_run(tmp_path, parallel=parallel)
     with pytest.raises(InputError, match=f"^{re.escape(path)}: {re.escape(message)}"):
-        read_run(PlanConfig("8B", devices, run=path))
+        read_planned_run(PlanConfig("8B", devices, run=path))
 
 
 def test_the_command_refuses_a_run_that_does_not_fit(tmp_path: Path) -> None:
@@ -446,7 +450,7 @@ def test_models_and_devices_by_any_case() -> None:
 
 
 def test_stages_of_a_model_whose_layers_do_not_divide() -> None:
-    result = plan(PlanConfig("405B", 1024, seq_length=8192, pipeline_model_parallel_size=8, micro_batch_size=1))
+    result = plan_layouts(PlanConfig("405B", 1024, seq_length=8192, pipeline_model_parallel_size=8, micro_batch_size=1))
     parallel = result.feasible[0].layout.parallel
     assert layers_of_stages(126, parallel) == [14] + [16] * 7
 
@@ -456,10 +460,10 @@ def by_speed(result: LayoutPlan, key: Callable) -> list:
 
 
 def test_a_fixed_size_is_kept() -> None:
-    result = plan(PlanConfig("8B", 16, tensor_model_parallel_size=4, micro_batch_size=2))
+    result = plan_layouts(PlanConfig("8B", 16, tensor_model_parallel_size=4, micro_batch_size=2))
     assert set(by_speed(result, lambda layout: (layout.tensor, layout.micro_batch_size))) == {(4, 2)}
     for granularity, expected in (("none", None), ("selective", "selective"), ("full", "full")):
-        result = plan(PlanConfig("8B", 16, recompute_granularity=granularity))
+        result = plan_layouts(PlanConfig("8B", 16, recompute_granularity=granularity))
         assert set(by_speed(result, lambda layout: layout.parallel.recompute_granularity)) == {expected}
 
 
@@ -476,7 +480,7 @@ def step_of(*, devices: int, tensor: int, pipeline: int, **changes: Any) -> Step
         micro_batch_size=1,
         **changes,
     )
-    (candidate,) = plan(config).feasible
+    (candidate,) = plan_layouts(config).feasible
     return candidate.throughput.step
 
 
@@ -494,14 +498,14 @@ def test_tensor_parallel_groups_that_lie_across_two_nodes_use_the_network() -> N
 
 def test_fp8_needs_units_that_can() -> None:
     with pytest.raises(InputError, match="device a100-80g has no FP8 units"):
-        plan(PlanConfig("8B", 8, "a100-80g", fp8=True, fp8_tflops=600.0))
+        plan_layouts(PlanConfig("8B", 8, "a100-80g", fp8=True, fp8_tflops=600.0))
 
 
 def test_every_layout_that_is_refused_is_named() -> None:
     config = PlanConfig("8B", 8, global_batch_size=6, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=4)
-    named = " ".join(layouts for layouts, _ in plan(config).infeasible)
+    named = " ".join(layouts for layouts, _ in plan_layouts(config).infeasible)
     assert {"TP1 PP4 DP2 MB1", "TP2 PP4 DP1 MB1", "TP2 PP4 DP1 MB2"} <= set(re.findall(r"TP\d PP\d DP\d MB\d", named))
-    reasons = dict(plan(PlanConfig("70B", 128, "a100-80g")).infeasible)
+    reasons = dict(plan_layouts(PlanConfig("70B", 128, "a100-80g")).infeasible)
     (reason,) = (reason for layouts, reason in reasons.items() if "PP32" in layouts.split(", "))
     assert reason == "80 layers are too few for 32 stages: 3 in each but the first leave it none"
 
@@ -524,12 +528,12 @@ CONTEXT = PlanConfig("8B", 64, seq_length=131072, global_batch_size=64)
 
 def test_context_parallelism_is_planned() -> None:
     """Of long samples, where nobody asks for it; never of short ones, nor with layers that cannot."""
-    sizes = {candidate.layout.context for candidate in plan(CONTEXT).feasible}
+    sizes = {candidate.layout.context for candidate in plan_layouts(CONTEXT).feasible}
     assert {4, 8, 16} <= sizes
     for changes in ({"seq_length": 8192}, {"transformer_impl": "local"}, {"params_dtype": "fp32"}):
-        found = plan(dataclasses.replace(CONTEXT, **changes)).feasible
+        found = plan_layouts(dataclasses.replace(CONTEXT, **changes)).feasible
         assert {candidate.layout.context for candidate in found} <= {1}
-    asked = plan(dataclasses.replace(CONTEXT, context_parallel_size=2, seq_length=8192)).feasible
+    asked = plan_layouts(dataclasses.replace(CONTEXT, context_parallel_size=2, seq_length=8192)).feasible
     assert {candidate.layout.context for candidate in asked} == {2}
 
 
@@ -546,7 +550,7 @@ def with_context(context: int, **changes: Any) -> Candidate:
         context_parallel_size=context,
         **changes,
     )
-    (found,) = plan(config).feasible
+    (found,) = plan_layouts(config).feasible
     return found
 
 
@@ -586,13 +590,13 @@ def test_what_context_parallelism_changes() -> None:
 )
 def test_what_layers_cannot_do_is_named(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=f"^{re.escape(reason)}"):
-        plan(PlanConfig("8B", 64, **changes))
+        plan_layouts(PlanConfig("8B", 64, **changes))
 
 
 def test_a_context_size_that_does_not_divide_the_devices() -> None:
-    (refused, *_) = plan(PlanConfig("8B", 8, context_parallel_size=16, pipeline_model_parallel_size=1)).infeasible
+    (refused, *_) = plan_layouts(PlanConfig("8B", 8, context_parallel_size=16, pipeline_model_parallel_size=1)).infeasible
     assert refused == ("TP1 PP1 CP16", "8 devices are not divisible by 16, TP x PP x CP")
-    names, reason = plan(PlanConfig("8B", 12, context_parallel_size=8, global_batch_size=12)).infeasible[0]
+    names, reason = plan_layouts(PlanConfig("8B", 12, context_parallel_size=8, global_batch_size=12)).infeasible[0]
     assert "TP1 PP1 CP8" in names
     assert reason == "12 devices are not divisible by 8, TP x PP x CP"
 
@@ -604,13 +608,13 @@ def test_whose_layers_are_planned_is_said(capsys: pytest.CaptureFixture[str]) ->
         ({"seq_length": 131072}, "gradients; torch's, with context parallelism Transformer Engine's, layers;"),
     ]
     for changes, said in asked:
-        show(plan(PlanConfig("8B", 64, global_batch_size=64, **changes)), Console(width=300))
+        show_plan(plan_layouts(PlanConfig("8B", 64, global_batch_size=64, **changes)), Console(width=300))
         assert said in capsys.readouterr().out
 
 
 def test_tight_layouts_come_last_and_hide_none_with_room() -> None:
     config = PlanConfig("70B", 64, seq_length=8192, fp8=True)
-    result = plan(config)
+    result = plan_layouts(config)
     tight = [candidate.tight for candidate in result.feasible]
     assert tight == sorted(tight)
     assert {*tight} == {False, True}
@@ -633,24 +637,24 @@ def test_tight_layouts_come_last_and_hide_none_with_room() -> None:
 def test_a_tight_layout_alone_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
     config = PlanConfig("8B", 8, tensor_model_parallel_size=2, pipeline_model_parallel_size=1, micro_batch_size=1)
     config = dataclasses.replace(config, recompute_granularity="none")
-    needed = plan(config).feasible[0].memory.total / GIB
+    needed = plan_layouts(config).feasible[0].memory.total / GIB
     for share, marked in ((0.94, False), (0.96, True)):
-        show(plan(dataclasses.replace(config, memory_gib=needed / share)), Console(width=80))
+        show_plan(plan_layouts(dataclasses.replace(config, memory_gib=needed / share)), Console(width=80))
         shown = capsys.readouterr().out
         assert (f" {needed:.1f}! " in shown, "!: needs more than 95%" in shown) == (marked, marked)
 
 
 def test_fsdp_is_compared_and_not_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    result = plan(PlanConfig("8B", 8, seq_length=8192))
+    result = plan_layouts(PlanConfig("8B", 8, seq_length=8192))
     assert 0 < len(result.compared) <= 3
     assert all(candidate.layout.fully_sharded and candidate.layout.pipeline == 1 for candidate in result.compared)
     assert not any(candidate.layout.fully_sharded for candidate in result.feasible)
-    show(result, Console(width=80))
+    show_plan(result, Console(width=80))
     ours, _, others = capsys.readouterr().out.partition("not ours")
     assert "FSDP" not in ours
     assert re.search(r"^TP +FSDP +MB", others, re.MULTILINE)
     for alone in (PlanConfig("1B", 1), PlanConfig("8B", 8, pipeline_model_parallel_size=2)):
-        assert not plan(alone).compared
+        assert not plan_layouts(alone).compared
 
 
 def test_fsdp_shards_everything_and_gathers_layers() -> None:
@@ -681,8 +685,8 @@ def test_fsdp_shards_everything_and_gathers_layers() -> None:
     ids=str,
 )
 def test_absurd_sizes(config: PlanConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    result = plan(config)
-    show(result, Console(width=80))
+    result = plan_layouts(config)
+    show_plan(result, Console(width=80))
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     for candidate in result.feasible + result.compared:
         layout = candidate.layout
@@ -699,7 +703,7 @@ def test_mfu_of_plan_and_progress_line_is_one() -> None:
         assert known_peak_tflops(known[name]) == device.bf16_tflops
     for precision in ({"params_dtype": "bf16"}, {"fp8": True}, {"params_dtype": "fp32"}):
         config = PlanConfig("8B", 32, "h200", seq_length=4096, **precision)
-        for candidate in plan(config).feasible[:3]:
+        for candidate in plan_layouts(config).feasible[:3]:
             planned, job = candidate.throughput, make_job(config)
             flops = tuple(flops_per_token(job.llama, 4096, causal) for causal in (False, True))
             peak = known_peak_tflops(known["h200"])

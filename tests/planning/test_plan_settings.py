@@ -60,7 +60,9 @@ ELSEWHERE |= {"measured": "test_measured.py", "write": "test_write.py", "row": "
 def planned(folder: Path, options: dict[str, str]) -> dict[str, Any]:
     """What the tool writes of a plan, but for its settings."""
     path = folder / "plan.json"
-    run_tool(planning.run, PlanConfig, "", [f"--{name}={value}" for name, value in (options | {"json": str(path)}).items()])
+    run_tool(
+        planning.run_plan, PlanConfig, "", [f"--{name}={value}" for name, value in (options | {"json": str(path)}).items()]
+    )
     content = dict(json.loads(path.read_text()))
     del content["config"]
     return content

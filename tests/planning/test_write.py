@@ -11,7 +11,7 @@ from tiny_models import ROOT, run_tool, write_yaml
 from megatron_cpt.config.cli import read_arguments
 from megatron_cpt.config.run import RunConfig
 from megatron_cpt.planning.config import PlanConfig
-from megatron_cpt.planning.search import LayoutPlan, plan
+from megatron_cpt.planning.search import LayoutPlan, plan_layouts
 from megatron_cpt.planning.write import settings_of_run, write_layout
 
 FP8 = {"seq_length": 8192, "fp8": True, "grad_reduce_in_bf16": True}
@@ -40,7 +40,7 @@ def test_pretrain_cpt_reads_what_the_tool_writes(row: int | None, tmp_path: Path
     assert " ".join(ASKED) in " ".join((ROOT / "docs/planning.md").read_text().split())
     result = run_tool("plan_run.py", *ASKED, "--write", written, *([] if row is None else ["--row", str(row)]))
     assert result.stdout.splitlines()[-1] == written
-    expected = plan(PlanConfig("70B", 64, **FP8)).feasible[(row or 1) - 1].layout
+    expected = plan_layouts(PlanConfig("70B", 64, **FP8)).feasible[(row or 1) - 1].layout
     found = read_back(tmp_path, written)
     assert found.parallel == expected.parallel
     assert (found.training.micro_batch_size, found.training.global_batch_size) == (expected.micro_batch_size, 256)
@@ -61,7 +61,7 @@ def test_pretrain_cpt_reads_what_the_tool_writes(row: int | None, tmp_path: Path
     ids=str,
 )
 def test_every_layout_is_read_back(config: PlanConfig, tmp_path: Path) -> None:
-    result, written = plan(config), tmp_path / "parallel.yaml"
+    result, written = plan_layouts(config), tmp_path / "parallel.yaml"
     for row, candidate in enumerate(result.feasible[:10], start=1):
         write_layout(str(written), result, row)
         found = read_back(tmp_path, str(written))
@@ -80,7 +80,7 @@ def test_json_in_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 def test_no_setting_is_lost() -> None:
     """Also what the run sets otherwise is overwritten: its precision, and the sizes of a layout without parallelism."""
-    content = settings_of_run(*first(plan(PlanConfig("1B", 1))))
+    content = settings_of_run(*first(plan_layouts(PlanConfig("1B", 1))))
     assert content["parallel"]["tensor_model_parallel_size"] == content["parallel"]["pipeline_model_parallel_size"] == 1
     assert content["training"]["params_dtype"] == "bf16"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_cpt.posttrain.answer_languages import language_identifier, mismatch, shares
+from megatron_cpt.posttrain.answer_languages import language_identifier, language_shares, mismatch
 from megatron_cpt.posttrain.data import SourceConfig, prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.report import show_report, write_report
 from megatron_cpt.posttrain.settings import TuningDataConfig
@@ -80,4 +80,4 @@ def test_equally_frequent_languages_are_no_mismatch() -> None:
     assert mismatch("zh", Counter(en=2, zh=2)) is None
     assert mismatch("zh", Counter()) is None
     assert mismatch("fr", Counter(en=1)) == "declared as fr, which 0.0% of its answers are; the most, 100.0%, are en"
-    assert list(shares(Counter(en=1, zh=3))) == ["zh", "en"]
+    assert list(language_shares(Counter(en=1, zh=3))) == ["zh", "en"]

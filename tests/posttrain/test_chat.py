@@ -15,7 +15,7 @@ from fork_server import ENVIRONMENT
 from rigged_models import make_reciter, set_json, tokens_of
 from tiny_models import ROOT, command_of, make_tiny_llama
 
-from megatron_cpt.convert.vocabulary import load
+from megatron_cpt.convert.vocabulary import load_hf_tokenizer
 from megatron_cpt.posttrain.chat import Chat, Speaker, chat
 from megatron_cpt.posttrain.conversations import Message
 from megatron_cpt.posttrain.run_files import check_chat
@@ -246,7 +246,7 @@ def test_completion_is_as_it_was_asked_for(config: ChatConfig) -> None:
     """By default greedy with a penalty; else as transformers does what is said."""
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(config.model), load(config.model)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(config.model), load_hf_tokenizer(config.model)
     ids = tokenizer("The dog", return_tensors="pt")
     for penalty in (None, 1.0, 1.2):
         output = model.generate(**ids, max_new_tokens=24, do_sample=False, repetition_penalty=penalty or 1.2)

@@ -155,6 +155,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return [""] * len(prompts)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
-    monkeypatch.setattr(chat_room, "complete", completed)
+    monkeypatch.setattr(chat_room, "complete_text", completed)
     monkeypatch.setattr(torch, "manual_seed", seen["seeds"].append)
     return seen

@@ -20,7 +20,7 @@ from chats import dpo_config, read_metrics, sft_config
 from safetensors.torch import load_file
 
 from megatron_cpt.posttrain import trainers
-from megatron_cpt.posttrain.checkpoints import check_sealed, only_run, sealed_steps
+from megatron_cpt.posttrain.checkpoints import check_sealed, locked_tuning_folder, sealed_steps
 from megatron_cpt.posttrain.dpo import finetune_dpo
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
@@ -281,10 +281,13 @@ def test_a_folder_has_one_run_at_a_time(finished: SftConfig, tmp_path: Path) -> 
         other.stdin.close()
     seen = sealed_steps(str(run))
     shutil.rmtree(run / "checkpoint-4")
-    with pytest.raises(InputError, match="another run has just saved a checkpoint"), only_run(str(run), seen):
+    with pytest.raises(InputError, match="another run has just saved a checkpoint"), locked_tuning_folder(str(run), seen):
         pass
     (run / "hf").mkdir()
-    with pytest.raises(InputError, match="another run has just finished"), only_run(str(run), sealed_steps(str(run))):
+    with (
+        pytest.raises(InputError, match="another run has just finished"),
+        locked_tuning_folder(str(run), sealed_steps(str(run))),
+    ):
         pass
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from trl import DPOConfig as TrlConfig
 
 from megatron_cpt.posttrain.conversations import Message, Preference
-from megatron_cpt.posttrain.dpo import DpoConfig, PairTrainer, as_dataset, finetune_dpo
-from megatron_cpt.posttrain.models import load_model
+from megatron_cpt.posttrain.dpo import DpoConfig, PairTrainer, finetune_dpo, pairs_dataset
+from megatron_cpt.posttrain.models import load_trainable_model
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings
 from megatron_cpt.posttrain.templates import PairExample, load_template
 
@@ -53,9 +53,9 @@ def make_pairs() -> list[PairExample]:
 @pytest.mark.parametrize("precomputed", [True, False])
 def test_the_loss_is_the_papers(chat_model: str, tmp_path: Path, precomputed: bool) -> None:
     """With another model as policy than the reference, and its gradients too."""
-    as_dataset(make_pairs()).save_to_disk(tmp_path / "pairs")
+    pairs_dataset(make_pairs()).save_to_disk(tmp_path / "pairs")
     dataset = load_from_disk(tmp_path / "pairs")
-    policy, reference = load_model(chat_model), load_model(chat_model)
+    policy, reference = load_trainable_model(chat_model), load_trainable_model(chat_model)
     template = load_template(chat_model, "chatml")
     template.tokenizer.pad_token = template.tokenizer.eos_token
     trainer = PairTrainer(

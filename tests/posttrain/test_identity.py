@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ROOT, write_yaml
 from transformers.utils import chat_template_utils
 
-from megatron_cpt.convert.vocabulary import load
+from megatron_cpt.convert.vocabulary import load_hf_tokenizer
 from megatron_cpt.posttrain import identity, runner
 from megatron_cpt.posttrain.conversations import Message
 from megatron_cpt.posttrain.dpo import finetune_dpo
 from megatron_cpt.posttrain.identity import check_begun, digest
-from megatron_cpt.posttrain.run_files import check_settings
+from megatron_cpt.posttrain.run_files import check_tuning
 from megatron_cpt.posttrain.settings import RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
 from megatron_cpt.posttrain.template_files import CHATML
@@ -219,7 +219,7 @@ def test_a_template_with_the_date_resumes_after_midnight(
     said = capsys.readouterr().err
     assert first in said
     assert "resuming from" in said
-    today = PromptTemplate(load(str(result)), None).prompt([Message("user", "a")])
+    today = PromptTemplate(load_hf_tokenizer(str(result)), None).prompt([Message("user", "a")])
     assert "04 Mar 2071" in today, "chat has the day on which it runs"
 
 
@@ -242,7 +242,7 @@ def test_a_template_asks_for_the_date_only_in_its_code(
 ) -> None:
     (tmp_path / "mine.jinja").write_text("{% if false %}" + text + "{% endif %}" + CHATML)
     now = datetime(2071, 3, 4)
-    template = PromptTemplate(load(chat_tokenizer_dir), str(tmp_path / "mine.jinja"), now)
+    template = PromptTemplate(load_hf_tokenizer(chat_tokenizer_dir), str(tmp_path / "mine.jinja"), now)
     assert template.date == (now.isoformat() if asks else None)
 
 
@@ -289,7 +289,7 @@ def test_what_is_spelled_otherwise_is_the_same(
         chat_template=str(Path(first.path).parent / "." / ".." / Path(first.path).parent.name / "mine.jinja"),
     )
     config = replace(began, model=f"{tmp_path}/./link/", data=data, save=str(tmp_path / "run"))
-    check_settings(config)
+    check_tuning(config)
     result = finetune_sft(config)
     weights, expected = (load_file(Path(folder) / "model.safetensors") for folder in (result, f"{whole.save}/hf"))
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
@@ -316,4 +316,4 @@ def test_another_file_of_another_name_is_named_by_both(restored: SftConfig, tmp_
     edit(str(other), "dog 0", "fox 0")
     sources = [replace(restored.data.sources[0], path=str(other)), restored.data.sources[1]]
     with pytest.raises(InputError, match=rf"has begun with data\.sources .*, now it is .*{re.escape(str(other))}"):
-        check_settings(replace(restored, data=replace(restored.data, sources=sources)))
+        check_tuning(replace(restored, data=replace(restored.data, sources=sources)))

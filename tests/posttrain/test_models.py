@@ -13,7 +13,7 @@ from tiny_models import make_tiny_llama
 
 from megatron_cpt.checkpoint.weight_files import weight_files
 from megatron_cpt.model.hf_folder import adapter_note, check_model
-from megatron_cpt.posttrain.models import load_model, model_to_train
+from megatron_cpt.posttrain.models import load_trainable_model, model_to_train
 from megatron_cpt.posttrain.templates import load_template
 from megatron_cpt.utils.errors import InputError
 
@@ -24,7 +24,7 @@ def adapter(chat_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import peft
 
     folder = tmp_path_factory.mktemp("adapter")
-    model = peft.get_peft_model(load_model(chat_model), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model = peft.get_peft_model(load_trainable_model(chat_model), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.constant_(parameter, 0.5)
@@ -36,13 +36,13 @@ def test_an_adapter_beside_merged_weights_is_not_applied_again(adapter: Path, ch
     model = tmp_path / "merged"
     shutil.copytree(chat_model, model)
     assert adapter_note(str(model)) is None
-    expected = load_model(str(model)).state_dict()
+    expected = load_trainable_model(str(model)).state_dict()
     for path in adapter.glob("adapter_*"):
         shutil.copy(path, model)
     check_model(str(model))
     assert "adapter_config.json beside them" in str(adapter_note(str(model)))
     assert weight_files(str(model)) == ["model.safetensors"]
-    found = load_model(str(model)).state_dict()
+    found = load_trainable_model(str(model)).state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 

@@ -14,7 +14,7 @@ import pytest
 from tiny_models import ROOT, write_empty_weights, write_yaml
 from without_rights import LAUNCHER, lock, needs_somebody
 
-from megatron_cpt.posttrain.run_files import check_chat, check_data
+from megatron_cpt.posttrain.run_files import check_chat, check_sources
 from megatron_cpt.posttrain.settings import ChatConfig, SourceConfig, TuningDataConfig
 
 MISSING = ["--model", "nothere", "--data.chat_template", "nofile"]
@@ -79,9 +79,9 @@ def test_other_files_of_the_same_size_are_two(tmp_path: Path) -> None:
     for name, text in (("a", "[1]"), ("b", "[2]"), ("c", "")):
         (tmp_path / f"{name}.jsonl").write_text(text)
     a, b, c = (SourceConfig(str(tmp_path / f"{name}.jsonl"), "en") for name in "abc")
-    check_data(TuningDataConfig([a, c], [b]))
-    check_data(TuningDataConfig([a, a], [b]))
-    check_data(TuningDataConfig([a, a], validation_share=0))
+    check_sources(TuningDataConfig([a, c], [b]))
+    check_sources(TuningDataConfig([a, a], [b]))
+    check_sources(TuningDataConfig([a, a], validation_share=0))
 
 
 def wrong_files(folder: Path, save: str, data: str, *launcher: str) -> list[str]:

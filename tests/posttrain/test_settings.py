@@ -19,7 +19,7 @@ from megatron_cpt.config.cli import run_tool
 from megatron_cpt.posttrain import dpo, sft
 from megatron_cpt.posttrain.data import SourceConfig, prepare_dpo, prepare_sft
 from megatron_cpt.posttrain.dpo import DpoConfig, finetune_dpo
-from megatron_cpt.posttrain.models import load_model
+from megatron_cpt.posttrain.models import load_trainable_model
 from megatron_cpt.posttrain.settings import TuningDataConfig
 from megatron_cpt.posttrain.sft import SftConfig, finetune_sft
 from megatron_cpt.posttrain.templates import IGNORED, load_template
@@ -67,7 +67,7 @@ def arrive(tool: str, folder: Path, settings: dict[str, Any]) -> Arrived:
         return save
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "train", train)
+        patch.setattr(module, "run_training", train)
         try:
             run_tool(finetune, config_class, "", ["--config", str(path)])  # type: ignore[arg-type]
         finally:
@@ -385,7 +385,7 @@ def test_weights_are_those_of_the_formulas(tool: str, chat_model: str, tmp_path:
     )
     prepare: Any = {"sft": prepare_sft, "dpo": prepare_dpo}[tool]
     examples = prepare(data, load_template(chat_model, "chatml"), 5).train
-    model, reference = load_model(chat_model), load_model(chat_model)
+    model, reference = load_trainable_model(chat_model), load_trainable_model(chat_model)
     numbers = list(EpochSampler(len(examples), 0, 5))
     losses = []
 

@@ -22,10 +22,10 @@ from tiny_models import command_of, run_tool
 from trl import SFTConfig as TrlConfig
 
 from megatron_cpt.posttrain.data import SourceConfig, prepare_sft
-from megatron_cpt.posttrain.models import load_model
+from megatron_cpt.posttrain.models import load_trainable_model
 from megatron_cpt.posttrain.run_files import accumulation
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings
-from megatron_cpt.posttrain.sft import AnswerLossTrainer, SftConfig, as_dataset, finetune_sft
+from megatron_cpt.posttrain.sft import AnswerLossTrainer, SftConfig, examples_dataset, finetune_sft
 from megatron_cpt.posttrain.templates import IGNORED, load_template
 from megatron_cpt.utils.errors import InputError, InputErrors
 
@@ -46,13 +46,13 @@ def trainer_of(config: SftConfig, packing: bool, folder: Path) -> AnswerLossTrai
     template.tokenizer.pad_token = template.tokenizer.eos_token
     examples = prepare_sft(config.data, template, 1).train
     return AnswerLossTrainer(
-        model=load_model(config.model),
+        model=load_trainable_model(config.model),
         args=TrlConfig(
             output_dir=str(folder), use_cpu=True, bf16=False, packing=packing, max_length=160, report_to=[],
             per_device_train_batch_size=2, gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": not packing},
         ),
-        train_dataset=as_dataset(examples),
+        train_dataset=examples_dataset(examples),
         processing_class=template.tokenizer,
     )  # fmt: skip
 
@@ -140,7 +140,7 @@ def test_the_evaluation_is_the_mean_over_all_answer_tokens(whole: tuple[SftConfi
     config, result = whole
     template = load_template(str(result), None)
     examples = prepare_sft(config.data, template, config.training.seed).validation["zh"]
-    model = load_model(str(result))
+    model = load_trainable_model(str(result))
     losses = torch.cat(
         [losses_of(model, {"input_ids": torch.tensor([e.input_ids]), "labels": torch.tensor([e.labels])}) for e in examples]
     )

@@ -19,7 +19,7 @@ from tiny_models import ROOT, make_tiny_llama
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from megatron_cpt.posttrain.dpo import finetune_dpo
-from megatron_cpt.posttrain.models import load_model
+from megatron_cpt.posttrain.models import load_trainable_model
 from megatron_cpt.posttrain.settings import LoraSettings, RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import finetune_sft
 from megatron_cpt.posttrain.sharding import check_sharding, is_sharded, receives_weights, sum_in_fp32, unread_model
@@ -82,7 +82,7 @@ def test_sft_stops_and_goes_on(chat_model: str, tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "two", tmp_path / "one", FSDP_TO_ONE)
     fields = json.loads((tmp_path / "two" / "hf" / "config.json").read_text())
     assert fields["architectures"] == ["LlamaForCausalLM"]
-    assert load_model(str(tmp_path / "two" / "hf")).generation_config.eos_token_id == [0, 401]
+    assert load_trainable_model(str(tmp_path / "two" / "hf")).generation_config.eos_token_id == [0, 401]
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_dpo_has_the_same_losses(chat_model: str, tmp_path: Path, lora: LoraSett
 
 def test_an_unread_model_is_like_a_read_one(chat_model: str) -> None:
     """In names, shapes, precision and what it is configured to do; its rotary embedding is computed."""
-    unread, read = unread_model(chat_model), load_model(chat_model)
+    unread, read = unread_model(chat_model), load_trainable_model(chat_model)
     shapes = [{name: (tensor.shape, tensor.dtype) for name, tensor in m.named_parameters()} for m in (unread, read)]
     assert shapes[0] == shapes[1]
     assert torch.equal(unread.model.rotary_emb.inv_freq, read.model.rotary_emb.inv_freq)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_cpt.posttrain.template_files import TEMPLATES, check_asking, check_tokenizer, read_template
+from megatron_cpt.posttrain.template_files import TEMPLATES, check_asking, check_chat_tokenizer, read_template
 from megatron_cpt.posttrain.templates import load_template
 from megatron_cpt.utils.errors import InputError
 
@@ -28,11 +28,11 @@ def test_a_template_of_its_own(model: Path, where: str) -> None:
     else:
         (model / where).mkdir()
         (model / where / "default.jinja").write_text(TEMPLATES["llama3"][0])
-    check_tokenizer(str(model), None)
+    check_chat_tokenizer(str(model), None)
     assert load_template(str(model), None).tokenizer.chat_template
 
 
-@pytest.mark.parametrize("read", [check_tokenizer, load_template])
+@pytest.mark.parametrize("read", [check_chat_tokenizer, load_template])
 def test_what_is_refused_before_transformers_is_imported_is_refused_by_it(
     model: Path, tiny_tokenizer_dir: str, read: object
 ) -> None:
@@ -93,7 +93,7 @@ def give(model: Path, place: str, value: object) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("check", [check_tokenizer, check_asking])
+@pytest.mark.parametrize("check", [check_chat_tokenizer, check_asking])
 def test_a_template_that_cannot_be_used(model: Path, name: str, check: object) -> None:
     assert callable(check)
     place, value, said = BAD[name]
@@ -106,14 +106,14 @@ def test_a_template_that_cannot_be_used(model: Path, name: str, check: object) -
 @pytest.mark.parametrize("name", ["broken", "empty", "none by default", "no file by default"])
 def test_another_template_is_used_instead(model: Path, name: str) -> None:
     give(model, *BAD[name][:2])
-    check_tokenizer(str(model), "chatml")
+    check_chat_tokenizer(str(model), "chatml")
     load_template(str(model), "chatml")
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_what_transformers_renders_is_let_through(model: Path, name: str) -> None:
     give(model, IN_FILE, GOOD[name])
-    check_tokenizer(str(model), None)
+    check_chat_tokenizer(str(model), None)
     assert read_template(str(model / IN_FILE)) == GOOD[name]
     load_template(str(model), None)
 
@@ -127,8 +127,8 @@ def test_a_template_of_the_users_own_that_is_broken(tmp_path: Path) -> None:
 def test_a_folder_is_no_template(model: Path) -> None:
     (model / IN_FILE).mkdir()
     with pytest.raises(InputError, match=r"has no chat template \(.*chat_template\.jinja: it is a folder\); expected"):
-        check_tokenizer(str(model), None)
-    check_tokenizer(str(model), "chatml")  # transformers passes over it
+        check_chat_tokenizer(str(model), None)
+    check_chat_tokenizer(str(model), "chatml")  # transformers passes over it
     check_asking(str(model), None)
 
 
@@ -145,16 +145,16 @@ def test_kinds_of_the_configuration_are_named_all_at_once(model: Path) -> None:
     fields = json.loads((model / IN_CONFIG).read_text()) | {"eos_token": 5, "split_special_tokens": None}
     (model / IN_CONFIG).write_text(json.dumps(fields))
     with pytest.raises(InputError, match="eos_token is 5; expected a text") as caught:
-        check_tokenizer(str(model), "chatml")
+        check_chat_tokenizer(str(model), "chatml")
     assert "split_special_tokens is null; expected true or false" in str(caught.value)
 
 
 def test_a_folder_without_any_tokenizer(model: Path) -> None:
     (model / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"model has no tokenizer; expected tokenizer\.json"):
-        check_tokenizer(str(model), "chatml")
+        check_chat_tokenizer(str(model), "chatml")
     (model / "vocab.txt").write_text("a")  # which only transformers reads
-    check_tokenizer(str(model), "chatml")
+    check_chat_tokenizer(str(model), "chatml")
     (model / "vocab.txt").unlink()
     (model / IN_CONFIG).write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-    check_tokenizer(str(model), "chatml")
+    check_chat_tokenizer(str(model), "chatml")

@@ -19,8 +19,8 @@ from tiny_models import run_tool
 from trl import DPOConfig as TrlConfig
 
 from megatron_cpt.posttrain.chat import chat
-from megatron_cpt.posttrain.dpo import LOSS_OF_FILLERS, DpoConfig, PairTrainer, filler_of, finetune_dpo, loss_of
-from megatron_cpt.posttrain.models import load_model
+from megatron_cpt.posttrain.dpo import LOSS_OF_FILLERS, DpoConfig, PairTrainer, filler_pair, finetune_dpo, loss_of
+from megatron_cpt.posttrain.models import load_trainable_model
 from megatron_cpt.posttrain.settings import ChatConfig, OptimizerSettings, RunSettings, TrainingSettings
 from megatron_cpt.posttrain.sft import SftConfig, fillers_in, finetune_sft
 from megatron_cpt.posttrain.template_files import CHATML
@@ -86,7 +86,7 @@ def pair_trainer(chat_model: str, tmp_path: Path, config: DpoConfig) -> PairTrai
     template = load_template(chat_model, "chatml")
     template.tokenizer.pad_token = template.tokenizer.eos_token
     trainer = PairTrainer(
-        model=load_model(chat_model),
+        model=load_trainable_model(chat_model),
         args=TrlConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, beta=0.3, report_to=[], **loss_of(config)),
         train_dataset=Dataset.from_list([PAIR]),
         processing_class=template.tokenizer,
@@ -104,7 +104,7 @@ def test_a_filler_changes_no_loss(chat_model: str, tmp_path: Path, kind: Any, sm
     config = replace(dpo_config(chat_model, tmp_path), beta=0.3, loss_type=kind, label_smoothing=smoothing)
     trainer = pair_trainer(chat_model, tmp_path, config)
     losses, gradients = [], []
-    for batch in ([PAIR], [PAIR, filler_of(PAIR), filler_of(PAIR)]):
+    for batch in ([PAIR], [PAIR, filler_pair(PAIR), filler_pair(PAIR)]):
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model, trainer.data_collator(batch))
         loss.backward()
@@ -119,7 +119,7 @@ def test_figures_are_means_of_pairs(chat_model: str, tmp_path: Path) -> None:
     config = dpo_config(chat_model, tmp_path)
     trainer = pair_trainer(chat_model, tmp_path, config)
     trainer.model.train()
-    for batch in ([PAIR], [PAIR, PAIR, filler_of(PAIR)]):
+    for batch in ([PAIR], [PAIR, PAIR, filler_pair(PAIR)]):
         trainer.compute_loss(trainer.model, trainer.data_collator(batch))
     trainer.log({})
     figures = trainer.state.log_history[-1]

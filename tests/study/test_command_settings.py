@@ -28,8 +28,8 @@ ROWS: dict[tuple[str, str], tuple[str, Any]] = {
     ("ChooseOptions", "target"): ("large.yaml", ("target", "large.yaml")),
 }
 COMMANDS = {
-    "PlanOptions": commands.plan,
-    "RunOptions": commands.run,
+    "PlanOptions": commands.plan_study,
+    "RunOptions": commands.run_study,
     "FitOptions": commands.fit_command,
     "PlotOptions": commands.plot,
     "ChooseOptions": commands.choose_command,
@@ -61,12 +61,12 @@ def stand_in(patch: pytest.MonkeyPatch, seen: dict[str, Any]) -> None:
 
     rows = SimpleNamespace(rows=[{"lr": 1e-4}], last=lambda name: [{"lr": 1e-4}])
     answers = {"read_base": None, "collect": rows, "write_all_results": None, "write_fit": "fit.json", "grid_points": []}
-    answers |= {"read_proposed": [], "make_plan": None, "plan_table": "", "show": None, "write_html_report": "page"}
+    answers |= {"read_proposed": [], "make_plan": None, "plan_table": "", "show_choice": None, "write_html_report": "page"}
     for name, answer in answers.items():
         patch.setattr(commands, name, lambda *_, answer=answer: answer)
     patch.setattr(commands, "write_proposed", lambda *_: None)
     patch.setattr(commands, "run_only", note("only", 2, "run"))
-    patch.setattr(commands, "fit", fit)
+    patch.setattr(commands, "fit_study", fit)
     patch.setattr(commands, "fit_for_choice", lambda *_: found)
     patch.setattr(commands, "predict_critical_ratios", note("budget", 3, []))
     patch.setattr(commands, "choose", lambda *given: seen.update(choice=given[2:]))

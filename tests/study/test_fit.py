@@ -14,7 +14,7 @@ from study_results import make_results, tilted_metric
 
 from megatron_cpt.study import frontier
 from megatron_cpt.study.commands import fit_table
-from megatron_cpt.study.fit import Fit, chance_of_flat, fit, write_fit
+from megatron_cpt.study.fit import Fit, chance_of_flat, fit_study, write_fit
 from megatron_cpt.study.html_report import surfaces_table
 from megatron_cpt.study.results import Results
 
@@ -35,7 +35,7 @@ def results() -> Results:
 
 @pytest.fixture(scope="module")
 def fitted(results: Results) -> Fit:
-    return fit(results)
+    return fit_study(results)
 
 
 def test_a_good_study_supports_everything(fitted: Fit, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_good_study_supports_everything(fitted: Fit, tmp_path: Path) -> None:
 
 
 def test_a_flat_metric_is_refused() -> None:
-    flat = fit(make_results(lambda almr, lr: 25.0, metric_noise=0.5), laws=False)
+    flat = fit_study(make_results(lambda almr, lr: 25.0, metric_noise=0.5), laws=False)
     assert "flat within the noise" in str(flat.surfaces["mean_metric"].refused)
     assert flat.surfaces["additional"].refused is None
     assert any(note.startswith("mean_metric: the surface is flat") for note in flat.notes)
@@ -66,7 +66,7 @@ def test_a_flat_metric_is_refused() -> None:
 
 def test_noise_between_seeds_needs_second_seeds(fitted: Fit, tmp_path: Path) -> None:
     """On screen, in the report and in fit.json, as the note says: one seed tells nothing of it."""
-    one = fit(make_results(seeds=1), laws=False)
+    one = fit_study(make_results(seeds=1), laws=False)
     for found, known in ((one, False), (fitted, True)):
         written = json.loads(Path(write_fit(str(tmp_path), found)).read_text())
         cells = [
@@ -79,14 +79,14 @@ def test_noise_between_seeds_needs_second_seeds(fitted: Fit, tmp_path: Path) -> 
 
 
 def test_too_few_runs_are_refused() -> None:
-    few = fit(make_results(almrs=(0.0, 1.0), rates=(1e-4, 1e-3)), laws=False)
+    few = fit_study(make_results(almrs=(0.0, 1.0), rates=(1e-4, 1e-3)), laws=False)
     assert "4 pairs of ALMR and learning rate have finished; 9 or more" in str(few.surfaces["mixed"].refused)
     assert few.frontier is None
     assert any("they need 3 values or more of each axis" in note for note in few.notes)
 
 
 def test_a_refused_surface_takes_its_lines_with_it() -> None:
-    found = fit(make_results(lambda almr, lr: 25.0, metric_noise=0.0), laws=False)  # the same score everywhere
+    found = fit_study(make_results(lambda almr, lr: 25.0, metric_noise=0.0), laws=False)  # the same score everywhere
     assert "flat within the noise" in str(found.surfaces["mean_metric"].refused)
     assert found.frontier is not None
     assert found.frontier.refused == found.surfaces["mean_metric"].refused
@@ -95,7 +95,7 @@ def test_a_refused_surface_takes_its_lines_with_it() -> None:
 def test_a_score_that_few_runs_have_does_not_stop_the_rest(results: Results) -> None:
     kept = {"almr0_lr0.0001_seed1", "almr0.5_lr0.001_seed1", "almr1_lr0.01_seed1"}
     rows = [row if row["run"] in kept else row | {"mean_metric": None, "score": None} for row in results.rows]
-    found = fit(Results(rows, ["score"]), laws=False)
+    found = fit_study(Results(rows, ["score"]), laws=False)
     assert "mean_metric: 3 of 75 finished runs have it" in found.notes
     assert "mean_metric" not in found.surfaces
     assert found.frontier_of == "balanced"
@@ -107,7 +107,9 @@ def test_a_finished_run_with_no_proper_loss(value: float | None) -> None:
     results = make_results(rates=(1e-4, 1e-3, 1e-2), seeds=1)
     name = "almr0.5_lr0.001_seed1"
     lost = {"general": value, "mixed": value, "balanced": value}
-    found = fit(Results([row | lost if row["run"] == name and row["last"] else row for row in results.rows], results.scores))
+    found = fit_study(
+        Results([row | lost if row["run"] == name and row["last"] else row for row in results.rows], results.scores)
+    )
     assert found.surfaces["general"].surface.values.shape == (14 if value is None else 15,)
     if value is None:
         assert f"1 finished run without a number as a loss and left out: {name}" in found.notes
@@ -121,20 +123,20 @@ def test_places_without_runs_that_are_predicted_badly_are_noted() -> None:
     def cliff(almr: float, lr: float, tokens: float) -> float:
         return 3.0 + 0.05 * almr * tokens + (4.0 * tokens if almr == 1 and lr > 5e-3 else 0.0)
 
-    found = fit(make_results(general=cliff), laws=False)
+    found = fit_study(make_results(general=cliff), laws=False)
     assert found.surfaces["general"].explained < 0.5
     assert any(note.startswith("general: surfaces without a pair") for note in found.notes)
 
 
 def test_without_scores_the_frontier_is_that_of_the_balanced_loss() -> None:
-    found = fit(make_results(None), laws=False)
+    found = fit_study(make_results(None), laws=False)
     assert found.frontier_of == "balanced"
     assert "mean_metric" not in found.surfaces
 
 
 def test_diverged_and_unfinished_runs_do_not_count(results: Results, fitted: Fit) -> None:
     bad = [dict(row, outcome="diverged", last=False, additional=99.0, run=row["run"] + "_bad") for row in results.rows[:5]]
-    found = fit(Results([*results.rows, *bad], results.scores), laws=False)
+    found = fit_study(Results([*results.rows, *bad], results.scores), laws=False)
     assert found.surfaces["additional"].surface.values.tolist() == fitted.surfaces["additional"].surface.values.tolist()
     assert found.notes[0] == "1 run diverged and left out: almr0_lr0.0001_seed1_bad"
 

@@ -22,7 +22,7 @@ from megatron_cpt.convert.config import HfToMegatron
 from megatron_cpt.convert.convert import hf_to_megatron
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
 from megatron_cpt.mixture.file import load_mixture
-from megatron_cpt.study.commands import choose_command, fit_command, plan, plot, run
+from megatron_cpt.study.commands import choose_command, fit_command, plan_study, plot, run_study
 from megatron_cpt.study.config import StudyConfig
 from megatron_cpt.study.grid import grid_points, read_base
 from megatron_cpt.study.inputs import checkpoint_checksum, record_inputs, record_start
@@ -31,8 +31,8 @@ from megatron_cpt.training.baseline import measurements
 from megatron_cpt.utils.errors import InputError
 
 COMMANDS: dict[str, tuple[Callable[[Any], str], type[StudyConfig]]] = {
-    "plan": (plan, PlanOptions),
-    "run": (run, RunOptions),
+    "plan": (plan_study, PlanOptions),
+    "run": (run_study, RunOptions),
     "fit": (fit_command, FitOptions),
     "choose": (choose_command, ChooseOptions),
     "plot": (plot, PlotOptions),

@@ -9,8 +9,8 @@ import pytest
 from matplotlib.contour import ContourSet
 from study_results import make_results
 
-from megatron_cpt.study.figures import contours, draw_line, ends_within, languages, plt, spread
-from megatron_cpt.study.fit import fit, grouped_notes
+from megatron_cpt.study.figures import contours, draw_almr_line, draw_language_losses, ends_within, plt, spread_evenly
+from megatron_cpt.study.fit import fit_study, grouped_notes
 from megatron_cpt.study.frontier import Line, no_line
 from megatron_cpt.study.html_report import write_html_report
 
@@ -27,8 +27,8 @@ def make_line(b: float, angle: float, refused: str | None = None) -> Line:
 def test_few_pairs_are_points_and_no_contours() -> None:
     """With their values; nine pairs have contours."""
     results = make_results(seeds=2, almrs=(0.2, 0.6), rates=(1e-4, 1e-3))
-    found = fit(results, laws=False)
-    figure = languages(results, found, None)
+    found = fit_study(results, laws=False)
+    figure = draw_language_losses(results, found, None)
     for name, ax in zip(("general", "additional"), figure.axes, strict=False):
         assert not any(isinstance(drawn, ContourSet) for drawn in ax.collections)
         (points,) = ax.collections
@@ -38,7 +38,7 @@ def test_few_pairs_are_points_and_no_contours() -> None:
         assert f"{np.mean(values):.4g}" in [text.get_text() for text in ax.texts]
     plt.close(figure)
     results = make_results(seeds=1, rates=(1e-4, 3.162e-4, 1e-3), almrs=(0.0, 0.5, 1.0))
-    figure = languages(results, fit(results, laws=False), None)
+    figure = draw_language_losses(results, fit_study(results, laws=False), None)
     assert any(isinstance(drawn, ContourSet) for drawn in figure.axes[0].collections)
     plt.close(figure)
 
@@ -46,7 +46,7 @@ def test_few_pairs_are_points_and_no_contours() -> None:
 def test_notes_are_given_once(tmp_path: Path) -> None:
     """Those of the choice are among those of the fit; one that holds for several surfaces has their names."""
     results = make_results(seeds=1, almrs=(0.2, 0.6), rates=(1e-4, 1e-3))
-    found = fit(results, laws=False)
+    found = fit_study(results, laws=False)
     few = "4 pairs of ALMR and learning rate have finished"
     (note,) = (note for note in grouped_notes(found.notes) if few in note)
     assert note.startswith("general, additional, mixed, balanced: 4 pairs")
@@ -62,8 +62,8 @@ def test_notes_are_given_once(tmp_path: Path) -> None:
 
 
 def test_the_last_budget_is_shown() -> None:
-    assert spread(list(range(1, 9)), 5) == [1, 3, 5, 6, 8]
-    assert spread([1, 2], 5) == [1, 2]
+    assert spread_evenly(list(range(1, 9)), 5) == [1, 3, 5, 6, 8]
+    assert spread_evenly([1, 2], 5) == [1, 2]
 
 
 def test_a_steep_line_goes_as_far_as_its_points() -> None:
@@ -83,15 +83,15 @@ def test_a_line_that_is_not_supported_says_so() -> None:
         figure, ax = plt.subplots()
         ax.set_xscale("log")
         ax.set_xlim(LIMITS[0])
-        draw_line(ax, line, "frontier", "red")
+        draw_almr_line(ax, line, "frontier", "red")
         assert wanted in ax.get_legend_handles_labels()[1][0]
         plt.close(figure)
 
 
 def test_legends_and_labels_of_a_narrow_range() -> None:
     results = make_results(seeds=1, rates=(1e-4, 3.162e-4, 1e-3))
-    found = fit(results, laws=False)
-    for figure in (languages(results, found, None), contours(results, found, (0.5, 1e-3))):
+    found = fit_study(results, laws=False)
+    for figure in (draw_language_losses(results, found, None), contours(results, found, (0.5, 1e-3))):
         axes = [ax for ax in figure.axes if ax.get_xlabel() == "learning rate"]
         assert len(axes) == 2
         figure.canvas.draw()

@@ -13,7 +13,7 @@ from test_tokenizer import rank_file, sentencepiece_file  # noqa: F401
 
 from megatron_cpt.tokenizer import load_tokenizer
 from megatron_cpt.tokenizer.base import token_bytes_sha256
-from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_difference, lost_letters
+from megatron_cpt.tokenizer.behaviour import behaviour_sha256, first_encoding_difference, lost_letters
 from megatron_cpt.tokenizer.fast import _from_ranks
 from megatron_cpt.tokenizer.tiktoken_llama3 import read_ranks
 from megatron_cpt.utils.errors import InputError
@@ -56,11 +56,11 @@ def test_the_same_tokens_split_in_another_way(change: Callable[[dict[str, Any]],
     after = load_tokenizer(edit(folder, change))
     assert token_bytes_sha256(before) == token_bytes_sha256(after)
     assert behaviour_sha256(before) != behaviour_sha256(after)
-    difference = first_difference(before, after.encode)
+    difference = first_encoding_difference(before, after.encode)
     assert difference is not None
     text, *ids = difference
     assert ids[0] != ids[1]
-    assert first_difference(before, before.encode) is None
+    assert first_encoding_difference(before, before.encode) is None
     assert before.encode(text) != after.encode(text)
 
 

@@ -221,7 +221,7 @@ def test_norms_are_free_of_weight_decay_and_settings_hold_on_resume(
 
     real = step.apply_settings
     monkeypatch.setattr(step, "apply_settings", spy)
-    monkeypatch.setattr(pretrain, "evaluate", lambda *args: None)
+    monkeypatch.setattr(pretrain, "validate_all", lambda *args: None)
     run = config(trouble.runs, "decay", weight_decay=0.5)
     setup(dataclasses.replace(run, training=dataclasses.replace(run.training, train_samples=16, train_iters=None)))
     assert {decay for decay, _ in seen} == {0.0, 0.5}

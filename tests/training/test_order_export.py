@@ -23,9 +23,9 @@ from tiny_runs import Layout, Runs
 from megatron_cpt.checkpoint.checksums import checksums_in, sealed
 from megatron_cpt.checkpoint.layout import read_checkpoint_manifest
 from megatron_cpt.config.run import DataConfig
-from megatron_cpt.corpus.manifest import read_manifest
+from megatron_cpt.corpus.manifest import read_corpus_manifest
 from megatron_cpt.corpus.preprocess import PreprocessConfig, preprocess
-from megatron_cpt.mixture.document_reads import on_cpu
+from megatron_cpt.mixture.document_reads import locate_on_cpu
 from megatron_cpt.mixture.loader import TrainingData
 from megatron_cpt.mixture.order.order import SampleOrder
 from megatron_cpt.mixture.state import DataState, saved_phases
@@ -247,7 +247,7 @@ def test_lines_begin_with_1(runs: Runs) -> None:
 def test_a_line_that_two_corpora_have_read(runs: Runs) -> None:
     """It is found in both, and each document is named once."""
     fields = yaml.safe_load(Path(runs.mixture).read_text())
-    tokenizer = read_manifest(str(runs.folder / "en_train")).tokenizer.path
+    tokenizer = read_corpus_manifest(str(runs.folder / "en_train")).tokenizer.path
     source, again = str(runs.folder / "en_train.jsonl"), str(runs.folder / "again")
     preprocess(PreprocessConfig(source, tokenizer, again, "en", workers=1, shuffle_documents=3))
     both = write_yaml(runs.folder / "both.yaml", fields | {"general": [{"prefix": "en_train"}, {"prefix": "again"}]})
@@ -346,7 +346,7 @@ def test_an_order_on_a_device(runs: Runs, tmp_path: Path) -> None:
     assert isinstance(stretch.order, SampleOrder)
     lookup = OnDevice("cpu", compile_emulated(tmp_path))
     for _ in range(2):
-        for found, wanted in zip(lookup(stretch.order, 3, 200), on_cpu(stretch.order, 3, 200), strict=True):
+        for found, wanted in zip(lookup(stretch.order, 3, 200), locate_on_cpu(stretch.order, 3, 200), strict=True):
             assert found.tolist() == wanted.tolist()
 
 

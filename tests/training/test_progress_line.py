@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from tiny_logs import step_row
 
-from megatron_cpt.training.progress_line import RunProgress, TimeLeft, duration, fitting, plain, step_parts
+from megatron_cpt.training.progress_line import RunProgress, TimeLeft, fitting, plain_line, show_duration, step_parts
 
 
 class Clock:
@@ -25,27 +25,27 @@ class Clock:
 def test_parts_go_by_importance_until_the_line_fits(width: int) -> None:
     parts = step_parts(step_row(1200, tokens_per_second=1234567.0), 50_000, 123456.0)
     kept = fitting(parts, width)
-    assert len(plain(kept)) <= width
+    assert len(plain_line(kept)) <= width
     assert max(part.rank for part in kept) < min([part.rank for part in parts if part not in kept], default=99)
     assert (len(kept) == len(parts)) == (width == 199)
-    assert "loss" in plain(kept) or width == 20
-    assert ("left" in plain(kept)) == (width > 40)
+    assert "loss" in plain_line(kept) or width == 20
+    assert ("left" in plain_line(kept)) == (width > 40)
 
 
 def test_the_step_is_shown_however_narrow_the_terminal() -> None:
-    assert plain(fitting(step_parts(step_row(3), 20, None), 1)) == "step 3/20"
+    assert plain_line(fitting(step_parts(step_row(3), 20, None), 1)) == "step 3/20"
 
 
 def test_a_skipped_step_shows_even_where_there_is_little_room() -> None:
     parts = step_parts(step_row(3, loss=float("nan"), skipped="loss is nan"), 20, 5.0)
-    assert plain(fitting(parts, 40)) == "step 3/20 | SKIPPED | loss nan"
+    assert plain_line(fitting(parts, 40)) == "step 3/20 | SKIPPED | loss nan"
 
 
 def test_without_a_known_peak_there_is_no_utilisation() -> None:
     row = step_row(3)
     del row["mfu"], row["mfu_causal"]
-    assert "MFU" not in plain(step_parts(row, 20, None))
-    assert "MFU 41.2/38.9%" in plain(step_parts(step_row(3), 20, None))
+    assert "MFU" not in plain_line(step_parts(row, 20, None))
+    assert "MFU 41.2/38.9%" in plain_line(step_parts(step_row(3), 20, None))
 
 
 @pytest.mark.parametrize("width", [50, 80, 120, 200])
@@ -92,4 +92,4 @@ def test_time_left_follows_recent_steps() -> None:
     ("seconds", "text"), [(-3.0, "0:00:00"), (59.6, "0:01:00"), (3723.0, "1:02:03"), (180_000.0, "2d 02:00:00")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert show_duration(seconds) == text

@@ -19,7 +19,7 @@ from megatron_cpt.config.run import LoggingConfig
 from megatron_cpt.mixture.stages import Schedule, StagePlan
 from megatron_cpt.model.llama import LlamaConfig
 from megatron_cpt.training.log import RunLog
-from megatron_cpt.training.report import main, markdown, parameters, ranges, read_run, write_report
+from megatron_cpt.training.report import main, parameters, read_run_folder, report_markdown, show_ranges, write_run_report
 from megatron_cpt.training.report_figure import binned, draw, draw_learning_rate, limit, running_median
 from megatron_cpt.training.validation_result import ValidationResult
 from megatron_cpt.utils.errors import InputError
@@ -27,7 +27,7 @@ from megatron_cpt.utils.errors import InputError
 
 def report(folder: Path) -> str:
     """The text, after a look at the picture: it is one, and not empty."""
-    text = Path(write_report(str(folder))).read_text()
+    text = Path(write_run_report(str(folder))).read_text()
     picture = np.asarray(Image.open(folder / "report.png").convert("L"))
     assert picture.shape == (910, 2860 if "## Validation" in text else 2145)
     assert 0.01 < (picture < 200).mean() < 0.3
@@ -120,7 +120,7 @@ def test_what_the_run_was_asked_to_do(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def report_lines(folder: Path) -> list[str]:
-    return markdown(read_run(write_report(str(folder)).removesuffix("/report.md"))).splitlines()
+    return report_markdown(read_run_folder(write_run_report(str(folder)).removesuffix("/report.md"))).splitlines()
 
 
 def llama_config(**changes: Any) -> LlamaConfig:
@@ -237,7 +237,7 @@ def test_the_command_makes_it_anew(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere is not the folder of a run: run.json is missing" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"run\.json is missing"):
-        write_report(str(tmp_path / "nowhere"))
+        write_run_report(str(tmp_path / "nowhere"))
 
 
 def test_a_spike_does_not_move_the_median_nor_the_scale() -> None:
@@ -264,4 +264,4 @@ def test_bins_keep_the_extremes() -> None:
 
 
 def test_ranks_are_written_as_ranges() -> None:
-    assert ranges([8, 0, 1, 2, 3, 5]) == "0-3, 5, 8"
+    assert show_ranges([8, 0, 1, 2, 3, 5]) == "0-3, 5, 8"

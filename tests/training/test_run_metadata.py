@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_cpt.training.run_metadata import environment, git_state, hosts, run_facts
+from megatron_cpt.training.run_metadata import git_state, hosts, relevant_environment, run_facts
 
 
 def test_facts_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ def test_secrets_stay_out() -> None:
         "HOME",
         "PATH",
     )
-    assert environment(kept | dict.fromkeys(left_out, "secret")) == dict(sorted(kept.items()))
+    assert relevant_environment(kept | dict.fromkeys(left_out, "secret")) == dict(sorted(kept.items()))
 
 
 def test_git_state(tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_cpt.training.throughput import throughput
+from megatron_cpt.training.throughput import step_throughput
 
 
 def test_utilisation_by_both_formulas() -> None:
     # 8 devices of 100 TFLOP/s; 40,000 tokens in 2 s are 2,500 per second and device
-    values = throughput(2.0, 40_000, 8, (2e10, 1.6e10), 100.0)
+    values = step_throughput(2.0, 40_000, 8, (2e10, 1.6e10), 100.0)
     assert values == {
         "tokens_per_second": 20_000.0,
         "tokens_per_second_per_device": 2_500.0,
@@ -19,4 +19,7 @@ def test_utilisation_by_both_formulas() -> None:
 
 
 def test_without_a_peak_there_is_no_utilisation() -> None:
-    assert throughput(2.0, 100, 2, (1.0, 1.0), None) == {"tokens_per_second": 50.0, "tokens_per_second_per_device": 25.0}
+    assert step_throughput(2.0, 100, 2, (1.0, 1.0), None) == {
+        "tokens_per_second": 50.0,
+        "tokens_per_second_per_device": 25.0,
+    }

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from megatron_cpt.convert.targets import check_hf_target, check_megatron_target
 from megatron_cpt.corpus.publish import check_output_folder
 from megatron_cpt.curation.config import CurateConfig
-from megatron_cpt.curation.curate import check_output as check_curated
+from megatron_cpt.curation.curate import check_curate_output as check_curated
 from megatron_cpt.posttrain.run_files import check_save
-from megatron_cpt.study.grid import check_folder as check_study_folder
+from megatron_cpt.study.grid import check_study_folder as check_study_folder
 from megatron_cpt.training import run_files as training_files
-from megatron_cpt.training.order_export import check_output as check_order
+from megatron_cpt.training.order_export import check_export_output as check_order
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.input_files import (
     MOST_JSON_BYTES,
@@ -254,7 +254,7 @@ def test_where_rights_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 OUTPUTS: dict[str, tuple[str, Callable[[str], object]]] = {
-    "pretrain_cpt.py": ("checkpoint.save is /proc/x", training_files.check_folder),
+    "pretrain_cpt.py": ("checkpoint.save is /proc/x", training_files.check_save_folder),
     "finetune_sft.py": ("save is /proc/x", check_save),
     "curate_data.py": ("output_folder is /proc/x", lambda path: check_curated(CurateConfig("in", path, "zh"))),
     "preprocess_data.py": ("output_prefix is /proc/x/a", lambda path: check_output_folder(f"{path}/a")),

@@ -17,7 +17,7 @@ from megatron_cpt.corpus.partial import lock
 from megatron_cpt.curation.curate import sole_writer
 from megatron_cpt.evaluation.report import only_evaluation
 from megatron_cpt.study.local_executor import alone_in
-from megatron_cpt.training.launch import only_run
+from megatron_cpt.training.launch import locked_run_folder
 from megatron_cpt.utils.errors import InputError
 from megatron_cpt.utils.lock import open_lock
 
@@ -27,7 +27,7 @@ def conversion(root: Path) -> Any:
 
 
 LOCKS: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    "run": ("run.lock", lambda root: only_run(SimpleNamespace(checkpoint=SimpleNamespace(save=str(root))), "")),  # type: ignore[arg-type]
+    "run": ("run.lock", lambda root: locked_run_folder(SimpleNamespace(checkpoint=SimpleNamespace(save=str(root))), "")),  # type: ignore[arg-type]
     "evaluation": (".lock", lambda root: only_evaluation(str(root))),
     "corpus": ("c.partial.lock", lambda root: lock(root / "c.partial")),
     "curation": ("lock", lambda root: sole_writer(root, root)),

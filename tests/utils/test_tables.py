@@ -11,7 +11,7 @@ from rich.console import Console
 
 import megatron_cpt
 from megatron_cpt.utils.logs import start_logs
-from megatron_cpt.utils.tables import PlainTable, log_table, number_column, text_column, text_of
+from megatron_cpt.utils.tables import PlainTable, log_table, number_column, table_text, text_column
 
 TEXT = """a title that is wider than the table [x]
 corpus        tokens  note
@@ -36,16 +36,16 @@ def table() -> PlainTable:
 
 
 def test_names_are_no_markup_numbers_stand_right_and_the_title_is_not_broken() -> None:
-    assert text_of(table()) == TEXT
+    assert table_text(table()) == TEXT
 
 
 def test_headings_and_sums_stand_where_there_are_some() -> None:
     facts = PlainTable(text_column(), text_column())
     facts.add_row("documents", "8")
-    assert text_of(facts) == "documents  8"
+    assert table_text(facts) == "documents  8"
     sums = PlainTable(text_column("name"), number_column("n", "12"))
     sums.add_row("a", "5")
-    assert text_of(sums).splitlines() == ["name   n", "a      5", "      12"]
+    assert table_text(sums).splitlines() == ["name   n", "a      5", "      12"]
 
 
 def test_a_log_is_as_wide_as_the_table_and_the_file_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,38 +100,38 @@ FOLDERS = {
 
 def lcsts(data_folder: str | None = None, **_: Any) -> datasets.DatasetDict:
     """Short texts of microblogs, with their summaries."""
-    return load(LCSTS, data_folder, json_lines)
+    return load_splits(LCSTS, data_folder, json_lines)
 
 
 def cluewsc(data_folder: str | None = None, **_: Any) -> datasets.DatasetDict:
     """Sentences with a pronoun, and what it may stand for."""
-    return load(CLUEWSC, data_folder, json_lines)
+    return load_splits(CLUEWSC, data_folder, json_lines)
 
 
 def cmrc2018(data_folder: str | None = None, **_: Any) -> datasets.DatasetDict:
     """Passages of Wikipedia in simplified characters, with questions."""
-    return load(CMRC2018, data_folder, squad)
+    return load_splits(CMRC2018, data_folder, squad)
 
 
 def drcd(data_folder: str | None = None, **_: Any) -> datasets.DatasetDict:
     """Passages of Wikipedia in traditional characters, with questions."""
-    return load(DRCD, data_folder, squad)
+    return load_splits(DRCD, data_folder, squad)
 
 
 def eprstmt(data_folder: str | None = None, **_: Any) -> datasets.DatasetDict:
     """Reviews of goods."""
-    return load(EPRSTMT, data_folder, json_lines)
+    return load_splits(EPRSTMT, data_folder, json_lines)
 
 
 def belle(data_folder: str | None = None, **_: Any) -> datasets.DatasetDict:
     """Questions that have an answer to compare with; those of brainstorming, generation and rewriting have none."""
-    found = load(BELLE, data_folder, json_lines)
+    found = load_splits(BELLE, data_folder, json_lines)
     return found.filter(lambda row: bool(row["std_answer"].strip()))
 
 
 def humaneval(data_folder: str | None = None, **_: Any) -> datasets.DatasetDict:
     """Heads of Python functions, with tests."""
-    return load(HUMANEVAL, data_folder, json_lines)
+    return load_splits(HUMANEVAL, data_folder, json_lines)
 
 
 def wmt22(pair: str, data_folder: str | None = None, **_: Any) -> datasets.DatasetDict:
@@ -158,7 +158,9 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def load(source: PublishedSource, data_folder: str | None, read: Callable[[str], Iterable[Row]]) -> datasets.DatasetDict:
+def load_splits(
+    source: PublishedSource, data_folder: str | None, read: Callable[[str], Iterable[Row]]
+) -> datasets.DatasetDict:
     """All splits of a source.
 
     Raises:

@@ -38,7 +38,7 @@ def rouge(reference: str, prediction: str) -> dict[str, float]:
     return {name: float(score.fmeasure) for name, score in rouge_scorer().score(reference, prediction).items()}
 
 
-def summary(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+def rouge_summary(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """LCSTS: ROUGE on characters."""
     return rouge(doc["summary"], results[0])
 
@@ -119,4 +119,4 @@ def corpus_chrf(pairs: Sequence[Pair]) -> float:
 def code(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """HumanEval: whether the function passes its tests, in a process with limits."""
     program = f"{doc['prompt']}{results[0]}\n{doc['test']}\ncheck({doc['entry_point']})"
-    return {"pass@1": float(sandbox.run(program, sandbox.SandboxLimits()).passed)}
+    return {"pass@1": float(sandbox.run_program(program, sandbox.SandboxLimits()).passed)}

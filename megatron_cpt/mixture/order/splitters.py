@@ -72,7 +72,7 @@ def _join(left: Tree, left_weight: Fraction, right: Tree, right_weight: Fraction
     return left if share == ONE else Split(share, left, right)
 
 
-def find(node: Tree, k: int) -> tuple[int, int]:
+def find_in_tree(node: Tree, k: int) -> tuple[int, int]:
     """Sample k of a tree -> (corpus, samples of that corpus before it)."""
     while isinstance(node, Split):
         before = node.left_count(k)
@@ -148,9 +148,9 @@ class Stage:
         k = n - self.start
         before = self.left_count(k)
         if self.right is None or self.left_count(k + 1) > before:
-            corpus, used = find(self.left, self.left_before + before)
+            corpus, used = find_in_tree(self.left, self.left_before + before)
         else:
-            corpus, used = find(self.right, self.right_before + k - before)
+            corpus, used = find_in_tree(self.right, self.right_before + k - before)
         return corpus, self.base[corpus] + used
 
     def moved(self, more: Sequence[int]) -> Stage:
