@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LLAMAFACTORY_TEMPLATES = ("llama3", "chatml")  # that both know
 LLAMAFACTORY_LOSSES = ("sigmoid", "hinge", "ipo")
-WRITTEN = ("metrics.jsonl", "status.json", "README.md")  # in the folder of a run
+WRITTEN = ("metrics.jsonl", "README.md")  # in the folder of a run
 
 
 def check_tuning(config: SftConfig | DpoConfig) -> None:

@@ -30,7 +30,8 @@ from megatron_cpt.utils.errors import InputError, Refusals
 from megatron_cpt.utils.input_files import why_unwritable
 
 Manifest = dict[str, Any]  # of a checkpoint of a run
-WRITTEN = ("metrics.jsonl", "report.md", "report.png", "status.json", "ledger.json", "learning_rate.json")  # in its folder
+# In the folder of a run, from run.json on; status.json comes before it where a run is stopped early
+WRITTEN = ("metrics.jsonl", "report.md", "report.png", "ledger.json", "learning_rate.json")
 
 
 @dataclass(frozen=True)

@@ -437,7 +437,8 @@ def test_a_run_with_the_names_of_the_last_release(tmp_path: Path) -> None:
 
 
 def test_a_plan_needs_no_torch() -> None:
-    code = "import sys; import megatron_cpt.planning.run as r; r.plan(r.PlanConfig('8B', 8)); print('torch' in sys.modules)"
+    call = "import megatron_cpt.planning.run as r; r.plan_layouts(r.PlanConfig('8B', 8))"
+    code = f"import sys; {call}; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 

@@ -295,19 +295,21 @@ def test_what_is_spelled_otherwise_is_the_same(
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_run_of_the_last_release_resumes(restored: SftConfig) -> None:
+def test_a_run_of_the_last_release_resumes(restored: SftConfig, tmp_path: Path) -> None:
     """Its run.json has the old names of settings; one that differs is named by its name of today."""
-    path = Path(restored.save, "run.json")
+    shutil.copytree(restored.save, tmp_path / "run")
+    config = replace(restored, save=str(tmp_path / "run"))
+    path = tmp_path / "run" / "run.json"
     facts = json.loads(path.read_text())
     names = {"data.on_error": "data.broken", "data.on_overlength": "data.too_long"}
     facts["settings"] = {names.get(name, name): value for name, value in facts["settings"].items()}
     assert facts["settings"]["data.broken"] == "refuse"
     path.write_text(json.dumps(facts))
-    check_begun(restored)
-    other = replace(restored, data=replace(restored.data, on_error="skip"))
+    check_begun(config)
+    other = replace(config, data=replace(config.data, on_error="skip"))
     with pytest.raises(InputError, match=r"has begun with data\.on_error refuse, now it is skip;"):
         check_begun(other)
-    finetune_sft(restored)
+    finetune_sft(config)
 
 
 def test_another_file_of_another_name_is_named_by_both(restored: SftConfig, tmp_path: Path) -> None:
